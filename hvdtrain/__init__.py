@@ -1,0 +1,57 @@
+"""Data-parallel training of language and vision models with Horovod.
+
+    python -m hvdtrain                                train a small language model, one process
+    horovodrun -np 4 python -m hvdtrain               the same on four ranks
+
+In a program of your own: `world = hvdtrain.init()`, then `world.wrap(optimizer, model)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hvdtrain.config import CheckpointConfig, CommConfig, Config, EvalConfig, LogConfig, OptimConfig, TrainConfig
+    from hvdtrain.data.dataset import Dataset, TensorSamples
+    from hvdtrain.dist import World, init
+    from hvdtrain.errors import HvdtrainError, UsageError
+    from hvdtrain.trainer import Recipe, Task
+
+# Imported on first use: the command line must set the number of threads before torch starts.
+_HOMES = {
+    "hvdtrain.config": (
+        "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "LogConfig", "OptimConfig", "TrainConfig",
+    ),
+    "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
+    "hvdtrain.dist": ("World", "init"),
+    "hvdtrain.errors": ("HvdtrainError", "UsageError"),
+    "hvdtrain.trainer": ("Recipe", "Task"),
+}  # fmt: skip
+
+__all__ = [
+    "CheckpointConfig",
+    "CommConfig",
+    "Config",
+    "Dataset",
+    "EvalConfig",
+    "HvdtrainError",
+    "LogConfig",
+    "OptimConfig",
+    "Recipe",
+    "Task",
+    "TensorSamples",
+    "TrainConfig",
+    "UsageError",
+    "World",
+    "init",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'hvdtrain' has no attribute '{name}'")

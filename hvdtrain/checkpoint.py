@@ -1,0 +1,206 @@
+"""Checkpoints: saved atomically, verified when loaded. Knows no ranks: rank 0 calls it.
+
+    RUN_DIR/checkpoints/step-00000200/model.safetensors   weights, by parameter name
+                                     /state.pt            everything else; loads with `weights_only=True`
+                                     /manifest.json       format version, step, samples, world size, file hashes
+    RUN_DIR/checkpoints/latest                            name of the newest complete one
+
+A checkpoint is written under a temporary name, flushed to disk and renamed, and `latest` is replaced last: at any
+moment `latest` names a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from hvdtrain.errors import CheckpointError, ResumeError
+
+FORMAT_VERSION = 1
+_LATEST = "latest"
+_TEMPORARY = ".writing-"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int
+    samples: int
+    world_size: int
+    sha256: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and verified."""
+
+    manifest: Manifest
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def model_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return each parameter and persistent buffer once, by its first name: tied weights are stored once."""
+    first_names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name in first_names}
+
+
+def load_model_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights`, as from `model_weights`, into the model.
+
+    Raises:
+        ResumeError: names or shapes differ; the message names the first few.
+    """
+    own = model_weights(model)
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} in the checkpoint and {tuple(own[name].shape)} in this model"
+        for name in sorted(own.keys() & weights.keys())
+        if own[name].shape != weights[name].shape
+    ]
+    problems = [f"{n} is missing from it" for n in missing] + [f"{n} is not in this model" for n in unknown] + shapes
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ResumeError(f"the checkpoint is of another model: {'; '.join(problems[:3])}{more}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def save_checkpoint(
+    run_dir: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    step: int,
+    samples: int,
+    world_size: int,
+    keep_last: int | None = None,
+) -> Path:
+    """Write one checkpoint, then point `latest` to it, then delete all but the `keep_last` newest.
+
+    Raises:
+        CheckpointError: the files could not be written; what was there before is still good.
+    """
+    folder = run_dir / "checkpoints"
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        temporary.mkdir()
+        safetensors.torch.save_file({n: t.contiguous() for n, t in weights.items()}, temporary / "model.safetensors")
+        torch.save(dict(state), temporary / "state.pt")
+        hashes = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
+        manifest = Manifest(step=step, samples=samples, world_size=world_size, sha256=hashes)
+        _write_text(temporary / "manifest.json", json.dumps(asdict(manifest), indent=2) + "\n")
+        _flush_folder(temporary)
+        _remove(final)
+        temporary.rename(final)
+        _write_text(folder / f"{_TEMPORARY}{_LATEST}", final.name + "\n")
+        (folder / f"{_TEMPORARY}{_LATEST}").replace(folder / _LATEST)
+        _flush_folder(folder)
+        _prune(folder, keep_last)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from error
+    return final
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None where there is none yet."""
+    latest = run_dir / "checkpoints" / _LATEST
+    if not latest.exists():
+        return None
+    return latest.parent / latest.read_text().strip()
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint to host memory and verify it against its manifest. Nothing in it can run code.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer format; names the file.
+    """
+    with _reading(path):
+        manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
+        if manifest.format_version > FORMAT_VERSION:
+            raise CheckpointError(f"{path} was written by a newer hvdtrain (format {manifest.format_version}): update")
+        for name, expected in manifest.sha256.items():
+            if _hash(path / name) != expected:
+                raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in manifest.json")
+        weights = safetensors.torch.load_file(path / "model.safetensors")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(manifest, weights, state)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+
+
+def _prune(folder: Path, keep_last: int | None) -> None:
+    """Delete the oldest complete checkpoints, and what an interrupted save left behind."""
+    complete = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    if keep_last is not None:
+        for path in complete[:-keep_last]:
+            _remove(path)
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # Out of the way first: a half-deleted folder must not carry a checkpoint's name.
+        doomed = path if path.name.startswith(_TEMPORARY) else path.rename(path.parent / f"{_TEMPORARY}old-{path.name}")
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush_folder(path: Path) -> None:
+    """Make renames in a folder durable; some file systems refuse, which is no error."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Data: which samples a step and a rank see, and reading them."""

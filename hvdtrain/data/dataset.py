@@ -1,0 +1,54 @@
+"""What the trainer asks of data: a number of samples, and batches of them by index."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Dataset(Protocol):
+    """Samples by index. The same on every rank; reading one never needs another rank."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return the samples `indices`, int64 `(n,)`, as CPU tensors whose first dimension is `n`."""
+        ...
+
+    def num_targets(self, indices: Tensor) -> int:
+        """Return how many terms the loss of these samples sums over: the tokens predicted, or one a sample."""
+        ...
+
+
+class TensorSamples:
+    """A `Dataset` of tensors held in memory; sample i is row i of each."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        if not tensors or any(len(tensor) != len(tensors[0]) for tensor in tensors):
+            raise ValueError(f"tensors of one length are needed, not {[len(tensor) for tensor in tensors]}")
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows `indices`, int64 `(n,)`, of each tensor."""
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+    def num_targets(self, indices: Tensor) -> int:
+        """Return one a sample."""
+        return len(indices)
+
+
+def in_batches(indices: Tensor, batch_size: int) -> list[Tensor]:
+    """Cut `indices`, `(n,)`, into batches of `batch_size`, the last one perhaps smaller; none where n is 0."""
+    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+def contiguous_share(num_samples: int, rank: int, size: int) -> torch.Tensor:
+    """Return the indices, int64, of a rank's share of all samples; shares differ in length by at most one."""
+    return torch.arange(num_samples * rank // size, num_samples * (rank + 1) // size)

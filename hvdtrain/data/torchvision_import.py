@@ -1,0 +1,60 @@
+"""Import torchvision, also where its operators cannot be loaded.
+
+The compiled operators in torchvision's wheel are built for one torch; beside a CPU-only torch they do not load. The
+import then fails, because torchvision registers gradients and shapes for operators that do not exist. Data sets,
+transforms and classification models need none of them, so the operators are declared, without an implementation, and
+the import goes through. What needs them (`ops.nms`, detection models, `io.read_image`) still fails when it is called.
+Seen with torch 2.13.0+cpu and torchvision 0.28.0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from types import ModuleType
+
+import torch
+
+from hvdtrain.errors import DataError
+
+_MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_declared: dict[str, torch.library.Library] = {}
+"""By operator; a declaration is withdrawn when its library is collected."""
+
+
+def import_torchvision(module: str = "torchvision") -> ModuleType:
+    """Import torchvision, or a module of it such as `torchvision.datasets`; again at no cost.
+
+    Raises:
+        DataError: torchvision, or something that it needs, is not installed.
+    """
+    while True:
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name not in ("torchvision", "PIL", "numpy"):
+                raise
+            raise DataError(
+                f"{error.name} is not installed: run `pip install pillow numpy`, and `pip install --no-deps torchvision`"
+                f" in the version made for torch {torch.__version__} (0.28.0 for torch 2.13.0)."
+                " Without --no-deps, pip may put another torch in place of yours."
+            ) from error
+        except RuntimeError as error:
+            missing = _MISSING_OPERATOR.search(str(error))
+            if missing is None or missing[1] in _declared:
+                raise
+            _forget_torchvision()  # what was imported before the failure would be kept half-initialised
+            _declare(missing[1])
+
+
+def _forget_torchvision() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+
+
+def _declare(operator: str) -> None:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define(operator + _SCHEMA)
+    _declared[operator] = library

@@ -1,0 +1,159 @@
+"""`World`: all that training knows of other ranks. `SoloWorld` is one process, without Horovod."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.launch import Launch
+from hvdtrain.errors import UsageError
+
+T = TypeVar("T")
+ReduceOp = Literal["sum", "mean", "min", "max"]
+Compression = Literal["none", "fp16"]
+
+
+class WrappedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose gradients are averaged over all ranks.
+
+    What `World.wrap` returns has this shape: it is also an instance of the class that was wrapped (`AdamW`, ...).
+    """
+
+    def synchronize(self) -> None:
+        """Finish averaging: afterwards every rank's `.grad` holds the mean over the ranks. Collective.
+
+        Call it before looking at gradients (clipping, unscaling); `step` does what is left, so it is optional
+        otherwise. Micro-batches that a rank did not have count as zero gradients.
+        """
+        raise NotImplementedError
+
+
+class World(ABC):
+    """The ranks of this run and what they do together.
+
+    Every method marked "Collective." must be called by all ranks, in the same order, with the same `name`.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device
+    launch: Launch
+
+    @abstractmethod
+    def wrap(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        accum_steps: int = 1,
+        compression: Compression = "none",
+    ) -> WrappedOptimizer:
+        """Wrap an optimizer so that its gradients are averaged over the ranks while backward still runs.
+
+        Wrap first, then load its state: wrapping starts with an empty one. With `accum_steps` > 1, that many backward
+        passes are *summed* before the average is taken: divide the loss by their number.
+
+        Args:
+            optimizer: any torch optimizer over parameters of `model`; use the returned one afterwards.
+            model: gives the parameters their names.
+            accum_steps: backward passes per optimizer step.
+            compression: format of the gradients on the wire.
+        """
+
+    @abstractmethod
+    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Make every rank's model and optimizer bitwise those of rank 0. Collective.
+
+        The optimizer's state is sent as it is: a fresh optimizer takes no hidden step on any rank.
+        """
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
+        """Return the sum, mean, minimum or maximum of `tensor` over the ranks, same shape. Collective."""
+
+    @abstractmethod
+    def broadcast_object(self, value: T | None, name: str) -> T:
+        """Return rank 0's `value` on every rank; it must pickle. Other ranks may pass None. Collective."""
+
+    @abstractmethod
+    def all_gather_object(self, value: T, name: str) -> list[T]:
+        """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective."""
+
+    def barrier(self, name: str) -> None:
+        """Wait until every rank is here. Collective."""
+        self.all_reduce(torch.zeros(1), "sum", f"barrier.{name}")
+
+    def together(self, action: Callable[[], T], name: str) -> T:
+        """Run `action` on every rank; where it raises UsageError on any, raise that same error on all. Collective.
+
+        Any other exception is left to end its rank, and with it the job.
+        """
+        result, error = None, None
+        try:
+            result = action()
+        except UsageError as caught:
+            error = caught
+        failed = [(rank, item) for rank, item in enumerate(self.all_gather_object(error, f"together.{name}")) if item]
+        if failed:
+            rank, first = failed[0]
+            where = "" if len(failed) == self.size else f"on rank {rank}: "
+            raise type(first)(f"{where}{first}") from error
+        return cast(T, result)
+
+    def close(self) -> None:
+        """Leave the world. Further collectives are an error."""
+
+
+class SoloWorld(World):
+    """One process, on its own; Horovod need not be installed."""
+
+    def __init__(self, device: torch.device, launch: Launch) -> None:
+        self.device = device
+        self.launch = launch
+
+    def wrap(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        accum_steps: int = 1,
+        compression: Compression = "none",
+    ) -> WrappedOptimizer:
+        """Return the optimizer with a `synchronize` that has nothing to do."""
+        inner = type(optimizer)
+        optimizer.__class__ = type(inner.__name__, (_SoloOptimizer, inner), {})
+        return cast(WrappedOptimizer, optimizer)
+
+    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Do nothing."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
+        """Return a copy."""
+        return tensor.clone()
+
+    def broadcast_object(self, value: T | None, name: str) -> T:
+        """Return `value`."""
+        return cast(T, value)
+
+    def all_gather_object(self, value: T, name: str) -> list[T]:
+        """Return `value` as the only one."""
+        return [value]
+
+
+class _SoloOptimizer:
+    """Mixed into the class of an optimizer that needs no averaging."""
+
+    def synchronize(self) -> None:
+        """Do nothing: there is one gradient."""
+
+    @contextlib.contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Do nothing; Horovod's optimizer has a context of this name."""
+        yield

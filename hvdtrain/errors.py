@@ -1,0 +1,45 @@
+"""Errors that hvdtrain raises on purpose; each message says what to do next.
+
+HvdtrainError                 exit code 1, a run that failed
+├── UsageError                exit code 2, something the user can mend
+│   ├── ConfigError           a flag, a key, or values that do not fit together
+│   ├── DataError             missing, empty or unreadable data
+│   ├── ResumeError           a run directory that does not fit this command
+│   └── LaunchError           ranks, devices or launcher that do not fit together
+└── CheckpointError           a checkpoint that cannot be written or read
+
+The command line prints a `UsageError` as one message on rank 0 and ends every rank with `exit_code`; every other
+exception keeps its traceback.
+"""
+
+
+class HvdtrainError(Exception):
+    """Base of all errors that hvdtrain raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(HvdtrainError):
+    """Something the user can mend: the message says how. Raised alike on all ranks."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A flag, a key, or values that do not fit together."""
+
+
+class DataError(UsageError):
+    """Data that is missing, empty or unreadable."""
+
+
+class ResumeError(UsageError):
+    """A run directory that does not fit this command."""
+
+
+class LaunchError(UsageError):
+    """Ranks, devices or launcher that do not fit together."""
+
+
+class CheckpointError(HvdtrainError):
+    """A checkpoint that cannot be written or read."""

@@ -1,0 +1,1 @@
+"""Models: the native decoder, the classic MLP, and the n-gram baseline."""

@@ -1,0 +1,259 @@
+"""The native language model: a decoder with RMSNorm, rotary positions, SwiGLU and grouped-query attention.
+
+Shapes: B samples, T tokens of a sample, C = hidden_size, H query heads, K key/value heads, D = C / H, V = vocab_size.
+
+Parameters have the names, shapes and meaning of transformers' `LlamaForCausalLM`, so weights pass between the two
+one to one (with tied embeddings, transformers stores `lm_head.weight` under `model.embed_tokens.weight` alone).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvdtrain.errors import ConfigError
+
+IGNORE_INDEX = -100
+"""A target that is not to be predicted: it adds nothing to the loss and is not counted."""
+
+_INIT_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The size and shape of the decoder. The size of the vocabulary comes from the tokenizer."""
+
+    num_layers: int = 6
+    """Transformer blocks."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Query heads of each attention; each has hidden-size / num-heads channels."""
+    num_kv_heads: int | None = None
+    """Key and value heads, each shared by a group of query heads. None: as many as query heads."""
+    intermediate_size: int | None = None
+    """Inner width of the feed-forward layers. None: 8/3 of the hidden size, rounded up to a multiple of 64."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths, which run from 2 pi to about 2 pi theta tokens."""
+    norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    tie_embeddings: bool = True
+    """One matrix embeds the tokens and predicts them."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "rope_theta"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} = {value} must be greater than 0")
+        if self.norm_eps < 0:
+            raise ConfigError(f"norm_eps = {self.norm_eps} must not be negative")
+        unit = 2 * self.num_heads  # rotary positions turn pairs of channels
+        if self.hidden_size % unit:
+            above = -(-self.hidden_size // unit) * unit
+            raise ConfigError(
+                f"hidden_size = {self.hidden_size} must give each of {self.num_heads} heads an even number of channels:"
+                f" set it to a multiple of {unit}, such as {above}"
+            )
+        if self.num_heads % self.kv_heads:
+            fits = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
+            raise ConfigError(
+                f"num_heads = {self.num_heads} does not divide into num_kv_heads = {self.kv_heads} equal groups:"
+                f" set num_kv_heads to one of {fits}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Return D, the channels of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Return K, the key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def feed_forward_size(self) -> int:
+        """Return the inner width of the feed-forward layers."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer that predicts the next token.
+
+    There is no dropout: a language model rarely sees its data often enough to need it, and without random numbers in
+    the forward pass a step is the same function of its samples on any number of ranks.
+
+    The weights depend on `seed` alone, not on the device, the data type or the global random number generator.
+    """
+
+    def __init__(self, config: DecoderConfig, vocab_size: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.model = _Body(config, vocab_size)
+        self.lm_head = _Linear(config.hidden_size, vocab_size)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights(seed)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens, int64 `(B, T)`, to logits `(B, T, V)`; position t sees tokens 0 to t and predicts token t + 1."""
+        logits: Tensor = self.lm_head(self.model(tokens))
+        return logits
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all matrices from N(0, 0.02^2) and set the norms to 1.
+
+        The two projections of a block that write to the residual stream are scaled by 1 / sqrt(2 num_layers), so that
+        the stream's variance does not grow with depth (Radford et al. 2019, "Language Models are Unsupervised
+        Multitask Learners", section 2.3).
+        """
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        residual_std = _INIT_STD / (2 * self.config.num_layers) ** 0.5
+        for name, parameter in self.named_parameters():  # a tied matrix comes once
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else _INIT_STD
+            values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            parameter.copy_(values.normal_(0.0, std, generator=generator))
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters; a tied matrix counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy in nats and the number of targets it sums over.
+
+    Args:
+        logits: `(B, T, V)`, of any floating type; the loss is computed in fp32, or in fp64 if they are fp64.
+        targets: int64 `(B, T)`, the token that follows each position; `IGNORE_INDEX` where there is none to predict.
+
+    Returns:
+        The sum, a differentiable scalar, and the count, an int64 scalar.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss_sum, (targets != IGNORE_INDEX).sum()
+
+
+class _Body(nn.Module):
+    """Everything below the logits: embeddings, blocks and the final norm."""
+
+    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = _Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens, int64 `(B, T)`, to hidden states `(B, T, C)`."""
+        x: Tensor = self.embed_tokens(tokens)
+        rope = rotary_tables(tokens.shape[1], self.config.head_size, self.config.rope_theta, like=x)
+        for block in self.layers:
+            x = block(x, rope)
+        normed: Tensor = self.norm(x)
+        return normed
+
+
+class _Block(nn.Module):
+    """Attention and a feed-forward layer, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = _Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = _FeedForward(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Map `(B, T, C)` to `(B, T, C)`."""
+        x = x + self.self_attn(self.input_layernorm(x), rope)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Attention(nn.Module):
+    """Causal grouped-query attention (arXiv:2305.13245)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        C, D = config.hidden_size, config.head_size
+        self.head_size = D
+        self.grouped = config.kv_heads != config.num_heads
+        self.q_proj = _Linear(C, config.num_heads * D)
+        self.k_proj = _Linear(C, config.kv_heads * D)
+        self.v_proj = _Linear(C, config.kv_heads * D)
+        self.o_proj = _Linear(config.num_heads * D, C)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Map `(B, T, C)` to `(B, T, C)`."""
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, H, D)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # (B, H, T, D)
+        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class _FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = _Linear(config.hidden_size, config.feed_forward_size)
+        self.up_proj = _Linear(config.hidden_size, config.feed_forward_size)
+        self.down_proj = _Linear(config.feed_forward_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, T, C)` to `(B, T, C)`."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+def rotary_tables(num_positions: int, head_size: int, theta: float, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosines and signed sines, `(T, 1, D)` each, that turn channels by their position (arXiv:2104.09864).
+
+    Channels i and i + D/2 are a pair ("rotate half", as transformers has it), turned by `position * theta^(-2i/D)`.
+    They are computed afresh in each forward pass, which costs nothing beside a block and leaves no buffer to cast,
+    move or save. On the device of `like`, in fp32, or in fp64 if `like` is fp64.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, head_size, 2, dtype=dtype, device=like.device) / head_size
+    positions = torch.arange(num_positions, dtype=dtype, device=like.device)
+    angles = positions[:, None, None] * theta**-exponents  # (T, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each head of `x`, `(B, T, heads, D)`, by its position, with the tables of `rotary_tables`."""
+    cos, signed_sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), signed_sin).to(x.dtype)
+
+
+class _Linear(nn.Linear):
+    """A linear map without bias that draws no initial weights: `Decoder.init_weights` does."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weights, and the global random number generator, alone."""
+
+
+class _Embedding(nn.Embedding):
+    """An embedding that draws no initial weights: `Decoder.init_weights` does."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights, and the global random number generator, alone."""

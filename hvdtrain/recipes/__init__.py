@@ -1,0 +1,58 @@
+"""Recipes: model, data, loss and settings under one name. A recipe is a function that returns a `Recipe`.
+
+A user's own recipe is a Python file with a function `recipe` that does the same: `train my_recipe.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from hvdtrain.config import nearest
+from hvdtrain.errors import ConfigError
+from hvdtrain.trainer import Recipe
+
+# Name on the command line -> module and function.
+RECIPES = {
+    "lm": ("hvdtrain.recipes.lm", "lm"),
+    "lm-124m": ("hvdtrain.recipes.lm", "lm_124m"),
+    "lm-1b": ("hvdtrain.recipes.lm", "lm_1b"),
+    "mnist": ("hvdtrain.recipes.mnist", "mnist"),
+}
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return the default settings of a recipe, by name or by the path of a user's `.py` file.
+
+    Raises:
+        ConfigError: there is no such recipe, or the file does not define one.
+    """
+    if name.endswith(".py"):
+        return _from_file(Path(name))
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe '{name}'{nearest(name, RECIPES)} (or give the path of a .py file)")
+    module, function = RECIPES[name]
+    return cast(Callable[[], Recipe], getattr(importlib.import_module(module), function))()
+
+
+def _from_file(path: Path) -> Recipe:
+    if not path.is_file():
+        raise ConfigError(f"there is no recipe file {path}")
+    name = f"hvdtrain_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    function = getattr(module, "recipe", None)
+    if not callable(function):
+        raise ConfigError(f"{path} defines no function 'recipe' that returns a hvdtrain.Recipe")
+    recipe = function()
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe() in {path} returned a {type(recipe).__name__}, not a hvdtrain.Recipe")
+    return recipe

@@ -1,0 +1,139 @@
+"""Language model: the native decoder on text; by default on the source code of Python's standard library.
+
+    horovodrun -np 2 python -m hvdtrain                      two CPU cores, about four minutes
+    horovodrun -np 8 python -m hvdtrain train lm-124m --data.path 'corpus/*.txt' --train.precision bf16
+
+`lm` is made for two CPU cores; `lm-124m` (the size of GPT-2 small) and `lm-1b` are for GPUs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor, nn
+
+from hvdtrain.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
+from hvdtrain.data.text import PreparedText, TextConfig, TokenWindows, prepare_text
+from hvdtrain.models.decoder import Decoder, DecoderConfig, next_token_loss
+from hvdtrain.models.ngram import TrigramModel
+from hvdtrain.models.sampling import sample
+from hvdtrain.trainer import Recipe, Task
+
+_SAMPLE_TOKENS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(Recipe):
+    """A decoder that predicts the next token of text."""
+
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    data: TextConfig = field(default_factory=TextConfig)
+
+    def build(self, say: Callable[[str], None]) -> Task:
+        """Prepare the text, once per host, and build the decoder for its vocabulary."""
+        text = prepare_text(self.data, say)
+        length = self.data.sequence_length
+        bytes_per_token = None if text.num_val_bytes is None else text.num_val_bytes / (text.num_val_tokens - 1)
+        return Task(
+            model=Decoder(self.model, text.vocab_size, seed=self.train.seed),
+            train_data=TokenWindows(text.train_path, text.dtype, length),
+            val_data=TokenWindows(text.val_path, text.dtype, length),
+            loss=_loss,
+            unit="tokens",
+            summarize=lambda means: _with_bits_per_byte(means, bytes_per_token),
+            epilogue=lambda model, metrics: _epilogue(model, metrics, text, length),
+            description=_describe(text, self.data),
+            fingerprint=f"{text.content_hash} {length}",
+        )
+
+
+def lm() -> LanguageModel:
+    """Return the default: a small byte-level model for two CPU cores."""
+    return LanguageModel(
+        train=TrainConfig(steps=600, global_batch_size=16),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=50),
+        log=LogConfig(every=20),
+        eval=EvalConfig(every=200),
+        checkpoint=CheckpointConfig(every=200),
+        model=DecoderConfig(num_layers=4, hidden_size=192, num_heads=3),
+        data=TextConfig(sequence_length=256),
+    )
+
+
+def lm_124m() -> LanguageModel:
+    """Return the size of GPT-2 small, on a byte-level BPE of 50,304 tokens, 0.5M tokens a step."""
+    return LanguageModel(
+        train=TrainConfig(steps=20_000, global_batch_size=512, precision="bf16"),
+        optim=OptimConfig(peak_lr=6e-4, warmup_steps=700),
+        eval=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        model=DecoderConfig(num_layers=12, hidden_size=768, num_heads=12),
+        data=TextConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=1024),
+    )
+
+
+def lm_1b() -> LanguageModel:
+    """Return a model of about a billion parameters with grouped-query attention, 1M tokens a step."""
+    return LanguageModel(
+        train=TrainConfig(steps=50_000, global_batch_size=512, precision="bf16"),
+        optim=OptimConfig(peak_lr=3e-4, warmup_steps=2000),
+        eval=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        model=DecoderConfig(num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192),
+        data=TextConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
+    )
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    tokens, targets = batch
+    loss_sum, _ = next_token_loss(model(tokens), targets)
+    return {"loss": loss_sum}
+
+
+def _with_bits_per_byte(means: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
+    """Add bits per byte, which compares models of any tokenizer: nats per token / bytes per token / ln 2."""
+    if bytes_per_token is None:
+        return means
+    return {**means, "bits_per_byte": means["loss"] / bytes_per_token / math.log(2)}
+
+
+def _describe(text: PreparedText, data: TextConfig) -> str:
+    size = "" if text.num_train_bytes is None else f" from {text.num_train_bytes / 1e6:.1f} MB"
+    source = data.path or "the source code of Python's standard library"
+    return (
+        f"data:       {source}: {text.num_train_tokens:,} training tokens{size},"
+        f" {text.num_val_tokens:,} held out, vocabulary {text.vocab_size:,}"
+    )
+
+
+def _epilogue(model: nn.Module, metrics: dict[str, float], text: PreparedText, length: int) -> str:
+    return "\n".join(filter(None, (_compare(metrics, text), _show_sample(model, text, length))))
+
+
+def _compare(metrics: dict[str, float], text: PreparedText) -> str:
+    """Return the model's held-out bits per byte beside those of a trigram model of the same training text."""
+    if text.train_text_path is None or text.val_text_path is None:
+        return ""
+    train, held_out = (np.fromfile(path, np.uint16) for path in (text.train_text_path, text.val_text_path))
+    assert text.num_val_bytes is not None
+    nats = TrigramModel.fit(train).nats(held_out)
+    trigram = nats / text.num_val_bytes / math.log(2)
+    return (
+        f"held-out text    bits per byte   nats per byte\n"
+        f"  this model     {metrics['val/bits_per_byte']:13.3f}   {metrics['val/bits_per_byte'] * math.log(2):13.3f}\n"
+        f"  byte trigrams  {trigram:13.3f}   {trigram * math.log(2):13.3f}"
+    )
+
+
+def _show_sample(model: nn.Module, text: PreparedText, length: int) -> str:
+    if text.tokenizer is None:
+        return ""
+    tokens = sample(
+        model, [text.tokenizer.eot], min(_SAMPLE_TOKENS, 4 * length), temperature=0.7, seed=0, context_length=length
+    )
+    shown = text.tokenizer.decode([token for token in tokens if token != text.tokenizer.eot])
+    rule = "-" * 72
+    return f"a sample of what it writes:\n{rule}\n{shown.strip()}\n{rule}"

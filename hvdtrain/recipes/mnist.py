@@ -1,0 +1,58 @@
+"""The classic: a 784-128-64-10 network on handwritten digits, with SGD, as textbooks have it.
+
+    horovodrun -np 2 python -m hvdtrain train mnist --data.root DIR --data.download
+
+`--data.dataset fashion-mnist` trains on pictures of clothes instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvdtrain.config import LogConfig, OptimConfig, TrainConfig
+from hvdtrain.data.vision import VisionConfig, load_images
+from hvdtrain.models.mlp import Mlp
+from hvdtrain.trainer import Recipe, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Recipe):
+    """The textbook network for 28x28 grey images of ten classes."""
+
+    data: VisionConfig = field(default_factory=VisionConfig)
+
+    def build(self, say: Callable[[str], None]) -> Task:
+        """Read the images into memory and build the network."""
+        train, test = load_images(self.data, train=True), load_images(self.data, train=False)
+        return Task(
+            model=Mlp(seed=self.train.seed),
+            train_data=train,
+            val_data=test,
+            loss=_loss,
+            metrics=("loss", "accuracy"),
+            description=f"data:       {self.data.dataset}: {len(train):,} training images, {len(test):,} held out",
+            fingerprint=f"{train.fingerprint()} {test.fingerprint()}",
+        )
+
+
+def mnist() -> Digits:
+    """Return the textbook's settings: SGD 0.01 without momentum, batch 64, five epochs."""
+    return Digits(
+        train=TrainConfig(epochs=5, global_batch_size=64, max_grad_norm=None),
+        optim=OptimConfig(name="sgd", peak_lr=0.01, schedule="constant", weight_decay=0.0),
+        log=LogConfig(every=100),
+    )
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Return the summed negative log likelihood, and how many images were recognised."""
+    images, labels = batch
+    log_probabilities = model(images)
+    return {
+        "loss": F.nll_loss(log_probabilities, labels, reduction="sum"),
+        "accuracy": (log_probabilities.argmax(1) == labels).sum(),
+    }

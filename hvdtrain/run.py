@@ -1,0 +1,147 @@
+"""One run of a recipe: from the greeting to the last figures, and the files around the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from hvdtrain import __version__
+from hvdtrain.config import to_dict
+from hvdtrain.dist import World, init
+from hvdtrain.environment import describe_environment, describe_rank
+from hvdtrain.errors import ConfigError
+from hvdtrain.metrics import (
+    Console,
+    JsonLines,
+    MetricLog,
+    Sink,
+    TensorBoard,
+    close_rank_log,
+    describe,
+    duration,
+    open_rank_log,
+)
+from hvdtrain.trainer import Job, Recipe, fit, settle
+
+
+def run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool = False) -> dict[str, float]:
+    """Train a recipe from its first step, or from the newest checkpoint in `run_dir`, to its last. Collective.
+
+    Args:
+        name: what the user called the recipe.
+        recipe: its settings.
+        run_dir: None for a new directory under `runs/`.
+        dry_run: say what would be trained, and stop.
+
+    Returns:
+        The last evaluation; nothing after a dry run.
+
+    Raises:
+        UsageError: on all ranks alike.
+    """
+    world = init()
+    console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
+    say = MetricLog(console, []).say
+    task = world.together(lambda: recipe.build(say), "build")
+    run_dir = world.broadcast_object(run_dir or new_run_dir(name), "run_dir")
+    ranks = world.all_gather_object(describe_rank(world.device), "ranks")
+    sinks: list[Sink] = []
+    if world.rank == 0 and not dry_run:
+        sinks = [RunFiles(run_dir, recipe, describe_environment(world.launch.launcher, ranks))]
+        sinks += [JsonLines(run_dir / "metrics.jsonl")]
+        sinks += [TensorBoard(run_dir / "tensorboard")] if recipe.log.tensorboard else []
+    log = MetricLog(console, sinks)
+    job = world.together(lambda: settle(task, recipe, world, run_dir, log), "settle")
+    log.say(greeting(name, job, ranks))
+    if dry_run:
+        return {}
+    world.together(lambda: _make_folder(run_dir, world), "run_dir")
+    handler = open_rank_log(run_dir / "logs" / f"rank-{world.rank:03d}.log")
+    try:
+        return _train(job)
+    finally:
+        log.close()
+        close_rank_log(handler)
+
+
+def new_run_dir(recipe: str) -> Path:
+    """Return where a run of this recipe goes that was given no directory."""
+    name = Path(recipe).stem if recipe.endswith(".py") else recipe
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
+    """Return what a person should know before the first step."""
+    world, config, task = job.world, job.config, job.task
+    hosts = len({rank["host"] for rank in ranks})
+    parameters = sum(p.numel() for p in task.model.parameters())
+    lines = [
+        f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
+        f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
+        f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}",
+        *(f"{line}" for line in task.description.splitlines()),
+        f"model:      {type(task.model).__name__}, {parameters:,} parameters",
+        f"batch:      {job.plan}",
+        f"steps:      {job.num_steps:,}, or {job.num_steps / job.order.steps_per_epoch:.3g} epochs of"
+        f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {config.optim.peak_lr:g},"
+        f" {config.optim.schedule}",
+        f"directory:  {job.run_dir}",
+    ]
+    cores, machine = ranks[0]["cores"], os.cpu_count() or 1
+    if world.launch.launcher == "mpirun" and cores < machine // world.local_size:
+        lines.append(f"warning:    mpirun binds each rank to {cores} of {machine} cores: add --bind-to none to it")
+    return "\n".join(lines)
+
+
+class RunFiles:
+    """Writes `config.toml` and `environment.json` when training begins. A `Sink` that takes no metrics."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
+        self._run_dir = run_dir
+        self._recipe = recipe
+        self._environment = environment
+
+    def begin(self, step: int, num_steps: int) -> None:
+        """Write the files; a run that goes on replaces them."""
+        (self._run_dir / "config.toml").write_text(tomli_w.dumps(to_dict(self._recipe)))
+        (self._run_dir / "environment.json").write_text(json.dumps(self._environment, indent=2) + "\n")
+
+    def write(self, step: int, metrics: Mapping[str, float], event: str | None) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def _train(job: Job) -> dict[str, float]:
+    started = time.monotonic()
+    metrics = fit(job)
+    if job.world.rank == 0:
+        job.log.say(f"finished in {duration(time.monotonic() - started)}: {describe(metrics)}")
+        with torch.no_grad():
+            epilogue = job.task.epilogue(job.task.model, metrics)
+        if epilogue:
+            job.log.say(epilogue)
+        job.log.say(f"everything is in {job.run_dir}")
+    job.world.barrier("finished")
+    return metrics
+
+
+def _make_folder(run_dir: Path, world: World) -> None:
+    try:
+        if world.rank == 0:
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{run_dir} cannot be made ({error.strerror}): choose another --run-dir") from error
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

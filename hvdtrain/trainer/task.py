@@ -1,0 +1,88 @@
+"""What is trained (`Task`), and one run of it with everything settled (`Job`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from hvdtrain.config import BatchPlan, Config, plan_batch
+from hvdtrain.data.dataset import Dataset
+from hvdtrain.data.order import SampleOrder
+from hvdtrain.dist import World
+from hvdtrain.errors import ConfigError
+from hvdtrain.metrics import MetricLog
+from hvdtrain.schedule import check_schedule
+
+Batch = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained: a model, its data and its loss."""
+
+    model: nn.Module
+    """On the CPU, built from the seed."""
+    train_data: Dataset
+    val_data: Dataset
+    loss: Callable[[nn.Module, Batch], dict[str, Tensor]]
+    """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
+    metrics: tuple[str, ...] = ("loss",)
+    """Names of the sums that `loss` returns; "loss" is the one that is minimised."""
+    unit: str = "samples"
+    """What a target is, in the plural: "samples" or "tokens"."""
+    summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
+    """Derives further figures from the evaluated means, such as bits per byte."""
+    epilogue: Callable[[nn.Module, dict[str, float]], str] = lambda model, metrics: ""
+    """Called on rank 0 after the last evaluation: what a person should read at the end. No collectives."""
+    description: str = ""
+    """What a person should read at the start about model and data."""
+    fingerprint: str = ""
+    """Changes when the data does; a run goes on only with the data it began with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Config):
+    """Settings that know how to build their task. Derive from it, frozen and keyword-only, and add sections."""
+
+    def build(self, say: Callable[[str], None]) -> Task:
+        """Return the task, alike on every rank and without collectives; `say` tells a person what takes long.
+
+        Raises:
+            UsageError: data is missing, or settings do not fit it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method build(say) that returns a Task")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task with its settings, its ranks and its run directory; everything that does not change while training."""
+
+    task: Task
+    config: Config
+    world: World
+    run_dir: Path
+    log: MetricLog
+    plan: BatchPlan
+    order: SampleOrder
+    num_steps: int
+    """Optimizer steps of the whole run."""
+
+
+def settle(task: Task, config: Config, world: World, run_dir: Path, log: MetricLog) -> Job:
+    """Return the job, its batch arithmetic and number of steps settled.
+
+    Raises:
+        ConfigError: the settings do not fit together, the number of ranks or the data.
+    """
+    plan = plan_batch(config.train, world.size)
+    order = SampleOrder(len(task.train_data), plan, config.train.seed)
+    num_steps = config.train.steps
+    if num_steps is None:
+        if config.train.epochs is None:
+            raise ConfigError("give --train.steps or --train.epochs")
+        num_steps = max(1, round(config.train.epochs * order.steps_per_epoch))
+    check_schedule(config.optim, num_steps)
+    return Job(task, config, world, run_dir, log, plan, order, num_steps)

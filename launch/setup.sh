@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Make this machine ready to train: an environment with torch, MPI, Horovod built from source, and hvdtrain itself.
+#
+#   launch/setup.sh          about 6 minutes the first time, seconds afterwards; needs no root
+#
+# Uses the active virtual environment, else .venv in the repository, and the MPI on PATH, else the wheel from PyPI.
+# HVDTRAIN_TORCH   what to install where there is no torch yet (default: torch==2.13.0); one that is there is kept
+# HVDTRAIN_PYTHON  the Python for .venv (default: the first of python3, python3.13 ... python3.10 that is 3.10 to 3.13)
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+suitable() {
+  command -v "$1" > /dev/null &&
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null
+}
+
+for python in "${HVDTRAIN_PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+  if suitable "$python"; then
+    exec "$python" "$root/launch/install.py" "$root" "$environment"
+  fi
+done
+echo "No Python 3.10 to 3.13 is on PATH.
+To mend it: conda create -n hvdtrain python=3.12 && conda activate hvdtrain" >&2
+exit 2

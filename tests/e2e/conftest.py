@@ -1,0 +1,110 @@
+"""Start real commands as a user would, each with an outer time limit: a launcher may hang, a test may not."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+LAUNCHERS = {
+    "horovodrun-mpi": ["horovodrun", "-np", "{n}"],
+    "horovodrun-gloo": ["horovodrun", "--gloo", "-np", "{n}"],
+    "mpirun": ["mpirun", "--oversubscribe", "-np", "{n}"],
+}
+
+
+@dataclass
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self):
+        return self.out + self.err
+
+
+def environment(**more):
+    """Return this process's environment without what a launcher or an earlier test may have left in it."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMPI_COMM", "PMIX", "PMI_", "HOROVOD_")) and name != "OMP_NUM_THREADS"
+    }
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    return {**kept, "PATH": path, "PYTHONPATH": str(REPOSITORY), **root, **more}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a command in an empty directory, in a process group of its own that ends with it."""
+
+    def run(*command, timeout=120, cwd=tmp_path, **env):
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=cwd,
+            env=environment(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            out, err = process.communicate()
+            pytest.fail(f"no end after {timeout} s: {command}\n{out[-5000:]}\n{err[-5000:]}")
+        return Done(process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def hvdtrain(run):
+    """Run `python -m hvdtrain ...`, on `ranks` ranks by `launcher` or alone."""
+
+    def hvdtrain(*arguments, launcher=None, ranks=1, **more):
+        start = [word.format(n=ranks) for word in LAUNCHERS[launcher]] if launcher else []
+        return run(*start, sys.executable, "-m", "hvdtrain", *arguments, **more)
+
+    return hvdtrain
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory):
+    """Real text, a little of it: a few modules of the standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    for module in ("ast", "argparse", "shutil", "tarfile"):
+        source = Path(sys.modules["os"].__file__).with_name(f"{module}.py")
+        (folder / f"{module}.py").write_text(source.read_text()[:20_000])
+    return folder
+
+
+@pytest.fixture
+def tiny_lm(small_text, tmp_path):
+    """Arguments that make the default recipe a matter of seconds."""
+    return [
+        *(
+            "train",
+            "lm",
+            "--data.path",
+            small_text,
+            "--data.cache-dir",
+            tmp_path / "cache",
+            "--data.sequence-length",
+            "64",
+        ),
+        *("--model.num-layers", "1", "--model.hidden-size", "32", "--model.num-heads", "2"),
+        *("--train.global-batch-size", "8", "--optim.warmup-steps", "2", "--log.every", "5"),
+        *("--eval.every", "10", "--checkpoint.every", "10"),
+    ]

@@ -1,0 +1,165 @@
+"""Whole trainings: N ranks give what one process gives, on the real recipes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hvdtrain.data.text import TextConfig
+from test_optimizer import largest_difference
+from test_world import digest
+
+from hvdtrain.config import CheckpointConfig, EvalConfig, OptimConfig, TrainConfig
+from hvdtrain.data.vision import VisionConfig
+from hvdtrain.dist import SoloWorld
+from hvdtrain.launch import Launch
+from hvdtrain.metrics import MetricLog
+from hvdtrain.models.decoder import DecoderConfig
+from hvdtrain.recipes.lm import LanguageModel
+from hvdtrain.recipes.mnist import Digits
+from hvdtrain.trainer import fit, settle
+
+SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture
+def text(world, shared_dir):
+    """A few files of real text: source code of the standard library."""
+    if world.rank == 0:
+        for module in (dataclasses, np.lib.format, pytest):
+            name = module.__name__
+            (shared_dir / f"{name}.txt").write_text(open(module.__file__, encoding="utf-8").read()[:9000])  # noqa: PTH123, SIM115
+    world.barrier("text")
+    return shared_dir
+
+
+def language_model(text, *, tied=True, **train):
+    return LanguageModel(
+        train=TrainConfig(**{"steps": 20, "global_batch_size": 8, "precision": "fp64", **train}),
+        optim=OptimConfig(peak_lr=1e-2, warmup_steps=3),
+        model=DecoderConfig(num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, tie_embeddings=tied),
+        data=TextConfig(path=str(text / "*.txt"), sequence_length=200, cache_dir=str(text / "cache")),
+    )
+
+
+def write_digits(folder, *, num_train=150, num_test=37):
+    """Write scikit-learn's handwritten digits, enlarged to 28x28, in MNIST's files."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = torch.nn.functional.interpolate(images, size=28, mode="bilinear").clamp(0, 255).byte().squeeze(1)
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, rows in (("train", slice(0, num_train)), ("t10k", slice(num_train, num_train + num_test))):
+        pictures, labels = images[rows].numpy(), digits.target[rows].astype(np.uint8)
+        head = np.array([0x803, *pictures.shape], ">i4").tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + pictures.tobytes())
+        head = np.array([0x801, len(labels)], ">i4").tobytes()
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+
+
+@pytest.fixture
+def images(world, shared_dir):
+    if world.rank == 0:
+        write_digits(shared_dir)
+    world.barrier("images")
+    return shared_dir
+
+
+def digits(images, **train):
+    return Digits(
+        train=TrainConfig(**{"steps": 20, "global_batch_size": 16, "precision": "fp64", **train}),
+        optim=OptimConfig(name="sgd", peak_lr=0.1, momentum=0.9, weight_decay=0.0),
+        data=VisionConfig(root=str(images)),
+    )
+
+
+def trained(recipe, world, run_dir):
+    """Train a recipe in this process; returns the model and the last evaluation."""
+    job = settle(recipe.build(quiet), recipe, world, run_dir, MetricLog(None, []))
+    return job.task.model, fit(job)
+
+
+def both(recipe, world, shared_dir, tmp_path):
+    """Train on all ranks and on one; returns both models and evaluations."""
+    model, metrics = trained(recipe, world, shared_dir / "run")
+    alone = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, accum_steps=1))
+    reference, expected = trained(alone, SOLO, tmp_path / "alone")
+    assert len(set(world.all_gather_object(digest(model.state_dict().values()), "end"))) == 1
+    return model, metrics, reference, expected
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_lm_equals_one_process(world, text, tmp_path, tied, accum_steps, precision):
+    """Clipping bites (norm 0.5), and the epochs end in short batches with a short last window."""
+    recipe = language_model(text, tied=tied, accum_steps=accum_steps, precision=precision, max_grad_norm=0.5)
+    model, metrics, reference, expected = both(recipe, world, text, tmp_path)
+    assert largest_difference(model, reference) < TOLERANCE[precision]
+    assert metrics == pytest.approx(expected, abs=10 * TOLERANCE[precision])
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_mnist_equals_one_process(world, images, tmp_path, accum_steps, precision):
+    """150 images in batches of 16 end in a batch of 6: with 4 ranks and accumulation some have less than others."""
+    recipe = digits(images, accum_steps=accum_steps, precision=precision, max_grad_norm=1.0)
+    model, metrics, reference, expected = both(recipe, world, images, tmp_path)
+    assert largest_difference(model, reference) < TOLERANCE[precision]
+    assert metrics["val/accuracy"] * 37 == pytest.approx(round(expected["val/accuracy"] * 37))
+    assert metrics == pytest.approx(expected, abs=10 * TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_autocast_keeps_ranks_equal(world, text, precision):
+    model, metrics = trained(language_model(text, precision=precision, steps=5), world, text / "run")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert np.isfinite(metrics["val/loss"])
+    assert len(set(world.all_gather_object(digest(model.parameters()), "end"))) == 1
+
+
+def test_resuming_is_bitwise_the_same(world, text):
+    """Stop after 7 of 12 steps (in mid-epoch), go on in a new process state, and compare every bit."""
+    settings = {"steps": 12, "precision": "fp32", "accum_steps": 2}
+    whole, metrics = trained(language_model(text, **settings), world, text / "whole")
+    halfway = dataclasses.replace(language_model(text, **settings), checkpoint=CheckpointConfig(every=7))
+    job = settle(halfway.build(quiet), halfway, world, text / "halves", MetricLog(None, []))
+    with pytest.raises(Stopped):
+        fit(dataclasses.replace(job, log=StopAt(8)))
+    torch.manual_seed(world.rank)  # whatever the random state was, it must not matter
+    resumed, again = trained(halfway, world, text / "halves")
+    assert digest(resumed.state_dict().values()) == digest(whole.state_dict().values())
+    assert again == metrics
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(MetricLog):
+    """A log that ends the run at its first line after some step."""
+
+    def __init__(self, step):
+        super().__init__(None, [])
+        self.step = step
+
+    def write(self, step, metrics, event=None):
+        if step >= self.step:
+            raise Stopped
+
+
+def test_evaluation_with_fewer_samples_than_ranks(world, images, tmp_path):
+    if world.rank == 0:
+        write_digits(images / "tiny", num_test=1)
+    world.barrier("tiny")
+    recipe = dataclasses.replace(digits(images / "tiny", steps=1), eval=EvalConfig(batch_size=7))
+    _, metrics, _, expected = both(recipe, world, images, tmp_path)
+    assert metrics == pytest.approx(expected, abs=1e-12)

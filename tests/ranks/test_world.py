@@ -1,0 +1,123 @@
+"""What ranks do together, held against plain MPI or plain arithmetic."""
+
+import hashlib
+
+import pytest
+import torch
+
+from hvdtrain.dist import World
+from hvdtrain.errors import ConfigError, DataError
+
+DTYPES = [torch.float16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]
+
+
+def digest(tensors):
+    """Return a hash of the tensors' bits."""
+    total = hashlib.sha256()
+    for tensor in tensors:
+        total.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def test_each_rank_has_its_place(world):
+    assert isinstance(world, World)
+    assert world.all_gather_object(world.rank, "ranks") == list(range(world.size))
+    assert world.local_size == world.size  # one host
+    assert world.device.type == "cpu"
+    assert world.launch.size == world.size
+
+
+def test_all_reduce(world):
+    mine = torch.tensor([world.rank + 1.0, 10.0 * world.rank], dtype=torch.float64)
+    everyone = [torch.tensor([r + 1.0, 10.0 * r], dtype=torch.float64) for r in range(world.size)]
+    for op, expected in {
+        "sum": sum(everyone),
+        "mean": sum(everyone) / world.size,
+        "min": everyone[0],
+        "max": everyone[-1],
+    }.items():
+        assert torch.allclose(world.all_reduce(mine, op, f"test.{op}"), expected, rtol=0, atol=1e-12), op
+
+
+def test_all_reduce_of_a_transposed_tensor(world):
+    matrix = torch.arange(6.0).view(2, 3).t()
+    assert not matrix.is_contiguous()
+    assert torch.equal(world.all_reduce(matrix, "sum", "test.transposed"), matrix * world.size)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16, torch.bool], ids=str)
+def test_objects_with_tensors_arrive_bitwise(world, dtype):
+    torch.manual_seed(1)
+    sent = {
+        "a": (torch.randn(3, 5) * 100).to(dtype).t(),
+        "scalar": torch.tensor(1).to(dtype),
+        "empty": torch.zeros(0, 2, dtype=dtype),
+        "text": ["x", None, 3.5],
+    }
+    received = world.broadcast_object(sent if world.rank == 0 else None, f"test.object.{dtype}")
+    assert received["text"] == sent["text"]
+    for name in ("a", "scalar", "empty"):
+        assert received[name].dtype == dtype
+        assert received[name].shape == sent[name].shape
+        assert torch.equal(received[name], sent[name])
+
+
+def test_broadcast_state_makes_ranks_bitwise_equal(world):
+    torch.manual_seed(100 + world.rank)  # each rank begins elsewhere
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2).bfloat16())
+    mine = digest(model.state_dict().values())
+    assert len(set(world.all_gather_object(mine, "before"))) == world.size
+    world.broadcast_state(model)
+    after = world.all_gather_object(digest(model.state_dict().values()), "after")
+    assert len(set(after)) == 1
+    if world.rank == 0:
+        assert after[0] == mine
+
+
+def test_broadcast_state_takes_no_hidden_step(world):
+    """Horovod's own `broadcast_optimizer_state` steps a fresh optimizer: weight decay would move the weights."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 2)
+    before = digest(layer.state_dict().values())
+    optimizer = world.wrap(torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5), layer)
+    world.broadcast_state(layer, optimizer)
+    assert digest(layer.state_dict().values()) == before
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_broadcast_state_sends_learning_rate_and_moments(world):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 2)
+    own = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    if world.rank == 0:
+        layer(torch.ones(1, 4)).sum().backward()
+        own.step()
+        own.param_groups[0]["lr"] = 0.25
+    state = own.state_dict()
+    layer.zero_grad()
+    optimizer = world.wrap(torch.optim.AdamW(layer.parameters(), lr=0.1), layer)
+    if world.rank == 0:
+        optimizer.load_state_dict(state)
+    world.broadcast_state(layer, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    moments = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
+    assert len(moments) == 6
+    assert len(set(world.all_gather_object(digest(moments), "moments"))) == 1
+
+
+def test_together_raises_on_all_ranks(world):
+    def fail_on_last():
+        if world.rank == world.size - 1:
+            raise DataError("no such file")
+        return "fine"
+
+    where = "" if world.size == 1 else f"on rank {world.size - 1}: "
+    with pytest.raises(DataError, match=f"^{where}no such file$"):
+        world.together(fail_on_last, "test.fail")
+
+    def fail_everywhere():
+        raise ConfigError("wrong")
+
+    with pytest.raises(ConfigError, match=r"^wrong$"):
+        world.together(fail_everywhere, "test.fail_everywhere")
+    assert world.together(lambda: world.rank, "test.fine") == world.rank

@@ -1,0 +1,140 @@
+"""Checkpoints: what is written is read back, what is damaged is refused, what was there stays."""
+
+import json
+
+import pytest
+import torch
+
+from hvdtrain.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_model_weights,
+    model_weights,
+    save_checkpoint,
+)
+from hvdtrain.errors import CheckpointError, ResumeError
+
+
+def save(run_dir, step=1, weights=None, **more):
+    return save_checkpoint(
+        run_dir,
+        weights=weights or {"w": torch.arange(3.0)},
+        state={"step": step, "optimizer": {"state": {0: {"m": torch.ones(2)}}}},
+        step=step,
+        samples=10 * step,
+        world_size=2,
+        **more,
+    )
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    path = save(tmp_path, 200)
+    assert path == latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000200"
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "model.safetensors", "state.pt"]
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.weights["w"].tolist() == [0, 1, 2]
+    assert checkpoint.state["optimizer"]["state"][0]["m"].tolist() == [1, 1]
+    assert (checkpoint.manifest.step, checkpoint.manifest.samples, checkpoint.manifest.world_size) == (200, 2000, 2)
+
+
+def test_none_yet(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_only_the_newest_are_kept_and_rests_of_an_interrupted_save_go(tmp_path):
+    (tmp_path / "checkpoints" / ".writing-step-00000009").mkdir(parents=True)
+    for step in (5, 10, 15):
+        save(tmp_path, step, keep_last=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000010", "step-00000015"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 5)
+    path = save(tmp_path, 5, weights={"w": torch.zeros(1)})
+    assert load_checkpoint(path).weights["w"].tolist() == [0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+def test_a_flipped_bit_is_found(tmp_path, name):
+    path = save(tmp_path)
+    damaged = bytearray((path / name).read_bytes())
+    damaged[-1] ^= 1
+    (path / name).write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "manifest.json"])
+def test_a_missing_file_is_named(tmp_path, name):
+    path = save(tmp_path)
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load_checkpoint(path)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    path = save(tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    with pytest.raises(CheckpointError, match="newer hvdtrain"):
+        load_checkpoint(path)
+
+
+def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr("hvdtrain.checkpoint.torch.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(CheckpointError, match="disk full"):
+        save(tmp_path, 2)
+    assert load_checkpoint(latest_checkpoint(tmp_path)).manifest.step == 1
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    path = save(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("owned",))
+
+    torch.save({"x": Evil()}, path / "state.pt")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]["state.pt"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(4, 3)
+        self.head = torch.nn.Linear(3, 4, bias=False)
+        self.head.weight = self.embed.weight
+        self.norm = torch.nn.BatchNorm1d(3)
+
+
+def test_tied_weights_are_stored_once_and_buffers_too():
+    model = Tied()
+    weights = model_weights(model)
+    assert sorted(weights) == [
+        "embed.weight",
+        "norm.bias",
+        "norm.num_batches_tracked",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.weight",
+    ]
+    other = Tied()
+    load_model_weights(other, weights)
+    assert torch.equal(other.head.weight, model.embed.weight)
+
+
+def test_weights_of_another_model_are_named():
+    weights = model_weights(Tied())
+    del weights["norm.bias"]
+    weights["embed.weight"] = torch.zeros(5, 3)
+    weights["extra"] = torch.zeros(1)
+    with pytest.raises(ResumeError) as caught:
+        load_model_weights(Tied(), weights)
+    for part in ("norm.bias is missing", "extra is not in this model", "(5, 3) in the checkpoint and (4, 3)"):
+        assert part in str(caught.value)

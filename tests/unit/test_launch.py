@@ -1,0 +1,107 @@
+"""Who started this process, threads, and devices."""
+
+import os
+
+import pytest
+import torch
+
+from hvdtrain.dist import SoloWorld, pick_device
+from hvdtrain.errors import DataError, LaunchError
+from hvdtrain.launch import Launch, detect_launch, prepare_process, threads_per_rank
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Launch("none")),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, Launch("none")),  # in a batch script, not in a step
+        (
+            {"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"},
+            Launch("horovodrun --gloo", 3, 4, 1, 2),
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "5",
+                "OMPI_COMM_WORLD_SIZE": "8",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+            },
+            Launch("mpirun", 5, 8, 1, 4),
+        ),
+        (
+            {
+                "SLURM_STEP_ID": "0",
+                "SLURM_PROCID": "6",
+                "SLURM_STEP_NUM_TASKS": "7",
+                "SLURM_LOCALID": "0",
+                "SLURM_NODEID": "3",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+            },
+            Launch("srun", 6, 7, 0, 1),
+        ),
+        (
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            Launch("mpiexec", 1, 2, 1, 2),
+        ),
+    ],
+)
+def test_launchers_are_recognised(environ, expected):
+    assert detect_launch(environ) == expected
+
+
+def test_cores_are_shared_and_bound_ranks_keep_their_own(monkeypatch):
+    masks = {0: set(range(8)), os.getppid(): set(range(8))}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: masks[pid])
+    assert threads_per_rank(1) == 8
+    assert threads_per_rank(2) == 4
+    assert threads_per_rank(16) == 1
+    masks[0] = {4, 5}  # bound by the launcher, which itself is not
+    assert threads_per_rank(4) == 2
+    masks[os.getppid()] = {4, 5}  # the whole job has two cores
+    assert threads_per_rank(2) == 1
+
+
+def test_threads_and_yielding_are_set_unless_the_user_did(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    ranks = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    environ = dict(ranks)
+    prepare_process(environ)
+    assert environ["OMP_NUM_THREADS"] == environ["MKL_NUM_THREADS"] == "2"
+    assert environ["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    environ = {**ranks, "OMP_NUM_THREADS": "1"}
+    prepare_process(environ)
+    assert environ["OMP_NUM_THREADS"] == "1"
+    assert "MKL_NUM_THREADS" not in environ
+    assert "OMPI_MCA_mpi_yield_when_idle" not in environ  # two cores are free to spin on
+    environ = {**ranks, "OMPI_MCA_mpi_yield_when_idle": "0"}
+    prepare_process(environ)
+    assert environ["OMPI_MCA_mpi_yield_when_idle"] == "0"
+
+
+def test_one_gpu_a_rank():
+    both = ("uuid-a", "uuid-b")
+    assert pick_device([(), ()], 1) == torch.device("cpu")
+    assert pick_device([both, both], 1) == torch.device("cuda", 1)
+    assert pick_device([("uuid-a",), ("uuid-b",)], 1) == torch.device("cuda", 0)
+    with pytest.raises(LaunchError, match="3 ranks"):
+        pick_device([both] * 3, 2)
+    with pytest.raises(LaunchError, match="2 ranks"):
+        pick_device([("uuid-a",), ("uuid-a",)], 1)
+    with pytest.raises(LaunchError, match="sees 0 GPUs"):
+        pick_device([both, ()], 0)
+
+
+def test_solo_world_needs_no_horovod():
+    world = SoloWorld(torch.device("cpu"), Launch("none"))
+    layer = torch.nn.Linear(2, 1)
+    optimizer = world.wrap(torch.optim.SGD(layer.parameters(), lr=0.1), layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.synchronize()
+    with optimizer.skip_synchronize():
+        optimizer.step()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert world.all_reduce(torch.ones(2), "mean", "x").tolist() == [1.0, 1.0]
+    assert world.broadcast_object({"a": 1}, "o") == {"a": 1}
+    assert world.all_gather_object(5, "g") == [5]
+    with pytest.raises(DataError, match=r"^no such file$"):
+        world.together(lambda: (_ for _ in ()).throw(DataError("no such file")), "t")

@@ -1,0 +1,89 @@
+"""What a person and a program read."""
+
+import io
+import json
+
+import pytest
+
+from hvdtrain.metrics import Console, JsonLines, MetricLog, Stopwatch, describe, duration
+
+
+def test_json_lines(tmp_path):
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.begin(0, 20)
+    sink.write(10, {"train/loss": 2.5}, None)
+    sink.write(20, {"val/loss": 2.0}, "finished")
+    sink.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 10, "train/loss": 2.5}, {"step": 20, "val/loss": 2.0, "event": "finished"}]
+
+
+def test_resuming_drops_later_and_broken_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n{"step": 10, "event": "finished"}\n{"step": 15}\n{"step": 2')
+    sink = JsonLines(path)
+    sink.begin(10, 40)
+    sink.write(20, {}, None)
+    sink.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 5}, {"step": 10}, {"step": 20}]
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10, "event": "finished"}\n')
+    JsonLines(path).begin(10, 10)
+    assert json.loads(path.read_text())["event"] == "finished"
+
+
+def test_plain_lines_at_a_humane_pace():
+    stream = io.StringIO()
+    console = Console(is_terminal=False, stream=stream)
+    console.begin(0, 1000)
+    for step in range(10, 1001, 10):
+        console.write(step, {"train/loss": 1.0}, None)
+    console.write(500, {"val/loss": 1.5}, None)
+    lines = stream.getvalue().splitlines()
+    assert "\r" not in stream.getvalue()
+    assert [line.split()[1] for line in lines] == ["10/1000", "1000/1000", "500/1000"]
+    assert "held-out loss 1.5" in lines[-1]
+
+
+def test_a_terminal_gets_a_bar():
+    stream = io.StringIO()
+    console = Console(is_terminal=True, stream=stream)
+    console.begin(0, 100)
+    console.write(50, {"train/loss": 1.25, "throughput/tokens_per_s": 12345.6}, None)
+    console.write(100, {"val/loss": 1.5}, "finished")
+    text = stream.getvalue()
+    assert "50/100" in text
+    assert "loss 1.25  12,346 tokens/s" in text
+    assert text.endswith("step 100/100  held-out loss 1.5\n")
+
+
+def test_a_rank_without_sinks_is_silent(capsys):
+    log = MetricLog(None, [])
+    log.begin(0, 10)
+    log.say("hello")
+    log.write(1, {"train/loss": 1.0})
+    log.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_describe_and_duration():
+    text = describe({"train/loss": 2.10449, "train/lr": 0.001, "val/bits_per_byte": 1.5, "time/left_s": 200})
+    assert text == "loss 2.104  lr 1.00e-03  held-out bits per byte 1.5  3m20s left"
+    assert [duration(s) for s in (0.4, 59.6, 3599, 7500)] == ["0s", "1m00s", "59m59s", "2h05m"]
+
+
+def test_stopwatch_does_not_count_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hvdtrain.metrics.time.perf_counter", lambda: now[0])
+    watch = Stopwatch(step=10)
+    now[0] = 4.0
+    with watch.paused():
+        now[0] = 100.0
+    now[0] = 102.0
+    assert watch.seconds == pytest.approx(6.0)
+    assert watch.lap(13) == pytest.approx(2.0)
+    now[0] = 105.0
+    assert watch.lap(14) == pytest.approx(3.0)

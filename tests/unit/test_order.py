@@ -1,0 +1,83 @@
+"""The order of samples: exact, repeatable, the same at any number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+
+from hvdtrain.config import BatchPlan
+from hvdtrain.data.dataset import TensorSamples, contiguous_share, in_batches
+from hvdtrain.data.order import SampleOrder, permute
+from hvdtrain.errors import ConfigError
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_an_epoch_is_a_permutation(num_samples):
+    order = permute(np.arange(num_samples), num_samples, seed=1, epoch=0)
+    assert sorted(order) == list(range(num_samples))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    def order(seed, epoch):
+        return permute(np.arange(1000), 1000, seed, epoch).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) != order(1, 0)
+
+
+def test_any_part_can_be_computed_alone():
+    whole = permute(np.arange(1000), 1000, 3, 2)
+    assert (permute(np.arange(700, 710), 1000, 3, 2) == whole[700:710]).all()
+
+
+def test_the_permutation_looks_random():
+    """Neighbours are not neighbours any more, and each position is as likely as another (chi-squared, 99.9 %)."""
+    order = permute(np.arange(4096), 4096, 0, 0)
+    assert abs(np.corrcoef(np.arange(4096), order)[0, 1]) < 0.06
+    assert (np.abs(np.diff(order)) == 1).sum() < 12
+    firsts = [int(permute(np.array([0]), 16, seed, 0)[0]) for seed in range(1600)]
+    expected = 100
+    assert sum((firsts.count(i) - expected) ** 2 / expected for i in range(16)) < 37.7
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_ranks_share_each_global_batch_exactly(size, accum_steps):
+    micro = 16 // size // accum_steps
+    order = SampleOrder(100, BatchPlan(16, micro, accum_steps, size), seed=5)
+    alone = SampleOrder(100, BatchPlan(16, 16, 1, 1), seed=5)
+    assert order.steps_per_epoch == 7
+    seen = []
+    for step in range(7):
+        batches = [batch for rank in range(size) for batch in order.micro_batches(step, rank)]
+        assert torch.cat(batches).tolist() == alone.global_batch(step).tolist()
+        assert all(0 < len(batch) <= micro for batch in batches)
+        seen += torch.cat(batches).tolist()
+    assert sorted(seen) == list(range(100))
+
+
+def test_a_short_last_batch_may_leave_a_rank_without_samples():
+    order = SampleOrder(9, BatchPlan(8, 2, 1, 4), seed=0)
+    assert [len(order.micro_batches(1, rank)) for rank in range(4)] == [0, 0, 0, 1]
+    assert order.samples_before(2) == 9
+    assert order.samples_before(3) == 17
+
+
+def test_fewer_samples_than_a_batch_are_refused():
+    with pytest.raises(ConfigError, match="at least as many"):
+        SampleOrder(7, BatchPlan(8, 2, 1, 4), seed=0)
+
+
+def test_evaluation_shares_cover_everything_once():
+    shares = [contiguous_share(10, rank, 4).tolist() for rank in range(4)]
+    assert [i for share in shares for i in share] == list(range(10))
+    assert {len(share) for share in shares} == {2, 3}
+    assert [len(batch) for batch in in_batches(contiguous_share(10, 0, 1), 4)] == [4, 4, 2]
+    assert in_batches(contiguous_share(2, 0, 4), 4) == []
+
+
+def test_tensor_samples():
+    data = TensorSamples(torch.arange(4.0), torch.arange(4) * 10)
+    assert data.batch(torch.tensor([3, 1]))[1].tolist() == [30, 10]
+    assert data.num_targets(torch.tensor([3, 1])) == 2
+    with pytest.raises(ValueError, match="one length"):
+        TensorSamples(torch.zeros(3), torch.zeros(4))
