@@ -25,6 +25,7 @@ _OTHER_TMPDIR = "export TMPDIR=<a folder with space>"
 _NO_NETWORK = (
     r"NewConnectionError|Failed to establish a new connection|Temporary failure in name resolution"
     r"|Network is unreachable|ConnectTimeoutError|ReadTimeoutError|ProxyError|Connection refused|RemoteDisconnected"
+    r"|from versions: none"
 )
 
 # Package of each package manager; conda, which needs no root, is the way out where none of the others is found.

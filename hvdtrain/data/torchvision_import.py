@@ -20,8 +20,7 @@ from hvdtrain.errors import DataError
 
 _MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-_declared: dict[str, torch.library.Library] = {}
-"""By operator; a declaration is withdrawn when its library is collected."""
+_declared: set[str] = set()
 
 
 def import_torchvision(module: str = "torchvision") -> ModuleType:
@@ -37,8 +36,8 @@ def import_torchvision(module: str = "torchvision") -> ModuleType:
             if error.name not in ("torchvision", "PIL", "numpy"):
                 raise
             raise DataError(
-                f"{error.name} is not installed: run `pip install pillow numpy`, and `pip install --no-deps torchvision`"
-                f" in the version made for torch {torch.__version__} (0.28.0 for torch 2.13.0)."
+                f"{error.name} is not installed: run `pip install pillow numpy`, `pip install --no-deps torchvision`;"
+                f" take the torchvision made for torch {torch.__version__} (0.28.0 for torch 2.13.0)."
                 " Without --no-deps, pip may put another torch in place of yours."
             ) from error
         except RuntimeError as error:
@@ -46,15 +45,10 @@ def import_torchvision(module: str = "torchvision") -> ModuleType:
             if missing is None or missing[1] in _declared:
                 raise
             _forget_torchvision()  # what was imported before the failure would be kept half-initialised
-            _declare(missing[1])
+            torch.library.define(f"torchvision::{missing[1]}", _SCHEMA)
+            _declared.add(missing[1])
 
 
 def _forget_torchvision() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
-
-
-def _declare(operator: str) -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define(operator + _SCHEMA)
-    _declared[operator] = library

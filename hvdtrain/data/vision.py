@@ -73,8 +73,8 @@ class ImageTensors:
     def fingerprint(self) -> str:
         """Return a hash of all images and labels, by which a resumed run knows its data again."""
         digest = hashlib.blake2b(repr(tuple(self.images.shape)).encode(), digest_size=16)
-        digest.update(self.images.contiguous().numpy())
-        digest.update(self.labels.contiguous().numpy())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from hvdtrain.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
-from hvdtrain.data.text import PreparedText, TextConfig, TokenWindows, prepare_text
+from hvdtrain.data.text import PreparedText, TextConfig, prepare_text
+from hvdtrain.data.windows import TokenWindows
 from hvdtrain.models.decoder import Decoder, DecoderConfig, next_token_loss
 from hvdtrain.models.ngram import TrigramModel
 from hvdtrain.models.sampling import sample

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hvdtrain.data.text import TextConfig
 from test_optimizer import largest_difference
 from test_world import digest
 
 from hvdtrain.config import CheckpointConfig, EvalConfig, OptimConfig, TrainConfig
+from hvdtrain.data.text import TextConfig
 from hvdtrain.data.vision import VisionConfig
 from hvdtrain.dist import SoloWorld
 from hvdtrain.launch import Launch
@@ -132,7 +132,7 @@ def test_resuming_is_bitwise_the_same(world, text):
     whole, metrics = trained(language_model(text, **settings), world, text / "whole")
     halfway = dataclasses.replace(language_model(text, **settings), checkpoint=CheckpointConfig(every=7))
     job = settle(halfway.build(quiet), halfway, world, text / "halves", MetricLog(None, []))
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(dataclasses.replace(job, log=StopAt(8)))
     torch.manual_seed(world.rank)  # whatever the random state was, it must not matter
     resumed, again = trained(halfway, world, text / "halves")
@@ -140,7 +140,7 @@ def test_resuming_is_bitwise_the_same(world, text):
     assert again == metrics
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -153,7 +153,7 @@ class StopAt(MetricLog):
 
     def write(self, step, metrics, event=None):
         if step >= self.step:
-            raise Stopped
+            raise StoppedError
 
 
 def test_evaluation_with_fewer_samples_than_ranks(world, images, tmp_path):

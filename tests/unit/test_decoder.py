@@ -185,6 +185,7 @@ def test_fp64_is_exact_throughout() -> None:
 
 def _gradient(model: Decoder, tokens: Tensor) -> Tensor:
     loss_sum, _ = next_token_loss(model(tokens[:, :-1]), tokens[:, 1:])
+    assert loss_sum.dtype == torch.float64
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss_sum, list(model.parameters()))])
 
 

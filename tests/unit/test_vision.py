@@ -6,6 +6,7 @@ import gzip
 import multiprocessing
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,6 +133,8 @@ def serve_mnist(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     def fetch(url: str, download_root: str, filename: str, md5: None) -> None:
         with (folder / "requests").open("a") as log:
             log.write(f"{filename}\n")
+        print("50 %")  # as torchvision does
+        time.sleep(0.05)
         (Path(download_root) / filename[: -len(".gz")]).write_bytes(gzip.decompress((folder / filename).read_bytes()))
 
     monkeypatch.setattr(mnist.MNIST, "resources", resources)
@@ -163,24 +166,26 @@ def _load_all(root: str) -> None:
 
 
 @needs_torchvision
-def test_a_download_replaces_nothing_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_replaces_nothing_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     serve_mnist(monkeypatch, tmp_path)
     mine = np.full((20, 28, 28), 7, dtype=np.uint8)
     write_idx(tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", mine)
     data = load_images(VisionConfig(root=str(tmp_path), download=True), train=True)
     assert (data.images == 7).all()
+    assert capsys.readouterr().out == ""
 
 
 @needs_torchvision
 def test_a_failed_download_is_told_and_leaves_nothing_half_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mnist = import_torchvision("torchvision.datasets.mnist")
     monkeypatch.setattr(mnist.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # the discard port: nobody answers
     with pytest.raises(DataError, match=r"cannot download MNIST .*refused.*Without a network, put train-images"):
         load_images(VisionConfig(root=str(tmp_path), download=True), train=True)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / ".MNIST.lock"]
-    assert capsys.readouterr() == ("", "")
 
 
 @needs_torchvision
@@ -240,7 +245,7 @@ def test_an_operator_that_stays_missing_ends_the_import(no_torchvision: Path) ->
     (no_torchvision / "__init__.py").write_text(
         "raise RuntimeError('operator torchvision::gone_for_test does not exist')\n"
     )
-    with pytest.raises(RuntimeError, match="gone_for_test"):
+    with pytest.raises(RuntimeError, match="operator torchvision::gone_for_test does not exist"):
         import_torchvision()
 
 

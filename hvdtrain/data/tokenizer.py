@@ -1,0 +1,133 @@
+"""Tokenizers: bytes as they are, or a byte-level BPE of the `tokenizers` library. Lossless for any UTF-8 text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdtrain.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+# What other tokenizers call the token between documents.
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")
+BYTE_VOCAB_SIZE = 257
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back."""
+
+    vocab_size: int
+    eot: int
+    """The token before each document."""
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the tokens of a text, int64 `(n,)`, without `eot`."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens; bytes that are not UTF-8 become U+FFFD, and `eot` nothing."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer` needs."""
+        ...
+
+
+class ByteTokenizer:
+    """Tokens 0 to 255 are bytes, 256 is the end of text."""
+
+    vocab_size = BYTE_VOCAB_SIZE
+    eot = 256
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the UTF-8 bytes of a text, int64 `(n,)`."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of bytes."""
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Write nothing: bytes need no file."""
+
+
+class BpeTokenizer:
+    """Wraps a `tokenizer.json` of the `tokenizers` library."""
+
+    def __init__(self, inner: Any, source: str) -> None:
+        self._inner = inner
+        self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        found = [inner.token_to_id(name) for name in _END_OF_TEXT_NAMES if inner.token_to_id(name) is not None]
+        if not found:
+            raise DataError(f"{source} has no end-of-text token: one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
+        self.eot: int = found[0]
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the tokens of a text, int64 `(n,)`."""
+        return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        text: str = self._inner.decode([token for token in tokens if token != self.eot], skip_special_tokens=False)
+        return text
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`."""
+        self._inner.save(str(folder / "tokenizer.json"))
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> BpeTokenizer:
+    """Train a byte-level BPE (Sennrich et al., arXiv:1508.07909) of at most `vocab_size` tokens on `texts`."""
+    library = _tokenizers()
+    inner = library.Tokenizer(library.models.BPE())
+    inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return BpeTokenizer(inner, "the trained tokenizer")
+
+
+def load_bpe(path: Path) -> BpeTokenizer:
+    """Load a `tokenizer.json`.
+
+    Raises:
+        DataError: it cannot be read, or has no end-of-text token.
+    """
+    library = _tokenizers()
+    try:
+        inner = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # the library raises bare Exception for files it does not understand
+        raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+    return BpeTokenizer(inner, str(path))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer that was saved in `folder`: its `tokenizer.json`, or bytes where there is none."""
+    path = folder / "tokenizer.json"
+    return load_bpe(path) if path.exists() else ByteTokenizer()
+
+
+def _tokenizers() -> Any:
+    # Set before the library's thread pool exists: it warns at every fork otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise DataError("--data.tokenizer needs the tokenizers library: pip install tokenizers") from error
+    return tokenizers

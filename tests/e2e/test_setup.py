@@ -1,0 +1,162 @@
+"""The scripts in launch/, as a user runs them: what they say when something is missing, and what they leave behind."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# All that setup.sh may rely on, besides what a test takes away.
+TOOLS = ("bash", "dirname", "id", "make", "c++", "g++", "uname")
+PYTHON = str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A fresh copy of what a set-up reads, without an environment."""
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py", "hvdtrain/__init__.py", "hvdtrain/py.typed"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A folder of links to the few programs that a bare machine has, Python among them."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in TOOLS:
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    (folder / "python3").symlink_to(PYTHON)
+    return folder
+
+
+def set_up(checkout, tools, **variables):
+    keep = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG") if name in os.environ}
+    environment = {**keep, "PATH": str(tools), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    command = [str(tools / "bash"), str(checkout / "launch" / "setup.sh")]
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+
+
+def assert_told(done, what, mend):
+    assert done.returncode == 2, done
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 2, done.stderr
+    assert re.search(what, lines[0])
+    assert re.match(rf"To mend it: .*{mend}", lines[1])
+
+
+def test_without_a_compiler(checkout, tools):
+    for name in ("c++", "g++", "clang++"):
+        (tools / name).unlink(missing_ok=True)
+    assert_told(set_up(checkout, tools), r"No C\+\+ compiler is on PATH", "conda install -c conda-forge gxx")
+    assert not (checkout / ".venv").exists()
+
+
+def test_the_command_that_mends_is_that_of_this_machine(checkout, tools):
+    for name in ("c++", "g++"):
+        (tools / name).unlink(missing_ok=True)
+    (tools / "apt-get").symlink_to("/bin/sh")
+    assert_told(set_up(checkout, tools), r"No C\+\+ compiler", r"sudo apt-get install g\+\+")
+
+
+def test_without_make(checkout, tools):
+    (tools / "make").unlink()
+    assert_told(set_up(checkout, tools), "`make` is not on PATH", "conda install -c conda-forge make")
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize("version", ["none", "too old"])
+def test_without_a_python_that_fits(checkout, tools, version):
+    (tools / "python3").unlink()
+    if version == "too old":
+        (tools / "python3").write_text("#!/bin/sh\nexit 1\n")  # what setup.sh asks of it is whether its version fits
+        (tools / "python3").chmod(0o755)
+    assert_told(set_up(checkout, tools), r"No Python 3\.10 to 3\.13 is on PATH", "conda create")
+
+
+def test_without_network(checkout, tools):
+    for name in ("nvcc", "cmake"):
+        (tools / name).symlink_to("/bin/true")
+    nowhere = {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+        "PIP_RETRIES": "0",
+        "PIP_NO_CACHE_DIR": "1",
+    }
+    done = set_up(checkout, tools, **nowhere)
+    assert_told(done, "the package index cannot be reached", "check the network")
+    assert not (checkout / ".venv" / "hvdtrain-setup.json").exists()
+
+
+def environment_of_this_test():
+    return Path(os.environ.get("VIRTUAL_ENV") or ROOT / ".venv")
+
+
+finished = pytest.mark.skipif(
+    not (environment_of_this_test() / "hvdtrain-setup.json").exists(), reason="launch/setup.sh has not finished here"
+)
+
+
+@finished
+def test_a_second_run_takes_seconds_and_changes_nothing():
+    stamp = environment_of_this_test() / "hvdtrain-setup.json"
+    before = stamp.stat().st_mtime_ns
+    start = time.monotonic()
+    done = subprocess.run([ROOT / "launch" / "setup.sh"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert time.monotonic() - start < 30
+    assert stamp.stat().st_mtime_ns == before
+
+
+@finished
+def test_local_prints_the_plain_command_and_runs_it():
+    command = [ROOT / "launch" / "local.sh", "1", "--help"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[0] == "+ horovodrun -np 1 python -m hvdtrain --help"
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "works"),
+    [("horovodrun", 2, True), ("horovodrun --gloo", 2, True), ("mpirun", 2, True), ("mpirun", 1, False)],
+)
+def test_the_check_with_two_ranks(launcher, ranks, works):
+    pytest.importorskip("horovod.torch")
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.getuid() == 0 else {}
+    environment = {**os.environ, **root, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    command = [*launcher.split(), "-np", str(ranks), sys.executable, ROOT / "launch" / "selfcheck.py"]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode == 0) is works, done.stderr
+    assert ("rank 0 of 1 (2 were started)" in done.stdout + done.stderr) is not works
+
+
+def test_the_package_installs_without_the_scripts(checkout, tmp_path):
+    (checkout / "README.md").write_text("hvdtrain")
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(checkout)], check=True, timeout=120)
+    (file,) = tmp_path.glob("hvdtrain-*.whl")
+    with zipfile.ZipFile(file) as wheel:
+        names = wheel.namelist()
+        texts = {Path(name).name: wheel.read(name).decode() for name in names if ".dist-info/" in name}
+    assert {"hvdtrain/__init__.py", "hvdtrain/py.typed"} <= set(names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"hvdtrain"}
+    assert "hvdtrain = hvdtrain.cli:main" in texts["entry_points.txt"]
+    assert "Requires-Python: >=3.10" in texts["METADATA"]
+    extras = set(re.findall(r"^Provides-Extra: (\S+)", texts["METADATA"], re.MULTILINE))
+    assert extras == {"hf", "horovod", "tensorboard", "test", "vision"}

@@ -1,0 +1,268 @@
+"""Text: which files, how they are split, tokens on disk, windows."""
+
+import itertools
+import json
+import multiprocessing
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hvdtrain.data.corpus import Document, find_documents, split_documents, standard_library
+from hvdtrain.data.text import TextConfig, prepare_text
+from hvdtrain.data.tokenizer import ByteTokenizer
+from hvdtrain.data.windows import IGNORED, TokenWindows
+from hvdtrain.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six small files; `b.txt` is empty and `d.txt` is not UTF-8."""
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    for name, content in {
+        "a.txt": "alpha " * 20,
+        "b.txt": "",
+        "c.txt": "gämma 漢字 " * 20,
+        "e.txt": "epsilon\n" * 20,
+        "sub/f.txt": "zeta " * 20,
+    }.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    (folder / "d.txt").write_bytes(b"\xff\xfe\x00broken")
+    return folder
+
+
+def config(corpus, tmp_path, **more):
+    return TextConfig(**{"path": str(corpus), "cache_dir": str(tmp_path / "cache"), "sequence_length": 8, **more})
+
+
+def documents_in(path):
+    """Split a byte-token stream at its ends of text."""
+    tokens = np.fromfile(path, np.uint16)
+    assert tokens[0] == tokens[-1] == 256
+    cuts = np.flatnonzero(tokens == 256)
+    return [bytes(tokens[a + 1 : b].astype(np.uint8)) for a, b in itertools.pairwise(cuts)]
+
+
+def test_every_document_is_there_once_and_whole(corpus, tmp_path):
+    text = prepare_text(config(corpus, tmp_path))
+    found = documents_in(text.train_path) + documents_in(text.val_path)
+    expected = [(corpus / name).read_bytes() for name in ("a.txt", "c.txt", "e.txt", "sub/f.txt")]
+    assert sorted(found) == sorted(expected)
+    assert documents_in(text.val_path)
+    assert text.num_train_bytes + text.num_val_bytes == sum(map(len, expected))
+    assert text.num_train_tokens == text.num_train_bytes + len(documents_in(text.train_path)) + 1
+    assert text.vocab_size == 257
+    assert text.train_text_path == text.train_path
+
+
+def test_a_second_time_reads_the_cache(corpus, tmp_path):
+    first = prepare_text(config(corpus, tmp_path))
+    stamp = first.train_path.stat().st_mtime_ns
+    said = []
+    assert prepare_text(config(corpus, tmp_path), said.append).content_hash == first.content_hash
+    assert first.train_path.stat().st_mtime_ns == stamp
+    assert not [line for line in said if "prepared" in line]
+
+
+@pytest.mark.parametrize("change", ["content", "name", "tokenizer", "split"])
+def test_whatever_changes_the_tokens_changes_the_hash(corpus, tmp_path, change):
+    before = prepare_text(config(corpus, tmp_path)).content_hash
+    more = {}
+    if change == "content":
+        (corpus / "a.txt").write_text("beta " * 20)
+    elif change == "name":
+        (corpus / "a.txt").rename(corpus / "z.txt")
+    elif change == "tokenizer":
+        more = {"tokenizer": "bpe", "vocab_size": 300}
+    else:
+        more = {"val_fraction": 0.9}
+    assert prepare_text(config(corpus, tmp_path, **more)).content_hash != before
+
+
+def test_the_place_of_the_corpus_does_not_matter(corpus, tmp_path):
+    before = prepare_text(config(corpus, tmp_path))
+    moved = corpus.rename(tmp_path / "elsewhere")
+    assert prepare_text(config(moved, tmp_path)).content_hash == before.content_hash
+
+
+def test_processes_prepare_once(corpus, tmp_path):
+    """Four processes at the same time: one says that it worked, all find the same, nothing half is left."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(4) as pool:
+        results = pool.starmap(_prepare, [(str(corpus), str(tmp_path))] * 4)
+    assert len({result[0] for result in results}) == 1
+    assert sum("prepared" in " ".join(result[1]) for result in results) == 1
+    assert not list((tmp_path / "cache").glob("*writing*"))
+
+
+def _prepare(corpus, tmp_path):
+    said = []
+    text = prepare_text(config(Path(corpus), Path(tmp_path)), said.append)
+    return text.content_hash, said
+
+
+def test_a_failed_preparation_leaves_nothing(corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hvdtrain.data.text._write_split", full)
+    with pytest.raises(DataError, match="No space left"):
+        prepare_text(config(corpus, tmp_path))
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_bpe_round_trip(corpus, tmp_path):
+    text = prepare_text(config(corpus, tmp_path, tokenizer="bpe", vocab_size=300))
+    assert text.vocab_size <= 300
+    for path, bytes_path in ((text.train_path, text.train_text_path), (text.val_path, text.val_text_path)):
+        tokens = np.fromfile(path, np.uint16)
+        cuts = np.flatnonzero(tokens == text.tokenizer.eot)
+        decoded = [text.tokenizer.decode(tokens[a + 1 : b]).encode() for a, b in itertools.pairwise(cuts)]
+        assert decoded == documents_in(bytes_path)
+    saved = config(corpus, tmp_path, tokenizer=str(text.train_path.parent / "tokenizer.json"))
+    again = prepare_text(saved)
+    assert np.array_equal(np.fromfile(again.train_path, np.uint16), np.fromfile(text.train_path, np.uint16))
+
+
+@pytest.mark.parametrize("sample", ["", "a", "def f(x):\n\treturn  x", "naïve 漢字 🙂\u0000\r\n", " \u00a0 x"])
+def test_tokenizers_lose_nothing(corpus, tmp_path, sample):
+    bpe = prepare_text(config(corpus, tmp_path, tokenizer="bpe", vocab_size=300)).tokenizer
+    for tokenizer in (ByteTokenizer(), bpe):
+        assert tokenizer.decode(tokenizer.encode(sample)) == sample
+        assert tokenizer.eot not in tokenizer.encode(sample)
+
+
+def test_windows_predict_each_token_once(tmp_path):
+    tokens = np.arange(100, 130, dtype=np.uint16)
+    tokens.tofile(tmp_path / "t.bin")
+    windows = TokenWindows(tmp_path / "t.bin", "uint16", 8)
+    assert len(windows) == 4
+    x, y = windows.batch(torch.tensor([0, 3, 1, 2]))
+    assert x.shape == y.shape == (4, 8)
+    assert x.dtype == y.dtype == torch.int64
+    assert x[0].tolist() == list(range(100, 108))
+    assert y[0].tolist() == list(range(101, 109))
+    assert y[1].tolist() == [125, 126, 127, 128, 129, IGNORED, IGNORED, IGNORED]
+    assert sorted(y[y != IGNORED].tolist()) == list(range(101, 130))
+    assert windows.num_targets(torch.tensor([0, 1])) == 16
+    assert windows.num_targets(torch.tensor([3])) == 5
+    assert windows.num_targets(torch.arange(4)) == 29
+
+
+def test_the_split_is_by_file_and_stable():
+    documents = [Document(f"{i}.py", Path(f"{i}.py")) for i in range(400)]
+    train, held_out = split_documents(documents, 0.1)
+    assert 20 <= len(held_out) <= 60
+    assert not {d.name for d in train} & {d.name for d in held_out}
+    more = [*documents, *(Document(f"new{i}.py", Path("x")) for i in range(50))]
+    assert {d.name for d in held_out} <= {d.name for d in split_documents(more, 0.1)[1]}
+    for few in (documents[:2], documents[:3]):
+        assert all(split_documents(few, 0.001))
+        assert all(split_documents(few, 0.999))
+
+
+@pytest.mark.parametrize("content", ["line of text\n" * 100, "é" * 500])
+def test_a_single_file_is_cut_between_characters(tmp_path, content):
+    path = tmp_path / "one.txt"
+    path.write_text(content, encoding="utf-8")
+    (first,), (second,) = split_documents(find_documents(str(path)), 0.1)
+    assert first.read() + second.read() == content
+    assert 0.02 < len(second.read()) / len(content) < 0.15
+    if "\n" in content:
+        assert second.read().startswith("line")
+
+
+def test_globs_and_hidden_files(corpus):
+    (corpus / ".git").mkdir()
+    (corpus / ".git" / "config").write_text("hidden")
+    assert [d.name for d in find_documents(str(corpus))] == ["a.txt", "b.txt", "c.txt", "d.txt", "e.txt", "sub/f.txt"]
+    assert [d.name for d in find_documents(str(corpus / "**" / "[af].txt"))] == ["a.txt", "sub/f.txt"]
+
+
+def test_the_standard_library_is_a_corpus():
+    names = [document.name for document in standard_library()]
+    assert "threading.py" in names
+    assert "json/decoder.py" in names
+    assert (
+        Path(threading.__file__).read_text(encoding="utf-8") == standard_library()[names.index("threading.py")].read()
+    )
+    assert not [name for name in names if "site-packages" in name or name.startswith("test/")]
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("corpsu", "did you mean 'corpus'"),
+        ("corpus/*.md", "no file matches"),
+        ("corpus/d.txt", r"not UTF-8 text \(byte 0\)"),
+        ("corpus/b.txt", "holds no UTF-8 text"),
+        ("hollow", "holds no files"),
+        ("corpus/a.txt", "fewer than one sample"),
+    ],
+)
+def test_unusable_text_is_explained(corpus, tmp_path, path, says):
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(DataError, match=says):
+        prepare_text(config(tmp_path / path, tmp_path, sequence_length=64))
+
+
+def test_token_files_are_taken_as_they_are(tmp_path):
+    for name in ("train", "val"):
+        np.arange(50, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
+    settings = {"val_path": str(tmp_path / "val.bin"), "vocab_size": 257}
+    text = prepare_text(config(tmp_path / "train.bin", tmp_path, **settings))
+    assert (text.num_train_tokens, text.vocab_size, text.tokenizer, text.num_val_bytes) == (50, 257, None, None)
+    assert text.train_path == tmp_path / "train.bin"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "val", "says"),
+    [
+        (b"\1\0\2", "val.bin", "odd number of bytes"),
+        (b"\xff\xff" * 50, "val.bin", "--data.vocab-size 65536"),
+        (b"\1\0" * 50, None, "--data.val-path"),
+        (b"\1\0" * 50, "gone.bin", "gone.bin does not exist"),
+        (b"", "val.bin", "fewer than one sample"),
+    ],
+)
+def test_wrong_token_files_are_explained(tmp_path, content, val, says):
+    (tmp_path / "train.bin").write_bytes(content)
+    (tmp_path / "val.bin").write_bytes(b"\1\0" * 50)
+    with pytest.raises(DataError, match=says):
+        prepare_text(config(tmp_path / "train.bin", tmp_path, val_path=val and str(tmp_path / val), vocab_size=300))
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "neither byte, bpe"), ("{}", "is not a tokenizer.json")])
+def test_wrong_tokenizers_are_explained(corpus, tmp_path, content, says):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=says):
+        prepare_text(config(corpus, tmp_path, tokenizer=str(path)))
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(corpus, tmp_path):
+    text = prepare_text(config(corpus, tmp_path, tokenizer="bpe", vocab_size=300))
+    path = tmp_path / "tokenizer.json"
+    path.write_text((text.train_path.parent / "tokenizer.json").read_text().replace("<|endoftext|>", "<|other|>"))
+    assert json.loads(path.read_text())
+    with pytest.raises(DataError, match="no end-of-text token"):
+        prepare_text(config(corpus, tmp_path, tokenizer=str(path)))
+
+
+def test_missing_tokenizers_library(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match="pip install tokenizers"):
+        prepare_text(config(corpus, tmp_path, tokenizer="bpe"))
+
+
+@pytest.mark.parametrize("wrong", [{"sequence_length": 0}, {"val_fraction": 1.0}, {"vocab_size": 100}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        TextConfig(**wrong)
