@@ -158,7 +158,8 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.micro_batch_size} samples x {self.accum_steps} accumulation x {self.world_size} ranks"
+            f"{self.micro_batch_size} samples x {self.accum_steps} accumulation x {self.world_size}"
+            f" rank{'' if self.world_size == 1 else 's'}"
             f" = global batch {self.global_batch_size}"
         )
 

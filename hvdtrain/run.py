@@ -60,10 +60,11 @@ def run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool = False) 
         sinks += [TensorBoard(run_dir / "tensorboard")] if recipe.log.tensorboard else []
     log = MetricLog(console, sinks)
     job = world.together(lambda: settle(task, recipe, world, run_dir, log), "settle")
+    if not dry_run:
+        world.together(lambda: _make_folder(run_dir, world), "run_dir")
     log.say(greeting(name, job, ranks))
     if dry_run:
         return {}
-    world.together(lambda: _make_folder(run_dir, world), "run_dir")
     handler = open_rank_log(run_dir / "logs" / f"rank-{world.rank:03d}.log")
     try:
         return _train(job)

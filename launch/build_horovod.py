@@ -271,3 +271,5 @@ if __name__ == "__main__":
     except SetupError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -138,6 +138,20 @@ class Recipe:
                 "Open MPI 5 takes long options with two dashes only",
             ),
             Edit(
+                "horovod/runner/launch.py",
+                "        logging.basicConfig(level=logging.getLevelName(args.log_level))\n\n    _run(args)\n",
+                "        logging.basicConfig(level=logging.getLevelName(args.log_level))\n\n"
+                "    try:\n"
+                "        _run(args)\n"
+                "    except RuntimeError as error:\n"
+                "        _, found, code = str(error).rpartition('Exit code: ')\n"
+                "        if not found or not code.strip().isdigit():\n"
+                "            raise\n"
+                "        sys.exit(int(code))\n",
+                "horovodrun --gloo answers a rank that ends on purpose (exit code 2 or 75) with a traceback and 1:"
+                " its own exit code must be the first failing rank's",
+            ),
+            Edit(
                 "horovod/common/gloo/gloo_controller.cc",
                 "global_ranks_.reserve(size_);",
                 "global_ranks_.resize(size_);",

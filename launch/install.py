@@ -260,3 +260,5 @@ if __name__ == "__main__":
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 
 import torch
@@ -26,6 +27,7 @@ def init() -> World:
     if not launch.is_parallel:
         return SoloWorld(_solo_device(), launch)
     _check_host_name()
+    _check_controller(launch)
     world = _start_horovod(launch)
     host = socket.gethostname()
     gpus = [gpus for name, gpus in world.all_gather_object((host, _visible_gpus()), "gpus") if name == host]
@@ -54,6 +56,16 @@ def _check_host_name() -> None:
         socket.getaddrinfo(name, None)
     except OSError as error:
         raise LaunchError(f"this host's own name '{name}' has no address: add '127.0.1.1 {name}' to /etc/hosts") from error
+
+
+def _check_controller(launch: Launch) -> None:
+    """Raise LaunchError where Horovod is told to use Gloo, but the launcher is MPI's: each rank would be alone."""
+    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+        if launch.launcher == "mpirun" and os.environ.get(name, "").lower() == "gloo":
+            raise LaunchError(
+                f"{name}=gloo under {launch.launcher}: Horovod would see one rank instead of {launch.size}. Unset {name},"
+                " or start with horovodrun --gloo"
+            )
 
 
 def _solo_device() -> torch.device:

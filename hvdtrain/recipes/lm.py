@@ -54,13 +54,13 @@ class LanguageModel(Recipe):
 def lm() -> LanguageModel:
     """Return the default: a small byte-level model for two CPU cores."""
     return LanguageModel(
-        train=TrainConfig(steps=600, global_batch_size=16),
-        optim=OptimConfig(peak_lr=3e-3, warmup_steps=50),
+        train=TrainConfig(steps=1000, global_batch_size=16),
+        optim=OptimConfig(peak_lr=5e-3, warmup_steps=50),
         log=LogConfig(every=20),
-        eval=EvalConfig(every=200),
-        checkpoint=CheckpointConfig(every=200),
-        model=DecoderConfig(num_layers=4, hidden_size=192, num_heads=3),
-        data=TextConfig(sequence_length=256),
+        eval=EvalConfig(every=250),
+        checkpoint=CheckpointConfig(every=250),
+        model=DecoderConfig(num_layers=3, hidden_size=128, num_heads=4),
+        data=TextConfig(sequence_length=128, val_fraction=0.01),
     )
 
 

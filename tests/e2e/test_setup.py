@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -128,6 +129,50 @@ def test_local_prints_the_plain_command_and_runs_it():
     assert done.stdout.splitlines()[0] == "+ horovodrun -np 1 python -m hvdtrain --help"
     assert done.returncode == 0, done.stderr
     assert "usage: " in done.stdout
+
+
+# Stands in for `python -m hvdtrain` where local.sh is started: a rank that saves when it is asked to stop.
+STOPPABLE = """
+import os, pathlib, signal, sys, time
+rank = os.environ["OMPI_COMM_WORLD_RANK"]
+def stop(number, frame):
+    time.sleep(0.5)
+    pathlib.Path(f"saved-{rank}").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(f"started-{rank}").write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def is_running(process_id):
+    """Zombies do not count: in a container there may be no one who reaps them."""
+    try:
+        return b"hvdtrain" in Path("/proc", process_id, "cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+@finished
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_local_lets_every_rank_save_when_it_is_asked_to_stop(tmp_path, number):
+    (tmp_path / "hvdtrain").mkdir()
+    (tmp_path / "hvdtrain" / "__init__.py").touch()
+    (tmp_path / "hvdtrain" / "__main__.py").write_text(STOPPABLE)
+    job = subprocess.Popen([ROOT / "launch" / "local.sh", "2"], cwd=tmp_path, stdin=subprocess.DEVNULL)
+    try:
+        started = [tmp_path / "started-0", tmp_path / "started-1"]
+        deadline = time.monotonic() + 90
+        while not all(file.exists() and file.read_text() for file in started):
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        job.send_signal(number)
+        assert job.wait(30) == 75
+    finally:
+        job.kill()
+    assert sorted(file.name for file in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+    assert not any(is_running(file.read_text()) for file in started)
 
 
 @pytest.mark.parametrize(
