@@ -104,6 +104,8 @@ def prepare_process(environ: MutableMapping[str, str] = os.environ) -> Launch:
     cores = len(_affinity(0) | (_affinity(os.getppid())))
     if launch.local_size * int_or(environ.get(THREAD_VARIABLES[0]), threads) >= cores:
         environ.setdefault(_YIELD, "1")
+    # Gradients travel in buckets of a fixed layout; fusing them further would depend on timing (dist/optimizer.py).
+    environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     return launch
 
 

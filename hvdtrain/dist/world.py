@@ -55,7 +55,7 @@ class World(ABC):
         accum_steps: int = 1,
         compression: Compression = "none",
     ) -> WrappedOptimizer:
-        """Wrap an optimizer so that its gradients are averaged over the ranks while backward still runs.
+        """Wrap an optimizer so that its gradients are averaged over the ranks while backward still runs. Collective.
 
         Wrap first, then load its state: wrapping starts with an empty one. With `accum_steps` > 1, that many backward
         passes are *summed* before the average is taken: divide the loss by their number.
