@@ -7,12 +7,17 @@ import os
 import platform
 import socket
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
 
 _PACKAGES = ("hvdtrain", "horovod", "torch", "torchvision", "numpy", "mpi4py", "tokenizers", "transformers")
-_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID")
+# Of the environment only what explains a run: the rest may hold secrets (Horovod has a key of its own there, too).
+_VARIABLES = (
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "OMPI_MCA_mpi_yield_when_idle"),
+    *("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_FUSION_THRESHOLD", "HOROVOD_CYCLE_TIME"),
+)
 
 
 def describe_rank(device: torch.device) -> dict[str, Any]:
@@ -21,7 +26,7 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "device": torch.cuda.get_device_name(device) if is_gpu else (platform.processor() or platform.machine()),
+        "device": torch.cuda.get_device_name(device) if is_gpu else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
@@ -29,7 +34,7 @@ def describe_rank(device: torch.device) -> dict[str, Any]:
 
 def describe_environment(launcher: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what `environment.json` holds."""
-    settings = {name: value for name, value in os.environ.items() if name in _VARIABLES or name.startswith("HOROVOD_")}
+    settings = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     return {
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "python": platform.python_version(),
@@ -39,6 +44,16 @@ def describe_environment(launcher: str, ranks: list[dict[str, Any]]) -> dict[str
         "ranks": ranks,
         "git": _git_state(),
     }
+
+
+def _cpu_name() -> str:
+    """Return what the processor calls itself, or its architecture where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _version(package: str) -> str | None:

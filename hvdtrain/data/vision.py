@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hvdtrain.data.lock import locked
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import DataError
 
@@ -127,7 +127,7 @@ def _read(dataset_class: Any, root: Path, raw: Path, train: bool) -> ImageTensor
 def _download(dataset_class: Any, root: Path, raw: Path) -> None:
     """Fetch the files beside their place and move them there, so that no process ever sees half a file."""
     try:
-        with _locked(root / f".{raw.parent.name}.lock"):
+        with locked(root / f".{raw.parent.name}.lock"):
             if not _missing(raw):
                 return  # another process was faster
             raw.mkdir(parents=True, exist_ok=True)
@@ -141,15 +141,6 @@ def _download(dataset_class: Any, root: Path, raw: Path) -> None:
             f"cannot download {raw.parent.name} to {root.absolute()}: {reason}. Without a network, put"
             f" {', '.join(_FILES)} into {raw.absolute()} yourself"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; it is released when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import socket
 
 import torch
 
-from hvdtrain.launch import Launch, prepare_process
+from hvdtrain.launch import THREAD_VARIABLES, Launch, prepare_process
 from hvdtrain.dist.world import SoloWorld, World, WrappedOptimizer
 from hvdtrain.errors import LaunchError
 
@@ -23,7 +23,10 @@ def init() -> World:
     Raises:
         LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or there are more ranks than GPUs.
     """
+    is_new = not any(name in os.environ for name in THREAD_VARIABLES)
     launch = prepare_process()
+    if is_new:  # torch was imported before the variables were set: a program of the user's own
+        torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
     if not launch.is_parallel:
         return SoloWorld(_solo_device(), launch)
     _check_host_name()

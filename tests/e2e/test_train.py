@@ -10,6 +10,7 @@ import textwrap
 import pytest
 import torch
 from conftest import LAUNCHERS, REPOSITORY
+from digits import write_digits
 from safetensors.torch import load_file
 
 
@@ -47,6 +48,17 @@ def test_a_run_from_start_to_end(hvdtrain, tiny_lm, tmp_path, launcher):
     manifest = json.loads((run_dir / "checkpoints" / "step-00000020" / "manifest.json").read_text())
     assert manifest["world_size"] == ranks
     assert manifest["samples"] == 160
+
+
+def test_mnist_learns_handwritten_digits(hvdtrain, tmp_path):
+    """scikit-learn's digits in MNIST's files; accuracy counts every one of the 297 held-out images once."""
+    write_digits(tmp_path / "data", num_train=1500, num_test=297)
+    arguments = ["--data.root", tmp_path / "data", "--train.epochs", 10, "--optim.peak-lr", 0.1, "--run-dir", "run"]
+    done = hvdtrain("train", "mnist", *arguments, launcher="horovodrun-mpi", ranks=2)
+    assert done.code == 0, done.text
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["val/accuracy"] > 0.85
+    assert last["val/accuracy"] * 297 == pytest.approx(round(last["val/accuracy"] * 297))
 
 
 def test_ranks_and_launchers_learn_the_same(hvdtrain, tiny_lm, tmp_path):

@@ -2,10 +2,12 @@
 
 import io
 import json
+import sys
 
 import pytest
 
-from hvdtrain.metrics import Console, JsonLines, MetricLog, Stopwatch, describe, duration
+from hvdtrain.errors import ConfigError
+from hvdtrain.metrics import Console, JsonLines, MetricLog, Stopwatch, TensorBoard, describe, duration
 
 
 def test_json_lines(tmp_path):
@@ -31,7 +33,9 @@ def test_resuming_drops_later_and_broken_lines(tmp_path):
 def test_a_finished_run_stays_finished(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "event": "finished"}\n')
-    JsonLines(path).begin(10, 10)
+    sink = JsonLines(path)
+    sink.begin(10, 10)
+    sink.close()
     assert json.loads(path.read_text())["event"] == "finished"
 
 
@@ -87,3 +91,23 @@ def test_stopwatch_does_not_count_pauses(monkeypatch):
     assert watch.lap(13) == pytest.approx(2.0)
     now[0] = 105.0
     assert watch.lap(14) == pytest.approx(3.0)
+
+
+def test_tensorboard_writes_each_metric(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoard(tmp_path)
+    sink.begin(0, 20)
+    sink.write(10, {"train/loss": 2.5}, None)
+    sink.write(20, {"train/loss": 2.0, "val/loss": 2.25}, "finished")
+    sink.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.5), (20, 2.0)]
+    assert [event.value for event in events.Scalars("val/loss")] == [2.25]
+
+
+def test_tensorboard_missing_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        TensorBoard(tmp_path)

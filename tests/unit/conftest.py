@@ -1,0 +1,9 @@
+"""Unit tests: one process, no Horovod, and a warning is a failure."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "unit" in item.path.parts:
+            item.add_marker(pytest.mark.filterwarnings("error"))
