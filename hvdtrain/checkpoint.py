@@ -3,7 +3,7 @@
     RUN_DIR/checkpoints/step-00000200/model.safetensors   weights, by parameter name
                                      /state.pt            everything else; loads with `weights_only=True`
                                      /manifest.json       format version, step, samples, world size, file hashes
-    RUN_DIR/checkpoints/latest                            name of the newest complete one
+    RUN_DIR/checkpoints/latest, best                      names of the newest, and of the best by held-out loss
 
 A checkpoint is written under a temporary name, flushed to disk and renamed, and `latest` is replaced last: at any
 moment `latest` names a complete checkpoint.
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from hvdtrain.errors import CheckpointError, ResumeError
 
 FORMAT_VERSION = 1
 _LATEST = "latest"
+_BEST = "best"
 _TEMPORARY = ".writing-"
 
 
@@ -42,7 +44,17 @@ class Manifest:
     samples: int
     world_size: int
     sha256: dict[str, str]
+    val_loss: float | None = None
+    """Held-out loss of these weights, if they were evaluated when they were saved."""
     format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept besides the newest and the best: the last few, and every so many steps one."""
+
+    keep_last: int | None = None
+    keep_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,10 @@ def save_checkpoint(
     step: int,
     samples: int,
     world_size: int,
-    keep_last: int | None = None,
+    val_loss: float | None = None,
+    retention: Retention | None = None,
 ) -> Path:
-    """Write one checkpoint, then point `latest` to it, then delete all but the `keep_last` newest.
+    """Write one checkpoint, then point `latest` (and `best`) to it, then delete what `retention` does not keep.
 
     Raises:
         CheckpointError: the files could not be written; what was there before is still good.
@@ -107,26 +120,42 @@ def save_checkpoint(
         safetensors.torch.save_file({n: t.contiguous() for n, t in weights.items()}, temporary / "model.safetensors")
         torch.save(dict(state), temporary / "state.pt")
         hashes = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
-        manifest = Manifest(step=step, samples=samples, world_size=world_size, sha256=hashes)
+        manifest = Manifest(step=step, samples=samples, world_size=world_size, sha256=hashes, val_loss=val_loss)
         _write_text(temporary / "manifest.json", json.dumps(asdict(manifest), indent=2) + "\n")
         _flush_folder(temporary)
         _remove(final)
         temporary.rename(final)
-        _write_text(folder / f"{_TEMPORARY}{_LATEST}", final.name + "\n")
-        (folder / f"{_TEMPORARY}{_LATEST}").replace(folder / _LATEST)
+        _point(folder, _LATEST, final)
+        best = _best(folder)
+        if best is not None:
+            _point(folder, _BEST, best)
         _flush_folder(folder)
-        _prune(folder, keep_last)
-    except OSError as error:
+        _prune(folder, retention or Retention(), best)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
         raise CheckpointError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from error
     return final
 
 
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None where there is none yet."""
-    latest = run_dir / "checkpoints" / _LATEST
-    if not latest.exists():
-        return None
-    return latest.parent / latest.read_text().strip()
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first. One that was half written has no name yet."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def load_newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Read the newest checkpoint that is good, and warn of each damaged one that is passed over; None without any.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is good.
+    """
+    paths = list_checkpoints(run_dir)
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"warning: {error}; trying the one before it")
+    if paths:
+        raise CheckpointError(f"none of the {len(paths)} checkpoints in {run_dir} is good: choose another --run-dir")
+    return None
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -155,14 +184,37 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
-def _prune(folder: Path, keep_last: int | None) -> None:
-    """Delete the oldest complete checkpoints, and what an interrupted save left behind."""
-    complete = sorted(path for path in folder.glob("step-*") if path.is_dir())
-    if keep_last is not None:
-        for path in complete[:-keep_last]:
+def _best(folder: Path) -> Path | None:
+    """Return the checkpoint with the lowest held-out loss, of those that were evaluated when they were saved."""
+    losses = {}
+    for path in list_checkpoints(folder.parent):
+        try:
+            loss = json.loads((path / "manifest.json").read_text()).get("val_loss")
+        except (OSError, ValueError):  # damaged: loading will say so
+            continue
+        if loss is not None and math.isfinite(loss):
+            losses[path] = loss
+    return min(losses, key=lambda path: losses[path]) if losses else None
+
+
+def _prune(folder: Path, retention: Retention, best: Path | None) -> None:
+    """Delete what need not be kept, the oldest first, and what an interrupted save left behind."""
+    complete = list_checkpoints(folder.parent)
+    last = complete[-retention.keep_last :] if retention.keep_last else complete
+    for path in complete:
+        step = int(path.name.removeprefix("step-"))
+        is_kept = retention.keep_every is not None and step % retention.keep_every == 0
+        if path not in last and path != best and not is_kept:
             _remove(path)
     for path in folder.glob(f"{_TEMPORARY}*"):
         _remove(path)
+
+
+def _point(folder: Path, name: str, target: Path) -> None:
+    """Make the file `name` hold the name of a checkpoint, in one step."""
+    temporary = folder / f"{_TEMPORARY}{name}"
+    _write_text(temporary, target.name + "\n")
+    temporary.replace(folder / name)
 
 
 def _remove(path: Path) -> None:

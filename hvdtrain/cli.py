@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from hvdtrain.config import merge, nearest, to_dict
-from hvdtrain.errors import ConfigError, UsageError
+from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.launch import Launch, prepare_process
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Invocation:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 finished, 2 wrong usage, 1 anything else."""
+    """Run the command line and return its exit code: 0 finished, 2 wrong usage, 75 stopped on request."""
     launch = prepare_process()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(invocation.recipe_name, invocation.recipe, invocation.run_dir, invocation.dry_run)
         return 0
-    except UsageError as error:
+    except HvdtrainError as error:
         return _refuse(error, launch)
 
 
@@ -201,7 +201,7 @@ def _silent_unless(talks: bool) -> Iterator[None]:
         yield
 
 
-def _refuse(error: UsageError, launch: Launch) -> int:
+def _refuse(error: HvdtrainError, launch: Launch) -> int:
     if launch.rank == 0:
         sys.stderr.write(f"hvdtrain: {error}\n")
         sys.stderr.flush()

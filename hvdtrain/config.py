@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.stop import parse_duration
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 T = TypeVar("T")
@@ -35,6 +36,8 @@ class TrainConfig:
     """Samples that one rank puts through the model at a time."""
     accum_steps: int | None = None
     """Micro-batches that a rank accumulates before each optimizer step."""
+    max_time: str | None = None
+    """Wall-clock budget, such as 3h50m: then save and exit with code 75. Leave time for the save. None: no limit."""
     seed: int = 0
     """Seed of the initial weights, the order of the samples and every other random number."""
     precision: Precision = "fp32"
@@ -42,7 +45,14 @@ class TrainConfig:
     max_grad_norm: float | None = 1.0
     """Clip the global gradient's Euclidean norm to this. None: no clipping."""
 
+    @property
+    def max_time_s(self) -> float | None:
+        """Return the wall-clock budget in seconds."""
+        return None if self.max_time is None else parse_duration(self.max_time)
+
     def __post_init__(self) -> None:
+        if self.max_time is not None:
+            parse_duration(self.max_time)
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("give --train.steps or --train.epochs, not both")
         for name in ("steps", "epochs", "global_batch_size", "micro_batch_size", "accum_steps", "max_grad_norm"):
@@ -128,10 +138,12 @@ class CheckpointConfig:
     every: int | None = None
     """Steps between two checkpoints; there is always one at the end. None: only that one."""
     keep_last: int | None = 3
-    """Checkpoints to keep. None: all."""
+    """How many of the newest to keep. None: all. The best by held-out loss is always kept."""
+    keep_every: int | None = None
+    """Besides those, keep what was saved at multiples of this step. None: nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep_last"):
+        for name in ("every", "keep_last", "keep_every"):
             _check(self, name, lambda value: value > 0, "must be greater than 0")
 
 

@@ -6,10 +6,11 @@ HvdtrainError                 exit code 1, a run that failed
 │   ├── DataError             missing, empty or unreadable data
 │   ├── ResumeError           a run directory that does not fit this command
 │   └── LaunchError           ranks, devices or launcher that do not fit together
-└── CheckpointError           a checkpoint that cannot be written or read
+├── CheckpointError           a checkpoint that cannot be written or read
+└── StopRequested             exit code 75, stopped on request after saving: start the same command again
 
-The command line prints a `UsageError` as one message on rank 0 and ends every rank with `exit_code`; every other
-exception keeps its traceback.
+The command line prints these as one message on rank 0 and ends every rank with `exit_code`; every other exception
+keeps its traceback.
 """
 
 
@@ -43,3 +44,9 @@ class LaunchError(UsageError):
 
 class CheckpointError(HvdtrainError):
     """A checkpoint that cannot be written or read."""
+
+
+class StopRequested(HvdtrainError):  # noqa: N818 - what happened is no error
+    """The run was asked to stop and has saved; started again, it goes on. Raised on all ranks at the same step."""
+
+    exit_code = 75

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import tomli_w
 import torch
@@ -17,7 +20,7 @@ from hvdtrain import __version__
 from hvdtrain.config import to_dict
 from hvdtrain.dist import World, init
 from hvdtrain.environment import describe_environment, describe_rank
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, HvdtrainError, ResumeError
 from hvdtrain.metrics import (
     Console,
     JsonLines,
@@ -45,32 +48,48 @@ def run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool = False) 
         The last evaluation; nothing after a dry run.
 
     Raises:
-        UsageError: on all ranks alike.
+        LaunchError: there is no world: Horovod does not start, or sees other ranks than the launcher.
+        SystemExit: on all ranks alike, with the exit code of what rank 0 has told.
     """
     world = init()
+    try:
+        return _run(name, recipe, run_dir, dry_run, world)
+    except HvdtrainError as error:  # raised alike on all ranks, which leave together: rank 0 has spoken by then
+        if world.rank == 0:
+            sys.stderr.write(f"hvdtrain: {error}\n")
+            sys.stderr.flush()
+        world.barrier("farewell")
+        raise SystemExit(error.exit_code) from error
+
+
+def _run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool, world: World) -> dict[str, float]:
     console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
-    say = MetricLog(console, []).say
-    task = world.together(lambda: recipe.build(say), "build")
+    task = world.together(lambda: recipe.build(MetricLog(console, []).say), "build")
     run_dir = world.broadcast_object(run_dir or new_run_dir(name), "run_dir")
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
-    sinks: list[Sink] = []
-    if world.rank == 0 and not dry_run:
-        sinks = [RunFiles(run_dir, recipe, describe_environment(world.launch.launcher, ranks))]
-        sinks += [JsonLines(run_dir / "metrics.jsonl")]
-        sinks += [TensorBoard(run_dir / "tensorboard")] if recipe.log.tensorboard else []
+    is_writer = world.rank == 0 and not dry_run
+    sinks = world.together(lambda: _sinks(run_dir, recipe, world, ranks) if is_writer else [], "sinks")
     log = MetricLog(console, sinks)
     job = world.together(lambda: settle(task, recipe, world, run_dir, log), "settle")
-    if not dry_run:
-        world.together(lambda: _make_folder(run_dir, world), "run_dir")
-    log.say(greeting(name, job, ranks))
     if dry_run:
+        log.say(greeting(name, job, ranks))
         return {}
+    lock = world.together(lambda: _claim(run_dir) if world.rank == 0 else None, "claim")
     handler = open_rank_log(run_dir / "logs" / f"rank-{world.rank:03d}.log")
     try:
+        log.say(greeting(name, job, ranks))
         return _train(job)
     finally:
         log.close()
         close_rank_log(handler)
+        if lock:
+            lock.close()
+
+
+def _sinks(run_dir: Path, recipe: Recipe, world: World, ranks: list[dict[str, Any]]) -> list[Sink]:
+    environment = describe_environment(world.launch.launcher, ranks)
+    sinks: list[Sink] = [RunFiles(run_dir, recipe, environment), JsonLines(run_dir / "metrics.jsonl")]
+    return [*sinks, TensorBoard(run_dir / "tensorboard")] if recipe.log.tensorboard else sinks
 
 
 def new_run_dir(recipe: str) -> Path:
@@ -136,12 +155,35 @@ def _train(job: Job) -> dict[str, float]:
     return metrics
 
 
-def _make_folder(run_dir: Path, world: World) -> None:
+def _claim(run_dir: Path) -> TextIO:
+    """Make the run directory and lock it for as long as the returned file is open.
+
+    A POSIX lock: the system frees it when its holder dies, and network file systems carry it between hosts.
+
+    Raises:
+        ResumeError: another run holds it.
+        ConfigError: the directory cannot be made.
+    """
     try:
-        if world.rank == 0:
-            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / "lock").open("a+")
     except OSError as error:
         raise ConfigError(f"{run_dir} cannot be made ({error.strerror}): choose another --run-dir") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return file  # a file system without locks: nothing can be known
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ResumeError(
+            f"another run is training in {run_dir} ({holder}): wait for it to end, or choose another --run-dir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def _count(number: int, noun: str) -> str:

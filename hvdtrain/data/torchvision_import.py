@@ -44,7 +44,7 @@ def import_torchvision(module: str = "torchvision") -> ModuleType:
             missing = _MISSING_OPERATOR.search(str(error))
             if missing is None or missing[1] in _declared:
                 raise
-            _forget_torchvision()  # what was imported before the failure would be kept half-initialised
+            _forget_torchvision()  # modules kept from a failed import are no attributes of the next
             torch.library.define(f"torchvision::{missing[1]}", _SCHEMA)
             _declared.add(missing[1])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import horovod.torch as hvd
@@ -57,6 +58,11 @@ class HorovodWorld(World):
     def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
         """Reduce in the tensor's own type."""
         return cast(Tensor, hvd.allreduce(tensor.contiguous(), op=_OPS[op], name=name))
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
+        """Reduce in the background, in the tensor's own type."""
+        handle = hvd.allreduce_async(tensor.contiguous(), op=_OPS[op], name=name)
+        return lambda: cast(Tensor, hvd.synchronize(handle))
 
     def broadcast_object(self, value: T | None, name: str) -> T:
         """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.launch import Launch
-from hvdtrain.errors import UsageError
+from hvdtrain.errors import HvdtrainError
 
 T = TypeVar("T")
 ReduceOp = Literal["sum", "mean", "min", "max"]
@@ -79,6 +79,10 @@ class World(ABC):
         """Return the sum, mean, minimum or maximum of `tensor` over the ranks, same shape. Collective."""
 
     @abstractmethod
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
+        """Begin an `all_reduce` and return the function that waits for its result. Collective."""
+
+    @abstractmethod
     def broadcast_object(self, value: T | None, name: str) -> T:
         """Return rank 0's `value` on every rank; it must pickle. Other ranks may pass None. Collective."""
 
@@ -91,14 +95,14 @@ class World(ABC):
         self.all_reduce(torch.zeros(1), "sum", f"barrier.{name}")
 
     def together(self, action: Callable[[], T], name: str) -> T:
-        """Run `action` on every rank; where it raises UsageError on any, raise that same error on all. Collective.
+        """Run `action` on every rank; where it raises HvdtrainError on any, raise the same on all. Collective.
 
         Any other exception is left to end its rank, and with it the job.
         """
         result, error = None, None
         try:
             result = action()
-        except UsageError as caught:
+        except HvdtrainError as caught:
             error = caught
         failed = [(rank, item) for rank, item in enumerate(self.all_gather_object(error, f"together.{name}")) if item]
         if failed:
@@ -137,6 +141,11 @@ class SoloWorld(World):
     def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
         """Return a copy."""
         return tensor.clone()
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
+        """Return a function that returns a copy."""
+        result = tensor.clone()
+        return lambda: result
 
     def broadcast_object(self, value: T | None, name: str) -> T:
         """Return `value`."""

@@ -14,9 +14,12 @@ from torch import nn
 
 from hvdtrain.config import Precision
 from hvdtrain.data.dataset import contiguous_share, in_batches
+from hvdtrain.errors import StopRequested
 from hvdtrain.metrics import Stopwatch
 from hvdtrain.schedule import learning_rate
-from hvdtrain.trainer.state import Training, save_training, start_training
+from hvdtrain.stop import StopRequest
+from hvdtrain.trainer.saver import Saver
+from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.trainer.task import Batch, Job
 
 
@@ -25,6 +28,8 @@ def fit(job: Job) -> dict[str, float]:
 
     Raises:
         UsageError: on all ranks alike, before the first step: settings, data and checkpoint do not fit together.
+        StopRequested: on all ranks alike, after saving: a signal reached any rank, or the time is used up.
+        CheckpointError: the last save failed.
     """
     config, log = job.config, job.log
     training = start_training(job)
@@ -33,21 +38,38 @@ def fit(job: Job) -> dict[str, float]:
     if training.step >= job.num_steps:
         log.say(f"this run has finished before, at step {training.step}")
         return evaluate(job, training.model)
-    while training.step < job.num_steps:
-        train_step(job, training)
-        step, is_last = training.step, training.step == job.num_steps
-        if is_last or is_due(step, config.log.every):
-            log.write(step, window_metrics(job, training, stopwatch))
-        if not is_last and is_due(step, config.eval.every):
+    saver = Saver(job)
+    with saver, StopRequest(config.train.max_time_s) as request:
+        while training.step < job.num_steps:
+            agree = job.world.start_all_reduce(torch.tensor(float(request.reason is not None)), "max", "stop")
+            train_step(job, training)
+            step, is_last, is_stop = training.step, training.step == job.num_steps, bool(agree())
+            if is_last or is_due(step, config.log.every):
+                log.write(step, {**window_metrics(job, training, stopwatch), **saver.metrics()})
+            evaluated: dict[str, float] = {}
             with stopwatch.paused():
-                log.write(step, evaluate(job, training.model))
-        if not is_last and is_due(step, config.checkpoint.every):
-            with stopwatch.paused():
-                save_training(job, training)
-    metrics = evaluate(job, training.model)
-    save_training(job, training)
-    log.write(training.step, {**metrics, "time/train_s": stopwatch.seconds}, "finished")
-    return metrics
+                if is_last or (is_due(step, config.eval.every) and not is_stop):
+                    evaluated = evaluate(job, training.model)
+                if not is_last and evaluated:
+                    log.write(step, evaluated)
+                if is_last or is_stop or is_due(step, config.checkpoint.every):
+                    saver.save(training, evaluated)
+            if is_stop and not is_last:
+                saver.finish()
+                raise stopped(job, training.step, request)
+        saver.finish()
+    log.write(training.step, {**evaluated, **saver.metrics(), "time/train_s": stopwatch.seconds}, "finished")
+    return evaluated
+
+
+def stopped(job: Job, step: int, request: StopRequest) -> StopRequested:
+    """Return the exception that ends all ranks alike; names the reason of the first rank that has one. Collective."""
+    reasons = job.world.all_gather_object(request.reason, "stop.reason")
+    rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
+    return StopRequested(
+        f"stopped at step {step} of {job.num_steps} on request ({reason}, rank {rank}) and saved in {job.run_dir}:"
+        " the same command with this --run-dir goes on"
+    )
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.checkpoint import latest_checkpoint, load_checkpoint, load_model_weights, model_weights, save_checkpoint
+from hvdtrain.checkpoint import load_model_weights, load_newest
 from hvdtrain.config import to_dict
 from hvdtrain.dist import WrappedOptimizer
 from hvdtrain.errors import ResumeError
@@ -18,7 +18,7 @@ from hvdtrain.trainer.task import Job
 # Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
 # step computes. The data is compared by its fingerprint instead, the batch by the settled global batch size.
 FREE_TO_CHANGE = (
-    *("log", "eval", "checkpoint", "data", "train.steps", "train.epochs"),
+    *("log", "eval", "checkpoint", "data", "train.steps", "train.epochs", "train.max_time"),
     *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
 )
 
@@ -70,38 +70,25 @@ def start_training(job: Job) -> Training:
     return training
 
 
-def save_training(job: Job, training: Training) -> None:
-    """Save a checkpoint on rank 0 while the others wait. Collective."""
-    window = job.world.all_reduce(training.window, "sum", "save.window").cpu()
-    if job.world.rank == 0:
-        state = {
-            "step": training.step,
-            "optimizer": training.optimizer.state_dict(),
-            "scaler": training.scaler.state_dict(),
-            "window": window,
-            "window_targets": training.window_targets,
-            "config": to_dict(job.config),
-            "global_batch_size": job.plan.global_batch_size,
-            "fingerprint": job.task.fingerprint,
-        }
-        save_checkpoint(
-            job.run_dir,
-            weights=model_weights(training.model),
-            state=state,
-            step=training.step,
-            samples=job.order.samples_before(training.step),
-            world_size=job.world.size,
-            keep_last=job.config.checkpoint.keep_last,
-        )
-    job.world.barrier("save")
+def training_state(job: Job, training: Training, window: Tensor) -> dict[str, Any]:
+    """Return all but the weights; `window` is the sum of the ranks' windows, float64 `(len(metrics),)`."""
+    return {
+        "step": training.step,
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "window": window,
+        "window_targets": training.window_targets,
+        "config": to_dict(job.config),
+        "global_batch_size": job.plan.global_batch_size,
+        "fingerprint": job.task.fingerprint,
+    }
 
 
 def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
     """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
-    path = latest_checkpoint(job.run_dir)
-    if path is None:
+    checkpoint = load_newest(job.run_dir, job.log.say)
+    if checkpoint is None:
         return None
-    checkpoint = load_checkpoint(path)
     _check_fits(job, checkpoint.state)
     load_model_weights(model, checkpoint.weights)
     return checkpoint.state

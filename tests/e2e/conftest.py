@@ -1,5 +1,6 @@
 """Start real commands as a user would, each with an outer time limit: a launcher may hang, a test may not."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -67,6 +68,32 @@ def run(tmp_path):
         return Done(process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a command in the background; whatever is left of its process group ends with the test."""
+    started = []
+
+    def start(*command, **env):
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=tmp_path,
+            env=environment(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.communicate(timeout=30)
 
 
 @pytest.fixture

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from hvdtrain.checkpoint import (
-    latest_checkpoint,
+    Retention,
+    list_checkpoints,
     load_checkpoint,
     load_model_weights,
+    load_newest,
     model_weights,
     save_checkpoint,
 )
@@ -29,7 +31,9 @@ def save(run_dir, step=1, weights=None, **more):
 
 def test_what_was_saved_is_loaded(tmp_path):
     path = save(tmp_path, 200)
-    assert path == latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000200"
+    assert path == tmp_path / "checkpoints" / "step-00000200"
+    assert list_checkpoints(tmp_path) == [path]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000200\n"
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "model.safetensors", "state.pt"]
     checkpoint = load_checkpoint(path)
     assert checkpoint.weights["w"].tolist() == [0, 1, 2]
@@ -38,15 +42,39 @@ def test_what_was_saved_is_loaded(tmp_path):
 
 
 def test_none_yet(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
+    assert load_newest(tmp_path, print) is None
 
 
 def test_only_the_newest_are_kept_and_rests_of_an_interrupted_save_go(tmp_path):
     (tmp_path / "checkpoints" / ".writing-step-00000009").mkdir(parents=True)
     for step in (5, 10, 15):
-        save(tmp_path, step, keep_last=2)
+        save(tmp_path, step, retention=Retention(keep_last=2))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["latest", "step-00000010", "step-00000015"]
+
+
+def test_the_best_and_every_so_many_stay(tmp_path):
+    for step, loss in ((5, 3.0), (10, 1.0), (15, None), (20, 2.0), (25, float("nan")), (30, 4.0)):
+        save(tmp_path, step, val_loss=loss, retention=Retention(keep_last=1, keep_every=20))
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [10, 20, 30]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step-00000010\n"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000030\n"
+
+
+def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    newest, middle = (tmp_path / "checkpoints" / f"step-0000000{step}" for step in (3, 2))
+    (newest / "state.pt").unlink()
+    (middle / "model.safetensors").write_bytes((middle / "model.safetensors").read_bytes()[:-5])
+    warnings = []
+    assert load_newest(tmp_path, warnings.append).manifest.step == 1
+    assert len(warnings) == 2
+    assert "state.pt" in warnings[0]
+    assert "model.safetensors is damaged" in warnings[1]
+    (tmp_path / "checkpoints" / "step-00000001" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
+        load_newest(tmp_path, warnings.append)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -86,7 +114,7 @@ def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
     monkeypatch.setattr("hvdtrain.checkpoint.torch.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(CheckpointError, match="disk full"):
         save(tmp_path, 2)
-    assert load_checkpoint(latest_checkpoint(tmp_path)).manifest.step == 1
+    assert load_newest(tmp_path, print).manifest.step == 1
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):

@@ -1,0 +1,68 @@
+"""Requests to stop: signals, and a budget of wall-clock time. Standard library only.
+
+Each rank notes its own requests here; the training loop makes all ranks agree on one step before any of them stops.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from hvdtrain.errors import ConfigError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of `3h50m`, `90s`, `1d` or a plain number of seconds.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    parts = re.findall(r"(\d+)([dhms])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ConfigError(f"'{text}' is no duration: write it as 3h50m, 90s or 1d12h")
+    return float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
+
+
+class StopRequest:
+    """Notes, while it is entered, the first request to stop. A second SIGINT is not noted: it interrupts at once.
+
+    Args:
+        max_time_s: request a stop after so many seconds; None: never.
+    """
+
+    def __init__(self, max_time_s: float | None) -> None:
+        self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        self._signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """Return why to stop, or None."""
+        if self._signal is not None:
+            return self._signal.name
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "--train.max-time is used up"
+        return None
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = self._signal or signal.Signals(number)

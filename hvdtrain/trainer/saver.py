@@ -1,0 +1,110 @@
+"""Saving without stopping the training for long: rank 0 copies the state to host memory, a thread writes it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from hvdtrain.checkpoint import Retention, model_weights, save_checkpoint
+from hvdtrain.errors import CheckpointError
+from hvdtrain.trainer.state import Training, training_state
+from hvdtrain.trainer.task import Job
+
+
+class Saver:
+    """Saves the checkpoints of one run, one at a time.
+
+    A save that fails (disk full, permission lost) does not end the run: it is told and counted, the checkpoint before
+    it stays good, and the next save tries again. Only the last one must succeed.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._thread: threading.Thread | None = None
+        self._error: str | None = None
+        self._num_failed = 0
+        self._stall_s = 0.0
+        self._has_saved = False
+
+    def save(self, training: Training, evaluated: Mapping[str, float]) -> None:
+        """Begin to save; waits for the save before. `evaluated` is what these weights reached, if known. Collective."""
+        started = time.perf_counter()
+        window = self._job.world.all_reduce(training.window, "sum", "save.window")
+        if self._job.world.rank == 0:
+            self._wait()
+            config = self._job.config.checkpoint
+            arguments = {
+                "weights": _to_host(model_weights(training.model)),
+                "state": _to_host(training_state(self._job, training, window)),
+                "step": training.step,
+                "samples": self._job.order.samples_before(training.step),
+                "world_size": self._job.world.size,
+                "val_loss": evaluated.get("val/loss"),
+                "retention": Retention(config.keep_last, config.keep_every),
+            }
+            self._thread = threading.Thread(target=self._write, args=(arguments,), name="hvdtrain-save")
+            self._thread.start()
+        self._stall_s += time.perf_counter() - started
+        self._has_saved = True
+
+    def metrics(self) -> dict[str, float]:
+        """Return how long saving has held up training, and how many saves failed, since the last call."""
+        metrics: dict[str, float] = {}
+        if self._has_saved:
+            metrics["time/checkpoint_stall_s"] = self._stall_s
+        if self._num_failed:
+            metrics["checkpoint/failed"] = self._num_failed
+        self._has_saved, self._num_failed, self._stall_s = False, 0, 0.0
+        return metrics
+
+    def finish(self) -> None:
+        """Wait for the last save. Collective.
+
+        Raises:
+            CheckpointError: it failed, on every rank.
+        """
+        started = time.perf_counter()
+        self._wait()
+        self._stall_s += time.perf_counter() - started
+        error = self._job.world.broadcast_object(self._error, "save.finish")
+        if error:
+            raise CheckpointError(error)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait for a save that is under way, so that the process never leaves one half done."""
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, arguments: dict[str, Any]) -> None:
+        self._error = None
+        try:
+            save_checkpoint(self._job.run_dir, **arguments)
+        except CheckpointError as error:
+            self._error = str(error)
+            self._num_failed += 1
+            self._job.log.say(f"WARNING: {error}; training goes on, the next save tries again")
+
+
+def _to_host(value: Any) -> Any:
+    """Return a copy of nested values whose tensors lie in host memory and change no more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_host(item) for item in value)
+    return value

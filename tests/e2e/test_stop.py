@@ -1,0 +1,96 @@
+"""A run that is asked to stop saves, exits with 75, and goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import LAUNCHERS
+from safetensors.torch import load_file
+
+CONSTANT = ["--optim.schedule", "constant"]  # the number of steps must not change the learning rate
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def lines_of(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def launch(start, tiny_lm, run_dir, launcher, *more):
+    begin = [word.format(n=2) for word in LAUNCHERS[launcher]] if launcher else []
+    command = [*begin, sys.executable, "-m", "hvdtrain", *tiny_lm, *CONSTANT, "--run-dir", run_dir, *more]
+    return start(*command)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "target", "number"),
+    [
+        (None, "launcher", signal.SIGTERM),
+        (None, "launcher", signal.SIGINT),
+        ("mpirun", "launcher", signal.SIGUSR1),
+        ("mpirun", 1, signal.SIGTERM),
+        ("horovodrun-mpi", 0, signal.SIGUSR1),
+        ("horovodrun-gloo", 1, signal.SIGUSR1),
+    ],
+)
+def test_a_signal_stops_all_ranks_and_the_run_goes_on(start, hvdtrain, tiny_lm, tmp_path, launcher, target, number):
+    run_dir = tmp_path / "run"
+    process = launch(start, tiny_lm, run_dir, launcher, "--train.steps", 100_000)
+    wait_for(lambda: len(lines_of(run_dir)) >= 2)
+    ranks = json.loads((run_dir / "environment.json").read_text())["ranks"]
+    os.kill(process.pid if target == "launcher" else ranks[target]["pid"], number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert "Traceback" not in out
+    assert out.count("on request") == 1
+    assert number.name in out
+    checkpoint = (run_dir / "checkpoints" / "latest").read_text().strip()
+    stopped_at = int(checkpoint.removeprefix("step-"))
+    assert f"stopped at step {stopped_at} of 100000" in out
+    if launcher in ("mpirun", None) and number != signal.SIGINT:
+        compare_with_uninterrupted(hvdtrain, tiny_lm, tmp_path, launcher, stopped_at + 3)
+
+
+def compare_with_uninterrupted(hvdtrain, tiny_lm, tmp_path, launcher, steps):
+    weights = []
+    for name in ("run", "whole"):
+        arguments = [*tiny_lm, *CONSTANT, "--train.steps", steps, "--run-dir", tmp_path / name]
+        done = hvdtrain(*arguments, launcher=launcher, ranks=2 if launcher else 1)
+        assert done.code == 0, done.text
+        weights.append(load_file(tmp_path / name / "checkpoints" / f"step-{steps:08d}" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    steps_seen = [[line["step"] for line in lines_of(tmp_path / name)] for name in ("run", "whole")]
+    assert steps_seen[0] == steps_seen[1]
+
+
+def test_a_time_budget_stops_without_a_signal(hvdtrain, tiny_lm, tmp_path):
+    arguments = [*tiny_lm, "--train.steps", 100_000, "--train.max-time", "2s", "--run-dir", tmp_path / "run"]
+    done = hvdtrain(*arguments, launcher="mpirun", ranks=2)
+    assert done.code == 75, done.text
+    assert "--train.max-time is used up" in done.err
+    wrong = hvdtrain(*tiny_lm, "--train.max-time", "soon")
+    assert wrong.code == 2
+    assert "'soon' is no duration" in wrong.err
+
+
+def test_a_second_run_on_the_same_directory_is_refused(start, hvdtrain, tiny_lm, tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch(start, tiny_lm, run_dir, None, "--train.steps", 100_000)
+    wait_for(lambda: len(lines_of(run_dir)) >= 1)
+    arguments = [*tiny_lm, *CONSTANT, "--train.steps", 100_000, "--run-dir", run_dir]
+    done = hvdtrain(*arguments, launcher="mpirun", ranks=2)
+    assert done.code == 2, done.text
+    assert f"another run is training in {run_dir} (process {process.pid} on" in done.err
+    process.kill()  # a dead holder keeps no lock
+    process.wait(timeout=30)
+    assert hvdtrain(*arguments, "--train.max-time", "1s").code == 75
