@@ -59,7 +59,7 @@ def lm() -> LanguageModel:
         log=LogConfig(every=20),
         eval=EvalConfig(every=250),
         checkpoint=CheckpointConfig(every=250),
-        model=DecoderConfig(num_layers=3, hidden_size=128, num_heads=2),
+        model=DecoderConfig(num_layers=3, hidden_size=128, num_heads=4),
         data=TextConfig(sequence_length=128, val_fraction=0.01),
     )
 
