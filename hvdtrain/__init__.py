@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hvdtrain.config import CheckpointConfig, CommConfig, Config, EvalConfig, LogConfig, OptimConfig, TrainConfig
+    from hvdtrain.config import (
+        CheckpointConfig,
+        CommConfig,
+        Config,
+        EvalConfig,
+        HealthConfig,
+        LogConfig,
+        OptimConfig,
+        TrainConfig,
+    )  # fmt: skip
     from hvdtrain.data.dataset import Dataset, TensorSamples
     from hvdtrain.dist import World, init
     from hvdtrain.errors import HvdtrainError, UsageError
@@ -23,7 +32,8 @@ if TYPE_CHECKING:
 # Imported on first use: the command line must set the number of threads before torch starts.
 _HOMES = {
     "hvdtrain.config": (
-        "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "LogConfig", "OptimConfig", "TrainConfig",
+        "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "HealthConfig", "LogConfig", "OptimConfig",
+        "TrainConfig",
     ),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
     "hvdtrain.dist": ("World", "init"),
@@ -37,6 +47,7 @@ __all__ = [
     "Config",
     "Dataset",
     "EvalConfig",
+    "HealthConfig",
     "HvdtrainError",
     "LogConfig",
     "OptimConfig",

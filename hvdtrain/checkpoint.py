@@ -18,7 +18,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Manifest:
     sha256: dict[str, str]
     val_loss: float | None = None
     """Held-out loss of these weights, if they were evaluated when they were saved."""
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -102,6 +104,8 @@ def save_checkpoint(
     step: int,
     samples: int,
     world_size: int,
+    global_batch_size: int | None = None,
+    micro_batch_size: int | None = None,
     val_loss: float | None = None,
     retention: Retention | None = None,
 ) -> Path:
@@ -120,7 +124,7 @@ def save_checkpoint(
         safetensors.torch.save_file({n: t.contiguous() for n, t in weights.items()}, temporary / "model.safetensors")
         torch.save(dict(state), temporary / "state.pt")
         hashes = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
-        manifest = Manifest(step=step, samples=samples, world_size=world_size, sha256=hashes, val_loss=val_loss)
+        manifest = Manifest(step, samples, world_size, hashes, val_loss, global_batch_size, micro_batch_size)
         _write_text(temporary / "manifest.json", json.dumps(asdict(manifest), indent=2) + "\n")
         _flush_folder(temporary)
         _remove(final)
@@ -139,6 +143,14 @@ def save_checkpoint(
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first. One that was half written has no name yet."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
+
+
+def newest_manifest(run_dir: Path) -> Manifest | None:
+    """Return what the newest checkpoint whose manifest is readable says of itself; None without any."""
+    for path in reversed(list_checkpoints(run_dir)):
+        with suppress(CheckpointError), _reading(path):
+            return Manifest(**json.loads((path / "manifest.json").read_text()))
+    return None
 
 
 def load_newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m hvdtrain"
 VERBS = ("train",)
+_OWN_FLAGS = ("config", "run-dir", "print-config", "dry-run", "allow-config-change")
 T = TypeVar("T")
 
 _USAGE = f"""\
@@ -47,6 +48,7 @@ class Invocation:
     run_dir: Path | None
     print_config: bool
     dry_run: bool
+    allowed_changes: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from hvdtrain.run import run
 
     try:
-        run(invocation.recipe_name, invocation.recipe, invocation.run_dir, invocation.dry_run)
+        run(
+            invocation.recipe_name,
+            invocation.recipe,
+            invocation.run_dir,
+            invocation.dry_run,
+            invocation.allowed_changes,
+        )
         return 0
     except HvdtrainError as error:
         return _refuse(error, launch)
@@ -115,6 +123,7 @@ def _parse_recipe(name: str, recipe: Recipe, flags: list[str]) -> Invocation:
             ("run_dir", Annotated[Path | None, tyro.conf.arg(help=_RUN_DIR_HELP)], None),
             ("print_config", Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help=_PRINT_HELP)], False),
             ("dry_run", Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help=_DRY_HELP)], False),
+            ("allow_config_change", Annotated[tuple[str, ...], tyro.conf.arg(help=_ALLOW_HELP)], ()),
             ("settings", Annotated[type(recipe), tyro.conf.arg(name="")], dataclasses.field(default=recipe)),
         ],
         frozen=True,
@@ -125,15 +134,31 @@ def _parse_recipe(name: str, recipe: Recipe, flags: list[str]) -> Invocation:
         kind, args=flags, prog=f"{PROGRAM} train {name}", description=type(recipe).__doc__, return_unknown_args=True
     )
     if unknown:
-        known = [f"--{flag}" for flag in ("config", "run-dir", "print-config", "dry-run", *_flag_names(recipe))]
+        known = [f"--{flag}" for flag in (*_OWN_FLAGS, *_flag_names(recipe))]
         word = unknown[0].split("=")[0]
         raise ConfigError(f"there is no flag '{word}'{nearest(word, known)}" if word.startswith("-") else _stray(word))
-    return Invocation(name, parsed.settings, parsed.run_dir, parsed.print_config, parsed.dry_run)
+    allowed = tuple(setting.replace("-", "_") for setting in parsed.allow_config_change)
+    for setting in allowed:
+        _check_changeable(setting, recipe)
+    return Invocation(name, parsed.settings, parsed.run_dir, parsed.print_config, parsed.dry_run, allowed)
 
 
 _RUN_DIR_HELP = "Directory of this run; goes on from its newest checkpoint. Default: a new one under runs/."
 _PRINT_HELP = "Print the resolved settings as TOML, and stop."
 _DRY_HELP = "Print what would be trained, and stop."
+_ALLOW_HELP = "Settings, such as optim.peak-lr, that may differ from those that the run in --run-dir was begun with."
+
+
+def _check_changeable(setting: str, recipe: Recipe) -> None:
+    known = [name.replace("-", "_") for name in _flag_names(recipe)]
+    known += sorted({name.split(".")[0] for name in known if "." in name})
+    if setting not in known:
+        raise ConfigError(f"--allow-config-change: there is no setting '{setting}'{nearest(setting, known)}")
+    if setting in ("model", "train") or setting.startswith("model.") or setting == "train.global_batch_size":
+        raise ConfigError(
+            f"--allow-config-change {setting}: the model and the global batch cannot change within a run; begin another"
+            " with --run-dir"
+        )
 
 
 def _stray(word: str) -> str:

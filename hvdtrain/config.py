@@ -148,6 +148,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """When to give up."""
+
+    stall_limit: str = "5m"
+    """End the job with the stacks of all ranks when none gets on for this long, or one gives no sign of life."""
+    max_skipped_steps: int = 20
+    """Steps in a row that may be skipped because the loss or the gradient is not finite."""
+
+    @property
+    def stall_limit_s(self) -> float:
+        """Return the limit in seconds."""
+        return parse_duration(self.stall_limit)
+
+    def __post_init__(self) -> None:
+        if self.stall_limit_s < 1:
+            raise ConfigError(f"stall_limit = {self.stall_limit} must be at least 1s")
+        _check(self, "max_skipped_steps", lambda value: value > 0, "must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings that every recipe shares; a recipe adds its own sections."""
 
@@ -157,6 +177,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 @dataclass(frozen=True)
@@ -204,6 +225,27 @@ def plan_batch(train: TrainConfig, world_size: int) -> BatchPlan:
     other = total // unit
     micro, accum = (given, other) if micro is not None else (other, given)
     return BatchPlan(total, micro, accum, world_size)
+
+
+def keep_batch(train: TrainConfig, world_size: int, total: int, largest_micro: int) -> BatchPlan:
+    """Split the global batch of a run that goes on, on another number of ranks than before.
+
+    A micro-batch is as large as memory is known to hold, or as `train` asks for; accumulation does the rest.
+
+    Raises:
+        ConfigError: it does not divide among the ranks; the message names numbers of ranks that would do.
+    """
+    if total % world_size:
+        fits = [n for n in range(1, total + 1) if total % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - world_size))[:4])
+        raise ConfigError(
+            f"the run's global batch of {total} samples does not divide among {world_size} ranks:"
+            f" go on with {', '.join(map(str, near[:-1]))} or {near[-1]}"
+        )
+    share = total // world_size
+    limit = train.micro_batch_size or largest_micro
+    micro = max(n for n in range(1, min(limit, share) + 1) if share % n == 0)
+    return BatchPlan(total, micro, share // micro, world_size)
 
 
 def _multiples_beside(total: int, unit: int) -> str:

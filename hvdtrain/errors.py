@@ -7,6 +7,7 @@ HvdtrainError                 exit code 1, a run that failed
 │   ├── ResumeError           a run directory that does not fit this command
 │   └── LaunchError           ranks, devices or launcher that do not fit together
 ├── CheckpointError           a checkpoint that cannot be written or read
+├── DivergedError             losses or gradients that are not finite, or ranks that are no longer equal
 └── StopRequested             exit code 75, stopped on request after saving: start the same command again
 
 The command line prints these as one message on rank 0 and ends every rank with `exit_code`; every other exception
@@ -18,6 +19,8 @@ class HvdtrainError(Exception):
     """Base of all errors that hvdtrain raises on purpose."""
 
     exit_code = 1
+    is_on_all_ranks = False
+    """Whether every rank raises it at the same place. One that is not ends its rank, and with it the job."""
 
 
 class UsageError(HvdtrainError):
@@ -46,7 +49,14 @@ class CheckpointError(HvdtrainError):
     """A checkpoint that cannot be written or read."""
 
 
+class DivergedError(HvdtrainError):
+    """Losses or gradients that are not finite, or ranks that are no longer equal. Raised alike on all ranks."""
+
+    is_on_all_ranks = True
+
+
 class StopRequested(HvdtrainError):  # noqa: N818 - what happened is no error
     """The run was asked to stop and has saved; started again, it goes on. Raised on all ranks at the same step."""
 
     exit_code = 75
+    is_on_all_ranks = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -93,7 +94,9 @@ class JsonLines:
     def write(self, step: int, metrics: Metrics, event: str | None) -> None:
         """Append a line and hand it to the operating system."""
         assert self._file is not None, "begin() comes first"
-        line: dict[str, Any] = {"step": step, **metrics}
+        # JSON knows no NaN and no infinity.
+        known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line: dict[str, Any] = {"step": step, **known}
         if event:
             line["event"] = event
         self._file.write(json.dumps(line) + "\n")

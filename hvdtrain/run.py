@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +20,9 @@ import tomli_w
 import torch
 
 from hvdtrain import __version__
+from hvdtrain.checkpoint import newest_manifest
 from hvdtrain.config import to_dict
-from hvdtrain.dist import World, init
+from hvdtrain.dist import Heartbeat, World, init
 from hvdtrain.environment import describe_environment, describe_rank
 from hvdtrain.errors import ConfigError, HvdtrainError, ResumeError
 from hvdtrain.metrics import (
@@ -35,14 +39,23 @@ from hvdtrain.metrics import (
 from hvdtrain.trainer import Job, Recipe, fit, settle
 
 
-def run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool = False) -> dict[str, float]:
+def run(
+    name: str,
+    recipe: Recipe,
+    run_dir: Path | None,
+    dry_run: bool = False,
+    allowed_changes: tuple[str, ...] = (),
+) -> dict[str, float]:
     """Train a recipe from its first step, or from the newest checkpoint in `run_dir`, to its last. Collective.
+
+    An exception on any rank ends the job: it is told once, and no rank returns.
 
     Args:
         name: what the user called the recipe.
         recipe: its settings.
         run_dir: None for a new directory under `runs/`.
         dry_run: say what would be trained, and stop.
+        allowed_changes: settings that may differ from those that the run was begun with.
 
     Returns:
         The last evaluation; nothing after a dry run.
@@ -52,17 +65,58 @@ def run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool = False) 
         SystemExit: on all ranks alike, with the exit code of what rank 0 has told.
     """
     world = init()
+    heartbeat = Heartbeat(world, recipe.health.stall_limit_s)
+    unwatched = heartbeat.start()
     try:
-        return _run(name, recipe, run_dir, dry_run, world)
-    except HvdtrainError as error:  # raised alike on all ranks, which leave together: rank 0 has spoken by then
+        _check_same_settings(recipe, world)
+        result = _run(_Request(name, recipe, run_dir, dry_run, allowed_changes), world, heartbeat, unwatched)
+    except HvdtrainError as error:
+        if not error.is_on_all_ranks:
+            heartbeat.fail(f"hvdtrain: rank {world.rank} on {socket.gethostname()}: {error}", error.exit_code)
         if world.rank == 0:
             sys.stderr.write(f"hvdtrain: {error}\n")
             sys.stderr.flush()
         world.barrier("farewell")
+        heartbeat.close()
         raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt:
+        heartbeat.fail(f"hvdtrain: interrupted at once, at {world.progress.read()}")
+    except Exception as error:
+        if world.has_lost_contact(error):
+            heartbeat.lose(str(error))
+        place = world.progress.read()
+        heartbeat.fail(
+            f"hvdtrain: rank {world.rank} on {socket.gethostname()} failed at {place}\n{traceback.format_exc()}"
+        )
+    heartbeat.close()
+    return result
 
 
-def _run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool, world: World) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Request:
+    """What the user asked for."""
+
+    name: str
+    recipe: Recipe
+    run_dir: Path | None
+    dry_run: bool
+    allowed_changes: tuple[str, ...]
+
+
+def _check_same_settings(recipe: Recipe, world: World) -> None:
+    """Raise ConfigError where ranks were given other settings than rank 0, as by files that differ between hosts."""
+    everyone = world.all_gather_object(to_dict(recipe), "settings")
+    others = [str(rank) for rank, settings in enumerate(everyone) if settings != everyone[0]]
+    if others:
+        error = ConfigError(
+            f"rank {', '.join(others)} was given other settings than rank 0: give all ranks the same command and files"
+        )
+        error.is_on_all_ranks = True
+        raise error
+
+
+def _run(request: _Request, world: World, heartbeat: Heartbeat, unwatched: list[int]) -> dict[str, float]:
+    name, recipe, run_dir, dry_run = request.name, request.recipe, request.run_dir, request.dry_run
     console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
     task = world.together(lambda: recipe.build(MetricLog(console, []).say), "build")
     run_dir = world.broadcast_object(run_dir or new_run_dir(name), "run_dir")
@@ -70,20 +124,36 @@ def _run(name: str, recipe: Recipe, run_dir: Path | None, dry_run: bool, world: 
     is_writer = world.rank == 0 and not dry_run
     sinks = world.together(lambda: _sinks(run_dir, recipe, world, ranks) if is_writer else [], "sinks")
     log = MetricLog(console, sinks)
-    job = world.together(lambda: settle(task, recipe, world, run_dir, log), "settle")
+    before = world.broadcast_object(newest_manifest(run_dir) if world.rank == 0 else None, "before")
+    allowed = request.allowed_changes
+    job = world.together(lambda: settle(task, recipe, world, run_dir, log, allowed, before), "settle")
     if dry_run:
         log.say(greeting(name, job, ranks))
         return {}
     lock = world.together(lambda: _claim(run_dir) if world.rank == 0 else None, "claim")
-    handler = open_rank_log(run_dir / "logs" / f"rank-{world.rank:03d}.log")
+    log_path = run_dir / "logs" / f"rank-{world.rank:03d}.log"
+    handler = world.together(lambda: _open_log(log_path), "log")
+    heartbeat.log_to(log_path)
     try:
         log.say(greeting(name, job, ranks))
+        if unwatched:
+            log.say(
+                f"warning:    rank 0 cannot be reached over TCP by rank {', '.join(map(str, unwatched))}:"
+                " if one of these hangs, nothing will notice"
+            )
         return _train(job)
     finally:
         log.close()
         close_rank_log(handler)
         if lock:
             lock.close()
+
+
+def _open_log(path: Path) -> logging.Handler:
+    try:
+        return open_rank_log(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another --run-dir") from error
 
 
 def _sinks(run_dir: Path, recipe: Recipe, world: World, ranks: list[dict[str, Any]]) -> list[Sink]:

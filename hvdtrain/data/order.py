@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.config import BatchPlan
-from hvdtrain.data.dataset import in_batches
+from hvdtrain.data.dataset import contiguous_share, in_batches
 from hvdtrain.errors import ConfigError
 
 _ROUNDS = 6
@@ -61,11 +61,13 @@ class SampleOrder:
         return torch.from_numpy(permute(np.arange(start, stop), self.num_samples, self.seed, epoch))
 
     def micro_batches(self, step: int, rank: int) -> list[Tensor]:
-        """Return a rank's part of `global_batch(step)` in micro-batches; in a short batch perhaps fewer, or none."""
-        whole = self.global_batch(step)
-        size = self.plan.world_size
-        part = whole[len(whole) * rank // size : len(whole) * (rank + 1) // size]
-        return in_batches(part, self.plan.micro_batch_size)
+        """Return the positions in `global_batch(step)`, int64 `(n,)`, of each of a rank's micro-batches.
+
+        In a short batch there are perhaps fewer than usual, or none.
+        """
+        epoch_step = step % self.steps_per_epoch
+        num_samples = min(self.plan.global_batch_size, self.num_samples - epoch_step * self.plan.global_batch_size)
+        return in_batches(contiguous_share(num_samples, rank, self.plan.world_size), self.plan.micro_batch_size)
 
 
 def permute(positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:

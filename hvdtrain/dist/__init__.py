@@ -9,10 +9,11 @@ import socket
 import torch
 
 from hvdtrain.launch import THREAD_VARIABLES, Launch, prepare_process
+from hvdtrain.dist.heartbeat import Heartbeat
 from hvdtrain.dist.world import SoloWorld, World, WrappedOptimizer
 from hvdtrain.errors import LaunchError
 
-__all__ = ["SoloWorld", "World", "WrappedOptimizer", "init", "pick_device"]
+__all__ = ["Heartbeat", "SoloWorld", "World", "WrappedOptimizer", "init", "pick_device"]
 
 
 def init() -> World:

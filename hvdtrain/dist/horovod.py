@@ -13,12 +13,14 @@ from typing import Any, TypeVar, cast
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
 from hvdtrain.launch import Launch
 from hvdtrain.dist.optimizer import wrap_optimizer
 from hvdtrain.dist.world import Compression, ReduceOp, World, WrappedOptimizer
 from hvdtrain.errors import LaunchError
+from hvdtrain.progress import Progress
 
 T = TypeVar("T")
 _OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max}
@@ -34,6 +36,7 @@ class HorovodWorld(World):
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.device = torch.device("cpu")
+        self.progress = Progress()
 
     def wrap(
         self,
@@ -44,7 +47,7 @@ class HorovodWorld(World):
         compression: Compression = "none",
     ) -> WrappedOptimizer:
         """Wrap in `hvd.DistributedOptimizer`, its traps closed."""
-        return wrap_optimizer(optimizer, model, accum_steps, compression, self.size)
+        return wrap_optimizer(optimizer, model, accum_steps, compression, self.size, self.progress)
 
     def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Send the optimizer's state first and the tensors last, as nothing may touch them afterwards."""
@@ -57,21 +60,26 @@ class HorovodWorld(World):
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
         """Reduce in the tensor's own type."""
-        return cast(Tensor, hvd.allreduce(tensor.contiguous(), op=_OPS[op], name=name))
+        return self.start_all_reduce(tensor, op, name)()
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
         """Reduce in the background, in the tensor's own type."""
         handle = hvd.allreduce_async(tensor.contiguous(), op=_OPS[op], name=name)
-        return lambda: cast(Tensor, hvd.synchronize(handle))
+
+        def wait() -> Tensor:
+            with self.progress.during("communication"):
+                return cast(Tensor, hvd.synchronize(handle))
+
+        return wait
 
     def broadcast_object(self, value: T | None, name: str) -> T:
         """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""
         tensors: list[Tensor] = []
         pickled = _dump(value, tensors) if self.rank == 0 else b""
         shapes = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
-        pickled, shapes = cast(
-            Any, hvd.broadcast_object((pickled, shapes) if self.rank == 0 else None, root_rank=0, name=name)
-        )
+        message = (pickled, shapes) if self.rank == 0 else None
+        with self.progress.during("communication"):
+            pickled, shapes = cast(Any, hvd.broadcast_object(message, root_rank=0, name=name))
         if self.rank != 0:
             tensors = [
                 torch.empty(shape, dtype=dtype, device=self.device if kind == "cuda" else "cpu")
@@ -82,7 +90,12 @@ class HorovodWorld(World):
 
     def all_gather_object(self, value: T, name: str) -> list[T]:
         """Gather pickles; meant for small values."""
-        return cast("list[T]", hvd.allgather_object(value, name=name))
+        with self.progress.during("communication"):
+            return cast("list[T]", hvd.allgather_object(value, name=name))
+
+    def has_lost_contact(self, error: BaseException) -> bool:
+        """Return whether it is Horovod's word for a rank that has gone."""
+        return isinstance(error, HorovodInternalError)
 
     def close(self) -> None:
         """Shut Horovod down."""
@@ -96,7 +109,8 @@ class HorovodWorld(World):
             handle = hvd.broadcast_async_(wire, root_rank=0, name=f"{name}.{key}")
             waiting.append((handle, wire, tensor))
         for handle, wire, tensor in waiting:
-            hvd.synchronize(handle)
+            with self.progress.during("communication"):
+                hvd.synchronize(handle)
             if wire.data_ptr() != tensor.data_ptr():
                 tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
 

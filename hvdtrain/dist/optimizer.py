@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.dist.world import Compression, WrappedOptimizer
+from hvdtrain.progress import Progress
 
 # As in PyTorch DDP: the first bucket is ready soon after backward has begun, the others are large enough for the ring.
 FIRST_BUCKET_BYTES = 1 << 20
@@ -26,7 +27,12 @@ Bucket = tuple[nn.Parameter, ...]
 
 
 def wrap_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, accum_steps: int, compression: Compression, size: int
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    accum_steps: int,
+    compression: Compression,
+    size: int,
+    progress: Progress,
 ) -> WrappedOptimizer:
     """Wrap `optimizer` in `hvd.DistributedOptimizer`; the result averages gradients over `size` ranks."""
     inner = type(optimizer)
@@ -44,6 +50,7 @@ def wrap_optimizer(
     # the mixin must therefore answer every method that does so, and knows the wrapped class by itself.
     wrapped.__class__ = type(inner.__name__, (_SafeMixin, type(wrapped)), {"_inner": inner})
     wrapped._size = size
+    wrapped._progress = progress
     wrapped._wire_dtype = torch.float16 if compression == "fp16" else None
     return cast(WrappedOptimizer, wrapped)
 
@@ -71,6 +78,7 @@ class _SafeMixin:
 
     _inner: type[torch.optim.Optimizer]
     _size: int
+    _progress: Progress
     _wire_dtype: torch.dtype | None
     _synchronized: bool
     _should_synchronize: bool
@@ -101,7 +109,8 @@ class _SafeMixin:
                 this._handles[bucket] = self._grouped_allreduce_grad_async(bucket)
         for bucket in this._group_counts:
             handle, wire = this._handles[bucket]
-            hvd.synchronize(handle)
+            with self._progress.during("communication"):
+                hvd.synchronize(handle)
             _unpack(wire, bucket)
             for parameter in bucket:
                 this._allreduce_delay[parameter] = this.backward_passes_per_step

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.launch import Launch
-from hvdtrain.errors import HvdtrainError
+from hvdtrain.dist.replicas import first_difference, tensor_digest
+from hvdtrain.errors import DivergedError, HvdtrainError
+from hvdtrain.progress import Progress
 
 T = TypeVar("T")
 ReduceOp = Literal["sum", "mean", "min", "max"]
@@ -45,6 +47,8 @@ class World(ABC):
     local_size: int = 1
     device: torch.device
     launch: Launch
+    progress: Progress
+    """Where this rank is; blocking collectives note themselves."""
 
     @abstractmethod
     def wrap(
@@ -108,8 +112,30 @@ class World(ABC):
         if failed:
             rank, first = failed[0]
             where = "" if len(failed) == self.size else f"on rank {rank}: "
-            raise type(first)(f"{where}{first}") from error
+            agreed = type(first)(f"{where}{first}")
+            agreed.is_on_all_ranks = True
+            raise agreed from error
         return cast(T, result)
+
+    def check_replicas(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        """Make sure that `tensors` are bitwise equal on all ranks. Collective.
+
+        Raises:
+            DivergedError: they are not; names the first that differs, and the ranks.
+        """
+        if self.size == 1:
+            return
+        digests = {key: tensor_digest(tensor) for key, tensor in tensors.items()}
+        difference = first_difference(self.all_gather_object(digests, f"replicas.{name}"))
+        if difference:
+            key, ranks = difference
+            raise DivergedError(
+                f"the ranks are not equal: {key} on rank {', '.join(map(str, ranks))} differs from rank 0's"
+            )
+
+    def has_lost_contact(self, error: BaseException) -> bool:
+        """Return whether an exception only says that another rank is gone."""
+        return False
 
     def close(self) -> None:
         """Leave the world. Further collectives are an error."""
@@ -121,6 +147,7 @@ class SoloWorld(World):
     def __init__(self, device: torch.device, launch: Launch) -> None:
         self.device = device
         self.launch = launch
+        self.progress = Progress()
 
     def wrap(
         self,

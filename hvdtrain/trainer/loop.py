@@ -7,14 +7,14 @@ and every collective is reached by every rank.
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvdtrain.config import Precision
 from hvdtrain.data.dataset import contiguous_share, in_batches
-from hvdtrain.errors import StopRequested
+from hvdtrain.errors import DivergedError, StopRequested
 from hvdtrain.metrics import Stopwatch
 from hvdtrain.schedule import learning_rate
 from hvdtrain.stop import StopRequest
@@ -23,42 +23,71 @@ from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.trainer.task import Batch, Job
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What belongs together while `fit` runs."""
+
+    job: Job
+    training: Training
+    stopwatch: Stopwatch
+    saver: Saver
+    request: StopRequest
+
+
 def fit(job: Job) -> dict[str, float]:
     """Train to the last step, from `run_dir`'s newest checkpoint on, and return the last evaluation. Collective.
 
     Raises:
         UsageError: on all ranks alike, before the first step: settings, data and checkpoint do not fit together.
         StopRequested: on all ranks alike, after saving: a signal reached any rank, or the time is used up.
-        CheckpointError: the last save failed.
+        DivergedError: on all ranks alike: too many steps in a row had a loss or gradient that is not finite.
+        CheckpointError: on all ranks alike: the last save failed.
     """
-    config, log = job.config, job.log
     training = start_training(job)
-    stopwatch = Stopwatch(training.step)
-    log.begin(training.step, job.num_steps)
-    if training.step >= job.num_steps:
-        log.say(f"this run has finished before, at step {training.step}")
+    stopwatch, evaluated = Stopwatch(training.step), {}
+    job.log.begin(training.step, job.num_steps)
+    if training.step >= job.num_steps and not training.is_evaluation_due:
+        job.log.say(f"this run has finished before, at step {training.step}")
         return evaluate(job, training.model)
-    saver = Saver(job)
-    with saver, StopRequest(config.train.max_time_s) as request:
+    with Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
+        run = _Run(job, training, stopwatch, saver, request)
+        if training.is_evaluation_due:
+            evaluated = _evaluate_and_save(run, is_stop=False)
         while training.step < job.num_steps:
-            agree = job.world.start_all_reduce(torch.tensor(float(request.reason is not None)), "max", "stop")
+            has_request = torch.tensor(float(request.reason is not None))
+            agree = job.world.start_all_reduce(has_request, "max", "stop")
             train_step(job, training)
-            step, is_last, is_stop = training.step, training.step == job.num_steps, bool(agree())
-            if is_last or is_due(step, config.log.every):
-                log.write(step, {**window_metrics(job, training, stopwatch), **saver.metrics()})
-            evaluated: dict[str, float] = {}
-            with stopwatch.paused():
-                if is_last or (is_due(step, config.eval.every) and not is_stop):
-                    evaluated = evaluate(job, training.model)
-                if not is_last and evaluated:
-                    log.write(step, evaluated)
-                if is_last or is_stop or is_due(step, config.checkpoint.every):
-                    saver.save(training, evaluated)
-            if is_stop and not is_last:
-                saver.finish()
-                raise stopped(job, training.step, request)
+            is_stop = bool(agree())
+            if training.step == job.num_steps or is_due(training.step, job.config.log.every):
+                job.log.write(training.step, {**window_metrics(job, training, stopwatch), **saver.metrics()})
+            evaluated = _evaluate_and_save(run, is_stop)
         saver.finish()
-    log.write(training.step, {**evaluated, **saver.metrics(), "time/train_s": stopwatch.seconds}, "finished")
+        job.world.progress.leave()
+    last = {**evaluated, **saver.metrics(), "time/train_s": stopwatch.seconds}
+    job.log.write(training.step, last, "finished")
+    return evaluated
+
+
+def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
+    """Do after a step what is due; returns the evaluation, empty if there was none. Collective.
+
+    A request to stop cuts an evaluation short. It is then due when the run goes on, before the next step.
+    """
+    job, training = run.job, run.training
+    step, is_last = training.step, training.step == job.num_steps
+    evaluated: dict[str, float] = {}
+    with run.stopwatch.paused():
+        if is_last or is_due(step, job.config.eval.every):
+            evaluated = {} if is_stop else evaluate(job, training.model, run.request)
+            training.is_evaluation_due = not evaluated
+            is_stop = is_stop or not evaluated
+        if evaluated and not is_last:
+            job.log.write(step, evaluated)
+        if is_last or is_stop or is_due(step, job.config.checkpoint.every):
+            run.saver.save(training, evaluated)
+    if is_stop and (not is_last or training.is_evaluation_due):
+        run.saver.finish()
+        raise stopped(job, step, run.request)
     return evaluated
 
 
@@ -78,45 +107,116 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def train_step(job: Job, training: Training) -> None:
-    """Take one optimizer step along the gradient of the mean loss over the global batch. Collective."""
-    train, task, world, step = job.config.train, job.task, job.world, training.step
+    """Take one optimizer step along the gradient of the mean loss over the global batch. Collective.
+
+    Where the loss or the gradient of any rank is not finite, no rank updates its weights.
+
+    Raises:
+        DivergedError: that has happened `--health.max-skipped-steps` times in a row.
+    """
+    world, step = job.world, training.step
+    world.progress.begin_step(step)
     training.optimizer.zero_grad()
-    num_targets = task.train_data.num_targets(job.order.global_batch(step))
-    for i, indices in enumerate(job.order.micro_batches(step, world.rank)):
-        _seed_torch(train.seed, step, world.rank, i)
-        batch = _to_device(task.train_data.batch(indices), world.device, train.precision)
-        with _autocast(train.precision, world.device):
-            sums = task.loss(training.model, batch)
-        # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks.
-        training.scaler.scale(sums["loss"] * (world.size / num_targets)).backward()  # type: ignore[no-untyped-call]
-        training.window += torch.stack([sums[name].detach().double() for name in task.metrics])
+    samples = job.order.global_batch(step)
+    num_targets = job.task.train_data.num_targets(samples)
+    sums = torch.zeros_like(training.window)
+    for positions in job.order.micro_batches(step, world.rank):
+        sums += _micro_batch(job, training, samples, positions, num_targets)
     training.optimizer.synchronize()
+    world.progress.enter("update")
     training.scaler.unscale_(training.optimizer)
-    if train.max_grad_norm is not None:
-        training.grad_norm = nn.utils.clip_grad_norm_(training.model.parameters(), train.max_grad_norm)
+    training.grad_norm = _clip(training.model, job.config.train.max_grad_norm)
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(job.config.optim, step, job.num_steps)
-    training.scaler.step(training.optimizer)
+    # Every rank holds the same averaged gradient: no rank need ask another whether it is finite.
+    is_finite = bool(training.grad_norm.isfinite())
+    if is_finite:
+        training.scaler.step(training.optimizer)
     training.scaler.update()
     training.step += 1
-    training.window_targets += num_targets
+    if is_finite:
+        training.skipped_in_a_row = 0
+        training.window += sums
+        training.window_targets += num_targets
+    else:
+        _skip(job, training, sums)
 
 
-def evaluate(job: Job, model: nn.Module) -> dict[str, float]:
-    """Return `val/...`: means over all held-out targets, each counted once at any number of ranks. Collective."""
+def _micro_batch(job: Job, training: Training, samples: Tensor, positions: Tensor, num_targets: int) -> Tensor:
+    """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`."""
+    task, world, train = job.task, job.world, job.config.train
+
+    def forward() -> dict[str, Tensor]:
+        world.progress.enter("data")
+        batch = _to_device(task.train_data.batch(samples[positions]), world.device, train.precision)
+        world.progress.enter("forward")
+        with _autocast(train.precision, world.device):
+            return task.loss(training.model, batch)
+
+    def backward(sums: dict[str, Tensor]) -> None:
+        world.progress.enter("backward")
+        # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks. Adding 0 x loss makes the
+        # gradient of a loss that is not finite not finite either, which all ranks then see in the average.
+        loss = sums["loss"] * (world.size / num_targets + 0 * sums["loss"].detach())
+        training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
+    return torch.stack([sums[name].detach().double() for name in task.metrics])
+
+
+def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _skip(job: Job, training: Training, sums: Tensor) -> None:
+    """Count and tell that this step was skipped. Collective."""
+    training.skipped += 1
+    training.skipped_in_a_row += 1
+    loss = float(sums[job.task.metrics.index("loss")])
+    losses = job.world.all_gather_object(loss, "skip")
+    ranks = [str(rank) for rank, loss in enumerate(losses) if not torch.tensor(loss).isfinite()]
+    who = f"the loss on rank {', '.join(ranks)}" if ranks else "the gradient"
+    scale = f"; the loss scale is now {training.scaler.get_scale():g}" if training.scaler.is_enabled() else ""
+    job.log.say(f"WARNING: step {training.step} is skipped on all ranks: {who} is not finite{scale}")
+    if training.skipped_in_a_row >= job.config.health.max_skipped_steps:
+        raise DivergedError(
+            f"{training.skipped_in_a_row} steps in a row were skipped, up to step {training.step}: {who} is not finite."
+            f" The checkpoints in {job.run_dir} are good; try a lower --optim.peak-lr, a longer --optim.warmup-steps or"
+            " --train.precision fp32, and look at the data of these steps"
+        )
+
+
+def evaluate(job: Job, model: nn.Module, request: StopRequest | None = None) -> dict[str, float]:
+    """Return `val/...`: means over all held-out targets, each counted once at any number of ranks. Collective.
+
+    Returns nothing if a rank has a request to stop before the end.
+    """
     task, world, precision = job.task, job.world, job.config.train.precision
     batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
-    share = contiguous_share(len(task.val_data), world.rank, world.size)
+    batches = in_batches(contiguous_share(len(task.val_data), world.rank, world.size), batch_size)
+    largest_share = -(-len(task.val_data) // world.size)
     # Sums of the metrics, then the number of targets.
     totals = torch.zeros(len(task.metrics) + 1, dtype=torch.float64, device=world.device)
     model.eval()
     with torch.no_grad():
-        for indices in in_batches(share, batch_size):
-            batch = _to_device(task.val_data.batch(indices), world.device, precision)
-            with _autocast(precision, world.device):
-                sums = task.loss(model, batch)
-            totals[:-1] += torch.stack([sums[name].double() for name in task.metrics])
-            totals[-1] += task.val_data.num_targets(indices)
+        for i in range(-(-largest_share // batch_size)):
+            has_request = torch.tensor(float(request is not None and request.reason is not None))
+            agree = world.start_all_reduce(has_request, "max", "evaluate.stop")
+            world.progress.enter("evaluation")
+            for indices in batches[i : i + 1]:  # a rank may have one batch less than others
+                batch = _to_device(task.val_data.batch(indices), world.device, precision)
+                with _autocast(precision, world.device):
+                    sums = task.loss(model, batch)
+                totals[:-1] += torch.stack([sums[name].double() for name in task.metrics])
+                totals[-1] += task.val_data.num_targets(indices)
+            if agree():
+                model.train()
+                return {}
     model.train()
     *sums_of_all, num_targets = world.all_reduce(totals, "sum", "evaluate").tolist()
     means = {name: total / num_targets for name, total in zip(task.metrics, sums_of_all, strict=True)}
@@ -126,11 +226,15 @@ def evaluate(job: Job, model: nn.Module) -> dict[str, float]:
 def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:
     """Return the means since the last logged step, and begin a new window. Collective."""
     sums = job.world.all_reduce(training.window, "sum", "train.metrics").tolist()
-    targets = training.window_targets
-    metrics = {f"train/{name}": total / targets for name, total in zip(job.task.metrics, sums, strict=True)}
+    metrics: dict[str, float] = {}
+    if training.window_targets:
+        means = {name: total / training.window_targets for name, total in zip(job.task.metrics, sums, strict=True)}
+        metrics = {f"train/{name}": mean for name, mean in means.items()}
     metrics["train/lr"] = training.optimizer.param_groups[0]["lr"]
     if training.grad_norm is not None:
         metrics["train/grad_norm"] = float(training.grad_norm)
+    if training.skipped:
+        metrics["train/skipped_steps"] = training.skipped
     step_s = stopwatch.lap(training.step)
     metrics[f"throughput/{job.task.unit}_per_s"] = (
         job.task.train_data.num_targets(job.order.global_batch(training.step - 1)) / step_s
@@ -138,14 +242,8 @@ def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[s
     metrics["time/step_s"] = step_s
     metrics["time/left_s"] = step_s * (job.num_steps - training.step)
     training.window.zero_()
-    training.window_targets = 0
+    training.window_targets = training.skipped = 0
     return metrics
-
-
-def _seed_torch(*place: int) -> None:
-    """Derive torch's random state from the place in the run, not from its history: resuming needs no saved state."""
-    digest = hashlib.blake2b(" ".join(map(str, place)).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:

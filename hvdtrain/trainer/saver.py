@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hvdtrain.checkpoint import Retention, model_weights, save_checkpoint
@@ -34,6 +35,7 @@ class Saver:
     def save(self, training: Training, evaluated: Mapping[str, float]) -> None:
         """Begin to save; waits for the save before. `evaluated` is what these weights reached, if known. Collective."""
         started = time.perf_counter()
+        self._job.world.progress.enter("saving")
         window = self._job.world.all_reduce(training.window, "sum", "save.window")
         if self._job.world.rank == 0:
             self._wait()
@@ -44,6 +46,8 @@ class Saver:
                 "step": training.step,
                 "samples": self._job.order.samples_before(training.step),
                 "world_size": self._job.world.size,
+                "global_batch_size": self._job.plan.global_batch_size,
+                "micro_batch_size": self._job.plan.micro_batch_size,
                 "val_loss": evaluated.get("val/loss"),
                 "retention": Retention(config.keep_last, config.keep_every),
             }
@@ -69,11 +73,14 @@ class Saver:
             CheckpointError: it failed, on every rank.
         """
         started = time.perf_counter()
+        self._job.world.progress.enter("saving")
         self._wait()
         self._stall_s += time.perf_counter() - started
         error = self._job.world.broadcast_object(self._error, "save.finish")
         if error:
-            raise CheckpointError(error)
+            failure = CheckpointError(error)
+            failure.is_on_all_ranks = True
+            raise failure
 
     def __enter__(self) -> Saver:
         return self
@@ -102,7 +109,8 @@ class Saver:
 def _to_host(value: Any) -> Any:
     """Return a copy of nested values whose tensors lie in host memory and change no more."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
+        return copy.copy_(value.detach())
     if isinstance(value, Mapping):
         return {key: _to_host(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

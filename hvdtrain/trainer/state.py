@@ -13,14 +13,17 @@ from hvdtrain.config import to_dict
 from hvdtrain.dist import WrappedOptimizer
 from hvdtrain.errors import ResumeError
 from hvdtrain.optimizer import build_optimizer
+from hvdtrain.randomness import MicroBatchRandomness
 from hvdtrain.trainer.task import Job
 
 # Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
 # step computes. The data is compared by its fingerprint instead, the batch by the settled global batch size.
 FREE_TO_CHANGE = (
-    *("log", "eval", "checkpoint", "data", "train.steps", "train.epochs", "train.max_time"),
+    *("log", "eval", "checkpoint", "health", "data", "train.steps", "train.epochs", "train.max_time"),
     *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
 )
+
+_COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Training:
     model: nn.Module
     optimizer: WrappedOptimizer
     scaler: torch.amp.GradScaler
+    randomness: MicroBatchRandomness
     window: Tensor
     """This rank's sums of `Task.metrics` since the last logged step, float64 `(len(metrics),)`."""
     window_targets: int = 0
@@ -38,6 +42,11 @@ class Training:
     """Optimizer steps completed."""
     grad_norm: Tensor | None = None
     """Euclidean norm of the last step's global gradient, before clipping."""
+    skipped: int = 0
+    """Steps of the window whose loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    is_evaluation_due: bool = False
+    """A request to stop came before the evaluation after this step."""
 
 
 def start_training(job: Job) -> Training:
@@ -55,29 +64,30 @@ def start_training(job: Job) -> Training:
             optimizer, model, accum_steps=job.plan.accum_steps, compression=job.config.comm.compression
         ),
         scaler=torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16"),
+        randomness=MicroBatchRandomness(world.device),
         window=torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device),
     )
     found = world.together(lambda: _read_latest(job, model) if world.rank == 0 else None, "resume")
     state = world.broadcast_object(found, "resume.state")
     if state is not None:
-        training.step = state["step"]
         training.optimizer.load_state_dict(state["optimizer"])
         training.scaler.load_state_dict(state["scaler"])
-        training.window_targets = state["window_targets"]
+        for name in _COUNTERS:
+            setattr(training, name, state[name])
         if world.rank == 0:
             training.window.copy_(state["window"])
     world.broadcast_state(model, training.optimizer)
+    world.check_replicas(_tensors(training), "start")
     return training
 
 
 def training_state(job: Job, training: Training, window: Tensor) -> dict[str, Any]:
     """Return all but the weights; `window` is the sum of the ranks' windows, float64 `(len(metrics),)`."""
     return {
-        "step": training.step,
+        **{name: getattr(training, name) for name in _COUNTERS},
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
         "window": window,
-        "window_targets": training.window_targets,
         "config": to_dict(job.config),
         "global_batch_size": job.plan.global_batch_size,
         "fingerprint": job.task.fingerprint,
@@ -99,21 +109,33 @@ def _check_fits(job: Job, state: dict[str, Any]) -> None:
     problems = [
         f"{name} was {then.get(name)} and is {now.get(name)} now"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not _is_free(name)
+        if then.get(name) != now.get(name) and not _is_in(name, (*FREE_TO_CHANGE, *job.allowed_changes))
     ]
     if state["global_batch_size"] != job.plan.global_batch_size:
         problems.append(f"the global batch was {state['global_batch_size']} and is {job.plan.global_batch_size} now")
-    if state["fingerprint"] != job.task.fingerprint:
-        problems.append("the training data is not the same")
+    if state["fingerprint"] != job.task.fingerprint and "data" not in job.allowed_changes:
+        problems.append("the training data is not the same (data)")
     if problems:
         raise ResumeError(
             f"{job.run_dir} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"
-            f" (--config {job.run_dir / 'config.toml'}), or choose another --run-dir"
+            f" (--config {job.run_dir / 'config.toml'}), choose another --run-dir, or allow a change of what is not"
+            " the batch or the model with --allow-config-change SECTION.SETTING"
         )
 
 
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+def _is_in(name: str, settings: tuple[str, ...]) -> bool:
+    return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
+
+
+def _tensors(training: Training) -> dict[str, Tensor]:
+    """Return all that must be equal on all ranks."""
+    tensors = {**dict(training.model.named_parameters()), **dict(training.model.named_buffers())}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
+    for parameter, entries in training.optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer's {key} of {names.get(parameter, '?')}"] = value
+    return tensors
 
 
 def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hvdtrain.config import Config, OptimConfig, TrainConfig, merge, plan_batch, to_dict
+from hvdtrain.config import Config, OptimConfig, TrainConfig, keep_batch, merge, plan_batch, to_dict
 from hvdtrain.errors import ConfigError
 from hvdtrain.schedule import check_schedule, learning_rate
 
@@ -109,3 +109,24 @@ def test_middle_of_the_schedules():
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ConfigError, match="fewer than 10"):
         check_schedule(OptimConfig(warmup_steps=10), 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "expected"),
+    [
+        ({}, 4, (4, 1)),  # less for each rank
+        ({}, 1, (8, 2)),  # no more than memory is known to hold
+        ({"micro_batch_size": 16}, 1, (16, 1)),  # unless asked for
+        ({"micro_batch_size": 3}, 2, (2, 4)),
+        ({}, 16, (1, 1)),
+    ],
+)
+def test_a_run_keeps_its_global_batch_on_other_ranks(settings, ranks, expected):
+    plan = keep_batch(TrainConfig(**settings), ranks, total=16, largest_micro=8)
+    assert (plan.micro_batch_size, plan.accum_steps) == expected
+    assert plan.micro_batch_size * plan.accum_steps * ranks == plan.global_batch_size == 16
+
+
+def test_a_global_batch_that_cannot_be_kept_names_numbers_of_ranks():
+    with pytest.raises(ConfigError, match="does not divide among 3 ranks: go on with 1, 2, 4 or 8"):
+        keep_batch(TrainConfig(), 3, total=16, largest_micro=8)

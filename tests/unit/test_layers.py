@@ -23,9 +23,11 @@ LAYERS = {
     "environment": 2,
     "metrics": 2,
     "optimizer": 2,
+    "randomness": 2,
     "schedule": 1,
     "launch": 1,
     "stop": 1,
+    "progress": 1,
     "config": 1,
     "errors": 0,
 }
@@ -62,7 +64,7 @@ def test_imports_point_down(path):
 
 
 def test_config_and_schedule_need_the_standard_library_only():
-    for name in ("config", "schedule", "launch", "stop", "errors"):
+    for name in ("config", "schedule", "launch", "stop", "progress", "errors"):
         for module in imports_of(PACKAGE / f"{name}.py"):
             top = module.split(".")[0]
             assert top == "hvdtrain" or top in sys.stdlib_module_names, f"{name}.py imports {module}"

@@ -49,9 +49,11 @@ def test_ranks_share_each_global_batch_exactly(size, accum_steps):
     seen = []
     for step in range(7):
         batches = [batch for rank in range(size) for batch in order.micro_batches(step, rank)]
-        assert torch.cat(batches).tolist() == alone.global_batch(step).tolist()
+        whole = order.global_batch(step)
+        assert whole.tolist() == alone.global_batch(step).tolist()
+        assert torch.cat(batches).tolist() == list(range(len(whole)))
         assert all(0 < len(batch) <= micro for batch in batches)
-        seen += torch.cat(batches).tolist()
+        seen += whole.tolist()
     assert sorted(seen) == list(range(100))
 
 

@@ -1,0 +1,58 @@
+"""What a rank is doing right now, for those who watch over it. Standard library only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+Phase = Literal["start", "data", "forward", "backward", "update", "communication", "evaluation", "saving", "end"]
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    step: int | None
+    """Optimizer steps completed; None before and after training, when nothing is expected to happen soon."""
+    phase: Phase
+    age_s: float
+    """Seconds since it got there."""
+
+    def __str__(self) -> str:
+        return self.phase if self.step is None else f"step {self.step}, {self.phase}"
+
+
+class Progress:
+    """Written by the thread that trains, read by any other."""
+
+    def __init__(self) -> None:
+        # One tuple, replaced as a whole: a reader never sees half of a change.
+        self._place: tuple[int | None, Phase, float] = (None, "start", time.monotonic())
+
+    def enter(self, phase: Phase) -> None:
+        """Note that this rank gets on: also with the same phase again."""
+        self._place = (self._place[0], phase, time.monotonic())
+
+    def begin_step(self, step: int) -> None:
+        """Note that `step` optimizer steps are completed and the next one begins."""
+        self._place = (step, "data", time.monotonic())
+
+    def leave(self) -> None:
+        """Note that training is over."""
+        self._place = (None, "end", time.monotonic())
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Be in a phase for a while, and then in the one before."""
+        before = self._place[1]
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    def read(self) -> Place:
+        """Return where this rank is."""
+        step, phase, since = self._place
+        return Place(step, phase, time.monotonic() - since)
