@@ -1,0 +1,96 @@
+"""The supervisor starts a run again until it has finished, and leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import LAUNCHERS, REPOSITORY
+from safetensors.torch import load_file
+
+RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
+SUPERVISE = [sys.executable, "-m", "hvdtrain.supervise"]
+
+# Ends with the next of the given exit codes at each start; a checkpoint appears where the code is followed by "+".
+STAND_IN = """
+import os, pathlib, sys
+run_dir, *codes = sys.argv[2:]
+starts = pathlib.Path(run_dir, "starts")
+number = len(starts.read_text()) if starts.exists() else 0
+pathlib.Path(run_dir, "checkpoints").mkdir(parents=True, exist_ok=True)
+starts.write_text("x" * (number + 1))
+code = codes[min(number, len(codes) - 1)]
+if code.endswith("+"):
+    pathlib.Path(run_dir, "checkpoints", "latest").write_text(str(number))
+code = code.rstrip("+")
+os.kill(os.getpid(), 9) if code == "killed" else sys.exit(int(code))
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "options", "expected", "starts"),
+    [
+        (["1", "killed", "75", "0"], [], 0, 4),
+        (["2", "0"], [], 2, 1),
+        (["1"], ["--max-restarts", "2"], 1, 3),
+        (["1+", "1+", "1+", "killed+", "0"], ["--max-restarts", "1"], 0, 5),  # progress: the count begins again
+        (["75"], [], 75, 3),  # never any progress
+        (["75+", "0"], ["--no-restart-after-stop"], 75, 1),
+        (["killed"], ["--max-restarts", "0"], 1, 1),
+    ],
+)
+def test_which_exit_codes_start_it_again(run, tmp_path, codes, options, expected, starts):
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    command = [sys.executable, "stand_in.py", "--run-dir", "run", *codes]
+    done = run(*SUPERVISE, "--pause", "0.01", *options, "--", *command)
+    assert done.code == expected, done.text
+    assert len((tmp_path / "run" / "starts").read_text()) == starts
+    assert "Traceback" not in done.text
+
+
+def test_mistakes_are_one_message(run):
+    for command, says in (
+        ([], "give the command"),
+        (["true"], "--run-dir"),
+        (["no-such", "--run-dir", "x"], "no-such"),
+    ):
+        done = run(*SUPERVISE, "--", *command)
+        assert done.code == 2
+        assert says in done.err
+        assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
+def test_a_killed_rank_costs_nothing(run, tmp_path, launcher):
+    start = [word.format(n=2) for word in LAUNCHERS[launcher]]
+    weights = []
+    for name, fault in (("run", {"kind": "kill", "rank": 1, "phase": "backward", "step": 23}), ("whole", {})):
+        train = [*start, sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / name]
+        # At each start the fault comes back: 23 steps further on.
+        done = run(*SUPERVISE, "--pause", "0.1", "--", *train, FAULT=json.dumps(fault))
+        assert done.code == 0, done.text
+        assert done.err.count("restart 1 of 10") == (1 if fault else 0)
+        weights.append(load_file(tmp_path / name / "checkpoints" / "step-00000040" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun-mpi", "horovodrun-gloo", "mpirun"])
+def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
+    launch = [word.format(n=2) for word in LAUNCHERS[launcher]]
+    train = [*launch, sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / "run"]
+    process = start(*SUPERVISE, "--", *train, "--train.steps", 100_000, "--pause", 0.01)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and '"step": 4' in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode in (75, 1 if launcher == "horovodrun-gloo" else 75), out
+    assert "on request (SIGTERM, rank" in out
+    assert out.count("hvdtrain 0.") == 1  # not started again
+    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
