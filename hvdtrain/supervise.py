@@ -26,7 +26,7 @@ from types import FrameType
 
 from hvdtrain.errors import ConfigError
 
-_MARK = "HVDTRAIN_SUPERVISED"
+MARK = "HVDTRAIN_SUPERVISED"
 _HOSTS = ("-H", "--host", "--hosts", "-host")
 _HOSTFILES = ("-hostfile", "--hostfile", "--host-file", "-machinefile", "--machinefile")
 _RANKS = ("-np", "-n", "--np", "-c")
@@ -182,7 +182,7 @@ class Supervisor:
 
     def _attempt(self, command: list[str]) -> int:
         """Run the command once, in a session of its own, and end what it leaves behind."""
-        environ = {**os.environ, _MARK: self.mark}
+        environ = {**os.environ, MARK: self.mark}
         try:
             self._process = subprocess.Popen(command, env=environ, start_new_session=True)
         except OSError as error:
@@ -191,7 +191,7 @@ class Supervisor:
             return self._process.wait()
         finally:
             self._process = None
-            _end_all(lambda: _processes(self.mark))
+            _end_all(lambda: marked_processes(self.mark))
 
     def _sleep(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -210,12 +210,12 @@ class Supervisor:
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Ask one rank to stop, which suffices: all ranks agree. A second signal ends everything."""
         self._signals += 1
-        processes = _processes(self.mark)
+        processes = marked_processes(self.mark)
         if self._signals > 1:
             for pid in processes:
                 _kill(pid, signal.SIGKILL)
             return
-        ranks = [pid for pid in processes if b"\0-m\0hvdtrain\0" in _read(pid, "cmdline") and _is_rank(pid)]
+        ranks = [pid for pid in processes if b"\0-m\0hvdtrain\0" in _read(pid, "cmdline") and is_rank(pid)]
         if ranks:
             _kill(min(ranks), signal.SIGTERM)
         elif self._process is not None:  # the ranks are on other hosts: launchers but horovodrun pass SIGUSR1 on
@@ -232,14 +232,14 @@ def _newest(run_dir: Path) -> str:
     return ""
 
 
-def _processes(mark: str) -> list[int]:
+def marked_processes(mark: str) -> list[int]:
     """Return the processes of this host that were started with our mark in their environment."""
-    wanted = f"{_MARK}={mark}".encode()
+    wanted = f"{MARK}={mark}".encode()
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     return [pid for pid in pids if wanted in _read(pid, "environ").split(b"\0") and pid != os.getpid()]
 
 
-def _is_rank(pid: int) -> bool:
+def is_rank(pid: int) -> bool:
     """Tell a rank from its launcher, whose command line holds the rank's."""
     return b"python" in _read(pid, "cmdline").split(b"\0")[0].rpartition(b"/")[2] and not any(
         word in _read(pid, "cmdline").split(b"\0")[1] for word in (b"horovodrun", b"mpirun")

@@ -36,13 +36,13 @@ class Saver:
         """Begin to save; waits for the save before. `evaluated` is what these weights reached, if known. Collective."""
         started = time.perf_counter()
         self._job.world.progress.enter("saving")
-        window = self._job.world.all_reduce(training.window, "sum", "save.window")
+        windows = torch.stack(self._job.world.all_gather_object(training.window.cpu(), "save.window"))
         if self._job.world.rank == 0:
             self._wait()
             config = self._job.config.checkpoint
             arguments = {
                 "weights": _to_host(model_weights(training.model)),
-                "state": _to_host(training_state(self._job, training, window)),
+                "state": _to_host(training_state(self._job, training, windows)),
                 "step": training.step,
                 "samples": self._job.order.samples_before(training.step),
                 "world_size": self._job.world.size,

@@ -74,20 +74,26 @@ def start_training(job: Job) -> Training:
         training.scaler.load_state_dict(state["scaler"])
         for name in _COUNTERS:
             setattr(training, name, state[name])
-        if world.rank == 0:
-            training.window.copy_(state["window"])
+        training.window.copy_(_own_window(state["windows"], world.rank, world.size))
     world.broadcast_state(model, training.optimizer)
     world.check_replicas(_tensors(training), "start")
     return training
 
 
-def training_state(job: Job, training: Training, window: Tensor) -> dict[str, Any]:
-    """Return all but the weights; `window` is the sum of the ranks' windows, float64 `(len(metrics),)`."""
+def _own_window(windows: Tensor, rank: int, size: int) -> Tensor:
+    """Return what a rank had summed, so that the next mean is bitwise the same; on other ranks, rank 0 has it all."""
+    if len(windows) == size:
+        return windows[rank]
+    return windows.sum(0) * (rank == 0)
+
+
+def training_state(job: Job, training: Training, windows: Tensor) -> dict[str, Any]:
+    """Return all but the weights; `windows` are those of the ranks, float64 `(world size, len(metrics))`."""
     return {
         **{name: getattr(training, name) for name in _COUNTERS},
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
-        "window": window,
+        "windows": windows,
         "config": to_dict(job.config),
         "global_batch_size": job.plan.global_batch_size,
         "fingerprint": job.task.fingerprint,

@@ -1,0 +1,41 @@
+"""What a result was measured on: written at the head of every file in `benchmarks/results/`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+
+def describe() -> str:
+    """Return command, date, versions and machine, one a line."""
+    import torch
+
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = models[0].partition(":")[2].strip() if models else platform.machine()
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    try:
+        horovod = importlib.metadata.version("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        horovod = "not installed"
+    # Paths would name the machine, and say nothing.
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
+    return "\n".join(
+        (
+            f"command:  python benchmarks/{' '.join([Path(words[0]).name, *words[1:]])}",
+            f"date:     {datetime.now(timezone.utc):%Y-%m-%d}",
+            f"versions: python {platform.python_version()}, torch {torch.__version__}, horovod {horovod}",
+            f"machine:  {cpu}, {len(os.sched_getaffinity(0))} cores{gpu}",
+        )
+    )
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Return median, and the quartiles in brackets."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
