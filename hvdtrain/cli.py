@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import sys
 import time
@@ -17,23 +18,29 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from hvdtrain.config import merge, nearest, to_dict
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.launch import Launch, prepare_process
+from hvdtrain.options import RecipeOptions, TrainOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from hvdtrain.trainer import Recipe
 
 PROGRAM = "python -m hvdtrain"
-VERBS = ("train",)
-_OWN_FLAGS = ("config", "run-dir", "print-config", "dry-run", "allow-config-change")
 T = TypeVar("T")
 
 _USAGE = f"""\
-usage: {PROGRAM} [train [RECIPE]] [--section.setting VALUE ...]
+usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
 
-  train RECIPE   train, or go on with the run in --run-dir; without a recipe: lm
+  train RECIPE    train, or go on with the run in --run-dir; without a verb and a recipe: train lm
+  verify RECIPE   prove that training it on these ranks is the same as on one
 
 recipes: {{recipes}}, or the path of your own .py file
-settings of a recipe: {PROGRAM} train RECIPE --help
-several ranks: horovodrun -np 4 {PROGRAM} train RECIPE"""
+all settings: {PROGRAM} VERB RECIPE --help
+several ranks: horovodrun -np 4 {PROGRAM} VERB RECIPE"""
+
+# Verb -> module and function that runs it, and what it is asked besides a recipe's settings.
+_VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
+    "train": ("hvdtrain.run", "train", TrainOptions),
+    "verify": ("hvdtrain.verify", "verify", VerifyOptions),
+}
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
 _SECONDS_FOR_RANK_0 = 5.0
@@ -43,12 +50,10 @@ _SECONDS_FOR_RANK_0 = 5.0
 class Invocation:
     """A parsed command line."""
 
+    verb: str
     recipe_name: str
     recipe: Recipe
-    run_dir: Path | None
-    print_config: bool
-    dry_run: bool
-    allowed_changes: tuple[str, ...]
+    options: RecipeOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,21 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _leave(stop.code if isinstance(stop.code, int) else 2, launch)
     if invocation is None:
         return _leave(0, launch)
-    if invocation.print_config:
+    if invocation.options.print_config:
         if launch.rank == 0:
             sys.stdout.write(_toml(invocation.recipe))
         return _leave(0, launch)
-    from hvdtrain.run import run
-
+    module, function, _ = _VERBS[invocation.verb]
     try:
-        run(
-            invocation.recipe_name,
-            invocation.recipe,
-            invocation.run_dir,
-            invocation.dry_run,
-            invocation.allowed_changes,
-        )
-        return 0
+        run = getattr(importlib.import_module(module), function)
+        return int(run(invocation.recipe_name, invocation.recipe, invocation.options))
     except HvdtrainError as error:
         return _refuse(error, launch)
 
@@ -97,11 +95,11 @@ def parse(arguments: list[str]) -> Invocation | None:
         return None
     words, flags = _split(arguments)
     verb, name = (*words, "train", "lm")[:2] if len(words) != 1 else (words[0], "lm")
-    if verb not in VERBS:
-        raise ConfigError(f"there is no verb '{verb}'{nearest(verb, VERBS)}; see {PROGRAM} --help")
+    if verb not in _VERBS:
+        raise ConfigError(f"there is no verb '{verb}'{nearest(verb, _VERBS)}; see {PROGRAM} --help")
     if len(words) > 2:
         raise ConfigError(f"'{words[2]}' is one word too many: settings are written --section.setting VALUE")
-    return _parse_recipe(name, load_recipe(name), flags)
+    return _parse_recipe(verb, name, load_recipe(name), flags)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -110,43 +108,41 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:first_flag], arguments[first_flag:]
 
 
-def _parse_recipe(name: str, recipe: Recipe, flags: list[str]) -> Invocation:
+def _parse_recipe(verb: str, name: str, recipe: Recipe, flags: list[str]) -> Invocation:
     import tyro
 
     file = _config_file(flags)
     values = _read_toml(file) if file else {}
     recipe = merge(_leave_batch_open(recipe, values, flags), values, str(file))
+    *_, options = _VERBS[verb]
+    # tyro reads the docstrings of `options`; the recipe's sections become flags beside its own.
     kind = dataclasses.make_dataclass(
-        "train",
-        [
-            ("config", Annotated[Path | None, tyro.conf.arg(help="TOML file of settings; flags win over it.")], None),
-            ("run_dir", Annotated[Path | None, tyro.conf.arg(help=_RUN_DIR_HELP)], None),
-            ("print_config", Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help=_PRINT_HELP)], False),
-            ("dry_run", Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help=_DRY_HELP)], False),
-            ("allow_config_change", Annotated[tuple[str, ...], tyro.conf.arg(help=_ALLOW_HELP)], ()),
-            ("settings", Annotated[type(recipe), tyro.conf.arg(name="")], dataclasses.field(default=recipe)),
-        ],
+        verb,
+        [("settings", Annotated[type(recipe), tyro.conf.arg(name="")], dataclasses.field(default=recipe))],
+        bases=(options,),
         frozen=True,
         kw_only=True,
     )
     parsed: Any
     parsed, unknown = tyro.cli(
-        kind, args=flags, prog=f"{PROGRAM} train {name}", description=type(recipe).__doc__, return_unknown_args=True
+        kind,
+        args=flags,
+        prog=f"{PROGRAM} {verb} {name}",
+        description=type(recipe).__doc__,
+        return_unknown_args=True,
     )
     if unknown:
-        known = [f"--{flag}" for flag in (*_OWN_FLAGS, *_flag_names(recipe))]
+        own = (item.name.replace("_", "-") for item in dataclasses.fields(options))
+        known = [f"--{flag}" for flag in (*own, *_flag_names(recipe))]
         word = unknown[0].split("=")[0]
         raise ConfigError(f"there is no flag '{word}'{nearest(word, known)}" if word.startswith("-") else _stray(word))
-    allowed = tuple(setting.replace("-", "_") for setting in parsed.allow_config_change)
-    for setting in allowed:
-        _check_changeable(setting, recipe)
-    return Invocation(name, parsed.settings, parsed.run_dir, parsed.print_config, parsed.dry_run, allowed)
-
-
-_RUN_DIR_HELP = "Directory of this run; goes on from its newest checkpoint. Default: a new one under runs/."
-_PRINT_HELP = "Print the resolved settings as TOML, and stop."
-_DRY_HELP = "Print what would be trained, and stop."
-_ALLOW_HELP = "Settings, such as optim.peak-lr, that may differ from those that the run in --run-dir was begun with."
+    given = options(**{item.name: getattr(parsed, item.name) for item in dataclasses.fields(options)})
+    if isinstance(given, TrainOptions):
+        allowed = tuple(setting.replace("-", "_") for setting in given.allow_config_change)
+        for setting in allowed:
+            _check_changeable(setting, recipe)
+        given = dataclasses.replace(given, allow_config_change=allowed)
+    return Invocation(verb, name, parsed.settings, given)
 
 
 def _check_changeable(setting: str, recipe: Recipe) -> None:

@@ -11,10 +11,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import tomli_w
 import torch
@@ -36,7 +36,17 @@ from hvdtrain.metrics import (
     duration,
     open_rank_log,
 )
+from hvdtrain.options import TrainOptions
 from hvdtrain.trainer import Job, Recipe, fit, settle
+
+T = TypeVar("T")
+
+
+def train(name: str, recipe: Recipe, options: TrainOptions) -> int:
+    """Answer `train RECIPE`; returns the exit code. Collective."""
+    allowed = options.allow_config_change
+    run(name, recipe, options.run_dir, options.dry_run, allowed)
+    return 0
 
 
 def run(
@@ -64,12 +74,26 @@ def run(
         LaunchError: there is no world: Horovod does not start, or sees other ranks than the launcher.
         SystemExit: on all ranks alike, with the exit code of what rank 0 has told.
     """
+    request = _Request(name, recipe, run_dir, dry_run, allowed_changes)
+    return watched(recipe, lambda world, heartbeat, unwatched: _run(request, world, heartbeat, unwatched))
+
+
+def watched(recipe: Recipe, work: Callable[[World, Heartbeat, list[int]], T]) -> T:
+    """Run `work` on all ranks, which watch over each other meanwhile. Collective.
+
+    It is given the world, the heartbeat, and the ranks that cannot be watched. An exception on any rank ends the job:
+    it is told once, and no rank returns.
+
+    Raises:
+        LaunchError: there is no world.
+        SystemExit: on all ranks alike, with the exit code of what rank 0 has told.
+    """
     world = init()
     heartbeat = Heartbeat(world, recipe.health.stall_limit_s)
     unwatched = heartbeat.start()
     try:
         _check_same_settings(recipe, world)
-        result = _run(_Request(name, recipe, run_dir, dry_run, allowed_changes), world, heartbeat, unwatched)
+        result = work(world, heartbeat, unwatched)
     except HvdtrainError as error:
         if not error.is_on_all_ranks:
             heartbeat.fail(f"hvdtrain: rank {world.rank} on {socket.gethostname()}: {error}", error.exit_code)

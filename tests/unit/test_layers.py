@@ -29,6 +29,7 @@ LAYERS = {
     "stop": 1,
     "progress": 1,
     "supervise": 1,
+    "options": 1,
     "config": 1,
     "errors": 0,
 }
@@ -65,7 +66,7 @@ def test_imports_point_down(path):
 
 
 def test_config_and_schedule_need_the_standard_library_only():
-    for name in ("config", "schedule", "launch", "stop", "progress", "supervise", "errors"):
+    for name in ("config", "schedule", "launch", "stop", "progress", "supervise", "options", "errors"):
         for module in imports_of(PACKAGE / f"{name}.py"):
             top = module.split(".")[0]
             assert top == "hvdtrain" or top in sys.stdlib_module_names, f"{name}.py imports {module}"
