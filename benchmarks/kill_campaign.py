@@ -174,15 +174,19 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def family(supervisor: int) -> list[int]:
-    """Return the processes of the supervisor's present attempt: those that carry its mark."""
-    marks: dict[bytes, list[int]] = {}
+    """Return the processes that the supervisor has started, directly or not: those that carry its mark."""
+    marked = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit() and int(path.name) != supervisor:
-            for entry in read(int(path.name), "environ").split(b"\0"):
-                if entry.startswith(MARK.encode()):
-                    marks.setdefault(entry, []).append(int(path.name))
-    ours = [pids for pids in marks.values() if any(stat_parent(pid) == supervisor for pid in pids)]
-    return sorted(pid for pids in ours for pid in pids)
+            entries = read(int(path.name), "environ").split(b"\0")
+            marked[int(path.name)] = next((entry for entry in entries if entry.startswith(MARK.encode())), b"")
+    for pid, mark in marked.items():
+        if mark and stat_parent(pid) == supervisor:
+            _marks[supervisor] = mark  # orphans of a killed launcher have another parent, but the mark
+    return sorted(pid for pid, mark in marked.items() if mark and mark == _marks.get(supervisor))
+
+
+_marks: dict[int, bytes] = {}
 
 
 def stat_parent(pid: int) -> int:
@@ -231,13 +235,14 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="also write the table here")
     given = parser.parse_args()
     started, rows, is_good = time.monotonic(), [], True
-    folder = Path(tempfile.mkdtemp(prefix="kill-campaign-"))
+    folder, problems = Path(tempfile.mkdtemp(prefix="kill-campaign-")), []
     for place, launcher in enumerate(given.launchers):
         kills = given.kills // len(given.launchers) + (place < given.kills % len(given.launchers))
         campaign = Campaign(launcher, given.ranks, folder, random.Random(f"{given.seed} {launcher}"))
         campaign.run(kills)
         steps, same_weights, same_metrics = campaign.compare()
         lost = len(campaign.unreadable) + campaign.went_back
+        problems += campaign.unreadable
         is_good = is_good and not lost and same_weights and same_metrics
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(campaign.kills.items()))
         rows.append(
@@ -262,7 +267,7 @@ def main() -> int:
     if is_good:
         shutil.rmtree(folder)
     else:
-        print(f"something was lost: look at {folder}")
+        print("\n".join((f"something was lost: look at {folder}", *problems)))
     return 0 if is_good else 1
 
 
