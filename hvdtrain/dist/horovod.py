@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hvdtrain.launch import Launch
 from hvdtrain.dist.optimizer import wrap_optimizer
-from hvdtrain.dist.world import Compression, ReduceOp, World, WrappedOptimizer
+from hvdtrain.dist.world import Averaging, Compression, ReduceOp, World, WrappedOptimizer
 from hvdtrain.errors import LaunchError
 from hvdtrain.progress import Progress
 
@@ -45,9 +45,10 @@ class HorovodWorld(World):
         *,
         accum_steps: int = 1,
         compression: Compression = "none",
+        op: Averaging = "average",
     ) -> WrappedOptimizer:
         """Wrap in `hvd.DistributedOptimizer`, its traps closed."""
-        return wrap_optimizer(optimizer, model, accum_steps, compression, self.size, self.progress)
+        return wrap_optimizer(optimizer, model, accum_steps, compression, op, self.size, self.progress)
 
     def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Send the optimizer's state first and the tensors last, as nothing may touch them afterwards."""

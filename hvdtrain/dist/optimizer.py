@@ -1,10 +1,4 @@
-"""`hvd.DistributedOptimizer` with its traps closed (each seen in Horovod 0.28.1).
-
-Gradients travel in buckets that are settled when the optimizer is wrapped. Left to itself, Horovod fuses whatever
-happens to be ready, and the place of a number in the fused buffer decides in which order the ranks' parts of it are
-added: with more than two ranks, two runs of one program then differ in the last bits. Here a bucket is one flat
-tensor and Horovod's own fusion is off (`HOROVOD_FUSION_THRESHOLD=0`), so a run can be repeated bit by bit.
-"""
+"""`hvd.DistributedOptimizer` with its traps closed (each seen in Horovod 0.28.1)."""
 
 from __future__ import annotations
 
@@ -14,16 +8,12 @@ from typing import Any, cast
 
 import horovod.torch as hvd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hvdtrain.dist.world import Compression, WrappedOptimizer
+from hvdtrain.dist.gradients import GradientExchange
+from hvdtrain.dist.world import Averaging, Compression, WrappedOptimizer, restore_types
+from hvdtrain.errors import ConfigError
 from hvdtrain.progress import Progress
-
-# As in PyTorch DDP: the first bucket is ready soon after backward has begun, the others are large enough for the ring.
-FIRST_BUCKET_BYTES = 1 << 20
-BUCKET_BYTES = 25 << 20
-
-Bucket = tuple[nn.Parameter, ...]
 
 
 def wrap_optimizer(
@@ -31,55 +21,77 @@ def wrap_optimizer(
     model: nn.Module,
     accum_steps: int,
     compression: Compression,
+    op: Averaging,
     size: int,
     progress: Progress,
 ) -> WrappedOptimizer:
-    """Wrap `optimizer` in `hvd.DistributedOptimizer`; the result averages gradients over `size` ranks."""
+    """Wrap `optimizer` in `hvd.DistributedOptimizer`; the result averages gradients over `size` ranks.
+
+    Raises:
+        ConfigError: Adasum cannot be had here.
+    """
+    if op == "adasum":
+        _check_adasum(size, compression)
     inner = type(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    in_order = [parameter for parameter in names if parameter in owned]
+    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wrapped = hvd.DistributedOptimizer(
         optimizer,
-        named_parameters=[(names[parameter], parameter) for parameter in in_order],
+        named_parameters=[(names.get(p, f"parameter {i}"), p) for i, p in enumerate(owned)],
         backward_passes_per_step=accum_steps,
         op=hvd.Sum,
-        groups=[list(bucket) for bucket in in_buckets(in_order)],
     )
+    # Horovod builds the wrapped class anew from its parameters alone: defaults and state would be lost.
+    wrapped.__dict__.update(optimizer.__dict__)
+    # Horovod hangs its hooks on the graph's gradient accumulators, which live as long as this list: ours replace them.
+    wrapped._grad_accs.clear()
     # Horovod's methods find the wrapped class by `super(self.__class__, self)`, which loops for ever in a subclass:
     # the mixin must therefore answer every method that does so, and knows the wrapped class by itself.
     wrapped.__class__ = type(inner.__name__, (_SafeMixin, type(wrapped)), {"_inner": inner})
-    wrapped._size = size
-    wrapped._progress = progress
-    wrapped._wire_dtype = torch.float16 if compression == "fp16" else None
+    order = {parameter: place for place, parameter in enumerate(names)}
+
+    def parameters() -> list[nn.Parameter]:
+        own = [parameter for group in wrapped.param_groups for parameter in group["params"]]
+        return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
+
+    wrapped._exchange = GradientExchange(
+        parameters,
+        names,
+        _sparse_parameters(model),
+        accum_steps,
+        torch.float16 if compression == "fp16" else None,
+        hvd.Adasum if op == "adasum" else hvd.Sum,
+        size,
+        progress,
+    ) if size > 1 else None
     return cast(WrappedOptimizer, wrapped)
 
 
-def in_buckets(parameters: list[nn.Parameter]) -> list[Bucket]:
-    """Split trainable parameters into buckets of one type and device, in the reverse of the model's order.
+def _sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights of embeddings that were built with `sparse=True`."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    return {cast(nn.Parameter, module.weight) for module in embeddings if module.sparse}
 
-    That is about the order in which backward finishes them. The same on every rank and in every run.
-    """
-    buckets: list[Bucket] = []
-    current: list[nn.Parameter] = []
-    room = FIRST_BUCKET_BYTES
-    for parameter in reversed([p for p in parameters if p.requires_grad]):
-        fits = current and (parameter.dtype, parameter.device) == (current[0].dtype, current[0].device)
-        if current and (not fits or room < parameter.nbytes):
-            buckets.append(tuple(current))
-            current, room = [], BUCKET_BYTES
-        current.append(parameter)
-        room -= parameter.nbytes
-    return [*buckets, tuple(current)] if current else buckets
+
+def _check_adasum(size: int, compression: Compression) -> None:
+    if not hvd.mpi_built() or not hvd.mpi_enabled():
+        raise ConfigError(
+            "--comm.op adasum needs MPI: Horovod's Gloo cannot do it. Start with mpirun or horovodrun --mpi, or use"
+            " --comm.op average"
+        )
+    if size & (size - 1):
+        raise ConfigError(
+            f"--comm.op adasum needs 2, 4, 8, ... ranks, not {size}: start as many, or use --comm.op average"
+        )
+    if compression != "none":
+        raise ConfigError("--comm.op adasum works on full gradients: leave out --comm.compression")
 
 
 class _SafeMixin:
     """Replaces the methods of `hvd.DistributedOptimizer` that are wrong, or that break in a subclass."""
 
     _inner: type[torch.optim.Optimizer]
-    _size: int
-    _progress: Progress
-    _wire_dtype: torch.dtype | None
+    _exchange: GradientExchange | None
     _synchronized: bool
     _should_synchronize: bool
 
@@ -89,33 +101,18 @@ class _SafeMixin:
         Raises:
             RuntimeError: gradients are on the wire; clearing them now would lose them.
         """
-        this = cast(Any, self)
-        if this._handles:
-            raise RuntimeError("zero_grad() between backward and step() loses gradients: call step() first")
+        if self._exchange is not None:
+            if self._exchange.is_under_way:
+                raise RuntimeError("zero_grad() between backward and step() loses gradients: call step() first")
+            self._exchange.forget()
         self._synchronized = False
-        self._inner.zero_grad(this, set_to_none)
+        self._inner.zero_grad(cast(Any, self), set_to_none)
 
     def synchronize(self) -> None:
-        """Finish averaging; a second call before the next backward pass does nothing.
-
-        A bucket that is not on its way yet, because a rank had fewer micro-batches or did not use a parameter, is sent
-        now, with zeros for gradients that are missing. So every rank sends every bucket exactly once.
-        """
-        this = cast(Any, self)
-        if self._synchronized and not this._handles:
+        """Finish averaging; a second call before the next backward pass does nothing."""
+        if self._exchange is None or (self._synchronized and not self._exchange.has_news):
             return
-        for bucket in this._group_counts:
-            if bucket not in this._handles:
-                this._handles[bucket] = self._grouped_allreduce_grad_async(bucket)
-        for bucket in this._group_counts:
-            handle, wire = this._handles[bucket]
-            with self._progress.during("communication"):
-                hvd.synchronize(handle)
-            _unpack(wire, bucket)
-            for parameter in bucket:
-                this._allreduce_delay[parameter] = this.backward_passes_per_step
-            this._group_counts[bucket] = 0
-        this._handles.clear()
+        self._exchange.finish()
         self._synchronized = True
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -125,9 +122,14 @@ class _SafeMixin:
         self._synchronized = False
         return self._inner.step(cast(Any, self), closure)
 
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """Add a group; its gradients are averaged from the next step on."""
+        self._inner.add_param_group(cast(Any, self), group)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the wrapped optimizer's state."""
+        """Load the wrapped optimizer's state, every tensor in the type that it was saved in."""
         self._inner.load_state_dict(cast(Any, self), state)
+        restore_types(cast(Any, self), state)
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -137,41 +139,3 @@ class _SafeMixin:
             yield
         finally:
             self._should_synchronize = True
-
-    def _grouped_allreduce_grad_async(self, bucket: Bucket) -> tuple[Any, Tensor]:
-        """Send a bucket; Horovod's hooks call this as soon as its last gradient is ready. Returns handle and buffer.
-
-        Each rank divides its own part before the sum: the other way round large fp16 numbers overflow.
-        """
-        wire = _pack(bucket, self._wire_dtype).div_(self._size)
-        name = cast(Any, self)._parameter_names[bucket[0]]
-        return hvd.allreduce_async_(wire, op=hvd.Sum, name=f"gradients.{name}"), wire
-
-
-def _pack(bucket: Bucket, wire_dtype: torch.dtype | None) -> Tensor:
-    """Return a bucket's gradients as one flat, contiguous tensor of a type that Horovod carries.
-
-    A gradient that is alone in its bucket and can be sent as it is, is not copied.
-    """
-    for parameter in bucket:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [cast(Tensor, parameter.grad) for parameter in bucket]
-    own = gradients[0].dtype
-    dtype = wire_dtype or (torch.float32 if own == torch.bfloat16 else own)
-    if len(gradients) == 1 and dtype == own and gradients[0].is_contiguous():
-        return gradients[0].view(-1)
-    return torch.cat([gradient.reshape(-1).to(dtype) for gradient in gradients])
-
-
-def _unpack(wire: Tensor, bucket: Bucket) -> None:
-    """Make the bucket's averaged gradients its parameters' `.grad`: parts of the buffer where they fit as they are."""
-    start = 0
-    for parameter in bucket:
-        average = wire[start : start + parameter.numel()].view(parameter.shape)
-        gradient = cast(Tensor, parameter.grad)
-        if gradient.is_contiguous() and gradient.dtype == wire.dtype:
-            parameter.grad = average
-        else:
-            gradient.copy_(average)
-        start += parameter.numel()

@@ -18,6 +18,7 @@ from hvdtrain.progress import Progress
 T = TypeVar("T")
 ReduceOp = Literal["sum", "mean", "min", "max"]
 Compression = Literal["none", "fp16"]
+Averaging = Literal["average", "adasum"]
 
 
 class WrappedOptimizer(torch.optim.Optimizer):
@@ -58,17 +59,23 @@ class World(ABC):
         *,
         accum_steps: int = 1,
         compression: Compression = "none",
+        op: Averaging = "average",
     ) -> WrappedOptimizer:
         """Wrap an optimizer so that its gradients are averaged over the ranks while backward still runs. Collective.
 
-        Wrap first, then load its state: wrapping starts with an empty one. With `accum_steps` > 1, that many backward
-        passes are *summed* before the average is taken: divide the loss by their number.
+        With `accum_steps` > 1, that many backward passes are *summed* before the average is taken: divide the loss by
+        their number.
 
         Args:
             optimizer: any torch optimizer over parameters of `model`; use the returned one afterwards.
             model: gives the parameters their names.
             accum_steps: backward passes per optimizer step.
             compression: format of the gradients on the wire.
+            op: "adasum" combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging; no
+                clipping may follow, as that has no meaning across ranks then.
+
+        Raises:
+            ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients.
         """
 
     @abstractmethod
@@ -141,6 +148,19 @@ class World(ABC):
         """Leave the world. Further collectives are an error."""
 
 
+def restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give loaded entries back the type that they were saved in: torch's `load_state_dict` casts to the parameter's.
+
+    NAdam's running product, for one, is fp32 beside fp64 parameters, and would go on with other last bits.
+    """
+    saved = state["state"]
+    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, parameter in enumerate(owned):
+        for name, value in saved.get(place, {}).items():
+            if isinstance(value, Tensor) and optimizer.state[parameter][name].dtype != value.dtype:
+                optimizer.state[parameter][name] = value.detach().clone().to(optimizer.state[parameter][name].device)
+
+
 class SoloWorld(World):
     """One process, on its own; Horovod need not be installed."""
 
@@ -156,6 +176,7 @@ class SoloWorld(World):
         *,
         accum_steps: int = 1,
         compression: Compression = "none",
+        op: Averaging = "average",
     ) -> WrappedOptimizer:
         """Return the optimizer with a `synchronize` that has nothing to do."""
         inner = type(optimizer)
@@ -185,6 +206,11 @@ class SoloWorld(World):
 
 class _SoloOptimizer:
     """Mixed into the class of an optimizer that needs no averaging."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the state, every tensor in the type that it was saved in."""
+        super().load_state_dict(state)  # type: ignore[misc]
+        restore_types(cast(Any, self), state)
 
     def synchronize(self) -> None:
         """Do nothing: there is one gradient."""
