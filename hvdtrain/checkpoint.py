@@ -69,9 +69,13 @@ class Checkpoint:
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return each parameter and persistent buffer once, by its first name: tied weights are stored once."""
+    """Return each parameter and persistent buffer once, by its first name: tied weights are stored once.
+
+    Names are those of the model as it was before `torch.compile`, which puts `_orig_mod.` before them.
+    """
     first_names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    return {name: tensor.detach() for name, tensor in model.state_dict().items() if name in first_names}
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in first_names}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
 
 
 def load_model_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from hvdtrain.errors import ConfigError
 from hvdtrain.stop import parse_duration
 
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+Precision = Literal["fp32", "bf16", "fp16", "bf16-true", "fp64"]
 T = TypeVar("T")
 
 
@@ -41,7 +41,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initial weights, the order of the samples and every other random number."""
     precision: Precision = "fp32"
-    """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), or fp64 for proofs."""
+    """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient's Euclidean norm to this. None: no clipping."""
 
@@ -63,10 +63,15 @@ class TrainConfig:
 class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    """adamw: decoupled weight decay (arXiv:1711.05101). sgd: with momentum if --optim.momentum is given."""
+    name: str = "adamw"
+    """adamw: decoupled weight decay (arXiv:1711.05101). sgd: with momentum if --optim.momentum is given. muon: for the
+    hidden layers' matrices, adamw for the rest. Or a class of torch.optim, such as NAdam, with its own defaults."""
     peak_lr: float = 1e-3
-    """Learning rate at the end of the warm-up."""
+    """Learning rate at the end of the warm-up, for a global batch of --optim.reference-batch if there is a rule."""
+    lr_rule: Literal["none", "linear", "sqrt"] = "none"
+    """Scale the learning rate with the global batch: linear (arXiv:1706.02677, section 2.1) or by its square root."""
+    reference_batch: int | None = None
+    """Global batch in samples that --optim.peak-lr is meant for; needed by --optim.lr-rule."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """What follows the warm-up; wsd: constant, then a linear decay over the last --optim.decay-fraction."""
     warmup_steps: int = 0
@@ -93,6 +98,11 @@ class OptimConfig:
             _check(self, name, lambda value: value >= 0, "must not be negative")
         for name in ("beta1", "beta2", "momentum"):
             _check(self, name, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+        _check(self, "reference_batch", lambda value: value > 0, "must be greater than 0")
+        if self.lr_rule != "none" and self.reference_batch is None:
+            raise ConfigError(
+                f"lr_rule = {self.lr_rule} needs reference_batch, the global batch that peak_lr is meant for"
+            )
         _check(self, "final_lr_fraction", lambda value: 0 <= value <= 1, "must be between 0 and 1")
 
 
@@ -102,6 +112,8 @@ class CommConfig:
 
     compression: Literal["none", "fp16"] = "none"
     """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits."""
+    op: Literal["average", "adasum"] = "average"
+    """adasum combines gradients by their directions (arXiv:2006.02924); MPI and 2, 4, 8, ... ranks only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +167,8 @@ class HealthConfig:
     """End the job with the stacks of all ranks when none gets on for this long, or one gives no sign of life."""
     max_skipped_steps: int = 20
     """Steps in a row that may be skipped because the loss or the gradient is not finite."""
+    replica_check_every: int | None = 100
+    """Steps between two checks, also made before each save, that all ranks hold the same weights. None: never."""
 
     @property
     def stall_limit_s(self) -> float:
@@ -164,7 +178,20 @@ class HealthConfig:
     def __post_init__(self) -> None:
         if self.stall_limit_s < 1:
             raise ConfigError(f"stall_limit = {self.stall_limit} must be at least 1s")
-        _check(self, "max_skipped_steps", lambda value: value > 0, "must be greater than 0")
+        for name in ("max_skipped_steps", "replica_check_every"):
+            _check(self, name, lambda value: value > 0, "must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What can be done with any model."""
+
+    sync_batch_norm: bool = False
+    """Batch normalisation over the samples of all ranks instead of each rank's own."""
+    compile: Literal["none", "model", "blocks"] = "none"
+    """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier."""
+    checkpoint_blocks: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +205,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 @dataclass(frozen=True)

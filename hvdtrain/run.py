@@ -205,7 +205,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
         f"model:      {type(task.model).__name__}, {parameters:,} parameters",
         f"batch:      {job.plan}",
         f"steps:      {job.num_steps:,}, or {job.num_steps / job.order.steps_per_epoch:.3g} epochs of"
-        f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {config.optim.peak_lr:g},"
+        f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {_rate(job)},"
         f" {config.optim.schedule}",
         f"directory:  {job.run_dir}",
     ]
@@ -213,6 +213,17 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
     if world.launch.launcher == "mpirun" and cores < machine // world.local_size:
         lines.append(f"warning:    mpirun binds each rank to {cores} of {machine} cores: add --bind-to none to it")
     return "\n".join(lines)
+
+
+def _rate(job: Job) -> str:
+    """Return the peak learning rate, and how a rule comes to it."""
+    optim = job.config.optim
+    if optim.lr_rule == "none":
+        return f"{optim.peak_lr:g}"
+    return (
+        f"{optim.peak_lr * job.lr_factor:g} ({optim.peak_lr:g} for a batch of {optim.reference_batch}, {optim.lr_rule}"
+        f" rule for {job.plan.global_batch_size})"
+    )
 
 
 class RunFiles:

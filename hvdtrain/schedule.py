@@ -23,6 +23,18 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     return optim.peak_lr * (final + (1 - final) * _height(optim, progress, num_steps))
 
 
+def lr_factor(optim: OptimConfig, global_batch_size: int) -> float:
+    """Return by what `--optim.lr-rule` multiplies the learning rate.
+
+    linear: in proportion to the batch, so that one step moves as far as several of a smaller batch (arXiv:1706.02677,
+    section 2.1); sqrt: so that the noise of a step stays the same (arXiv:1404.5997, section 5).
+    """
+    if optim.lr_rule == "none" or optim.reference_batch is None:
+        return 1.0
+    ratio = global_batch_size / optim.reference_batch
+    return ratio if optim.lr_rule == "linear" else math.sqrt(ratio)
+
+
 def check_schedule(optim: OptimConfig, num_steps: int) -> None:
     """Raise ConfigError where the warm-up does not fit into the run."""
     if optim.warmup_steps >= num_steps and optim.warmup_steps > 0:

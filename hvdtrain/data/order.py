@@ -60,14 +60,21 @@ class SampleOrder:
         stop = min(start + self.plan.global_batch_size, self.num_samples)
         return torch.from_numpy(permute(np.arange(start, stop), self.num_samples, self.seed, epoch))
 
-    def micro_batches(self, step: int, rank: int) -> list[Tensor]:
+    def micro_batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
         """Return the positions in `global_batch(step)`, int64 `(n,)`, of each of a rank's micro-batches.
 
-        In a short batch there are perhaps fewer than usual, or none.
+        In a short batch there are perhaps fewer than usual, or none; with `in_step`, empty ones take their place up to
+        as many as the rank with the most has.
         """
         epoch_step = step % self.steps_per_epoch
         num_samples = min(self.plan.global_batch_size, self.num_samples - epoch_step * self.plan.global_batch_size)
-        return in_batches(contiguous_share(num_samples, rank, self.plan.world_size), self.plan.micro_batch_size)
+        share = contiguous_share(num_samples, rank, self.plan.world_size)
+        batches = in_batches(share, self.plan.micro_batch_size)
+        if in_step:
+            largest_share = -(-num_samples // self.plan.world_size)
+            most = -(-largest_share // self.plan.micro_batch_size)
+            batches += [share[:0]] * (most - len(batches))
+        return batches
 
 
 def permute(positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -10,10 +10,23 @@ import torch
 
 from hvdtrain.launch import THREAD_VARIABLES, Launch, prepare_process
 from hvdtrain.dist.heartbeat import Heartbeat
-from hvdtrain.dist.world import SoloWorld, World, WrappedOptimizer
+from hvdtrain.dist.batch_norm import has_synchronized_layers, synchronize_batch_norm
+from hvdtrain.dist.replicas import digest_of
+from hvdtrain.dist.world import ReduceOp, SoloWorld, World, WrappedOptimizer
 from hvdtrain.errors import LaunchError
 
-__all__ = ["Heartbeat", "SoloWorld", "World", "WrappedOptimizer", "init", "pick_device"]
+__all__ = [
+    "Heartbeat",
+    "ReduceOp",
+    "SoloWorld",
+    "World",
+    "WrappedOptimizer",
+    "digest_of",
+    "has_synchronized_layers",
+    "init",
+    "pick_device",
+    "synchronize_batch_norm",
+]
 
 
 def init() -> World:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.launch import Launch
-from hvdtrain.dist.replicas import first_difference, tensor_digest
+from hvdtrain.dist.replicas import all_in_one, digest_of, first_difference
 from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.progress import Progress
 
@@ -128,17 +128,22 @@ class World(ABC):
         """Make sure that `tensors` are bitwise equal on all ranks. Collective.
 
         Raises:
-            DivergedError: they are not; names the first that differs, and the ranks.
+            DivergedError: they are not; names the first that differs, and the ranks in the minority.
         """
         if self.size == 1:
             return
-        digests = {key: tensor_digest(tensor) for key, tensor in tensors.items()}
-        difference = first_difference(self.all_gather_object(digests, f"replicas.{name}"))
+        digests = {key: digest_of(tensor) for key, tensor in tensors.items()}
+        own = all_in_one(list(digests.values()))
+        # The largest digest and the largest complement, which is the smallest digest's: equal if there is only one.
+        largest, smallest = self.all_reduce(torch.cat((own, ~own)), "max", f"replicas.{name}").tolist()
+        if largest == ~smallest:
+            return
+        numbers = {key: int(digest) for key, digest in digests.items()}
+        difference = first_difference(self.all_gather_object(numbers, f"replicas.{name}.all"))
         if difference:
             key, ranks = difference
-            raise DivergedError(
-                f"the ranks are not equal: {key} on rank {', '.join(map(str, ranks))} differs from rank 0's"
-            )
+            who = f"rank {', '.join(map(str, ranks))}"
+            raise DivergedError(f"the ranks are not equal: {key} on {who} differs from the other ranks'")
 
     def has_lost_contact(self, error: BaseException) -> bool:
         """Return whether an exception only says that another rank is gone."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvdtrain.config import ModelConfig
 from hvdtrain.errors import ConfigError
 
 IGNORE_INDEX = -100
@@ -23,7 +24,7 @@ _INIT_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(ModelConfig):
     """The size and shape of the decoder. The size of the vocabulary comes from the tokenizer."""
 
     num_layers: int = 6

@@ -18,8 +18,9 @@ from hvdtrain.errors import DivergedError, StopRequested
 from hvdtrain.metrics import Stopwatch
 from hvdtrain.schedule import learning_rate
 from hvdtrain.stop import StopRequest
+from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.saver import Saver
-from hvdtrain.trainer.state import Training, start_training
+from hvdtrain.trainer.state import Training, model_tensors, start_training
 from hvdtrain.trainer.task import Batch, Job
 
 
@@ -40,7 +41,8 @@ def fit(job: Job) -> dict[str, float]:
     Raises:
         UsageError: on all ranks alike, before the first step: settings, data and checkpoint do not fit together.
         StopRequested: on all ranks alike, after saving: a signal reached any rank, or the time is used up.
-        DivergedError: on all ranks alike: too many steps in a row had a loss or gradient that is not finite.
+        DivergedError: on all ranks alike: too many steps in a row had a loss or gradient that is not finite, or the
+            ranks' weights are no longer equal.
         CheckpointError: on all ranks alike: the last save failed.
     """
     training = start_training(job)
@@ -83,7 +85,11 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
             is_stop = is_stop or not evaluated
         if evaluated and not is_last:
             job.log.write(step, evaluated)
-        if is_last or is_stop or is_due(step, job.config.checkpoint.every):
+        is_saving = is_last or is_stop or is_due(step, job.config.checkpoint.every)
+        every = job.config.health.replica_check_every
+        if every is not None and (is_saving or is_due(step, every)):
+            job.world.check_replicas(model_tensors(training.model), "training")
+        if is_saving:
             run.saver.save(training, evaluated)
     if is_stop and (not is_last or training.is_evaluation_due):
         run.saver.finish()
@@ -120,14 +126,15 @@ def train_step(job: Job, training: Training) -> None:
     samples = job.order.global_batch(step)
     num_targets = job.task.train_data.num_targets(samples)
     sums = torch.zeros_like(training.window)
-    for positions in job.order.micro_batches(step, world.rank):
+    for positions in job.order.micro_batches(step, world.rank, training.runs_in_step):
         sums += _micro_batch(job, training, samples, positions, num_targets)
     training.optimizer.synchronize()
+    training.buffers.average(world)
     world.progress.enter("update")
     training.scaler.unscale_(training.optimizer)
     training.grad_norm = _clip(training.model, job.config.train.max_grad_norm)
     for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate(job.config.optim, step, job.num_steps)
+        group["lr"] = learning_rate(job.config.optim, step, job.num_steps) * job.lr_factor
     # Every rank holds the same averaged gradient: no rank need ask another whether it is finite.
     is_finite = bool(training.grad_norm.isfinite())
     if is_finite:
@@ -247,11 +254,9 @@ def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[s
 
 
 def _to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
-    """Move a batch; in fp64, its real numbers become fp64 too."""
-    return tuple(
-        tensor.to(device, torch.float64 if precision == "fp64" and tensor.is_floating_point() else None)
-        for tensor in batch
-    )
+    """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
+    dtype = own_type(precision)
+    return tuple(tensor.to(device, dtype if tensor.is_floating_point() else None) for tensor in batch)
 
 
 def _autocast(precision: Precision, device: torch.device) -> torch.autocast:

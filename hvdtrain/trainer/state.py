@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from hvdtrain.checkpoint import load_model_weights, load_newest
 from hvdtrain.config import to_dict
-from hvdtrain.dist import WrappedOptimizer
+from hvdtrain.dist import WrappedOptimizer, has_synchronized_layers
 from hvdtrain.errors import ResumeError
 from hvdtrain.optimizer import build_optimizer
 from hvdtrain.randomness import MicroBatchRandomness
+from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.task import Job
 
 # Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
@@ -21,6 +23,7 @@ from hvdtrain.trainer.task import Job
 FREE_TO_CHANGE = (
     *("log", "eval", "checkpoint", "health", "data", "train.steps", "train.epochs", "train.max_time"),
     *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
+    *("model.compile", "model.checkpoint_blocks"),
 )
 
 _COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")
@@ -34,6 +37,9 @@ class Training:
     optimizer: WrappedOptimizer
     scaler: torch.amp.GradScaler
     randomness: MicroBatchRandomness
+    buffers: ChangingBuffers
+    runs_in_step: bool
+    """Ranks must put equally many micro-batches through the model, empty ones if need be."""
     window: Tensor
     """This rank's sums of `Task.metrics` since the last logged step, float64 `(len(metrics),)`."""
     window_targets: int = 0
@@ -53,18 +59,22 @@ def start_training(job: Job) -> Training:
     """Put model and optimizer on the device: rank 0's weights, or the newest checkpoint's, on every rank. Collective.
 
     Raises:
+        ConfigError: the model, the optimizer or the ranks cannot do what the settings ask.
         ResumeError: the checkpoint belongs to another model, other data or other settings.
     """
-    world, train = job.world, job.config.train
-    model = job.task.model.to(world.device, torch.float64 if train.precision == "fp64" else None)
-    optimizer = build_optimizer(job.config.optim, model)
+    world, train, comm = job.world, job.config.train, job.config.comm
+    model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
+    optimizer = world.together(lambda: build_optimizer(job.config.optim, model), "optimizer")
+    accum_steps, compression = job.plan.accum_steps, comm.compression
     training = Training(
         model=model,
-        optimizer=world.wrap(
-            optimizer, model, accum_steps=job.plan.accum_steps, compression=job.config.comm.compression
+        optimizer=world.together(
+            lambda: world.wrap(optimizer, model, accum_steps=accum_steps, compression=compression, op=comm.op), "wrap"
         ),
         scaler=torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16"),
         randomness=MicroBatchRandomness(world.device),
+        buffers=ChangingBuffers(model),
+        runs_in_step=has_synchronized_layers(model),
         window=torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device),
     )
     found = world.together(lambda: _read_latest(job, model) if world.rank == 0 else None, "resume")
@@ -76,7 +86,8 @@ def start_training(job: Job) -> Training:
             setattr(training, name, state[name])
         training.window.copy_(_own_window(state["windows"], world.rank, world.size))
     world.broadcast_state(model, training.optimizer)
-    world.check_replicas(_tensors(training), "start")
+    training.buffers = ChangingBuffers(model)  # all that has changed them so far does not count
+    world.check_replicas(replicated_tensors(training), "start")
     return training
 
 
@@ -133,9 +144,14 @@ def _is_in(name: str, settings: tuple[str, ...]) -> bool:
     return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
 
 
-def _tensors(training: Training) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def replicated_tensors(training: Training) -> dict[str, Tensor]:
     """Return all that must be equal on all ranks."""
-    tensors = {**dict(training.model.named_parameters()), **dict(training.model.named_buffers())}
+    tensors = model_tensors(training.model)
     names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
     for parameter, entries in training.optimizer.state.items():
         for key, value in entries.items():

@@ -15,7 +15,7 @@ from hvdtrain.data.order import SampleOrder
 from hvdtrain.dist import World
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricLog
-from hvdtrain.schedule import check_schedule
+from hvdtrain.schedule import check_schedule, lr_factor
 
 Batch = tuple[Tensor, ...]
 
@@ -72,6 +72,11 @@ class Job:
     """Optimizer steps of the whole run."""
     allowed_changes: tuple[str, ...] = ()
     """Settings that may differ from those of the checkpoint that the run goes on from."""
+
+    @property
+    def lr_factor(self) -> float:
+        """Return by what `--optim.lr-rule` multiplies the learning rate."""
+        return lr_factor(self.config.optim, self.plan.global_batch_size)
 
 
 def settle(

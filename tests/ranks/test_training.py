@@ -1,6 +1,7 @@
 """Whole trainings: N ranks give what one process gives, on the real recipes."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -9,10 +10,20 @@ from digits import write_digits
 from test_optimizer import largest_difference
 from test_world import digest
 
-from hvdtrain.config import CheckpointConfig, EvalConfig, OptimConfig, TrainConfig
+from hvdtrain.config import (
+    CheckpointConfig,
+    CommConfig,
+    EvalConfig,
+    HealthConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from hvdtrain.data.text import TextConfig
 from hvdtrain.data.vision import VisionConfig
 from hvdtrain.dist import SoloWorld
+from hvdtrain.errors import DivergedError
 from hvdtrain.launch import Launch
 from hvdtrain.metrics import MetricLog
 from hvdtrain.models.decoder import DecoderConfig
@@ -147,3 +158,136 @@ def test_evaluation_with_fewer_samples_than_ranks(world, images, tmp_path):
     recipe = dataclasses.replace(digits(images / "tiny", steps=1), eval=EvalConfig(batch_size=7))
     _, metrics, _, expected = both(recipe, world, images, tmp_path)
     assert metrics == pytest.approx(expected, abs=1e-12)
+
+
+class Network(torch.nn.Module):
+    """Blocks with batch normalisation and dropout on 28x28 images."""
+
+    def __init__(self, norm, dropout):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Conv2d(1, 4, 5, stride=3)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(
+                torch.nn.Conv2d(4, 4, 3, padding=1),
+                torch.nn.BatchNorm2d(4) if norm else torch.nn.Identity(),
+                torch.nn.ReLU(),
+                torch.nn.Dropout(dropout),
+            )
+            for _ in range(2)
+        )
+        self.last = torch.nn.Linear(256, 10)
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return torch.nn.functional.log_softmax(self.last(x.flatten(1)), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pictures(Digits):
+    norm: bool = True
+    dropout: float = 0.0
+
+    def build(self, say):
+        return dataclasses.replace(super().build(say), model=Network(self.norm, self.dropout))
+
+
+def pictures(images, model=None, norm=True, dropout=0.0, optim=None, comm=None, **train):
+    return Pictures(
+        train=TrainConfig(**{"steps": 12, "global_batch_size": 16, "precision": "fp64", **train}),
+        optim=optim or OptimConfig(peak_lr=0.01, weight_decay=0.1),
+        comm=comm or CommConfig(),
+        model=model or ModelConfig(),
+        data=VisionConfig(root=str(images)),
+        norm=norm,
+        dropout=dropout,
+    )
+
+
+def test_synchronised_batch_norm_equals_one_process(world, images, tmp_path):
+    """150 images in batches of 16 end in one of 6, where ranks have 1 or 2 images."""
+    recipe = pictures(images, model=ModelConfig(sync_batch_norm=True))
+    model, metrics, reference, expected = both(recipe, world, images, tmp_path)
+    assert largest_difference(model, reference) < 1e-9
+    ours, theirs = dict(model.named_buffers()), dict(reference.named_buffers())
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-9
+    assert metrics == pytest.approx(expected, abs=1e-8)
+
+
+def test_synchronised_batch_norm_with_a_rank_without_images(world, images):
+    recipe = pictures(images, model=ModelConfig(sync_batch_norm=True), accum_steps=2, global_batch_size=36, steps=5)
+    model, metrics = trained(recipe, world, images / "run")
+    assert np.isfinite(metrics["val/loss"])
+    assert len(set(world.all_gather_object(digest(model.state_dict().values()), "end"))) == 1
+
+
+def test_synchronised_batch_norm_is_torchs_on_one_rank(images, tmp_path):
+    ours, _ = trained(pictures(images, model=ModelConfig(sync_batch_norm=True), steps=4), SOLO, tmp_path / "ours")
+    plain, _ = trained(pictures(images, steps=4), SOLO, tmp_path / "plain")
+    pairs = zip(ours.state_dict().values(), plain.state_dict().values(), strict=True)
+    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-9
+
+
+def test_batch_norm_statistics_are_averaged(world, images):
+    """Each rank normalises by its own samples; the statistics of evaluation are those of all."""
+    model, _ = trained(pictures(images, steps=5), world, images / "run")
+    assert len(set(world.all_gather_object(digest(model.state_dict().values()), "end"))) == 1
+    assert model.blocks[0][1].num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("what", ["compile", "compile_blocks", "checkpoint_blocks", "muon", "NAdam", "linear rule"])
+def test_other_ways_equal_one_process(world, images, tmp_path, what, dropout, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    model = {
+        "compile": ModelConfig(compile="model"),
+        "compile_blocks": ModelConfig(compile="blocks"),
+        "checkpoint_blocks": ModelConfig(checkpoint_blocks=True),
+    }.get(what)
+    optim = {
+        "muon": OptimConfig(name="muon", peak_lr=0.01),
+        "NAdam": OptimConfig(name="NAdam", peak_lr=0.01),
+        "linear rule": OptimConfig(peak_lr=0.005, lr_rule="linear", reference_batch=8),
+    }.get(what)
+    if what == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    recipe = pictures(images, model=model, optim=optim, norm=False, dropout=dropout, steps=5, accum_steps=2)
+    model, _, reference, _ = both(recipe, world, images, tmp_path)
+    assert largest_difference(model, reference) < (1e-3 if what == "muon" else 1e-11)  # Muon computes in bfloat16
+
+
+def test_linear_rule_is_the_scaled_rate(images, tmp_path):
+    scaled = OptimConfig(peak_lr=0.005, lr_rule="linear", reference_batch=8)
+    ours, _ = trained(pictures(images, optim=scaled, steps=3), SOLO, tmp_path / "scaled")
+    plain, _ = trained(pictures(images, optim=OptimConfig(peak_lr=0.01), steps=3), SOLO, tmp_path / "plain")
+    assert digest(ours.parameters()) == digest(plain.parameters())
+
+
+def test_bfloat16_weights(world, text):
+    model, metrics = trained(language_model(text, precision="bf16-true", steps=5), world, text / "run")
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert np.isfinite(metrics["val/loss"])
+    assert len(set(world.all_gather_object(digest(model.parameters()), "end"))) == 1
+
+
+def test_a_rank_that_drifts_is_named_before_the_next_save(world, text):
+    recipe = dataclasses.replace(
+        language_model(text, steps=9), health=HealthConfig(replica_check_every=5), checkpoint=CheckpointConfig(every=3)
+    )
+    job = settle(recipe.build(quiet), recipe, world, text / "run", MetricLog(None, []))
+
+    class Bug(MetricLog):
+        def write(self, step, metrics, event=None):
+            if step == 4 and world.rank == world.size - 1:
+                next(iter(job.task.model.parameters())).data[0, 0] += 1e-9
+
+    job = dataclasses.replace(job, log=Bug(None, []), config=dataclasses.replace(recipe, log=LogConfig(every=1)))
+    if world.size == 1:
+        fit(job)
+        return
+    with pytest.raises(DivergedError, match=rf"model.embed_tokens.weight on rank {world.size - 1} differs"):
+        fit(job)
+    saved = sorted(path.name for path in (text / "run" / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000003"]

@@ -37,3 +37,5 @@ def test_layout_does_not_count_and_chunks_do_not_show(monkeypatch):
 def test_the_first_difference_is_named():
     assert first_difference([{"a": 1, "b": 2}, {"a": 1, "b": 2}]) is None
     assert first_difference([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == ("b", [1, 2])
+    assert first_difference([{"a": 2}, {"a": 1}, {"a": 1}]) == ("a", [0])
+    assert first_difference([{"a": 2}, {"a": 1}]) == ("a", [1])

@@ -1,0 +1,48 @@
+"""The model as it is trained: on its device, in its type, compiled or not."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from hvdtrain.config import Config, Precision
+from hvdtrain.dist import World, synchronize_batch_norm
+from hvdtrain.errors import ConfigError
+
+_TYPES: dict[Precision, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
+
+
+def own_type(precision: Precision) -> torch.dtype | None:
+    """Return the type of weights and inputs where it is not the model's own."""
+    return _TYPES.get(precision)
+
+
+def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
+    """Return the model on its device, changed in place; parameters keep their names.
+
+    Raises:
+        ConfigError: it has no blocks that could be compiled or checkpointed one by one.
+    """
+    settings = config.model
+    if settings.sync_batch_norm:
+        model = synchronize_batch_norm(model, world)
+    model = model.to(world.device, own_type(config.train.precision))
+    if settings.checkpoint_blocks:
+        for block in _blocks(model):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if settings.compile == "model":
+        model.compile()
+    elif settings.compile == "blocks":
+        for block in _blocks(model):
+            block.compile()
+    return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    if not blocks:
+        raise ConfigError("the model has no blocks (no nn.ModuleList): use --model.compile model or none")
+    return blocks
