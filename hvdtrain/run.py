@@ -10,8 +10,7 @@ import os
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -22,9 +21,9 @@ import torch
 from hvdtrain import __version__
 from hvdtrain.checkpoint import newest_manifest
 from hvdtrain.config import to_dict
-from hvdtrain.dist import Heartbeat, World, init
+from hvdtrain.dist import Heartbeat, World, watched
 from hvdtrain.environment import describe_environment, describe_rank
-from hvdtrain.errors import ConfigError, HvdtrainError, ResumeError
+from hvdtrain.errors import ConfigError, ResumeError
 from hvdtrain.metrics import (
     Console,
     JsonLines,
@@ -78,44 +77,6 @@ def run(
     return watched(recipe, lambda world, heartbeat, unwatched: _run(request, world, heartbeat, unwatched))
 
 
-def watched(recipe: Recipe, work: Callable[[World, Heartbeat, list[int]], T]) -> T:
-    """Run `work` on all ranks, which watch over each other meanwhile. Collective.
-
-    It is given the world, the heartbeat, and the ranks that cannot be watched. An exception on any rank ends the job:
-    it is told once, and no rank returns.
-
-    Raises:
-        LaunchError: there is no world.
-        SystemExit: on all ranks alike, with the exit code of what rank 0 has told.
-    """
-    world = init()
-    heartbeat = Heartbeat(world, recipe.health.stall_limit_s)
-    unwatched = heartbeat.start()
-    try:
-        _check_same_settings(recipe, world)
-        result = work(world, heartbeat, unwatched)
-    except HvdtrainError as error:
-        if not error.is_on_all_ranks:
-            heartbeat.fail(f"hvdtrain: rank {world.rank} on {socket.gethostname()}: {error}", error.exit_code)
-        if world.rank == 0:
-            sys.stderr.write(f"hvdtrain: {error}\n")
-            sys.stderr.flush()
-        world.barrier("farewell")
-        heartbeat.close()
-        raise SystemExit(error.exit_code) from error
-    except KeyboardInterrupt:
-        heartbeat.fail(f"hvdtrain: interrupted at once, at {world.progress.read()}")
-    except Exception as error:
-        if world.has_lost_contact(error):
-            heartbeat.lose(str(error))
-        place = world.progress.read()
-        heartbeat.fail(
-            f"hvdtrain: rank {world.rank} on {socket.gethostname()} failed at {place}\n{traceback.format_exc()}"
-        )
-    heartbeat.close()
-    return result
-
-
 @dataclass(frozen=True)
 class _Request:
     """What the user asked for."""
@@ -125,18 +86,6 @@ class _Request:
     run_dir: Path | None
     dry_run: bool
     allowed_changes: tuple[str, ...]
-
-
-def _check_same_settings(recipe: Recipe, world: World) -> None:
-    """Raise ConfigError where ranks were given other settings than rank 0, as by files that differ between hosts."""
-    everyone = world.all_gather_object(to_dict(recipe), "settings")
-    others = [str(rank) for rank, settings in enumerate(everyone) if settings != everyone[0]]
-    if others:
-        error = ConfigError(
-            f"rank {', '.join(others)} was given other settings than rank 0: give all ranks the same command and files"
-        )
-        error.is_on_all_ranks = True
-        raise error
 
 
 def _run(request: _Request, world: World, heartbeat: Heartbeat, unwatched: list[int]) -> dict[str, float]:

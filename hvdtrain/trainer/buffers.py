@@ -19,20 +19,21 @@ class ChangingBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._names: list[str] | None = None
+        self.names: list[str] | None = None
+        """Of the buffers that change; None before the first step."""
         self._before = self._digests()
 
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
         if world.size == 1 or not self._before:
             return
-        if self._names is None:
+        if self.names is None:
             now = self._digests()
             changed = [name for name, digest in now.items() if digest != self._before.get(name)]
             everyone = world.all_gather_object(changed, "buffers.changed")
-            self._names = [name for name in now if any(name in names for names in everyone)]
+            self.names = [name for name in now if any(name in names for names in everyone)]
         buffers = dict(self._model.named_buffers())
-        tensors = [buffers[name] for name in self._names]
+        tensors = [buffers[name] for name in self.names]
         if not tensors:
             return
         real = [tensor for tensor in tensors if tensor.is_floating_point()]

@@ -154,11 +154,7 @@ def _micro_batch(job: Job, training: Training, samples: Tensor, positions: Tenso
     task, world, train = job.task, job.world, job.config.train
 
     def forward() -> dict[str, Tensor]:
-        world.progress.enter("data")
-        batch = _to_device(task.train_data.batch(samples[positions]), world.device, train.precision)
-        world.progress.enter("forward")
-        with _autocast(train.precision, world.device):
-            return task.loss(training.model, batch)
+        return forward_sums(job, training.model, samples[positions])
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -171,12 +167,24 @@ def _micro_batch(job: Job, training: Training, samples: Tensor, positions: Tenso
     return torch.stack([sums[name].detach().double() for name in task.metrics])
 
 
+def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
+    """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
+    world, precision = job.world, job.config.train.precision
+    world.progress.enter("data")
+    batch = _to_device(job.task.train_data.batch(samples), world.device, precision)
+    world.progress.enter("forward")
+    with _autocast(precision, world.device):
+        return job.task.loss(model, batch)
+
+
 def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
     """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    # Of a sparse gradient, which is coalesced, the rows that are there.
+    values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    norm = nn.utils.get_total_norm(values)
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        torch._foreach_mul_(values, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
     return norm
 
 
