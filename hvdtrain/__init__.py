@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         EvalConfig,
         HealthConfig,
         LogConfig,
+        ModelConfig,
         OptimConfig,
         TrainConfig,
     )  # fmt: skip
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 # Imported on first use: the command line must set the number of threads before torch starts.
 _HOMES = {
     "hvdtrain.config": (
-        "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "HealthConfig", "LogConfig", "OptimConfig",
-        "TrainConfig",
+        "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "HealthConfig", "LogConfig", "ModelConfig",
+        "OptimConfig", "TrainConfig",
     ),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
     "hvdtrain.dist": ("World", "init"),
@@ -50,6 +51,7 @@ __all__ = [
     "HealthConfig",
     "HvdtrainError",
     "LogConfig",
+    "ModelConfig",
     "OptimConfig",
     "Recipe",
     "Task",

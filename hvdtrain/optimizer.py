@@ -20,7 +20,8 @@ _UNFIT = ("Optimizer", "LBFGS", "SparseAdam", "Muon")
 def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer over the model's trainable parameters, matrices decayed and vectors not.
 
-    Norm gains and biases (fewer than two dimensions) are left out of weight decay, as is usual for transformers.
+    Norm gains and biases (fewer than two dimensions) are left out of weight decay, as is usual for transformers, and
+    so are embeddings with sparse gradients.
 
     Raises:
         ConfigError: there is no such optimizer.
@@ -28,13 +29,16 @@ def build_optimizer(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimiz
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if optim.name == "muon":
         return _build_muon(optim, model)
-    return _build(optim, parameters)
+    return _build(optim, model, parameters)
 
 
-def _build(optim: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _build(optim: OptimConfig, model: nn.Module, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    # torch cannot decay a weight whose gradient is sparse.
+    sparse = {id(module.weight) for module in model.modules() if getattr(module, "sparse", False) is True}
+    decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in sparse]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if all(p is not other for other in decayed)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
@@ -78,7 +82,7 @@ def _build_muon(optim: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
     if hidden:
         parts.append(muon(hidden, lr=optim.peak_lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw"))
     if rest:
-        parts.append(_build(optim, rest))
+        parts.append(_build(optim, model, rest))
     return Composite([group for part in parts for group in part.param_groups], parts)
 
 

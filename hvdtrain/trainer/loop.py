@@ -179,8 +179,11 @@ def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tenso
 
 def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
     """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer."""
+    for parameter in model.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # Of a sparse gradient, which is coalesced, the rows that are there.
+    # Of a sparse gradient, the rows that are there.
     values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
     norm = nn.utils.get_total_norm(values)
     if max_norm is not None:

@@ -44,8 +44,7 @@ def between(one: Tensors, other: Tensors, scale: float) -> Difference:
 
 def movement(run: Run) -> float:
     """Return the largest change of any weight since the start."""
-    parameters = dict(run.training.model.named_parameters())
-    moved = {name: tensor for name, tensor in run.tensors.items() if name in parameters}
+    moved = {name: tensor for name, tensor in run.weights.items() if name in run.start}
     return between(moved, run.start, 1.0).absolute
 
 

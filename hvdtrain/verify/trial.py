@@ -81,8 +81,7 @@ class Trial:
 
     def job(self, world: World, order: SampleOrder | None = None, precision: Precision | None = None) -> Job:
         """Return a job with a copy of the weights, whose steps are `steps` long and leave no trace."""
-        total = self.plan.global_batch_size
-        few = min(len(self.task.train_data), 2 * total + max(1, total // 2 + 1))
+        few = min(len(self.task.train_data), 2 * self.plan.global_batch_size + short_batch(self.plan))
         task = dataclasses.replace(
             self.task, model=copy.deepcopy(self.task.model), train_data=FewSamples(self.task.train_data, few)
         )
@@ -116,6 +115,29 @@ class Trial:
         return Run.of(dataclasses.replace(job, plan=whole), self.steps)
 
 
+def smallest_divisor(number: int) -> int:
+    """Return the smallest divisor of a number but 1; 1 has none but itself."""
+    return next((n for n in range(2, number + 1) if number % n == 0), 1)
+
+
+def short_batch(plan: BatchPlan) -> int:
+    """Return the size of a short batch that ranks share unevenly, if it can be had without micro-batches of one sample.
+
+    Batch normalisation, for one, has no use for those.
+    """
+
+    def is_good(n: int) -> bool:
+        shares = {n * (rank + 1) // plan.world_size - n * rank // plan.world_size for rank in range(plan.world_size)}
+        is_uneven = plan.world_size == 1 or len(shares) > 1
+        leaves_one = any(share % plan.micro_batch_size == 1 for share in shares) and plan.micro_batch_size > 1
+        part = total // smallest_divisor(total)
+        return is_uneven and not leaves_one and (part == 1 or n % part != 1)
+
+    total = plan.global_batch_size
+    start = total // 2 + 1
+    return next((n for n in [*range(start, total), *range(1, start)] if is_good(n)), min(start, total))
+
+
 @dataclass
 class Run:
     """A training that has been run."""
@@ -139,6 +161,11 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and buffers by name."""
         return run_tensors(self.training)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights by name."""
+        return {name: parameter.detach() for name, parameter in self.training.model.named_parameters()}
 
     @property
     def read(self) -> list[int]:

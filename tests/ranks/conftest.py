@@ -13,7 +13,7 @@ import torch
 import hvdtrain
 from hvdtrain.launch import detect_launch
 
-SECONDS_PER_TEST = 120
+SECONDS_PER_TEST = 60
 
 
 def pytest_ignore_collect(collection_path, config):
