@@ -15,6 +15,7 @@ LAYERS = {
     "cli": 6,
     "run": 6,
     "recipes": 5,
+    "doctor": 5,
     "trainer": 4,
     "dist": 3,
     "data": 2,
