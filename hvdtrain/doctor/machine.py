@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -29,33 +30,44 @@ def by_host(ranks: Sequence[RankFacts]) -> dict[str, list[RankFacts]]:
     return hosts
 
 
+def _merged(ranks: Sequence[RankFacts], check: Callable[[Sequence[RankFacts]], Iterator[Finding]]) -> Iterator[Finding]:
+    """Check each host; what is alike on several is one line, and what is ok is said only where nothing is wrong."""
+    hosts: dict[Finding, list[str]] = {}
+    for host, own in by_host(ranks).items():
+        for finding in check(own):
+            hosts.setdefault(finding, []).append(host)
+    wrong = [finding for finding in hosts if finding.status != "ok"]
+    for finding in wrong or hosts:
+        names = hosts[finding]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        yield dataclasses.replace(finding, figure=f"{shown}: {finding.figure}")
+
+
 def check_cores(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     """Two ranks pinned to one core, more ranks or threads than cores, cores that nobody may use."""
-    findings = [finding for host, own in by_host(ranks).items() for finding in _cores_of_host(host, own)]
-    bad = [finding for finding in findings if finding.status != "ok"]
-    yield from bad or findings[:1]
+    yield from _merged(ranks, _cores_of_host)
 
 
-def _cores_of_host(host: str, own: Sequence[RankFacts]) -> Iterator[Finding]:
+def _cores_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
     host_cores = {core for facts in own for core in facts.launcher_cores}
     usable = {core for facts in own for core in facts.cores}
     pinned = _crowded(own, len(host_cores))
     threads = sum(facts.threads for facts in own)
     room = min(len(usable), own[0].core_quota or len(usable))
-    figure = f"{host}: {len(own)} rank{'s' * (len(own) != 1)} with {own[0].threads} thread(s) each on {room:g} cores"
+    figure = f"{_count(len(own), 'rank')} with {_count(own[0].threads, 'thread')} each on {_count(room, 'core')}"
     fewer = max(1, int(room / len(own)))
     if pinned:
         who, cores = pinned
         yield error(
             "cores",
-            f"{host}: {ranks_text(who)} are pinned to core {', '.join(map(str, cores))}, of {len(host_cores)} cores",
+            f"{ranks_text(who)} are pinned to core {', '.join(map(str, cores))}, of {len(host_cores)} cores",
             _unbind(own[0].launcher),
         )
     elif len(own) > room:
         yield warning("cores", f"{figure}: they wait for each other", f"start {int(room) or 1} ranks on this host")
     elif threads > room:
         yield warning("cores", f"{figure}: oversubscribed", f"export OMP_NUM_THREADS={fewer} MKL_NUM_THREADS={fewer}")
-    elif len(usable) < len(host_cores):
+    elif len(usable) < len(host_cores) and len(own) == own[0].local_size:  # else the others' cores are not known
         idle = len(host_cores) - len(usable)
         yield warning(
             "cores", f"{figure}, of {len(host_cores)}: {idle} may be used by no rank", _unbind(own[0].launcher)
@@ -86,9 +98,7 @@ def check_gpus(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     if not any(facts.gpus or facts.num_machine_gpus for facts in ranks):
         yield ok("GPUs", "none: trains on the CPU")
         return
-    findings = [finding for host, own in by_host(ranks).items() for finding in _gpus_of_host(host, own)]
-    bad = [finding for finding in findings if finding.status != "ok"]
-    yield from bad or findings[:1]
+    yield from _merged(ranks, _gpus_of_host)
     lacking = [
         facts for facts in ranks if facts.gpus and facts.horovod.version and "NCCL" not in facts.horovod.features
     ]
@@ -100,22 +110,22 @@ def check_gpus(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
         )
 
 
-def _gpus_of_host(host: str, own: Sequence[RankFacts]) -> Iterator[Finding]:
+def _gpus_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
     machine = own[0].num_machine_gpus
     blind = [facts.rank for facts in own if not facts.gpus]
     if blind:
-        yield _blind(host, own, blind)
+        yield _blind(own, blind)
         return
     taken = [_gpu_of(own, facts) for facts in own]
     missing = [facts.rank for facts, gpu in zip(own, taken, strict=True) if gpu is None]
     twice = [gpu for gpu, count in Counter(taken).items() if gpu and count > 1]
     for gpu in twice:
         who = [facts.rank for facts, mine in zip(own, taken, strict=True) if mine == gpu]
-        yield error("GPUs", f"{host}: {ranks_text(who)} share GPU {gpu}", _one_rank_a_gpu(own))
+        yield error("GPUs", f"{ranks_text(who)} share GPU {gpu}", _one_rank_a_gpu(own))
     if missing:
         yield error(
             "GPUs",
-            f"{host}: {len(own)} ranks, but {len({gpu for facts in own for gpu in facts.gpus})} GPUs are visible",
+            f"{len(own)} ranks, but {len({gpu for facts in own for gpu in facts.gpus})} GPUs are visible",
             _one_rank_a_gpu(own),
         )
     if twice or missing:
@@ -123,12 +133,12 @@ def _gpus_of_host(host: str, own: Sequence[RankFacts]) -> Iterator[Finding]:
     if len(own) > 1 and all(len(facts.gpus) == 1 for facts in own):
         yield warning(
             "GPUs",
-            f"{host}: each rank sees its own GPU only: NCCL may not reach the others directly (NVLink, peer to peer)",
+            "each rank sees its own GPU only: NCCL may not reach the others directly (NVLink, peer to peer)",
             "srun --gpus-per-node instead of --gpus-per-task; do not set CUDA_VISIBLE_DEVICES for each rank",
         )
     idle = machine - len(own)
     rest = f"; {idle} of {machine} GPUs are left over" if idle > 0 else ""
-    yield ok("GPUs", f"{host}: each of {len(own)} rank(s) has its own{rest}")
+    yield ok("GPUs", f"each of {len(own)} rank(s) has its own{rest}")
 
 
 def _gpu_of(own: Sequence[RankFacts], facts: RankFacts) -> str | None:
@@ -146,10 +156,10 @@ def _are_alone(own: Sequence[RankFacts]) -> bool:
     return all(len(facts.gpus) == 1 for facts in own)
 
 
-def _blind(host: str, own: Sequence[RankFacts], blind: list[int]) -> Finding:
+def _blind(own: Sequence[RankFacts], blind: list[int]) -> Finding:
     facts = next(item for item in own if item.rank in blind)
     machine = f" of {facts.num_machine_gpus}" if facts.num_machine_gpus else ""
-    figure = f"{host}: no GPU{machine} is visible to {ranks_text(blind)}"
+    figure = f"no GPU{machine} is visible to {ranks_text(blind)}"
     # Training refuses a host where only some ranks have one; where none has, it uses the CPU.
     status = warning if len(blind) == len(own) else error
     if facts.torch_cuda is None:
@@ -169,26 +179,22 @@ def _one_rank_a_gpu(own: Sequence[RankFacts]) -> str:
 
 def check_shared_memory(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     """MPI, NCCL and data loading pass data through /dev/shm; containers have 64 MiB unless told otherwise."""
-    smallest: RankFacts | None = None
-    for host, own in by_host(ranks).items():
-        size, free = own[0].shared_memory_bytes, own[0].shared_memory_free_bytes
-        needed = max(_SHARED_MEMORY_BYTES, _SHARED_MEMORY_BYTES_A_RANK * len(own))
-        free_needed = _FREE_SHARED_MEMORY_BYTES_A_RANK * len(own)
-        remedy = "docker run --shm-size=1g; Kubernetes: an emptyDir of medium Memory mounted at /dev/shm"
-        if size is None or free is None:
-            yield warning("shared memory", f"{host}: there is no /dev/shm", remedy)
-        elif size < needed:
-            yield warning("shared memory", f"{host}: /dev/shm has {_size(size)}, {_size(needed)} is safe", remedy)
-        elif free < free_needed:
-            yield warning(
-                "shared memory",
-                f"{host}: {_size(free)} of {_size(size)} are free in /dev/shm",
-                f"ls -lS /dev/shm; {remedy}",
-            )
-        elif smallest is None or size < (smallest.shared_memory_bytes or 0):
-            smallest = own[0]
-    if smallest is not None and smallest.shared_memory_bytes:
-        yield ok("shared memory", f"{smallest.host}: {_size(smallest.shared_memory_bytes)}")
+    yield from _merged(ranks, _shared_memory_of_host)
+
+
+def _shared_memory_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
+    size, free = own[0].shared_memory_bytes, own[0].shared_memory_free_bytes
+    needed = max(_SHARED_MEMORY_BYTES, _SHARED_MEMORY_BYTES_A_RANK * len(own))
+    remedy = "docker run --shm-size=1g; Kubernetes: an emptyDir of medium Memory mounted at /dev/shm"
+    if size is None or free is None:
+        yield warning("shared memory", "there is no /dev/shm", remedy)
+    elif size < needed:
+        yield warning("shared memory", f"/dev/shm has {_size(size)}, {_size(needed)} is safe", remedy)
+    elif free < _FREE_SHARED_MEMORY_BYTES_A_RANK * len(own):
+        figure = f"{_size(free)} of {_size(size)} are free in /dev/shm"
+        yield warning("shared memory", figure, f"ls -lS /dev/shm; {remedy}")
+    else:
+        yield ok("shared memory", f"/dev/shm has {_size(size)}")
 
 
 def check_open_files(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
@@ -230,3 +236,7 @@ def check_disk(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:,.0f} MiB"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'s' * (number != 1)}"
