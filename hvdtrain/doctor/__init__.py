@@ -61,6 +61,7 @@ def diagnose(ranks: Sequence[RankFacts], network: Network) -> list[Finding]:
         *software.check_horovod(ranks),
         *software.check_mpi(ranks),
         *machine.check_cores(ranks),
+        *machine.check_load(ranks),
         *machine.check_gpus(ranks),
         *machine.check_shared_memory(ranks),
         *machine.check_open_files(ranks),

@@ -61,6 +61,8 @@ class RankFacts:
     """The same of the process that started it, which has not been bound to a part of them."""
     core_quota: float | None = None
     """Cores' worth of time that the container may use; None: no limit."""
+    load: float
+    """Processes that ran or waited for a core on this host, mean of the last minute."""
     threads: int
     """Threads that torch computes with."""
     gpus: tuple[str, ...]
@@ -120,6 +122,7 @@ def own_facts(launch: Launch, run_dir: Path) -> RankFacts:
         cores=cores_of(0),
         launcher_cores=tuple(sorted({*cores_of(0), *cores_of(os.getppid())})),
         core_quota=_core_quota(),
+        load=os.getloadavg()[0],
         threads=torch.get_num_threads(),
         gpus=visible_gpus(),
         num_machine_gpus=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),

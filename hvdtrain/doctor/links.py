@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from hvdtrain.doctor.facts import RankFacts
 from hvdtrain.doctor.findings import Finding, error, ok, ranks_text, warning
-from hvdtrain.doctor.machine import by_host
+from hvdtrain.doctor.machine import by_host, is_busy
 from hvdtrain.doctor.network import AllReduce, Network, Pair
 
 _CLOCK_WARNING_S = 1.0
@@ -111,7 +111,8 @@ def check_all_reduce(ranks: Sequence[RankFacts], network: Network) -> Iterator[F
             f"{bandwidth / 1e9:.3f} GB/s between {hosts} hosts: below a 1 Gbit/s Ethernet",
             "--comm.compression fp16, more --train.accum-steps; mpirun --mca btl_tcp_flags 1 where it is Ethernet",
         )
-    if largest.mpi_s and largest.horovod_s > _SLOWER_THAN_MPI * largest.mpi_s:
+    is_quiet = not any(is_busy(own) for own in by_host(ranks).values())
+    if is_quiet and largest.mpi_s and largest.horovod_s > _SLOWER_THAN_MPI * largest.mpi_s:
         yield warning(
             "bandwidth",
             f"Horovod takes {largest.horovod_s / largest.mpi_s:.1f} times as long as plain MPI for {_bytes(largest)}",

@@ -18,6 +18,7 @@ MIB = 2**20
 _SHARED_MEMORY_BYTES = 256 * MIB
 _SHARED_MEMORY_BYTES_A_RANK = 32 * MIB
 _FREE_SHARED_MEMORY_BYTES_A_RANK = 8 * MIB
+_BUSY = 1.5
 _DISK_WARNING_BYTES = 10 * GIB
 _DISK_ERROR_BYTES = GIB // 2
 
@@ -74,6 +75,23 @@ def _cores_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
         )
     else:
         yield ok("cores", figure)
+
+
+def is_busy(own: Sequence[RankFacts]) -> bool:
+    """Return whether others use these ranks' host: each figure of it is then too low."""
+    return own[0].load > max(1.0, _BUSY * len(own[0].launcher_cores))
+
+
+def check_load(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Other programs on a host take the cores of its ranks, and all ranks wait for the slowest."""
+    for host, own in by_host(ranks).items():
+        if is_busy(own):
+            yield warning(
+                "load",
+                f"{host}: {own[0].load:.1f} processes for {_count(len(own[0].launcher_cores), 'core')} in the last minute:"
+                " what is measured here is too low",
+                f"on {host}: top (what else runs there?), then start this again",
+            )
 
 
 def _crowded(own: Sequence[RankFacts], num_host_cores: int) -> tuple[list[int], tuple[int, ...]] | None:

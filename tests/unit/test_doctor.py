@@ -45,6 +45,7 @@ def healthy(hosts=2, per_host=2, gpus=0):
             horovod_size=hosts * per_host,
             cores=(0, 1, 2, 3),
             launcher_cores=(0, 1, 2, 3),
+            load=1.0,
             threads=2,
             gpus=tuple(f"uuid-{host}-{i}" for i in range(gpus)),
             num_machine_gpus=gpus,
@@ -134,6 +135,7 @@ FAULTS = {
         "ls -lS",
     ),
     "no shared memory": ({"shared_memory_bytes": None}, (0,), "warning", "there is no /dev/shm", "emptyDir"),
+    "other programs": ({"load": 9.3}, (0, 1), "warning", "node0: 9.3 processes for 4 cores", "top"),
     "few open files": ({"open_files": 256}, (3,), "warning", "node1: at most 256", "ulimit -n 65536"),
     "full disk": ({"free_bytes": 2**20}, (0,), "error", "1 MiB free", "--run-dir"),
     "little disk": ({"free_bytes": 3 * GIB}, (0,), "warning", "3.0 GiB free", "--run-dir"),
@@ -249,6 +251,7 @@ def test_a_slow_all_reduce_between_hosts():
     assert bad(healthy(1), Network(all_reduces=(slow,))) == []
     slower = AllReduce(num_bytes=2**24, horovod_s=0.2, mpi_s=0.02)
     assert "10.0 times as long as plain MPI" in only(healthy(1), Network(all_reduces=(slower,))).figure
+    assert [f.what for f in bad(plant(healthy(1), load=50.0), Network(all_reduces=(slower,)))] == ["load"]
     assert slow.bandwidth(1.0, 4) == 1.5 * 2**24
 
 
