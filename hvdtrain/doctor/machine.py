@@ -88,8 +88,8 @@ def check_load(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
         if is_busy(own):
             yield warning(
                 "load",
-                f"{host}: {own[0].load:.1f} processes for {_count(len(own[0].launcher_cores), 'core')} in the last minute:"
-                " what is measured here is too low",
+                f"{host}: {own[0].load:.1f} processes for {_count(len(own[0].launcher_cores), 'core')} in the last"
+                " minute: what is measured here is too low",
                 f"on {host}: top (what else runs there?), then start this again",
             )
 

@@ -136,9 +136,9 @@ def test_ranks_that_never_come(run):
     place = {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1"}
     environment = {f"HOROVOD_{name}": value for name, value in place.items()}
     gloo = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
-    done = run(*DOCTOR, "--timeout", 4, timeout=60, **environment, **gloo)
+    done = run(*DOCTOR, "--timeout", 2, timeout=60, **environment, **gloo)
     assert done.code == 1, done.text
-    assert "waited 4 s (--timeout) for the other ones" in the(done, "error", "launcher")
+    assert "waited 2 s (--timeout) for the other ones" in the(done, "error", "launcher")
 
 
 def test_horovod_of_another_torch(run, tmp_path):
