@@ -108,7 +108,7 @@ def check_all_reduce(ranks: Sequence[RankFacts], network: Network) -> Iterator[F
     if hosts > 1 and bandwidth < _SLOW_BYTES_PER_S:
         yield warning(
             "bandwidth",
-            f"{bandwidth / 1e9:.3f} GB/s between {hosts} hosts: below a 1 Gbit/s Ethernet",
+            f"{bandwidth / 1e9:.3f} GB/s between {hosts} hosts: no more than 1 Gbit/s Ethernet",
             "--comm.compression fp16, more --train.accum-steps; mpirun --mca btl_tcp_flags 1 where it is Ethernet",
         )
     is_quiet = not any(is_busy(own) for own in by_host(ranks).values())

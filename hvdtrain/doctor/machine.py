@@ -84,14 +84,14 @@ def is_busy(own: Sequence[RankFacts]) -> bool:
 
 def check_load(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     """Other programs on a host take the cores of its ranks, and all ranks wait for the slowest."""
-    for host, own in by_host(ranks).items():
-        if is_busy(own):
-            yield warning(
-                "load",
-                f"{host}: {own[0].load:.1f} processes for {_count(len(own[0].launcher_cores), 'core')} in the last"
-                " minute: what is measured here is too low",
-                f"on {host}: top (what else runs there?), then start this again",
-            )
+    if any(is_busy(own) for own in by_host(ranks).values()):
+        yield from _merged(ranks, _load_of_host)
+
+
+def _load_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
+    if is_busy(own):
+        figure = f"{own[0].load:.1f} processes for {_count(len(own[0].launcher_cores), 'core')} in the last minute"
+        yield warning("load", f"{figure}: what is measured here is too low", "top: what else runs there? Then again")
 
 
 def _crowded(own: Sequence[RankFacts], num_host_cores: int) -> tuple[list[int], tuple[int, ...]] | None:

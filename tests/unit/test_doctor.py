@@ -247,7 +247,7 @@ def test_a_slow_pair_of_hosts_is_named():
 
 def test_a_slow_all_reduce_between_hosts():
     slow = AllReduce(num_bytes=2**24, horovod_s=1.0, mpi_s=0.9)
-    assert "below a 1 Gbit/s Ethernet" in only(healthy(2), Network(all_reduces=(slow,))).figure
+    assert "no more than 1 Gbit/s Ethernet" in only(healthy(2), Network(all_reduces=(slow,))).figure
     assert bad(healthy(1), Network(all_reduces=(slow,))) == []
     slower = AllReduce(num_bytes=2**24, horovod_s=0.2, mpi_s=0.02)
     assert "10.0 times as long as plain MPI" in only(healthy(1), Network(all_reduces=(slower,))).figure
