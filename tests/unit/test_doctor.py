@@ -237,10 +237,13 @@ def test_gpus_without_nccl():
 def test_a_slow_pair_of_hosts_is_named():
     ranks = healthy(4)
     finding = only(ranks, Network(pairs=pairs(slow=[(1, 3)])))
-    assert "node1 - node3: 5 ms, 0.05 GB/s; the median pair has 0.05 ms, 1.25 GB/s" in finding.figure
+    assert "node1 - node3: 5 ms, 0.05 GB/s; the best pair has 0.05 ms, 1.25 GB/s" in finding.figure
     findings = bad(healthy(5), Network(pairs=pairs(slow=[(0, 3), (1, 3), (2, 3), (3, 4)], hosts=5)))
     assert len(findings) == 4
     assert all("node3 is in 4 slow pairs: ethtool on node3" in f.remedy for f in findings)
+    two_of_three = bad(healthy(3), Network(pairs=pairs(slow=[(0, 2), (1, 2)], hosts=3)))
+    assert all("node2 is in 2 slow pairs" in f.remedy for f in two_of_three)
+    assert len(two_of_three) == 2
     broken = (Pair(hosts=("node0", "node1"), latency_s=10, bytes_per_s=0),)
     assert (only(ranks, Network(pairs=broken)).status) == "error"
 
