@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from hvdtrain.config import merge, nearest, to_dict
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.launch import Launch, prepare_process
-from hvdtrain.options import RecipeOptions, TrainOptions, VerifyOptions
+from hvdtrain.options import DoctorOptions, RecipeOptions, TrainOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from hvdtrain.trainer import Recipe
@@ -31,15 +31,21 @@ usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
 
   train RECIPE    train, or go on with the run in --run-dir; without a verb and a recipe: train lm
   verify RECIPE   prove that training it on these ranks is the same as on one
+  doctor          look at the machine, the ranks and the network, and say what to mend
 
 recipes: {{recipes}}, or the path of your own .py file
-all settings: {PROGRAM} VERB RECIPE --help
-several ranks: horovodrun -np 4 {PROGRAM} VERB RECIPE"""
+all settings: {PROGRAM} VERB [RECIPE] --help
+several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]"""
 
 # Verb -> module and function that runs it, and what it is asked besides a recipe's settings.
 _VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
     "train": ("hvdtrain.run", "train", TrainOptions),
     "verify": ("hvdtrain.verify", "verify", VerifyOptions),
+}
+
+# Verbs without a recipe -> the same, and the flag whose value may be given as the word after the verb.
+_PLAIN_VERBS: dict[str, tuple[str, str, type[Any], str | None]] = {
+    "doctor": ("hvdtrain.doctor", "doctor", DoctorOptions, None),
 }
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
@@ -51,9 +57,15 @@ class Invocation:
     """A parsed command line."""
 
     verb: str
-    recipe_name: str
-    recipe: Recipe
-    options: RecipeOptions
+    options: Any
+    recipe_name: str = ""
+    recipe: Recipe | None = None
+
+    def run(self) -> int:
+        """Do it; returns the exit code."""
+        module, function = (_VERBS[self.verb] if self.recipe else _PLAIN_VERBS[self.verb])[:2]
+        answer = getattr(importlib.import_module(module), function)
+        return int(answer(self.recipe_name, self.recipe, self.options) if self.recipe else answer(self.options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,14 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _leave(stop.code if isinstance(stop.code, int) else 2, launch)
     if invocation is None:
         return _leave(0, launch)
-    if invocation.options.print_config:
+    if invocation.recipe and invocation.options.print_config:
         if launch.rank == 0:
             sys.stdout.write(_toml(invocation.recipe))
         return _leave(0, launch)
-    module, function, _ = _VERBS[invocation.verb]
     try:
-        run = getattr(importlib.import_module(module), function)
-        return int(run(invocation.recipe_name, invocation.recipe, invocation.options))
+        return invocation.run()
     except HvdtrainError as error:
         return _refuse(error, launch)
 
@@ -88,6 +98,9 @@ def parse(arguments: list[str]) -> Invocation | None:
         UsageError: the message names what is wrong, and the nearest right thing.
         SystemExit: tyro has printed help, or what is wrong with a value.
     """
+    if arguments[:1] and arguments[0] in _PLAIN_VERBS:
+        return _parse_plain(*_split(arguments))
+
     from hvdtrain.recipes import RECIPES, load_recipe
 
     if arguments[:1] in (["--help"], ["-h"]):
@@ -96,7 +109,7 @@ def parse(arguments: list[str]) -> Invocation | None:
     words, flags = _split(arguments)
     verb, name = (*words, "train", "lm")[:2] if len(words) != 1 else (words[0], "lm")
     if verb not in _VERBS:
-        raise ConfigError(f"there is no verb '{verb}'{nearest(verb, _VERBS)}; see {PROGRAM} --help")
+        raise ConfigError(f"there is no verb '{verb}'{nearest(verb, [*_VERBS, *_PLAIN_VERBS])}; see {PROGRAM} --help")
     if len(words) > 2:
         raise ConfigError(f"'{words[2]}' is one word too many: settings are written --section.setting VALUE")
     return _parse_recipe(verb, name, load_recipe(name), flags)
@@ -106,6 +119,30 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Split into the words before the first flag, and the rest."""
     first_flag = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     return arguments[:first_flag], arguments[first_flag:]
+
+
+def _parse_plain(words: list[str], flags: list[str]) -> Invocation:
+    import tyro
+
+    verb, *more = words
+    _, _, options, positional = _PLAIN_VERBS[verb]
+    if len(more) > (positional is not None):
+        raise ConfigError(f"'{more[-1]}' is one word too many: {PROGRAM} {verb} --help")
+    flags = [*(f"--{positional}={word}" for word in more), *flags]
+    given: Any
+    given, unknown = tyro.cli(options, args=flags, prog=f"{PROGRAM} {verb}", return_unknown_args=True)
+    _refuse_unknown(unknown, _flags_of(options))
+    return Invocation(verb, given)
+
+
+def _flags_of(options: type[Any]) -> list[str]:
+    return [f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(options)]
+
+
+def _refuse_unknown(unknown: list[str], known: list[str]) -> None:
+    if unknown:
+        word = unknown[0].split("=")[0]
+        raise ConfigError(f"there is no flag '{word}'{nearest(word, known)}" if word.startswith("-") else _stray(word))
 
 
 def _parse_recipe(verb: str, name: str, recipe: Recipe, flags: list[str]) -> Invocation:
@@ -131,18 +168,14 @@ def _parse_recipe(verb: str, name: str, recipe: Recipe, flags: list[str]) -> Inv
         description=type(recipe).__doc__,
         return_unknown_args=True,
     )
-    if unknown:
-        own = (item.name.replace("_", "-") for item in dataclasses.fields(options))
-        known = [f"--{flag}" for flag in (*own, *_flag_names(recipe))]
-        word = unknown[0].split("=")[0]
-        raise ConfigError(f"there is no flag '{word}'{nearest(word, known)}" if word.startswith("-") else _stray(word))
+    _refuse_unknown(unknown, [*_flags_of(options), *(f"--{flag}" for flag in _flag_names(recipe))])
     given = options(**{item.name: getattr(parsed, item.name) for item in dataclasses.fields(options)})
     if isinstance(given, TrainOptions):
         allowed = tuple(setting.replace("-", "_") for setting in given.allow_config_change)
         for setting in allowed:
             _check_changeable(setting, recipe)
         given = dataclasses.replace(given, allow_config_change=allowed)
-    return Invocation(verb, name, parsed.settings, given)
+    return Invocation(verb, given, name, parsed.settings)
 
 
 def _check_changeable(setting: str, recipe: Recipe) -> None:

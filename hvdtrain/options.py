@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
@@ -36,3 +38,19 @@ class VerifyOptions(RecipeOptions):
     """Optimizer steps of each comparison."""
     json: Path | None = None
     """Also write the table to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Look at the machine, the ranks and the network, and say what to mend. Exit code 1 where something is wrong."""
+
+    json: Path | None = None
+    """Also write the findings, and the facts of every rank, to this file."""
+    run_dir: Path = Path("runs")
+    """Directory of a run, or where runs go: its disk is looked at."""
+    timeout: float = 60.0
+    """Seconds to wait for the other ranks before they are given up."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ConfigError(f"--timeout {self.timeout:g} must be greater than 0")

@@ -4,7 +4,7 @@ from hvdtrain.dist.batch_norm import has_synchronized_layers, synchronize_batch_
 from hvdtrain.dist.heartbeat import Heartbeat
 from hvdtrain.dist.plain_mpi import plain_sum
 from hvdtrain.dist.replicas import digest_of
-from hvdtrain.dist.start import init, pick_device
+from hvdtrain.dist.start import connect, init, pick_device, visible_gpus
 from hvdtrain.dist.watch import watched
 from hvdtrain.dist.world import ReduceOp, SoloWorld, World, WrappedOptimizer
 
@@ -14,11 +14,13 @@ __all__ = [
     "SoloWorld",
     "World",
     "WrappedOptimizer",
+    "connect",
     "digest_of",
     "has_synchronized_layers",
     "init",
     "pick_device",
     "plain_sum",
     "synchronize_batch_norm",
+    "visible_gpus",
     "watched",
 ]

@@ -21,6 +21,23 @@ def init() -> World:
     Raises:
         LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or there are more ranks than GPUs.
     """
+    world = connect()
+    if not world.launch.is_parallel:
+        return world
+    host = socket.gethostname()
+    gpus = [gpus for name, gpus in world.all_gather_object((host, visible_gpus()), "gpus") if name == host]
+    world.device = world.together(lambda: pick_device(gpus, world.local_rank), "device")
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    return world
+
+
+def connect() -> World:
+    """Return the world before its ranks have agreed on devices; `init` is what training calls. Collective.
+
+    Raises:
+        LaunchError: Horovod is missing or broken, or sees other ranks than the launcher.
+    """
     is_new = not any(name in os.environ for name in THREAD_VARIABLES)
     launch = prepare_process()
     if is_new:  # torch was imported before the variables were set: a program of the user's own
@@ -29,13 +46,7 @@ def init() -> World:
         return SoloWorld(_solo_device(), launch)
     _check_host_name()
     _check_controller(launch)
-    world = _start_horovod(launch)
-    host = socket.gethostname()
-    gpus = [gpus for name, gpus in world.all_gather_object((host, _visible_gpus()), "gpus") if name == host]
-    world.device = world.together(lambda: pick_device(gpus, world.local_rank), "device")
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    return world
+    return _start_horovod(launch)
 
 
 def _start_horovod(launch: Launch) -> World:
@@ -73,7 +84,7 @@ def _solo_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _visible_gpus() -> tuple[str, ...]:
+def visible_gpus() -> tuple[str, ...]:
     """Return the identity of each GPU that this rank sees."""
     if not torch.cuda.is_available():
         return ()
