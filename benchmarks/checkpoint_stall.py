@@ -47,9 +47,9 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
     folder = world.broadcast_object(folder, "folder")
     recipe = replace(
         lm(),
-        train=TrainConfig(steps=10**6, global_batch_size=8 * world.size),
+        train=TrainConfig(steps=10**6, global_batch_size=2 * world.size),
         model=DecoderConfig(num_layers=given.layers, hidden_size=given.hidden_size, num_heads=8),
-        data=TextConfig(sequence_length=128, val_fraction=0.01),
+        data=TextConfig(sequence_length=64, val_fraction=0.01),
         checkpoint=CheckpointConfig(keep_last=1),
     )
     task = recipe.build(lambda text: None)
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--every", type=int, default=10, help="half the steps between two saves")
+    parser.add_argument("--every", type=int, default=5, help="half the steps between two saves")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from hvdtrain.config import merge, nearest, to_dict
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.launch import Launch, prepare_process
-from hvdtrain.options import DoctorOptions, RecipeOptions, TrainOptions, VerifyOptions
+from hvdtrain.options import BenchOptions, DoctorOptions, RecipeOptions, TrainOptions, VerifyOptions
 
 if TYPE_CHECKING:
     from hvdtrain.trainer import Recipe
@@ -31,6 +31,7 @@ usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
 
   train RECIPE    train, or go on with the run in --run-dir; without a verb and a recipe: train lm
   verify RECIPE   prove that training it on these ranks is the same as on one
+  bench RECIPE    measure where a step's time goes, and what would make it shorter
   doctor          look at the machine, the ranks and the network, and say what to mend
 
 recipes: {{recipes}}, or the path of your own .py file
@@ -41,6 +42,7 @@ several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]"""
 _VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
     "train": ("hvdtrain.run", "train", TrainOptions),
     "verify": ("hvdtrain.verify", "verify", VerifyOptions),
+    "bench": ("hvdtrain.bench", "bench", BenchOptions),
 }
 
 # Verbs without a recipe -> the same, and the flag whose value may be given as the word after the verb.

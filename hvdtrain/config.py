@@ -90,6 +90,8 @@ class OptimConfig:
     """AdamW: added to the denominator."""
     momentum: float = 0.0
     """SGD: momentum."""
+    kernel: Literal["fused", "foreach", "loop"] = "fused"
+    """AdamW: one kernel for all weights, several, or one for each."""
 
     def __post_init__(self) -> None:
         _check(self, "peak_lr", lambda value: value > 0, "must be greater than 0")
@@ -112,8 +114,13 @@ class CommConfig:
 
     compression: Literal["none", "fp16"] = "none"
     """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits."""
+    bucket_mib: int = 25
+    """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
     op: Literal["average", "adasum"] = "average"
     """adasum combines gradients by their directions (arXiv:2006.02924); MPI and 2, 4, 8, ... ranks only."""
+
+    def __post_init__(self) -> None:
+        _check(self, "bucket_mib", lambda value: value > 0, "must be greater than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,11 @@ def _build(optim: OptimConfig, model: nn.Module, parameters: list[nn.Parameter])
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.peak_lr, momentum=optim.momentum)
     if optim.name in ("adamw", "muon"):
-        return torch.optim.AdamW(groups, lr=optim.peak_lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+        betas, is_fused = (optim.beta1, optim.beta2), optim.kernel == "fused"
+        is_foreach = None if is_fused else optim.kernel == "foreach"
+        return torch.optim.AdamW(
+            groups, lr=optim.peak_lr, betas=betas, eps=optim.eps, fused=is_fused, foreach=is_foreach
+        )
     kind: Any = _torch_optimizers().get(optim.name)
     if kind is None:
         known = [*_OWN_NAMES, *_torch_optimizers()]

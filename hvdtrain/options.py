@@ -41,6 +41,27 @@ class VerifyOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchOptions(RecipeOptions):
+    """`bench RECIPE`."""
+
+    steps: int = 5
+    """Optimizer steps of a measurement."""
+    rounds: int = 5
+    """Measurements of each variant; they take turns."""
+    warmup: int = 3
+    """Steps of each variant before the first measurement."""
+    knobs: bool = True
+    """Also measure with one setting changed each: compile, precision, buckets, wire format and others."""
+    json: Path | None = None
+    """Also write what was measured to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rounds", "warmup"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
     """Look at the machine, the ranks and the network, and say what to mend. Exit code 1 where something is wrong."""
 

@@ -22,23 +22,22 @@ from torch import Tensor, nn
 
 from hvdtrain.progress import Progress
 
-# As in PyTorch DDP: the first bucket is ready soon after backward has begun, the others are large enough for the ring.
+# As in PyTorch DDP: the first bucket is ready soon after backward has begun.
 FIRST_BUCKET_BYTES = 1 << 20
-BUCKET_BYTES = 25 << 20
 
 
-def in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
     """Split parameters into buckets of one type and device, in the reverse of the model's order.
 
     That is about the order in which backward finishes them. The same on every rank and in every run.
     """
     buckets: list[list[nn.Parameter]] = []
-    room = FIRST_BUCKET_BYTES
+    room = min(FIRST_BUCKET_BYTES, bucket_bytes)
     for parameter in reversed(parameters):
         first = buckets[-1][0] if buckets else None
         fits = first is not None and (parameter.dtype, parameter.device) == (first.dtype, first.device)
         if not fits or room < parameter.nbytes:
-            room = BUCKET_BYTES if buckets else room
+            room = bucket_bytes if buckets else room
             buckets.append([])
         buckets[-1].append(parameter)
         room -= parameter.nbytes
@@ -121,6 +120,7 @@ class GradientExchange:
         sparse: parameters whose gradients are sparse.
         accum_steps: backward passes in a step.
         wire_dtype: what gradients travel as; None: as they are, bfloat16 as fp32.
+        bucket_bytes: size of a bucket, the first apart.
         op: Horovod's sum, or Adasum, which takes each gradient apart.
         size: number of ranks.
         progress: notes the waiting.
@@ -134,6 +134,7 @@ class GradientExchange:
         accum_steps: int,
         wire_dtype: torch.dtype | None,
         op: Any,
+        bucket_bytes: int,
         size: int,
         progress: Progress,
     ) -> None:
@@ -143,6 +144,7 @@ class GradientExchange:
         self._accum_steps = accum_steps
         self._wire_dtype = wire_dtype
         self._op = op
+        self._bucket_bytes = bucket_bytes
         self._size = size
         self._progress = progress
         self._additions: dict[nn.Parameter, int] = {}
@@ -201,7 +203,7 @@ class GradientExchange:
         self._sparse += [_Sparse(f"gradients.{self._name(p)}", p) for p in new if p in self._is_sparse]
         dense = [parameter for parameter in new if parameter not in self._is_sparse]
         # Adasum weighs each gradient by its own direction: one a tensor.
-        groups = [[parameter] for parameter in dense] if self._op == hvd.Adasum else in_buckets(dense)
+        groups = [[parameter] for parameter in dense] if self._op == hvd.Adasum else in_buckets(dense, self._bucket_bytes)
         this = weakref.ref(self)
         for group in groups:
             own = group[0].dtype

@@ -46,9 +46,10 @@ class HorovodWorld(World):
         accum_steps: int = 1,
         compression: Compression = "none",
         op: Averaging = "average",
+        bucket_bytes: int = 25 << 20,
     ) -> WrappedOptimizer:
         """Wrap in `hvd.DistributedOptimizer`, its traps closed."""
-        return wrap_optimizer(optimizer, model, accum_steps, compression, op, self.size, self.progress)
+        return wrap_optimizer(optimizer, model, accum_steps, compression, op, bucket_bytes, self.size, self.progress)
 
     def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Send the optimizer's state first and the tensors last, as nothing may touch them afterwards."""

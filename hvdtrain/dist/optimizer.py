@@ -22,6 +22,7 @@ def wrap_optimizer(
     accum_steps: int,
     compression: Compression,
     op: Averaging,
+    bucket_bytes: int,
     size: int,
     progress: Progress,
 ) -> WrappedOptimizer:
@@ -61,6 +62,7 @@ def wrap_optimizer(
         accum_steps,
         torch.float16 if compression == "fp16" else None,
         hvd.Adasum if op == "adasum" else hvd.Sum,
+        bucket_bytes,
         size,
         progress,
     ) if size > 1 else None

@@ -60,6 +60,7 @@ class World(ABC):
         accum_steps: int = 1,
         compression: Compression = "none",
         op: Averaging = "average",
+        bucket_bytes: int = 25 << 20,
     ) -> WrappedOptimizer:
         """Wrap an optimizer so that its gradients are averaged over the ranks while backward still runs. Collective.
 
@@ -73,6 +74,7 @@ class World(ABC):
             compression: format of the gradients on the wire.
             op: "adasum" combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging; no
                 clipping may follow, as that has no meaning across ranks then.
+            bucket_bytes: gradients travel in parts of this size, each as soon as backward has finished it.
 
         Raises:
             ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients.
@@ -182,6 +184,7 @@ class SoloWorld(World):
         accum_steps: int = 1,
         compression: Compression = "none",
         op: Averaging = "average",
+        bucket_bytes: int = 25 << 20,
     ) -> WrappedOptimizer:
         """Return the optimizer with a `synchronize` that has nothing to do."""
         inner = type(optimizer)

@@ -23,7 +23,7 @@ from hvdtrain.trainer.task import Job
 FREE_TO_CHANGE = (
     *("log", "eval", "checkpoint", "health", "data", "train.steps", "train.epochs", "train.max_time"),
     *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
-    *("model.compile", "model.checkpoint_blocks"),
+    *("model.compile", "model.checkpoint_blocks", "optim.kernel", "comm.bucket_mib"),
 )
 
 _COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")
@@ -69,7 +69,15 @@ def start_training(job: Job) -> Training:
     training = Training(
         model=model,
         optimizer=world.together(
-            lambda: world.wrap(optimizer, model, accum_steps=accum_steps, compression=compression, op=comm.op), "wrap"
+            lambda: world.wrap(
+                optimizer,
+                model,
+                accum_steps=accum_steps,
+                compression=compression,
+                op=comm.op,
+                bucket_bytes=comm.bucket_mib << 20,
+            ),
+            "wrap",
         ),
         scaler=torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16"),
         randomness=MicroBatchRandomness(world.device),

@@ -16,6 +16,7 @@ LAYERS = {
     "run": 6,
     "recipes": 5,
     "verify": 5,
+    "bench": 5,
     "doctor": 5,
     "trainer": 4,
     "dist": 3,
