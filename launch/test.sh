@@ -11,5 +11,5 @@ cd "$root"
 ruff check .
 ruff format --check .
 mypy
-shellcheck --external-sources launch/*.sh .ci/run
+shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
 exec python -m pytest "$@"
