@@ -1,0 +1,111 @@
+"""A private Slurm on this machine: munge, a controller and one node, all of its files in one directory."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
+PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,sched_interval=2
+SlurmdParameters=config_overrides
+MpiDefault=none
+JobRequeue=1
+ReturnToService=2
+NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=main Nodes=node Default=YES State=UP
+"""
+
+
+def why_not():
+    """Return why there can be no Slurm here, "" if there can; installs Debian's packages where that is possible."""
+    if os.geteuid() != 0:
+        return "a private Slurm needs root"
+    if any(shutil.which(program, path=search_path()) is None for program in PROGRAMS):
+        if shutil.which("apt-get") is None:
+            return "Slurm is not installed, and there is no apt-get"
+        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *PACKAGES]
+        environ = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        try:
+            done = subprocess.run(install, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+        except subprocess.TimeoutExpired:
+            return "Slurm is not installed, and apt-get took more than two minutes"
+        if done.returncode:
+            return "Slurm is not installed, and apt-get could not install it"
+    return ""
+
+
+def search_path():
+    return f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
+
+
+class Slurm:
+    """Started on entering, ended on leaving; `environ` makes Slurm's programs talk to it."""
+
+    def __enter__(self):
+        # munge wants a path that others may walk through, which pytest's directories are not.
+        base = next(path for path in ("/var/tmp", "/run") if os.access(path, os.W_OK))
+        self.folder = Path(tempfile.mkdtemp(prefix="hvdtrain-slurm-", dir=base))
+        self.folder.chmod(0o755)
+        for name in ("munge", "state", "spool"):
+            (self.folder / name).mkdir(mode=0o711)
+        key = self.folder / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        port = 20_000 + os.getpid() % 20_000
+        values = {"folder": self.folder, "host": os.uname().nodename.split(".")[0], "port": port, "node_port": port + 1}
+        configuration = self.folder / "slurm.conf"
+        configuration.write_text(CONFIGURATION.format(**values))
+        self.environ = {"SLURM_CONF": str(configuration), "PATH": search_path()}
+        munge = [f"--{name}={self.folder / 'munge' / name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+        self.do("munged", f"--key-file={key}", *munge)
+        self.do("slurmctld", "-f", configuration)
+        self.do("slurmd", "-f", configuration, "-N", "node")
+        deadline = time.monotonic() + 30
+        while "idle" not in self.do("sinfo", "-h", "-o", "%T", check=False):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"Slurm does not come up: {(self.folder / 'slurmctld.log').read_text()[-2000:]}")
+            time.sleep(0.3)
+        return self
+
+    def __exit__(self, *exception):
+        self.do("scancel", "--user=root", "--quiet", check=False)
+        time.sleep(2)
+        for name in ("slurmd.pid", "slurmctld.pid", "munge/pid-file"):
+            pid = (self.folder / name).read_text().strip() if (self.folder / name).exists() else ""
+            if pid:
+                subprocess.run(["kill", pid], check=False)
+        time.sleep(1)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def do(self, *command, check=True):
+        """Run one of Slurm's programs and return its output."""
+        environ = os.environ | self.environ
+        words = [str(word) for word in command]
+        words[0] = shutil.which(words[0], path=search_path()) or words[0]
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        if check and done.returncode:
+            raise RuntimeError(f"{words} ended with {done.returncode}: {done.stderr}")
+        return done.stdout
