@@ -80,7 +80,8 @@ def work(runner: str, given: argparse.Namespace) -> None:
     from hvdtrain.data.order import SampleOrder
     from hvdtrain.data.text import TextConfig, prepare_text
     from hvdtrain.data.windows import TokenWindows
-    from hvdtrain.models.decoder import Decoder, DecoderConfig, next_token_loss
+    from hvdtrain.models.decoder import Decoder, DecoderConfig
+    from hvdtrain.models.loss import next_token_loss
 
     rank, size = 0, 1
     if runner == "horovod":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +40,12 @@ from hvdtrain.metrics import (
 )
 from hvdtrain.options import TrainOptions
 from hvdtrain.trainer import Job, Recipe, fit, settle
+from hvdtrain.trainer.memory import Memory, check_fits, estimate, in_units, wire_bytes, without_storage
 
 T = TypeVar("T")
+
+# Weights below this are taken to fit.
+_LARGE_BYTES = 64 << 20
 
 
 def train(name: str, recipe: Recipe, options: TrainOptions) -> int:
@@ -91,7 +98,8 @@ class _Request:
 def _run(request: _Request, world: World, heartbeat: Heartbeat, unwatched: list[int]) -> dict[str, float]:
     name, recipe, run_dir, dry_run = request.name, request.recipe, request.run_dir, request.dry_run
     console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
-    task = world.together(lambda: recipe.build(MetricLog(console, []).say), "build")
+    with without_storage() if dry_run else contextlib.nullcontext():
+        task = world.together(lambda: recipe.build(MetricLog(console, []).say), "build")
     run_dir = world.broadcast_object(run_dir or new_run_dir(name), "run_dir")
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
     is_writer = world.rank == 0 and not dry_run
@@ -100,8 +108,10 @@ def _run(request: _Request, world: World, heartbeat: Heartbeat, unwatched: list[
     before = world.broadcast_object(newest_manifest(run_dir) if world.rank == 0 else None, "before")
     allowed = request.allowed_changes
     job = world.together(lambda: settle(task, recipe, world, run_dir, log, allowed, before), "settle")
+    memory = world.together(lambda: _check_memory(job, dry_run), "memory")
     if dry_run:
         log.say(greeting(name, job, ranks))
+        log.say(_dry_details(job, memory))
         return {}
     lock = world.together(lambda: _claim(run_dir) if world.rank == 0 else None, "claim")
     log_path = run_dir / "logs" / f"rank-{world.rank:03d}.log"
@@ -120,6 +130,34 @@ def _run(request: _Request, world: World, heartbeat: Heartbeat, unwatched: list[
         close_rank_log(handler)
         if lock:
             lock.close()
+
+
+def _check_memory(job: Job, dry_run: bool) -> Memory | None:
+    """Return what training will need; None where that was not looked at: it takes about a second.
+
+    Raises:
+        ConfigError: more than there is.
+    """
+    is_large = sum(parameter.nbytes for parameter in job.task.model.parameters()) > _LARGE_BYTES
+    if not dry_run and not (is_large and job.config.health.memory_check):
+        return None
+    memory = estimate(job)
+    if job.config.health.memory_check:
+        check_fits(job, memory)
+    return memory
+
+
+def _dry_details(job: Job, memory: Memory | None) -> str:
+    """Return the model's parameters by shape, what a rank needs and what it sends."""
+    named = job.task.model.named_parameters()
+    shapes = Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(parameter.shape)) for name, parameter in named)
+    lines = [f"  {count:>4} x {name} {shape}" for (name, shape), count in shapes.items()]
+    if memory is not None:
+        lines.append(f"memory:     {memory}")
+    size, gradients = job.world.size, wire_bytes(job)
+    sent = in_units(2 * (size - 1) / size * gradients)
+    lines.append(f"network:    {in_units(gradients)} of gradients; in a ring each rank sends {sent} a step")
+    return "\n".join(lines)
 
 
 def _open_log(path: Path) -> logging.Handler:

@@ -3,8 +3,8 @@
 #
 #   launch/local.sh [N] [arguments...]     set up if needed, then horovodrun -np N python -m hvdtrain [arguments...]
 #
-# N is the number of ranks; the default is one per core, 4 at most. Ctrl-C and SIGTERM reach every rank; a second one
-# ends them at once.
+# N is the number of ranks; the default is one per GPU, or without any one per core, 4 at most. Ctrl-C and SIGTERM reach
+# every rank; a second one ends them at once.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -12,6 +12,10 @@ set -euo pipefail
 
 cores=$(nproc)
 ranks=$((cores < 4 ? cores : 4))
+gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU' || true)
+if ((gpus > 0)); then
+  ranks=$gpus
+fi
 if [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   ranks=$1
   shift

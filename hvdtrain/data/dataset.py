@@ -9,7 +9,11 @@ from torch import Tensor
 
 
 class Dataset(Protocol):
-    """Samples by index. The same on every rank; reading one never needs another rank."""
+    """Samples by index. The same on every rank; reading one never needs another rank.
+
+    Where `batch` draws no random numbers and may be called by another thread, a class attribute `reads_ahead = True`
+    lets batches be read while earlier ones are computed.
+    """
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -26,6 +30,8 @@ class Dataset(Protocol):
 
 class TensorSamples:
     """A `Dataset` of tensors held in memory; sample i is row i of each."""
+
+    reads_ahead = True
 
     def __init__(self, *tensors: Tensor) -> None:
         if not tensors or any(len(tensor) != len(tensors[0]) for tensor in tensors):

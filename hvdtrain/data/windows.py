@@ -21,6 +21,8 @@ class TokenWindows:
         sequence_length: T.
     """
 
+    reads_ahead = True
+
     def __init__(self, path: Path, dtype: str, sequence_length: int) -> None:
         self._tokens = np.memmap(path, dtype=dtype, mode="r")
         self._length = sequence_length

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from hvdtrain.config import ModelConfig
 from hvdtrain.errors import ConfigError
-
-IGNORE_INDEX = -100
-"""A target that is not to be predicted: it adds nothing to the loss and is not counted."""
+from hvdtrain.models.loss import chunked_loss, next_token_loss
 
 _INIT_STD = 0.02
+_LOSS_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +42,20 @@ class DecoderConfig(ModelConfig):
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
     """One matrix embeds the tokens and predicts them."""
+    loss_chunk: int | None = None
+    """Positions whose logits exist at a time when the loss is computed. None: as many as take 256 MiB in fp32."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "rope_theta"):
+        sizes = (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "intermediate_size",
+            "rope_theta",
+            "loss_chunk",
+        )
+        for name in sizes:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} = {value} must be greater than 0")
@@ -102,10 +112,19 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights(seed)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens, int64 `(B, T)`, to logits `(B, T, V)`; position t sees tokens 0 to t and predicts token t + 1."""
-        logits: Tensor = self.lm_head(self.model(tokens))
-        return logits
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Map tokens, int64 `(B, T)`, to logits `(B, T, V)`; position t sees tokens 0 to t and predicts token t + 1.
+
+        Given targets, int64 `(B, T)`, return their summed cross entropy in nats instead; then, where the vocabulary is
+        large, the logits never exist all at once.
+        """
+        hidden = self.model(tokens)
+        if targets is not None:
+            chunk = self.config.loss_chunk or max(1, _LOSS_BYTES // (4 * self.vocab_size))
+            if targets.numel() > chunk:
+                return chunked_loss(hidden, self.lm_head.weight, targets, chunk)
+        logits: Tensor = self.lm_head(hidden)
+        return logits if targets is None else next_token_loss(logits, targets)[0]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -118,6 +137,8 @@ class Decoder(nn.Module):
         generator = torch.Generator(device="cpu").manual_seed(seed)
         residual_std = _INIT_STD / (2 * self.config.num_layers) ** 0.5
         for name, parameter in self.named_parameters():  # a tied matrix comes once
+            if parameter.is_meta:  # its shape alone is wanted
+                continue
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
@@ -128,22 +149,6 @@ class Decoder(nn.Module):
     def num_parameters(self) -> int:
         """Return the number of parameters; a tied matrix counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross entropy in nats and the number of targets it sums over.
-
-    Args:
-        logits: `(B, T, V)`, of any floating type; the loss is computed in fp32, or in fp64 if they are fp64.
-        targets: int64 `(B, T)`, the token that follows each position; `IGNORE_INDEX` where there is none to predict.
-
-    Returns:
-        The sum, a differentiable scalar, and the count, an int64 scalar.
-    """
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
 class _Body(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hvdtrain.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
 from hvdtrain.data.text import PreparedText, TextConfig, prepare_text
 from hvdtrain.data.windows import TokenWindows
-from hvdtrain.models.decoder import Decoder, DecoderConfig, next_token_loss
+from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.ngram import TrigramModel
 from hvdtrain.models.sampling import sample
 from hvdtrain.trainer import Recipe, Task
@@ -90,8 +90,7 @@ def lm_1b() -> LanguageModel:
 
 def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     tokens, targets = batch
-    loss_sum, _ = next_token_loss(model(tokens), targets)
-    return {"loss": loss_sum}
+    return {"loss": model(tokens, targets)}
 
 
 def _with_bits_per_byte(means: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:

@@ -126,8 +126,9 @@ def train_step(job: Job, training: Training) -> None:
     samples = job.order.global_batch(step)
     num_targets = job.task.train_data.num_targets(samples)
     sums = torch.zeros_like(training.window)
-    for positions in job.order.micro_batches(step, world.rank, training.runs_in_step):
-        sums += _micro_batch(job, training, samples, positions, num_targets)
+    micro_batches = job.order.micro_batches(step, world.rank, training.runs_in_step)
+    for place, positions in enumerate(micro_batches):
+        sums += _micro_batch(job, training, (place, len(micro_batches) - 1), positions, num_targets)
     training.optimizer.synchronize()
     training.buffers.average(world)
     world.progress.enter("update")
@@ -149,12 +150,21 @@ def train_step(job: Job, training: Training) -> None:
         _skip(job, training, sums)
 
 
-def _micro_batch(job: Job, training: Training, samples: Tensor, positions: Tensor, num_targets: int) -> Tensor:
-    """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`."""
+def _micro_batch(job: Job, training: Training, place: tuple[int, int], positions: Tensor, num_targets: int) -> Tensor:
+    """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`.
+
+    Args:
+        job: what is trained.
+        training: what changes.
+        place: the micro-batch's number in the step, and that of the last one.
+        positions: where its samples stand in the global batch.
+        num_targets: those of the global batch.
+    """
     task, world, train = job.task, job.world, job.config.train
 
     def forward() -> dict[str, Tensor]:
-        return forward_sums(job, training.model, samples[positions])
+        world.progress.enter("data")
+        return forward_batch(job, training.model, training.reader.read(training.step, *place))
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -169,9 +179,14 @@ def _micro_batch(job: Job, training: Training, samples: Tensor, positions: Tenso
 
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
     """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
+    job.world.progress.enter("data")
+    return forward_batch(job, model, job.task.train_data.batch(samples))
+
+
+def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Move a batch to the device and return its sums of `Task.metrics`."""
     world, precision = job.world, job.config.train.precision
-    world.progress.enter("data")
-    batch = _to_device(job.task.train_data.batch(samples), world.device, precision)
+    batch = _to_device(batch, world.device, precision)
     world.progress.enter("forward")
     with _autocast(precision, world.device):
         return job.task.loss(model, batch)
@@ -267,7 +282,10 @@ def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[s
 def _to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
     """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
     dtype = own_type(precision)
-    return tuple(tensor.to(device, dtype if tensor.is_floating_point() else None) for tensor in batch)
+    return tuple(
+        tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=device.type == "cuda")
+        for tensor in batch
+    )
 
 
 def _autocast(precision: Precision, device: torch.device) -> torch.autocast:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hvdtrain.config import Config, Precision
+from hvdtrain.config import Config, ModelConfig, Precision
 from hvdtrain.dist import World, synchronize_batch_norm
 from hvdtrain.errors import ConfigError
 
@@ -30,6 +30,16 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
     if settings.sync_batch_norm:
         model = synchronize_batch_norm(model, world)
     model = model.to(world.device, own_type(config.train.precision))
+    prepare_blocks(model, settings)
+    return model
+
+
+def prepare_blocks(model: nn.Module, settings: ModelConfig) -> None:
+    """Have the model's blocks checkpoint their activations, and it or them compiled, in place.
+
+    Raises:
+        ConfigError: it has no blocks.
+    """
     if settings.checkpoint_blocks:
         for block in _blocks(model):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -38,7 +48,6 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
     elif settings.compile == "blocks":
         for block in _blocks(model):
             block.compile()
-    return model
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

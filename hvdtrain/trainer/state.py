@@ -16,6 +16,7 @@ from hvdtrain.optimizer import build_optimizer
 from hvdtrain.randomness import MicroBatchRandomness
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.model import prepare_model
+from hvdtrain.trainer.reading import BatchReader
 from hvdtrain.trainer.task import Job
 
 # Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
@@ -23,7 +24,7 @@ from hvdtrain.trainer.task import Job
 FREE_TO_CHANGE = (
     *("log", "eval", "checkpoint", "health", "data", "train.steps", "train.epochs", "train.max_time"),
     *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
-    *("model.compile", "model.checkpoint_blocks", "optim.kernel", "comm.bucket_mib"),
+    *("model.compile", "model.checkpoint_blocks", "model.loss_chunk", "optim.kernel", "comm.bucket_mib"),
 )
 
 _COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")
@@ -37,6 +38,7 @@ class Training:
     optimizer: WrappedOptimizer
     scaler: torch.amp.GradScaler
     randomness: MicroBatchRandomness
+    reader: BatchReader
     buffers: ChangingBuffers
     runs_in_step: bool
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
@@ -66,6 +68,7 @@ def start_training(job: Job) -> Training:
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
     optimizer = world.together(lambda: build_optimizer(job.config.optim, model), "optimizer")
     accum_steps, compression = job.plan.accum_steps, comm.compression
+    in_step = has_synchronized_layers(model)
     training = Training(
         model=model,
         optimizer=world.together(
@@ -82,7 +85,8 @@ def start_training(job: Job) -> Training:
         scaler=torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16"),
         randomness=MicroBatchRandomness(world.device),
         buffers=ChangingBuffers(model),
-        runs_in_step=has_synchronized_layers(model),
+        reader=BatchReader(job, in_step),
+        runs_in_step=in_step,
         window=torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device),
     )
     found = world.together(lambda: _read_latest(job, model) if world.rank == 0 else None, "resume")

@@ -7,6 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import debian
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
 
@@ -41,24 +43,7 @@ PartitionName=main Nodes=node Default=YES State=UP
 
 def why_not():
     """Return why there can be no Slurm here, "" if there can; installs Debian's packages where that is possible."""
-    if os.geteuid() != 0:
-        return "a private Slurm needs root"
-    if any(shutil.which(program, path=search_path()) is None for program in PROGRAMS):
-        if shutil.which("apt-get") is None:
-            return "Slurm is not installed, and there is no apt-get"
-        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *PACKAGES]
-        environ = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        try:
-            done = subprocess.run(install, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
-        except subprocess.TimeoutExpired:
-            return "Slurm is not installed, and apt-get took more than two minutes"
-        if done.returncode:
-            return "Slurm is not installed, and apt-get could not install it"
-    return ""
-
-
-def search_path():
-    return f"{os.environ['PATH']}{os.pathsep}/usr/sbin{os.pathsep}/sbin"
+    return debian.why_without(PROGRAMS, PACKAGES)
 
 
 class Slurm:
@@ -78,7 +63,7 @@ class Slurm:
         values = {"folder": self.folder, "host": os.uname().nodename.split(".")[0], "port": port, "node_port": port + 1}
         configuration = self.folder / "slurm.conf"
         configuration.write_text(CONFIGURATION.format(**values))
-        self.environ = {"SLURM_CONF": str(configuration), "PATH": search_path()}
+        self.environ = {"SLURM_CONF": str(configuration), "PATH": debian.search_path()}
         munge = [f"--{name}={self.folder / 'munge' / name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         self.do("munged", f"--key-file={key}", *munge)
         self.do("slurmctld", "-f", configuration)
@@ -104,7 +89,7 @@ class Slurm:
         """Run one of Slurm's programs and return its output."""
         environ = os.environ | self.environ
         words = [str(word) for word in command]
-        words[0] = shutil.which(words[0], path=search_path()) or words[0]
+        words[0] = shutil.which(words[0], path=debian.search_path()) or words[0]
         done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
         if check and done.returncode:
             raise RuntimeError(f"{words} ended with {done.returncode}: {done.stderr}")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.decoder import IGNORE_INDEX, Decoder, DecoderConfig, next_token_loss, rotary_tables, rotate
+from hvdtrain.models.decoder import Decoder, DecoderConfig, rotary_tables, rotate
+from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
 
 VOCAB_SIZE = 61
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48}

@@ -1,0 +1,54 @@
+# One image to train with, for CPUs or NVIDIA GPUs; launch/setup.sh builds what is in it, as everywhere.
+#
+#   docker build -t hvdtrain .                                                                            CPUs
+#   docker build -t hvdtrain:gpu --build-arg BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04 \
+#       --build-arg BASE_IMAGE=ubuntu:24.04 .                                                             GPUs
+#
+# The CUDA toolkit is needed to build Horovod and stays behind in the first stage: torch's wheels bring the CUDA and NCCL
+# libraries that a run loads. Both images must be one release of one distribution (Debian's or Ubuntu's packages).
+ARG BASE_IMAGE=debian:bookworm-slim
+ARG BUILD_IMAGE=${BASE_IMAGE}
+
+FROM ${BUILD_IMAGE} AS build
+ENV DEBIAN_FRONTEND=noninteractive
+RUN apt-get update && apt-get install -y --no-install-recommends g++ make python3-dev python3-venv && \
+    rm -rf /var/lib/apt/lists/*
+# What a set-up reads, and no more: a change of hvdtrain itself does not build Horovod again.
+WORKDIR /opt/hvdtrain
+COPY setup.py setup.cfg README.md ./
+COPY launch launch
+COPY hvdtrain/__init__.py hvdtrain/py.typed hvdtrain/
+# GPUs: the compute capabilities to compile for, such as 80,90,100; none: what setup.sh takes where it sees no GPU.
+ARG TORCH=torch==2.13.0
+ARG CUDA_CAPABILITIES=
+RUN HVDTRAIN_TORCH=${TORCH} HOROVOD_BUILD_CUDA_CC_LIST=${CUDA_CAPABILITIES} XDG_CACHE_HOME=/var/cache PIP_NO_CACHE_DIR=1 \
+    launch/setup.sh
+
+FROM ${BASE_IMAGE}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="hvdtrain" \
+    org.opencontainers.image.description="Data-parallel training of PyTorch models with Horovod" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}" \
+    org.opencontainers.image.licenses="Apache-2.0"
+ENV DEBIAN_FRONTEND=noninteractive
+# g++ and Python's headers are for torch.compile; ssh is how mpirun and horovodrun reach other hosts.
+RUN apt-get update && \
+    apt-get install -y --no-install-recommends g++ python3-dev openssh-client openssh-server && \
+    rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && mkdir -p /run/sshd && \
+    (userdel --remove ubuntu 2> /dev/null || true) && \
+    useradd --uid 1000 --create-home --shell /bin/bash hvdtrain && \
+    printf 'Host *\n  Port 2222\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n' \
+    > /etc/ssh/ssh_config.d/hvdtrain.conf
+COPY --from=build /opt/hvdtrain /opt/hvdtrain
+COPY hvdtrain /opt/hvdtrain/hvdtrain
+ENV PATH=/opt/hvdtrain/.venv/bin:$PATH VIRTUAL_ENV=/opt/hvdtrain/.venv
+# The sshd of a worker (launch/mpijob.yaml), as this user; its keys come from outside, by a mount at ~/.ssh.
+RUN printf '%s\n' 'Port 2222' 'HostKey /home/hvdtrain/.ssh/id_rsa' 'PidFile /home/hvdtrain/sshd.pid' 'UsePAM no' \
+    'StrictModes no' 'PasswordAuthentication no' "SetEnv PATH=$PATH" > /home/hvdtrain/.sshd_config && \
+    mkdir -p /home/hvdtrain/.ssh /workspace && chown -R hvdtrain: /home/hvdtrain /workspace
+USER hvdtrain
+WORKDIR /workspace
+HEALTHCHECK --interval=10m --timeout=2m CMD ["python", "-m", "hvdtrain", "doctor", "--timeout", "60"]
+CMD ["/opt/hvdtrain/launch/local.sh"]

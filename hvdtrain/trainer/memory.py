@@ -1,0 +1,216 @@
+"""How much memory a run needs on each rank, and what it sends: found out without allocating any of it.
+
+Model, optimizer and one micro-batch are run on fake tensors (torch's `FakeTensorMode`): shapes and types are real,
+storage there is none. What autograd keeps for the backward pass is counted by its own hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from hvdtrain.config import Config
+from hvdtrain.errors import ConfigError
+from hvdtrain.optimizer import build_optimizer
+from hvdtrain.trainer.loop import forward_batch
+from hvdtrain.trainer.model import own_type, prepare_blocks
+from hvdtrain.trainer.task import Job
+
+# What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
+_RESERVE = 0.1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one rank needs, by what they are for."""
+
+    weights: int
+    gradients: int
+    """In the buckets that are sent; with --comm.compression fp16, beside those that backward writes."""
+    optimizer: int
+    activations: int | None
+    """What one micro-batch keeps for its backward pass; None: the model cannot be run on fake tensors."""
+    micro_batch_size: int
+
+    @property
+    def total(self) -> int:
+        """Return all that is known."""
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
+
+    def __str__(self) -> str:
+        parts = [("weights", self.weights), ("gradients", self.gradients), ("optimizer", self.optimizer)]
+        known = [f"{name} {in_units(value)}" for name, value in parts]
+        known.append("activations unknown" if self.activations is None else f"activations {in_units(self.activations)}")
+        return f"{in_units(self.total)} a rank: {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def without_storage() -> Iterator[None]:
+    """Within, modules keep the shapes of their parameters alone, on torch's meta device."""
+    register = nn.Module.register_parameter
+
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    module: Any = nn.Module
+    module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        module.register_parameter = register
+
+
+def estimate(job: Job) -> Memory:
+    """Return what a rank needs; model and optimizer are not touched, and no memory is allocated for them."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model = _fake(job.task.model, job.world.device, own_type(job.config.train.precision))
+        prepare_blocks(model, _plain(job.config).model)
+        weights = _bytes([*model.parameters(), *model.buffers()])
+    activations = _activations(job, model, mode)
+    gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
+    if job.config.comm.compression != "none":
+        gradients += wire_bytes(job)
+    return Memory(weights, gradients, _optimizer_bytes(job, model), activations, job.plan.micro_batch_size)
+
+
+def wire_bytes(job: Job) -> int:
+    """Return the bytes of all gradients as they are sent."""
+    own = own_type(job.config.train.precision)
+    total = 0
+    for parameter in job.task.model.parameters():
+        if parameter.requires_grad:
+            size = (own or parameter.dtype).itemsize
+            size = 4 if size == 2 else size  # bfloat16 travels as fp32
+            total += parameter.numel() * (2 if job.config.comm.compression == "fp16" else size)
+    return total
+
+
+def check_fits(job: Job, memory: Memory) -> None:
+    """Compare with the memory that there is.
+
+    Raises:
+        ConfigError: it is too little; names settings that need less.
+    """
+    free, what = _available(job)
+    if free is None or memory.total * (1 + _RESERVE) <= free:
+        return
+    ways = []
+    fixed = memory.weights + memory.gradients + memory.optimizer
+    if memory.activations is not None and fixed * (1 + _RESERVE) < free:
+        room = int((free / (1 + _RESERVE) - fixed) // (memory.activations / memory.micro_batch_size))
+        if room >= 1:
+            ways.append(f"--train.micro-batch-size {room} or fewer (the rest by accumulation)")
+    if not job.config.model.checkpoint_blocks:
+        ways.append("--model.checkpoint-blocks")
+    if job.config.train.precision in ("fp32", "fp64"):
+        ways.append("--train.precision bf16")
+    if job.config.train.precision != "bf16-true":
+        ways.append("--train.precision bf16-true")
+    raise ConfigError(
+        f"training needs about {memory}, and {in_units(free)} {what}. What needs less: {', '.join(ways)},"
+        f" fewer ranks a host or a smaller model; --health.no-memory-check tries it all the same"
+    )
+
+
+def in_units(num_bytes: float) -> str:
+    """Return bytes as a person reads them."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    power = 0 if num_bytes < 1 else min(int(math.log2(num_bytes)) // 10, len(units) - 1)
+    value = num_bytes / 1024**power
+    return f"{value:.0f} {units[power]}" if value >= 100 else f"{value:.3g} {units[power]}"
+
+
+def _plain(config: Config) -> Config:
+    """Return the settings without what fake tensors cannot do, and what needs other ranks."""
+    model = dataclasses.replace(config.model, compile="none", sync_batch_norm=False)
+    kernel: Any = "loop"
+    return dataclasses.replace(config, model=model, optim=dataclasses.replace(config.optim, kernel=kernel))
+
+
+def _fake(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """Return a copy whose parameters and buffers have no storage; real numbers of type `dtype`, if one is given."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        own = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=own, device=device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _optimizer_bytes(job: Job, model: nn.Module) -> int:
+    """Return the optimizer's state, from a step of it on parameters cut to at most three in each dimension."""
+    small = {id(p): nn.Parameter(torch.ones([min(n, 3) for n in p.shape]), p.requires_grad) for p in model.parameters()}
+    full: dict[Tensor, nn.Parameter] = {small[id(p)]: p for p in model.parameters()}
+    memo: dict[int, Any] = {**small, **{id(buffer): buffer for buffer in model.buffers()}}
+    cut = copy.deepcopy(model, memo)
+    for parameter in cut.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = build_optimizer(_plain(job.config).optim, cut)
+    optimizer.step()
+    total = 0
+    for cut_parameter, entries in optimizer.state.items():
+        whole = full[cut_parameter]
+        for value in entries.values():
+            if isinstance(value, Tensor):
+                itemsize = (whole if value.dtype == cut_parameter.dtype else value).element_size()
+                # A dimension as long as the cut parameter's has the length of the whole one's.
+                shapes = zip(value.shape, cut_parameter.shape, whole.shape, strict=False)
+                total += itemsize * math.prod(n if own == of_cut else own for own, of_cut, n in shapes)
+    return total
+
+
+def _activations(job: Job, model: nn.Module, mode: FakeTensorMode) -> int | None:
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    samples = job.order.global_batch(0)[: job.plan.micro_batch_size]
+    try:
+        batch = tuple(mode.from_tensor(tensor) for tensor in job.task.train_data.batch(samples))
+        with mode, saved_tensors_hooks(note, lambda tensor: tensor):
+            sums = forward_batch(job, model, batch)
+        del sums
+    except Exception:  # whatever a user's model does that a fake tensor cannot
+        return None
+    return sum(kept.values())
+
+
+def _available(job: Job) -> tuple[int | None, str]:
+    """Return the bytes that one rank may take, and where; None where nobody knows."""
+    device = job.world.device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], "are free on the GPU"
+    limits = []
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        top = Path("/sys/fs/cgroup")
+        limits.append(int((top / "memory.max").read_text()) - int((top / "memory.current").read_text()))
+    except (OSError, ValueError, KeyError):  # no Linux, no limit, another cgroup version
+        pass
+    ranks = job.world.local_size
+    return (min(limits) // ranks, f"are free here for each of {ranks}") if limits else (None, "")
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,75 @@
+"""Two hosts with their own names, addresses and sshd: training across them is training on one."""
+
+import shutil
+import sys
+
+import hosts
+import pytest
+import torch
+from conftest import BIN, REPOSITORY, environment
+from safetensors.torch import load_file
+
+RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
+STEPS = 20
+TRAIN = [sys.executable, "-m", "hvdtrain", "train", RECIPE, "--train.steps", STEPS, "--run-dir"]
+
+LAUNCHERS = {
+    "horovodrun-mpi": ["horovodrun", "--mpi", "-np", "4", "-H", "node1:2,node2:2"],
+    "horovodrun-gloo": ["horovodrun", "--gloo", "-np", "4", "-H", "node1:2,node2:2"],
+    "mpirun": ["mpirun", "-np", "4", "-H", "node1:2,node2:2", "--bind-to", "none", "-x", "PATH", "-x", "PYTHONPATH"],
+}
+
+
+@pytest.fixture(scope="module")
+def two_hosts():
+    reason = hosts.why_not()
+    if reason:
+        pytest.skip(reason)
+    with hosts.Hosts(2, path=f"{BIN}:/usr/local/bin:/usr/bin:/bin") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def variables():
+    root = {name: value for name, value in environment().items() if name.startswith("OMPI_ALLOW_RUN_AS_ROOT")}
+    return {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **root}
+
+
+def weights(run_dir):
+    return load_file(run_dir / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def on_one_host(two_hosts, variables, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("one-host") / "run"
+    launcher = ["mpirun", "--oversubscribe", "-np", "4", "--bind-to", "none"]
+    done = two_hosts.do("node1", [*launcher, *TRAIN, run_dir], timeout=120, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return weights(run_dir)
+
+
+@pytest.mark.hosts
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_hosts_train_what_one_does(two_hosts, on_one_host, variables, tmp_path, launcher):
+    done = two_hosts.do("node1", [*LAUNCHERS[launcher], *TRAIN, tmp_path / "run"], timeout=150, **variables)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "on 4 ranks, 2 hosts" in done.stdout
+    ours = weights(tmp_path / "run")
+    assert all(torch.allclose(ours[name], on_one_host[name], rtol=1e-5, atol=1e-6) for name in on_one_host)
+
+
+@pytest.mark.hosts
+def test_the_launch_file_for_several_hosts(two_hosts, on_one_host, variables, tmp_path):
+    assert shutil.which("setsid")
+    script = [REPOSITORY / "launch" / "mpirun.sh", "train", RECIPE, "--train.steps", STEPS]
+    site = {
+        "VIRTUAL_ENV": BIN.parent,
+        "HVDTRAIN_HOSTS": "node1:2,node2:2",
+        "HVDTRAIN_INTERFACE": "eth0",
+        "HVDTRAIN_RUN_DIR": tmp_path / "run",
+    }
+    done = two_hosts.do("node1", script, timeout=150, **variables, **site)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "on 4 ranks, 2 hosts" in done.stdout
+    ours = weights(tmp_path / "run")
+    assert all(torch.allclose(ours[name], on_one_host[name], rtol=1e-5, atol=1e-6) for name in on_one_host)

@@ -1,0 +1,99 @@
+"""The chunked loss against the plain one, which is torch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.loss import IGNORE_INDEX, chunked_loss
+
+V, C = 1000, 16
+
+
+def plain(hidden, weight, targets):
+    logits = F.linear(hidden, weight).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def example(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 7, C, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(V, C, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(V, (3, 7), generator=generator)
+    targets[0, 2] = targets[2] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 20, 21, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+def test_the_loss_and_its_gradients_are_the_plain_ones(chunk, dtype, tolerance):
+    hidden, weight, targets = example(dtype)
+    expected = plain(hidden, weight, targets)
+    gradients = torch.autograd.grad(expected * 0.3, (hidden, weight))
+    loss = chunked_loss(hidden, weight, targets, chunk)
+    assert (loss - expected).abs() <= tolerance * expected
+    for ours, theirs in zip(torch.autograd.grad(loss * 0.3, (hidden, weight)), gradients, strict=True):
+        assert (ours - theirs).abs().max() <= 10 * tolerance * theirs.abs().max()
+
+
+def test_autograd_agrees_by_finite_differences():
+    hidden, weight, targets = example(torch.float64)
+    part = weight[:20].detach().requires_grad_()
+    few = targets[:1, :4] % 20
+    assert torch.autograd.gradcheck(lambda h, w: chunked_loss(h, w, few, 3), (hidden[:1, :4], part))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    hidden, weight, targets = example()
+    exact = torch.autograd.grad(plain(hidden, weight, targets), (hidden, weight))
+    with torch.autocast("cpu", dtype):
+        loss = chunked_loss(hidden, weight, targets, 5)
+    assert loss.dtype == torch.float32
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+def test_without_gradients_none_is_computed():
+    hidden, weight, targets = example()
+    with torch.no_grad():
+        loss = chunked_loss(hidden, weight, targets, 5)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(hidden, weight, targets).detach())
+    frozen = chunked_loss(hidden.detach(), weight, targets, 5)
+    frozen.backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_decoder_trains_alike(tied):
+    config = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "tie_embeddings": tied}
+    tokens = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for chunk in (4, None):
+        model = Decoder(DecoderConfig(**config, loss_chunk=chunk), V, seed=0)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    chunked, whole = gradients
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_no_tensor_holds_all_logits():
+    """The largest tensor that an operation makes is a chunk's logits, not those of all positions."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (V,) and out.shape[0] != C:
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    hidden, weight, targets = example()
+    with Largest() as largest:
+        chunked_loss(hidden, weight, targets, 5).backward()
+    assert largest.numel == 5 * V

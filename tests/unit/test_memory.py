@@ -1,0 +1,130 @@
+"""The estimate of memory against what real tensors take."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from hvdtrain.config import CommConfig, Config, HealthConfig, ModelConfig, OptimConfig, TrainConfig
+from hvdtrain.data.dataset import TensorSamples
+from hvdtrain.dist import SoloWorld
+from hvdtrain.errors import ConfigError
+from hvdtrain.launch import Launch
+from hvdtrain.metrics import MetricLog
+from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.optimizer import build_optimizer
+from hvdtrain.trainer import Task, settle
+from hvdtrain.trainer.loop import forward_sums
+from hvdtrain.trainer.memory import Memory, check_fits, estimate, in_units, wire_bytes, without_storage
+from hvdtrain.trainer.model import own_type
+
+DECODER = DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2)
+
+
+def job_of(model, /, **sections):
+    tokens = torch.randint(50, (12, 9), generator=torch.Generator().manual_seed(0))
+    data = TensorSamples(tokens[:, :-1].clone(), tokens[:, 1:].clone())
+    task = Task(model=model, train_data=data, val_data=data, loss=lambda m, batch: {"loss": m(*batch)}, unit="tokens")
+    config = Config(**{"train": TrainConfig(steps=3, global_batch_size=4), **sections})
+    return settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), Path("none"), MetricLog(None, []))
+
+
+def kept_for_backward(job):
+    """Return the bytes that autograd really keeps of a micro-batch."""
+    model = job.task.model
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor  # keeps it alive
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        sums = forward_sums(job, model, torch.arange(job.plan.micro_batch_size))
+    del sums
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-true", "fp64"])
+def test_what_is_estimated_is_what_is_taken(precision):
+    job = job_of(Decoder(DECODER, 50, seed=0), train=TrainConfig(steps=3, global_batch_size=4, precision=precision))
+    memory = estimate(job)
+    model = job.task.model.to(dtype=own_type(precision))
+    weights = sum(p.nbytes for p in model.parameters())
+    assert (memory.weights, memory.gradients) == (weights, weights)
+    assert memory.activations == pytest.approx(kept_for_backward(job), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "Adafactor", "RMSprop"])
+def test_the_state_of_optimizers(name):
+    job = job_of(Decoder(DECODER, 50, seed=0), optim=OptimConfig(name=name, momentum=0.9))
+    model = job.task.model
+    optimizer = build_optimizer(job.config.optim, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    taken = sum(v.nbytes for entries in optimizer.state.values() for v in entries.values() if torch.is_tensor(v))
+    assert estimate(job).optimizer == taken
+
+
+def test_checkpointed_blocks_keep_less():
+    whole = estimate(job_of(Decoder(DECODER, 50, seed=0)))
+    blocks = estimate(job_of(Decoder(DECODER, 50, seed=0), model=ModelConfig(checkpoint_blocks=True)))
+    assert blocks.activations < 0.5 * whole.activations
+
+
+def test_a_model_without_storage_is_estimated_alike():
+    with without_storage():
+        empty = Decoder(DECODER, 50, seed=0)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+    assert estimate(job_of(empty)) == estimate(job_of(Decoder(DECODER, 50, seed=0)))
+    assert not any(parameter.is_meta for parameter in Decoder(DECODER, 50, seed=0).parameters())
+
+
+def test_the_wire():
+    model = Decoder(DECODER, 50, seed=0)
+    count = model.num_parameters()
+    assert wire_bytes(job_of(model)) == 4 * count
+    assert wire_bytes(job_of(model, comm=CommConfig(compression="fp16"))) == 2 * count
+    pure = TrainConfig(steps=3, global_batch_size=4, precision="bf16-true")
+    assert wire_bytes(job_of(model, train=pure)) == 4 * count
+
+
+class Asks(nn.Module):
+    """A model whose course depends on values, which fake tensors do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Embedding(50, 4)
+
+    def forward(self, tokens, targets):
+        x = self.inner(tokens)
+        return x.sum() if float(x.detach().sum()) > 0 else -x.sum()
+
+
+def test_a_model_that_cannot_be_followed_is_said_to_be_so():
+    memory = estimate(job_of(Asks()))
+    assert memory.activations is None
+    assert "activations unknown" in str(memory)
+    assert memory.weights == 800
+
+
+def test_too_much_is_refused_with_what_would_fit():
+    job = job_of(Decoder(DECODER, 50, seed=0), health=HealthConfig())
+    check_fits(job, estimate(job))
+    huge = Memory(weights=2**30, gradients=2**30, optimizer=2**31, activations=2**62, micro_batch_size=2**30)
+    with pytest.raises(ConfigError, match="needs about 4194304 TiB a rank") as refused:
+        check_fits(job, huge)
+    for way in ("--train.micro-batch-size", "--model.checkpoint-blocks", "--train.precision bf16"):
+        assert way in str(refused.value)
+    with pytest.raises(ConfigError) as refused:
+        check_fits(job, dataclasses.replace(huge, weights=2**62))
+    assert "micro-batch" not in str(refused.value)
+
+
+def test_units():
+    assert [in_units(n) for n in (0, 1000, 1536, 3 << 20, 5 << 40)] == ["0 B", "1000 B", "1.5 KiB", "3 MiB", "5 TiB"]
