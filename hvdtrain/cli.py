@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from hvdtrain.config import merge, nearest, to_dict
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.launch import Launch, prepare_process
-from hvdtrain.options import BenchOptions, DoctorOptions, RecipeOptions, TrainOptions, VerifyOptions
+from hvdtrain.options import (
+    BenchOptions,
+    DoctorOptions,
+    ExportOptions,
+    GenerateOptions,
+    RecipeOptions,
+    TrainOptions,
+    VerifyOptions,
+)
 
 if TYPE_CHECKING:
     from hvdtrain.trainer import Recipe
@@ -33,6 +41,8 @@ usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
   verify RECIPE   prove that training it on these ranks is the same as on one
   bench RECIPE    measure where a step's time goes, and what would make it shorter
   doctor          look at the machine, the ranks and the network, and say what to mend
+  generate DIR    continue prompts with a trained language model, of a run or exported
+  export DIR      write a run's model as transformers reads it
 
 recipes: {{recipes}}, or the path of your own .py file
 all settings: {PROGRAM} VERB [RECIPE] --help
@@ -48,6 +58,8 @@ _VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
 # Verbs without a recipe -> the same, and the flag whose value may be given as the word after the verb.
 _PLAIN_VERBS: dict[str, tuple[str, str, type[Any], str | None]] = {
     "doctor": ("hvdtrain.doctor", "doctor", DoctorOptions, None),
+    "export": ("hvdtrain.export", "export", ExportOptions, "run-dir"),
+    "generate": ("hvdtrain.generate", "generate", GenerateOptions, "run-dir"),
 }
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
@@ -177,7 +189,7 @@ def _parse_recipe(verb: str, name: str, recipe: Recipe, flags: list[str]) -> Inv
         for setting in allowed:
             _check_changeable(setting, recipe)
         given = dataclasses.replace(given, allow_config_change=allowed)
-    return Invocation(verb, given, name, parsed.settings)
+    return Invocation(verb, given, name, parsed.settings.resolve())
 
 
 def _check_changeable(setting: str, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hvdtrain.errors import ConfigError
 
@@ -75,3 +76,49 @@ class DoctorOptions:
     def __post_init__(self) -> None:
         if not self.timeout > 0:
             raise ConfigError(f"--timeout {self.timeout:g} must be greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a run's model as a directory that transformers, and whatever reads its format, can load."""
+
+    run_dir: Path
+    """Directory of a run."""
+    checkpoint: str = "latest"
+    """latest, best (by held-out loss), or a step."""
+    output: Path | None = None
+    """Directory to write; None: RUN_DIR/export."""
+    dtype: Literal["as-trained", "float32", "bfloat16", "float16"] = "as-trained"
+    """Type of the weights."""
+    overwrite: bool = False
+    """Replace an earlier export in --output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Continue prompts with a language model that was trained by the recipe lm."""
+
+    run_dir: Path
+    """Directory of a run, or one that was exported."""
+    checkpoint: str = "latest"
+    """latest, best (by held-out loss), or a step; for a run."""
+    prompt: tuple[str, ...] = ()
+    """Text to continue; several are continued together. None: standard input, or the beginning of a document."""
+    max_tokens: int = 200
+    """The most tokens to add to each prompt."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Draw among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together have at least this probability."""
+    seed: int = 0
+    """Of the random draws."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation; they are not printed."""
+    cache: bool = True
+    """Keep the keys and values of tokens that were read; without, it takes longer and says the same."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"--max-tokens {self.max_tokens} must be greater than 0")

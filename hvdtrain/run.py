@@ -39,7 +39,7 @@ from hvdtrain.metrics import (
     open_rank_log,
 )
 from hvdtrain.options import TrainOptions
-from hvdtrain.trainer import Job, Recipe, fit, settle
+from hvdtrain.trainer import Job, Recipe, Task, fit, settle
 from hvdtrain.trainer.memory import Memory, check_fits, estimate, in_units, wire_bytes, without_storage
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def _run(request: _Request, world: World, heartbeat: Heartbeat, unwatched: list[
     run_dir = world.broadcast_object(run_dir or new_run_dir(name), "run_dir")
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
     is_writer = world.rank == 0 and not dry_run
-    sinks = world.together(lambda: _sinks(run_dir, recipe, world, ranks) if is_writer else [], "sinks")
+    sinks = world.together(lambda: _sinks(run_dir, recipe, task, world, ranks) if is_writer else [], "sinks")
     log = MetricLog(console, sinks)
     before = world.broadcast_object(newest_manifest(run_dir) if world.rank == 0 else None, "before")
     allowed = request.allowed_changes
@@ -167,9 +167,9 @@ def _open_log(path: Path) -> logging.Handler:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another --run-dir") from error
 
 
-def _sinks(run_dir: Path, recipe: Recipe, world: World, ranks: list[dict[str, Any]]) -> list[Sink]:
+def _sinks(run_dir: Path, recipe: Recipe, task: Task, world: World, ranks: list[dict[str, Any]]) -> list[Sink]:
     environment = describe_environment(world.launch.launcher, ranks)
-    sinks: list[Sink] = [RunFiles(run_dir, recipe, environment), JsonLines(run_dir / "metrics.jsonl")]
+    sinks: list[Sink] = [RunFiles(run_dir, recipe, task, environment), JsonLines(run_dir / "metrics.jsonl")]
     return [*sinks, TensorBoard(run_dir / "tensorboard")] if recipe.log.tensorboard else sinks
 
 
@@ -214,17 +214,20 @@ def _rate(job: Job) -> str:
 
 
 class RunFiles:
-    """Writes `config.toml` and `environment.json` when training begins. A `Sink` that takes no metrics."""
+    """Writes `config.toml`, `environment.json` and `model/` when training begins. A `Sink` that takes no metrics."""
 
-    def __init__(self, run_dir: Path, recipe: Recipe, environment: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, recipe: Recipe, task: Task, environment: dict[str, Any]) -> None:
         self._run_dir = run_dir
         self._recipe = recipe
+        self._task = task
         self._environment = environment
 
     def begin(self, step: int, num_steps: int) -> None:
         """Write the files; a run that goes on replaces them."""
         (self._run_dir / "config.toml").write_text(tomli_w.dumps(to_dict(self._recipe)))
         (self._run_dir / "environment.json").write_text(json.dumps(self._environment, indent=2) + "\n")
+        (self._run_dir / "model").mkdir(exist_ok=True)
+        self._task.write_model_files(self._run_dir / "model")
 
     def write(self, step: int, metrics: Mapping[str, float], event: str | None) -> None:
         """Do nothing."""

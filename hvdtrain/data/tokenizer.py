@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ class BpeTokenizer:
     """Wraps a `tokenizer.json` of the `tokenizers` library."""
 
     def __init__(self, inner: Any, source: str) -> None:
-        self._inner = inner
+        self.inner = inner
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
         found = [inner.token_to_id(name) for name in _END_OF_TEXT_NAMES if inner.token_to_id(name) is not None]
         if not found:
@@ -69,16 +70,16 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the tokens of a text, int64 `(n,)`."""
-        return np.array(self._inner.encode(text, add_special_tokens=False).ids, np.int64)
+        return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
-        text: str = self._inner.decode([token for token in tokens if token != self.eot], skip_special_tokens=False)
+        text: str = self.inner.decode([token for token in tokens if token != self.eot], skip_special_tokens=False)
         return text
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`."""
-        self._inner.save(str(folder / "tokenizer.json"))
+        self.inner.save(str(folder / "tokenizer.json"))
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> BpeTokenizer:
@@ -117,6 +118,40 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer that was saved in `folder`: its `tokenizer.json`, or bytes where there is none."""
     path = folder / "tokenizer.json"
     return load_bpe(path) if path.exists() else ByteTokenizer()
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Write the tokenizer as transformers' `AutoTokenizer` reads it, and `load_bpe`, too.
+
+    Args:
+        tokenizer: any; bytes become a byte-level BPE without merges, of the same tokens.
+        folder: gets `tokenizer.json` and `tokenizer_config.json`.
+        max_length: the most tokens that the model is made for.
+    """
+    inner = tokenizer.inner if isinstance(tokenizer, BpeTokenizer) else _bytes_as_bpe()
+    inner.save(str(folder / "tokenizer.json"))
+    end_of_text = inner.id_to_token(tokenizer.eot)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _bytes_as_bpe() -> Any:
+    library = _tokenizers()
+    # Byte-level BPE writes a byte as a character: the printable ones of Latin-1 as themselves, the others from U+0100.
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    characters = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    inner = library.Tokenizer(library.models.BPE(vocab=characters, merges=[]))
+    inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = library.decoders.ByteLevel()
+    inner.add_special_tokens([END_OF_TEXT])
+    return inner
 
 
 def _tokenizers() -> Any:

@@ -9,6 +9,7 @@ one to one (with tied embeddings, transformers stores `lm_head.weight` under `mo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ class DecoderConfig(ModelConfig):
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
     """One matrix embeds the tokens and predicts them."""
+    init_from: Path | None = None
+    """Begin with the weights in this directory, of a LlamaForCausalLM or an export; the model's shape comes from it."""
     loss_chunk: int | None = None
     """Positions whose logits exist at a time when the loss is computed. None: as many as take 256 MiB in fp32."""
 
@@ -112,19 +115,24 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights(seed)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Map tokens, int64 `(B, T)`, to logits `(B, T, V)`; position t sees tokens 0 to t and predicts token t + 1.
 
         Given targets, int64 `(B, T)`, return their summed cross entropy in nats instead; then, where the vocabulary is
-        large, the logits never exist all at once.
+        large, the logits never exist all at once. Given a cache, the tokens follow those that it holds, and are put
+        into it.
         """
-        hidden = self.model(tokens)
+        hidden = self.model(tokens, cache)
         if targets is not None:
             chunk = self.config.loss_chunk or max(1, _LOSS_BYTES // (4 * self.vocab_size))
             if targets.numel() > chunk:
                 return chunked_loss(hidden, self.lm_head.weight, targets, chunk)
         logits: Tensor = self.lm_head(hidden)
         return logits if targets is None else next_token_loss(logits, targets)[0]
+
+    def new_cache(self, padding: Tensor, max_length: int) -> Cache:
+        """Return an empty cache for rows that begin with `padding`, int64 `(B,)`, tokens that are not to be seen."""
+        return Cache(self.config, padding, max_length, like=self.lm_head.weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -161,12 +169,14 @@ class _Body(nn.Module):
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Map tokens, int64 `(B, T)`, to hidden states `(B, T, C)`."""
         x: Tensor = self.embed_tokens(tokens)
-        rope = rotary_tables(tokens.shape[1], self.config.head_size, self.config.rope_theta, like=x)
-        for block in self.layers:
-            x = block(x, rope)
+        length = tokens.shape[1]
+        positions = torch.arange(length, device=x.device) if cache is None else cache.begin(length)
+        rope = rotary_tables(positions, self.config.head_size, self.config.rope_theta, like=x)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope) if cache is None else block(x, rope, cache.layers[i])
         normed: Tensor = self.norm(x)
         return normed
 
@@ -181,9 +191,9 @@ class _Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = _FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: LayerCache | None = None) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
-        x = x + self.self_attn(self.input_layernorm(x), rope)
+        x = x + self.self_attn(self.input_layernorm(x), rope, past)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -201,13 +211,18 @@ class _Attention(nn.Module):
         self.v_proj = _Linear(C, config.kv_heads * D)
         self.o_proj = _Linear(config.num_heads * D, C)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: LayerCache | None = None) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, H, D)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # (B, H, T, D)
+        mask = None
+        if past is not None:
+            k, v, mask = past.extend(k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped
+        )  # (B, H, T, D)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
 
@@ -227,17 +242,61 @@ class _FeedForward(nn.Module):
         return out
 
 
-def rotary_tables(num_positions: int, head_size: int, theta: float, *, like: Tensor) -> tuple[Tensor, Tensor]:
+class Cache:
+    """Keys and values of the tokens that were read, for rows that are padded on the left to one length.
+
+    Args:
+        config: of the decoder.
+        padding: int64 `(B,)`, tokens at the beginning of each row that are not to be seen.
+        max_length: the most tokens of a row, padding included.
+        like: has the type and device of keys and values.
+    """
+
+    def __init__(self, config: DecoderConfig, padding: Tensor, max_length: int, *, like: Tensor) -> None:
+        self._padding = padding
+        self.length = 0
+        self.mask: Tensor | None = None
+        shape = (len(padding), config.kv_heads, max_length, config.head_size)
+        self.layers = [LayerCache(self, shape, like) for _ in range(config.num_layers)]
+
+    def begin(self, num_tokens: int) -> Tensor:
+        """Make room for more tokens of each row and return their positions, int64 `(B, T)`, 0 for padding."""
+        places = torch.arange(self.length + num_tokens, device=self._padding.device)
+        new = places[self.length :]
+        # A token sees the ones before it; one of the padding sees itself, since none would be no number.
+        is_seen = (places <= new[:, None]) & (places >= self._padding[:, None, None])
+        self.mask = (is_seen | (places == new[:, None]))[:, None]  # (B, 1, T, length)
+        self.length += num_tokens
+        return (new - self._padding[:, None]).clamp(min=0)
+
+
+class LayerCache:
+    """One layer's part of a `Cache`."""
+
+    def __init__(self, cache: Cache, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self._cache = cache
+        self._keys, self._values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in new keys and values, `(B, K, T, D)`; return all, `(B, K, length, D)`, and who sees whom."""
+        length, mask = self._cache.length, self._cache.mask
+        assert mask is not None
+        start = length - keys.shape[2]
+        self._keys[:, :, start:length], self._values[:, :, start:length] = keys, values
+        return self._keys[:, :, :length], self._values[:, :, :length], mask
+
+
+def rotary_tables(positions: Tensor, head_size: int, theta: float, *, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cosines and signed sines, `(T, 1, D)` each, that turn channels by their position (arXiv:2104.09864).
 
+    `positions` is int64 `(T,)`; or `(B, T)` where rows differ, and the tables are then `(B, T, 1, D)`.
     Channels i and i + D/2 are a pair ("rotate half", as transformers has it), turned by `position * theta^(-2i/D)`.
     They are computed afresh in each forward pass, which costs nothing beside a block and leaves no buffer to cast,
     move or save. On the device of `like`, in fp32, or in fp64 if `like` is fp64.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, head_size, 2, dtype=dtype, device=like.device) / head_size
-    positions = torch.arange(num_positions, dtype=dtype, device=like.device)
-    angles = positions[:, None, None] * theta**-exponents  # (T, 1, D/2)
+    angles = positions.to(dtype)[..., None, None] * theta**-exponents  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

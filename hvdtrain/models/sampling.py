@@ -1,78 +1,173 @@
-"""Text from a language model: draw the next token, append it, repeat."""
+"""Text from a language model: draw the next token, append it, repeat; several prompts at once, with a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvdtrain.errors import ConfigError
 
 
-@torch.no_grad()
+class CachingModel(Protocol):
+    """A model that can be shown the tokens of a batch bit by bit."""
+
+    training: bool
+
+    def __call__(self, tokens: Tensor, *, cache: Any) -> Tensor:
+        """Map tokens, int64 `(B, T)`, that follow those in the cache, to logits `(B, T, V)`."""
+        ...
+
+    def new_cache(self, padding: Tensor, max_length: int) -> Any:
+        """Return an empty cache for rows that begin with `padding`, int64 `(B,)`, tokens that are not to be seen."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Return the weights; the first one tells the device."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Draw among the k likeliest tokens only. None: among all."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that together have at least this probability (arXiv:1904.09751). None: all."""
+    seed: int = 0
+    """Of the random draws; prompt number i of a batch draws with seed + i, whatever else is in the batch."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature = {self.temperature} must not be negative; 0 takes the likeliest token")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k = {self.top_k} must be greater than 0; leave it out to draw among all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p} must be above 0 and at most 1")
+
+
 def sample(
-    model: nn.Module,
-    prompt_tokens: Sequence[int],
+    model: CachingModel,
+    prompts: Sequence[Sequence[int]],
     num_tokens: int,
     *,
     context_length: int,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> list[int]:
-    """Continue a prompt and return the new tokens. The model's training mode is left as it was.
+    sampling: Sampling,
+    is_done: Callable[[int, int], bool] = lambda row, token: False,
+    use_cache: bool = True,
+) -> Iterator[list[int | None]]:
+    """Continue prompts: yield the next token of each, None for those that are done. The training mode stays as it was.
 
-    Each token costs a forward pass over the last `context_length` tokens. Random numbers come from a generator of
-    their own on the CPU: the same seed draws the same numbers on any device and disturbs no one else's.
+    The model is shown at most `context_length` tokens of a row. Whenever there would be more, its older half is dropped
+    and the rest read again. Random numbers come from generators of their own on the CPU: the same
+    seed draws the same numbers on any device and disturbs no one else's.
 
     Args:
-        model: maps tokens, int64 `(1, T)`, to logits `(1, T, V)`.
-        prompt_tokens: at least one token.
-        num_tokens: tokens to add.
-        context_length: the most tokens the model is shown, the newest ones.
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: draw among the k likeliest tokens only. None: among all.
-        seed: of the random draws.
+        model: the model.
+        prompts: at least one token each.
+        num_tokens: the most tokens to add to each.
+        context_length: the most tokens the model is shown.
+        sampling: how a token is chosen.
+        is_done: told each row and new token; True ends the row.
+        use_cache: keep keys and values; without, every token costs a pass over all before it. The result is the same.
 
     Raises:
         ConfigError: an empty prompt, or a setting out of range.
     """
-    _check(prompt_tokens, num_tokens, context_length, temperature, top_k)
-    device = next(model.parameters()).device
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    tokens = list(prompt_tokens)
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(num_tokens):
-            context = torch.tensor([tokens[-context_length:]], dtype=torch.int64, device=device)
-            logits = model(context)[0, -1].double().cpu()
-            tokens.append(_draw(logits, temperature, top_k, generator))
-    finally:
-        model.train(was_training)
-    return tokens[len(prompt_tokens) :]
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """Draw a token from logits `(V,)`."""
-    if temperature == 0:
-        return int(logits.argmax())
-    values, tokens = logits.topk(len(logits) if top_k is None else min(top_k, len(logits)))
-    choice = torch.multinomial((values / temperature).softmax(dim=0), num_samples=1, generator=generator)
-    return int(tokens[choice])
-
-
-def _check(
-    prompt_tokens: Sequence[int], num_tokens: int, context_length: int, temperature: float, top_k: int | None
-) -> None:
-    if not prompt_tokens:
+    if not all(prompts):
         raise ConfigError("the prompt is empty: give at least one token to continue")
     if num_tokens < 0:
         raise ConfigError(f"num_tokens = {num_tokens} must not be negative")
     if context_length < 1:
         raise ConfigError(f"context_length = {context_length} must be greater than 0")
-    if temperature < 0:
-        raise ConfigError(f"temperature = {temperature} must not be negative; 0 takes the likeliest token")
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k = {top_k} must be greater than 0; leave it out to draw among all tokens")
+    return _sample(model, [list(p) for p in prompts], num_tokens, context_length, sampling, is_done, use_cache)
+
+
+def _sample(
+    model: CachingModel,
+    rows: list[list[int]],
+    num_tokens: int,
+    context_length: int,
+    sampling: Sampling,
+    is_done: Callable[[int, int], bool],
+    use_cache: bool,
+) -> Iterator[list[int | None]]:
+    generators = [torch.Generator(device="cpu").manual_seed(sampling.seed + i) for i in range(len(rows))]
+    context = _Context(model, rows, context_length, use_cache)
+    open_rows = set(range(len(rows)))
+    for _ in range(num_tokens):
+        logits = context.next_logits()
+        drawn: list[int | None] = [None] * len(rows)
+        for i in sorted(open_rows):
+            token = draw(logits[i], sampling, generators[i])
+            drawn[i] = token
+            if is_done(i, token):
+                open_rows.discard(i)
+        context.append(drawn)
+        yield drawn
+        if not open_rows:
+            return
+
+
+class _Context:
+    """What the model has been shown of each row, padded on the left to one length."""
+
+    def __init__(self, model: CachingModel, rows: list[list[int]], context_length: int, use_cache: bool) -> None:
+        self._model, self._limit, self._use_cache = model, context_length, use_cache
+        self._device = next(model.parameters()).device
+        self._rows = [row[-context_length:] for row in rows]
+        self._cache: Any = None
+        self._read = 0
+
+    @torch.no_grad()
+    def next_logits(self) -> Tensor:
+        """Return the logits of each row's next token, float64 `(B, V)` on the CPU."""
+        length = max(map(len, self._rows))
+        if length > self._limit:
+            half = max(1, self._limit // 2)
+            self._rows = [row[-half:] if len(row) > self._limit else row for row in self._rows]
+            length, self._cache = max(map(len, self._rows)), None
+        if self._cache is None or not self._use_cache:
+            padding = torch.tensor([length - len(row) for row in self._rows], device=self._device)
+            self._cache, self._read = self._model.new_cache(padding, self._limit), 0
+        tokens = torch.tensor([[0] * (length - len(row)) + row for row in self._rows], device=self._device)
+        was_training = self._model.training
+        self._model.train(False)
+        try:
+            logits = self._model(tokens[:, self._read :], cache=self._cache)[:, -1].double().cpu()
+        finally:
+            self._model.train(was_training)
+        self._read = length
+        return logits
+
+    def append(self, tokens: Sequence[int | None]) -> None:
+        """Take in a token of each row; of one that is done, anything."""
+        for row, token in zip(self._rows, tokens, strict=True):
+            row.append(token or 0)
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw a token from logits, float64 `(V,)`."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    count = len(logits) if sampling.top_k is None else min(sampling.top_k, len(logits))
+    values, tokens = logits.topk(count)  # the likeliest first
+    probabilities = (values / sampling.temperature).softmax(dim=0)
+    if sampling.top_p is not None:
+        before = probabilities.cumsum(0) - probabilities
+        probabilities = probabilities.where(before < sampling.top_p, 0)
+    return int(tokens[torch.multinomial(probabilities, num_samples=1, generator=generator)])

@@ -8,19 +8,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 
 from hvdtrain.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
 from hvdtrain.data.text import PreparedText, TextConfig, prepare_text
+from hvdtrain.data.tokenizer import BYTE_VOCAB_SIZE, write_tokenizer
 from hvdtrain.data.windows import TokenWindows
+from hvdtrain.errors import DataError
 from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
 from hvdtrain.models.ngram import TrigramModel
-from hvdtrain.models.sampling import sample
+from hvdtrain.models.sampling import Sampling, sample
 from hvdtrain.trainer import Recipe, Task
 
 _SAMPLE_TOKENS = 400
@@ -37,18 +43,52 @@ class LanguageModel(Recipe):
         """Prepare the text, once per host, and build the decoder for its vocabulary."""
         text = prepare_text(self.data, say)
         length = self.data.sequence_length
+        model = self._model(text)
         bytes_per_token = None if text.num_val_bytes is None else text.num_val_bytes / (text.num_val_tokens - 1)
         return Task(
-            model=Decoder(self.model, text.vocab_size, seed=self.train.seed),
+            model=model,
             train_data=TokenWindows(text.train_path, text.dtype, length),
             val_data=TokenWindows(text.val_path, text.dtype, length),
             loss=_loss,
             unit="tokens",
             summarize=lambda means: _with_bits_per_byte(means, bytes_per_token),
             epilogue=lambda model, metrics: _epilogue(model, metrics, text, length),
+            write_model_files=lambda folder: _write_model_files(folder, model, text, length),
             description=_describe(text, self.data),
             fingerprint=f"{text.content_hash} {length}",
         )
+
+    def resolve(self) -> LanguageModel:
+        """Take the shape of the model, and its tokenizer, from `--model.init-from`."""
+        folder = self.model.init_from
+        if folder is None:
+            return self
+        shape = read_shape(folder).config
+        given = {name: getattr(shape, name) for name in _SHAPE}
+        data, tokenizer = self.data, folder / "tokenizer.json"
+        if tokenizer.exists() and (data.tokenizer == "bpe" or read_shape(folder).vocab_size != BYTE_VOCAB_SIZE):
+            data = dataclasses.replace(data, tokenizer=str(tokenizer))
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, **given), data=data)
+
+    def _model(self, text: PreparedText) -> Decoder:
+        folder = self.model.init_from
+        if folder is None:
+            return Decoder(self.model, text.vocab_size, seed=self.train.seed)
+        vocab_size = read_shape(folder).vocab_size
+        if text.vocab_size > vocab_size:
+            raise DataError(
+                f"the text has a vocabulary of {text.vocab_size} tokens, and the model in {folder} one of {vocab_size}:"
+                " give --data.tokenizer the tokenizer.json that the model was trained with"
+            )
+        model = Decoder(self.model, vocab_size, seed=self.train.seed)
+        load_decoder(model, folder)
+        return model
+
+
+_SHAPE = (
+    *("num_layers", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size", "rope_theta", "norm_eps"),
+    "tie_embeddings",
+)
 
 
 def lm() -> LanguageModel:
@@ -100,6 +140,14 @@ def _with_bits_per_byte(means: dict[str, float], bytes_per_token: float | None) 
     return {**means, "bits_per_byte": means["loss"] / bytes_per_token / math.log(2)}
 
 
+def _write_model_files(folder: Path, model: Decoder, text: PreparedText, length: int) -> None:
+    end_of_text = None if text.tokenizer is None else text.tokenizer.eot
+    values = to_llama(model.config, model.vocab_size, length, end_of_text)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    if text.tokenizer is not None:
+        write_tokenizer(text.tokenizer, folder, length)
+
+
 def _describe(text: PreparedText, data: TextConfig) -> str:
     size = "" if text.num_train_bytes is None else f" from {text.num_train_bytes / 1e6:.1f} MB"
     source = data.path or "the source code of Python's standard library"
@@ -131,9 +179,10 @@ def _compare(metrics: dict[str, float], text: PreparedText) -> str:
 def _show_sample(model: nn.Module, text: PreparedText, length: int) -> str:
     if text.tokenizer is None:
         return ""
-    tokens = sample(
-        model, [text.tokenizer.eot], min(_SAMPLE_TOKENS, 4 * length), temperature=0.7, seed=0, context_length=length
-    )
+    assert isinstance(model, Decoder)
+    how = Sampling(temperature=0.7, seed=0)
+    drawn = sample(model, [[text.tokenizer.eot]], min(_SAMPLE_TOKENS, 4 * length), context_length=length, sampling=how)
+    tokens = [token for (token,) in drawn if token is not None]
     shown = text.tokenizer.decode([token for token in tokens if token != text.tokenizer.eot])
     rule = "-" * 72
     return f"a sample of what it writes:\n{rule}\n{shown.strip()}\n{rule}"

@@ -37,7 +37,7 @@ class Memory:
 
     weights: int
     gradients: int
-    """In the buckets that are sent; with --comm.compression fp16, beside those that backward writes."""
+    """Those that backward writes and, between several ranks, the buckets that are sent."""
     optimizer: int
     activations: int | None
     """What one micro-batch keeps for its backward pass; None: the model cannot be run on fake tensors."""
@@ -82,7 +82,7 @@ def estimate(job: Job) -> Memory:
         weights = _bytes([*model.parameters(), *model.buffers()])
     activations = _activations(job, model, mode)
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
-    if job.config.comm.compression != "none":
+    if job.world.size > 1:
         gradients += wire_bytes(job)
     return Memory(weights, gradients, _optimizer_bytes(job, model), activations, job.plan.micro_batch_size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from hvdtrain.dist import World
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricLog
 from hvdtrain.schedule import check_schedule, lr_factor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Batch = tuple[Tensor, ...]
 
@@ -38,6 +42,9 @@ class Task:
     """Derives further figures from the evaluated means, such as bits per byte."""
     epilogue: Callable[[nn.Module, dict[str, float]], str] = lambda model, metrics: ""
     """Called on rank 0 after the last evaluation: what a person should read at the end. No collectives."""
+    write_model_files: Callable[[Path], None] = lambda folder: None
+    """Writes to RUN_DIR/model what a reader of the weights needs: config.json and the tokenizer, as transformers does.
+    Called on rank 0 when training begins."""
     description: str = ""
     """What a person should read at the start about model and data."""
     fingerprint: str = ""
@@ -55,6 +62,14 @@ class Recipe(Config):
             UsageError: data is missing, or settings do not fit it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method build(say) that returns a Task")
+
+    def resolve(self) -> Self:
+        """Return the settings with those filled in that others decide, such as the shape of a model that is loaded.
+
+        Raises:
+            UsageError: what they name cannot be read.
+        """
+        return self
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def build(tag, folder, **arguments):
     """Build the Dockerfile in `folder`; returns the build's output."""
     given = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
     options = shlex.split(os.environ.get("HVDTRAIN_IMAGE_OPTIONS", ""))
-    fixed = ["--isolation", "chroot", "--network", "host", "--pull-never", "--format", "docker"]
+    fixed = ["--layers", "--isolation", "chroot", "--network", "host", "--pull-never", "--format", "docker"]
     return do("build", *fixed, *options, *given, "-t", tag, folder, timeout=3000).stdout
 
 

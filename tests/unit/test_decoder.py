@@ -91,7 +91,7 @@ def test_a_token_changes_only_logits_from_its_position_on() -> None:
 def test_rotation_is_a_product_of_complex_numbers() -> None:
     T, D, theta = 50, 8, 10000.0
     x = torch.randn(2, T, 3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, rotary_tables(T, D, theta, like=x))
+    turned = rotate(x, rotary_tables(torch.arange(T), D, theta, like=x))
     for i in range(D // 2):
         pair = torch.complex(x[..., i], x[..., i + D // 2])
         angle = torch.arange(T, dtype=torch.float64) * theta ** (-2 * i / D)
@@ -177,7 +177,7 @@ def test_fp64_is_exact_throughout() -> None:
     parts = sum(_gradient(model, sample) for sample in tokens.split(1))
     assert whole.dtype == torch.float64
     assert (whole - parts).abs().max() < 1e-12
-    cos, signed_sin = rotary_tables(300, 8, 10000.0, like=whole)
+    cos, signed_sin = rotary_tables(torch.arange(300), 8, 10000.0, like=whole)
     assert cos[299, 0, 1].item() == pytest.approx(math.cos(299 * 10000.0**-0.25), abs=1e-14)
     assert signed_sin[299, 0, 5].item() == pytest.approx(math.sin(299 * 10000.0**-0.25), abs=1e-14)
     single = build(torch.float32)(tokens).double()

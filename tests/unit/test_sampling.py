@@ -1,8 +1,10 @@
-"""Sampling from models whose distribution is known."""
+"""Sampling from models whose distribution is known, and from a decoder with and without its cache."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,13 +12,13 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.decoder import Decoder, DecoderConfig
-from hvdtrain.models.sampling import sample
+from hvdtrain.models.sampling import Sampling, sample
 
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
 
 class Fixed(nn.Module):
-    """Always the same distribution; remembers what it was shown."""
+    """Always the same distribution; remembers what it was shown since its cache was new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,10 +26,20 @@ class Fixed(nn.Module):
         self.seen: list[list[int]] = []
         self.modes: set[tuple[bool, bool]] = set()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        self.seen.append(tokens[0].tolist())
+    def new_cache(self, padding: Tensor, max_length: int) -> list[int]:
+        return []
+
+    def forward(self, tokens: Tensor, cache: list[int]) -> Tensor:
+        cache += tokens[0].tolist()
+        self.seen.append(list(cache))
         self.modes.add((self.training, torch.is_grad_enabled()))
         return self.logits.expand(*tokens.shape, -1)
+
+
+def continue_one(model: Any, prompt: Sequence[int], num_tokens: int, **settings: Any) -> list[int]:
+    how = {key: settings.pop(key) for key in ("temperature", "top_k", "top_p", "seed") if key in settings}
+    given = {"context_length": 4, "sampling": Sampling(**how), **settings}
+    return [token for (token,) in sample(model, [prompt], num_tokens, **given) if token is not None]
 
 
 def frequencies(tokens: list[int]) -> list[float]:
@@ -36,58 +48,111 @@ def frequencies(tokens: list[int]) -> list[float]:
 
 
 def test_tokens_come_with_their_probabilities() -> None:
-    tokens = sample(Fixed(), [0], 4000, context_length=4, temperature=1.0)
+    tokens = continue_one(Fixed(), [0], 4000, temperature=1.0)
     assert frequencies(tokens) == pytest.approx(PROBABILITIES.tolist(), abs=0.03)
 
 
 def test_temperature_sharpens() -> None:
-    tokens = sample(Fixed(), [0], 4000, context_length=4, temperature=0.5)
+    tokens = continue_one(Fixed(), [0], 4000, temperature=0.5)
     expected = PROBABILITIES.square() / PROBABILITIES.square().sum()
     assert frequencies(tokens) == pytest.approx(expected.tolist(), abs=0.03)
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert sample(Fixed(), [3], 5, context_length=4, temperature=0) == [0] * 5
+    assert continue_one(Fixed(), [3], 5, temperature=0) == [0] * 5
 
 
 def test_top_k_leaves_out_the_rest() -> None:
-    tokens = sample(Fixed(), [0], 4000, context_length=4, temperature=1.0, top_k=2)
+    tokens = continue_one(Fixed(), [0], 4000, temperature=1.0, top_k=2)
     assert frequencies(tokens) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert 3 in sample(Fixed(), [0], 500, context_length=4, temperature=1.0, top_k=99)
+    assert 3 in continue_one(Fixed(), [0], 500, temperature=1.0, top_k=99)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, [1, 0, 0, 0]), (0.6, [0.625, 0.375, 0, 0]), (1.0, [0.5, 0.3, 0.15, 0.05])]
+)
+def test_top_p_keeps_the_likeliest_that_reach_it(top_p: float, kept: list[float]) -> None:
+    tokens = continue_one(Fixed(), [0], 4000, temperature=1.0, top_p=top_p)
+    assert frequencies(tokens) == pytest.approx(kept, abs=0.03)
 
 
 def test_the_model_sees_the_newest_tokens_in_order() -> None:
     model = Fixed()
-    new = sample(model, [3, 2, 1], 3, context_length=4)
-    assert model.seen == [[3, 2, 1], [3, 2, 1, new[0]], [2, 1, new[0], new[1]]]
+    new = continue_one(model, [3, 2, 1], 4)
+    # Where a fifth token would come, the older half is dropped.
+    assert model.seen == [[3, 2, 1], [3, 2, 1, new[0]], [new[0], new[1]], [new[0], new[1], new[2]]]
 
 
 def test_seed_decides_and_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = sample(Fixed(), [0], 50, context_length=4, seed=1)
+    first = continue_one(Fixed(), [0], 50, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
-    assert sample(Fixed(), [0], 50, context_length=4, seed=1) == first
-    assert sample(Fixed(), [0], 50, context_length=4, seed=2) != first
+    assert continue_one(Fixed(), [0], 50, seed=1) == first
+    assert continue_one(Fixed(), [0], 50, seed=2) != first
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_training_mode_and_gradients_are_off_only_meanwhile(training: bool) -> None:
     model = Fixed().train(training)
-    sample(model, [0], 2, context_length=4)
+    continue_one(model, [0], 2)
     assert model.modes == {(False, False)}
     assert model.training is training
     model.logits.data = model.logits.data * float("nan")
     with pytest.raises(RuntimeError):
-        sample(model, [0], 2, context_length=4)
+        continue_one(model, [0], 2)
     assert model.training is training
 
 
-def test_a_decoder_continues_a_prompt() -> None:
-    model = Decoder(DecoderConfig(num_layers=1, hidden_size=16, num_heads=2), 20)
-    tokens = sample(model, [1, 2, 3], 12, context_length=8)
-    assert len(tokens) == 12
-    assert all(0 <= token < 20 for token in tokens)
+def decoder(**settings: Any) -> Decoder:
+    config = DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, **settings)
+    model = Decoder(config, 20, seed=1).double()
+    with torch.no_grad():  # far from uniform, so that what was read matters
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13], list(range(20))]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_cache_changes_nothing(temperature: float) -> None:
+    """Also beyond the context, where half of it is dropped."""
+    model, sampling = decoder(), Sampling(temperature=temperature)
+    with_cache, without = (
+        list(sample(model, PROMPTS, 40, context_length=12, sampling=sampling, use_cache=use)) for use in (True, False)
+    )
+    assert with_cache == without
+    assert len({tuple(step) for step in with_cache}) > 3
+
+
+def test_a_prompt_is_continued_alike_alone_and_among_others() -> None:
+    model = decoder()
+    together = list(sample(model, PROMPTS, 30, context_length=12, sampling=Sampling(temperature=0)))
+    for i, prompt in enumerate(PROMPTS):
+        assert [step[i] for step in together] == continue_one(model, prompt, 30, context_length=12, temperature=0)
+
+
+def test_logits_with_a_cache_are_those_of_one_pass() -> None:
+    model, tokens = decoder(), torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    cache = model.new_cache(torch.tensor([0]), 8)
+    parts = [model(tokens[:, :3], cache=cache), model(tokens[:, 3:4], cache=cache), model(tokens[:, 4:], cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
+
+
+def test_a_row_that_is_done_says_no_more() -> None:
+    rows = sample(
+        *(decoder(), [[1], [2]], 10),
+        context_length=12,
+        sampling=Sampling(temperature=1.0),
+        is_done=lambda row, token: row == 0,
+    )
+    first, *rest = list(rows)
+    assert first[0] is not None
+    assert all(step[0] is None and step[1] is not None for step in rest)
+    assert len(rest) == 9
+    assert len(list(sample(decoder(), [[1]], 10, context_length=9, sampling=Sampling(), is_done=lambda *_: True))) == 1
 
 
 @pytest.mark.parametrize(
@@ -98,8 +163,9 @@ def test_a_decoder_continues_a_prompt() -> None:
         ([0], {"context_length": 0}, "context_length = 0"),
         ([0], {"temperature": -0.1}, "temperature = -0.1"),
         ([0], {"top_k": 0}, "top_k = 0"),
+        ([0], {"top_p": 1.5}, "top_p = 1.5"),
     ],
 )
-def test_settings_out_of_range_are_refused(prompt: list[int], settings: dict[str, float], message: str) -> None:
+def test_settings_out_of_range_are_refused(prompt: list[int], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        sample(Fixed(), prompt, **{"num_tokens": 1, "context_length": 4, **settings})
+        continue_one(Fixed(), prompt, settings.pop("num_tokens", 1), **settings)

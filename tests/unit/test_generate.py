@@ -1,0 +1,171 @@
+"""The text of a continuation as its tokens come, and the files that carry a model."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from hvdtrain.checkpoint import model_weights, save_checkpoint
+from hvdtrain.data.tokenizer import ByteTokenizer, load_bpe, train_bpe, write_tokenizer
+from hvdtrain.errors import DataError
+from hvdtrain.export import write_model
+from hvdtrain.generate import Continuation, load_model
+from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
+from hvdtrain.trained import open_trained
+
+TEXT = "naïve 日本語 🙂 \x00\x7f\xad\u0100 def f(x):\n\treturn x  # ok\r\n"
+
+
+def stream(text, stop=(), end=False):
+    """Return what is shown after each token, and at the end."""
+    continuation = Continuation(ByteTokenizer(), stop)
+    shown = []
+    for token in [*text.encode(), *([256] if end else [])]:
+        done = continuation.add(token)
+        shown.append(continuation.take())
+        if done:
+            break
+    return shown, continuation.finish()
+
+
+def test_characters_come_whole():
+    shown, rest = stream("aé🙂b")
+    assert shown == ["a", "", "é", "", "", "", "🙂", "b"]
+    assert rest == ""
+    assert stream("é")[0] == ["", "é"]
+
+
+def test_a_character_that_is_cut_off_comes_at_the_end():
+    continuation = Continuation(ByteTokenizer(), ())
+    continuation.add("é".encode()[0])
+    assert continuation.take() == ""
+    assert continuation.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_stop_text_ends_it_and_is_not_shown():
+    shown, rest = stream("one two three", stop=["two", "xyz"])
+    assert "".join(shown) + rest == "one "
+    assert len(shown) == len("one two")
+    assert stream("one tw", stop=["two"])[1] == "tw"  # held back until it was clear
+
+
+def test_the_end_of_the_text_ends_it():
+    shown, rest = stream("abc", end=True)
+    assert "".join(shown) + rest == "abc"
+
+
+def test_bytes_are_a_bpe_without_merges(tmp_path):
+    write_tokenizer(ByteTokenizer(), tmp_path, 64)
+    written = load_bpe(tmp_path / "tokenizer.json")
+    assert (written.vocab_size, written.eot) == (257, 256)
+    assert written.encode(TEXT).tolist() == ByteTokenizer().encode(TEXT).tolist()
+    assert written.decode(list(TEXT.encode())) == TEXT
+    everything = bytes(range(256)).decode("latin-1")
+    assert written.decode(written.encode(everything).tolist()) == everything
+
+
+def write_files(folder, model, vocab_size):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_llama(model.config, vocab_size, 32, 256)))
+    write_tokenizer(ByteTokenizer(), folder, 32)
+
+
+CONFIGS = [
+    DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, rope_theta=500.0),
+    DecoderConfig(num_layers=1, hidden_size=32, num_heads=2, tie_embeddings=False, intermediate_size=48, norm_eps=1e-6),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["tied", "untied"])
+def test_there_and_back(tmp_path, config):
+    model = Decoder(config, 257, seed=3)
+    run_dir = tmp_path / "run"
+    write_files(run_dir / "model", model, 257)
+    save_checkpoint(run_dir, weights=model_weights(model), state={}, step=5, samples=0, world_size=1)
+    trained = open_trained(run_dir, "latest")
+    write_model(trained.folder, trained.weights, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ]
+    shape = read_shape(tmp_path / "out")
+    settled = {"num_kv_heads": config.kv_heads, "intermediate_size": config.feed_forward_size}
+    assert shape == Shape(dataclasses.replace(config, **settled), 257, 32)
+    copy = Decoder(config, 257, seed=4)
+    load_decoder(copy, tmp_path / "out")
+    tokens = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens)
+    assert torch.equal(copy(tokens), expected)
+    for where in (run_dir, tmp_path / "out"):
+        loaded = load_model(open_trained(where, "latest"), shape)
+        assert torch.equal(loaded(tokens), expected)
+
+
+def test_transformers_computes_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for i, config in enumerate(CONFIGS):
+        model = Decoder(config, 257, seed=3)
+        write_files(tmp_path / str(i) / "model", model, 257)
+        write_model(tmp_path / str(i) / "model", model_weights(model), tmp_path / str(i) / "out")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(i) / "out").eval()
+        tokens = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert (theirs(tokens).logits - model(tokens)).abs().max() < 1e-5
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / str(i) / "out")
+        assert tokenizer(TEXT)["input_ids"] == list(TEXT.encode())
+        assert tokenizer.decode(list(TEXT.encode())) == TEXT
+        assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (256, 256)
+
+
+def test_checkpoints_by_name(tmp_path):
+    model = Decoder(CONFIGS[0], 257)
+    write_files(tmp_path / "run" / "model", model, 257)
+    weights = model_weights(model)
+    for step, loss in ((5, 1.0), (10, 2.0)):
+        save_checkpoint(tmp_path / "run", weights=weights, state={}, step=step, samples=0, world_size=1, val_loss=loss)
+    names = {which: open_trained(tmp_path / "run", which).source[-8:] for which in ("latest", "best", "5", "10")}
+    assert names == {"latest": "00000010", "best": "00000005", "5": "00000005", "10": "00000010"}
+    with pytest.raises(DataError, match="no checkpoint '7': there are of steps 5, 10; say latest, best or a step"):
+        open_trained(tmp_path / "run", "7")
+    (tmp_path / "run" / "checkpoints" / "step-00000005" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"is damaged.*choose another one with --checkpoint"):
+        open_trained(tmp_path / "run", "best")
+    with pytest.raises(DataError, match="neither a run's directory"):
+        open_trained(tmp_path, "latest")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "type 'gpt2'.*recipe hf"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rotary positions of type llama3"),
+        ({"head_dim": 64}, "head_dim = 64"),
+    ],
+)
+def test_what_the_decoder_cannot_be_is_named(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps({**to_llama(CONFIGS[0], 257, 32, None), **change}))
+    with pytest.raises(DataError, match=message):
+        read_shape(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    model = Decoder(CONFIGS[0], 257)
+    write_files(tmp_path / "model", model, 257)
+    weights = model_weights(model)
+    del weights["model.norm.weight"]
+    write_model(tmp_path / "model", weights, tmp_path / "out")
+    with pytest.raises(DataError, match=r"see model\.norm\.weight"):
+        load_decoder(model, tmp_path / "out")
+    with pytest.raises(DataError, match="is not there"):
+        load_model(open_trained(tmp_path / "out", "latest"), read_shape(tmp_path / "out"))
+
+
+def test_a_trained_bpe_survives(tmp_path):
+    trained = train_bpe(iter(["hello world, hello there"] * 20), 300)
+    write_tokenizer(trained, tmp_path, 64)
+    again = load_bpe(tmp_path / "tokenizer.json")
+    assert again.encode("hello you").tolist() == trained.encode("hello you").tolist()
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
