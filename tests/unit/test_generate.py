@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from hugging import import_transformers
 
 from hvdtrain.checkpoint import model_weights, save_checkpoint
 from hvdtrain.data.tokenizer import ByteTokenizer, load_bpe, train_bpe, write_tokenizer
@@ -103,7 +104,7 @@ def test_there_and_back(tmp_path, config):
 
 
 def test_transformers_computes_the_same(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     for i, config in enumerate(CONFIGS):
         model = Decoder(config, 257, seed=3)
         write_files(tmp_path / str(i) / "model", model, 257)
