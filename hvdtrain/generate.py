@@ -27,10 +27,11 @@ def generate(options: GenerateOptions) -> int:
     shape = read_shape(trained.folder)
     if not (trained.folder / "tokenizer.json").is_file():
         raise DataError(f"{trained.source} has no tokenizer.json: it was trained on tokens whose text nobody knows")
-    tokenizer = load_bpe(trained.folder / "tokenizer.json")
+    tokenizer = load_bpe(trained.folder / "tokenizer.json", shape.end)
     model = load_model(trained, shape)
     prompts = options.prompt or (_standard_input(),)
-    rows = [[tokenizer.eot, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    begin = [] if shape.begin is None else [shape.begin]
+    rows = [begin + tokenizer.encode(prompt).tolist() for prompt in prompts]
     texts = [Continuation(tokenizer, options.stop) for _ in rows]
     out = sys.stdout if len(rows) == 1 else None
     if out:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from hvdtrain.config import nearest
 from hvdtrain.errors import DataError
+
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,51 @@ class Document:
     start: int = 0
     stop: int | None = None
 
-    def read(self) -> str | None:
-        """Return the text; None where the file is not UTF-8 (a part of one that is, always is)."""
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces that end with a line, of about a megabyte: a file may be larger than memory.
+
+        Raises:
+            DataError: the file is not UTF-8; names the place.
+        """
         with self.path.open("rb") as file:
             file.seek(self.start)
-            raw = file.read() if self.stop is None else file.read(self.stop - self.start)
+            done = 0
+            while raw := self._next(file):
+                try:
+                    text = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{self.path} is not UTF-8 text (byte {self.start + done + error.start:,}): convert it, as with"
+                        f" iconv -f latin1 -t utf-8; token files of uint16 are named *.bin"
+                    ) from error
+                yield text
+                done += len(raw)
+
+    def _next(self, file: BinaryIO) -> bytes:
+        """Return the next piece: whole lines or, of a line that is too long, whole characters."""
+        left = sys.maxsize if self.stop is None else self.stop - file.tell()
+        raw = file.read(min(PIECE_BYTES, left))
+        left -= len(raw)
+        if len(raw) == PIECE_BYTES and left > 0:
+            raw += file.readline(min(PIECE_BYTES, left))
+            for _ in range(3):  # UTF-8 continues a character with bytes 10xxxxxx, three at most
+                following = file.peek(1)[:1]  # type: ignore[attr-defined]
+                if raw.endswith(b"\n") or not following or following[0] & 0xC0 != 0x80:
+                    break
+                raw += file.read(1)
+        return raw
+
+    def digest(self) -> str | None:
+        """Return a hash of name and text; None where there is no text, or none that is UTF-8."""
+        digest = hashlib.sha256(f"{self.name}\0".encode())
+        is_empty = True
         try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
+            for piece in self.pieces():
+                digest.update(piece.encode())
+                is_empty = False
+        except DataError:
             return None
+        return None if is_empty else digest.hexdigest()
 
 
 def standard_library() -> list[Document]:
@@ -85,23 +125,17 @@ def split_documents(documents: list[Document], val_fraction: float) -> tuple[lis
     )
 
 
-def read_all(documents: Iterable[Document]) -> Iterator[str]:
-    """Yield each document's text, one at a time; those that are empty or not UTF-8 are left out."""
+def read_all(documents: Iterable[Document]) -> Iterator[tuple[bool, str]]:
+    """Yield the documents piece by piece, each with whether a document begins with it; empty ones are left out."""
     for document in documents:
-        text = document.read()
-        if text:
-            yield text
+        for i, piece in enumerate(document.pieces()):
+            yield i == 0, piece
 
 
 def check_single_file(document: Document) -> None:
     """Raise DataError where the one file that a user named is not UTF-8; names the place."""
-    try:
-        document.path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{document.path} is not UTF-8 text (byte {error.start}): convert it, as with"
-            f" iconv -f latin1 -t utf-8; token files of uint16 are named *.bin"
-        ) from error
+    for _ in document.pieces():
+        pass
 
 
 def _below(root: Path, pattern: str) -> list[Document]:

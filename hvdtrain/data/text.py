@@ -11,6 +11,7 @@ Cached under a hash of everything that makes it:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -34,7 +35,9 @@ from hvdtrain.data.lock import locked
 from hvdtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_bpe, load_tokenizer, train_bpe
 from hvdtrain.errors import ConfigError, DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_BATCH_PIECES = 32
+_SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +105,9 @@ def prepare_text(config: TextConfig, say: Callable[[str], None] = lambda text: N
 
 
 def _prepare_documents(config: TextConfig, say: Callable[[str], None]) -> PreparedText:
-    train, held_out = _find_splits(config, say)
+    train, held_out = find_splits(config, say)
     digest = _content_hash(config, train, held_out)
-    cache = _cache_dir(config)
+    cache = cache_dir(config)
     folder = cache / digest
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -120,18 +123,27 @@ def _prepare_documents(config: TextConfig, say: Callable[[str], None]) -> Prepar
         ) from error
 
 
-def _find_splits(config: TextConfig, say: Callable[[str], None]) -> tuple[list[Document], list[Document]]:
-    """Return the training and the held-out documents, only those that hold UTF-8 text."""
+def find_splits(config: TextConfig, say: Callable[[str], None]) -> tuple[dict[Document, str], dict[Document, str]]:
+    """Return the training and the held-out documents with their hashes, only those that hold UTF-8 text.
+
+    Raises:
+        DataError: there are none.
+    """
     documents = _usable(config.path, find_documents(config.path) if config.path else standard_library(), say)
     if config.val_path:
         return documents, _usable(config.val_path, find_documents(config.val_path), say)
-    return split_documents(documents, config.val_fraction)
+    train, held_out = split_documents([*documents], config.val_fraction)
+    # A part of a document has a hash of its own.
+    both = [{part: documents.get(part) or part.digest() or "" for part in split} for split in (train, held_out)]
+    return both[0], both[1]
 
 
-def _usable(path: str | None, documents: list[Document], say: Callable[[str], None]) -> list[Document]:
+def _usable(path: str | None, documents: list[Document], say: Callable[[str], None]) -> dict[Document, str]:
+    """Return the documents that hold text, each with its hash."""
     if len(documents) == 1:
         check_single_file(documents[0])
-    usable = [document for document in documents if document.read()]
+    digests = {document: document.digest() for document in documents}
+    usable = {document: digest for document, digest in digests.items() if digest}
     if not usable:
         raise DataError(f"{path} holds no UTF-8 text: its files are empty, or something else")
     left_out = sum(document.path.stat().st_size > 0 for document in documents) - len(usable)
@@ -140,7 +152,7 @@ def _usable(path: str | None, documents: list[Document], say: Callable[[str], No
     return usable
 
 
-def _content_hash(config: TextConfig, train: list[Document], held_out: list[Document]) -> str:
+def _content_hash(config: TextConfig, train: dict[Document, str], held_out: dict[Document, str]) -> str:
     digest = hashlib.sha256(f"{FORMAT_VERSION} {config.tokenizer}".encode())
     if config.tokenizer == "bpe":
         digest.update(f" {config.vocab_size}".encode())
@@ -148,9 +160,8 @@ def _content_hash(config: TextConfig, train: list[Document], held_out: list[Docu
         digest.update(_read_bytes(Path(config.tokenizer)))
     for split in (train, held_out):
         digest.update(b"\0split")
-        for document in split:
-            digest.update(f"\0{document.name}\0".encode())
-            digest.update((document.read() or "").encode())
+        for hashed in split.values():
+            digest.update(hashed.encode())
     return digest.hexdigest()[:32]
 
 
@@ -163,7 +174,8 @@ def _read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def _cache_dir(config: TextConfig) -> Path:
+def cache_dir(config: TextConfig) -> Path:
+    """Return where prepared tokens are kept."""
     if config.cache_dir:
         return Path(config.cache_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -171,10 +183,13 @@ def _cache_dir(config: TextConfig) -> Path:
 
 
 def _write(
-    folder: Path, config: TextConfig, train: list[Document], held_out: list[Document], say: Callable[[str], None]
+    folder: Path,
+    config: TextConfig,
+    train: Iterable[Document],
+    held_out: Iterable[Document],
+    say: Callable[[str], None],
 ) -> None:
     """Write a cache entry under a temporary name, flush it to disk, and give it its name last."""
-    started = time.monotonic()
     temporary = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -182,8 +197,9 @@ def _write(
         tokenizer = _build_tokenizer(config, train)
         tokenizer.save(temporary)
         meta: dict[str, int] = {"vocab_size": tokenizer.vocab_size}
+        meter = Meter(say)
         for name, documents in (("train", train), ("val", held_out)):
-            _write_split(temporary, name, documents, tokenizer, meta)
+            _write_split(temporary, name, documents, tokenizer, meta, meter)
         (temporary / "meta.json").write_text(json.dumps(meta))
         for path in temporary.iterdir():
             with path.open("rb") as file:
@@ -192,24 +208,23 @@ def _write(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    num_bytes = meta["num_train_bytes"] + meta["num_val_bytes"]
-    say(f"prepared {num_bytes / 1e6:.1f} MB of text in {time.monotonic() - started:.0f} s")
+    say(f"prepared text: {meter}")
 
 
-def _build_tokenizer(config: TextConfig, train: list[Document]) -> Tokenizer:
+def _build_tokenizer(config: TextConfig, train: Iterable[Document]) -> Tokenizer:
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer == "bpe":
-        return train_bpe(read_all(train), config.vocab_size)
+        return train_bpe((piece for _, piece in read_all(train)), config.vocab_size)
     return load_bpe(Path(config.tokenizer))
 
 
 def _write_split(
-    folder: Path, name: str, documents: list[Document], tokenizer: Tokenizer, meta: dict[str, int]
+    folder: Path, name: str, documents: Iterable[Document], tokenizer: Tokenizer, meta: dict[str, int], meter: Meter
 ) -> None:
-    counts = _write_tokens(folder / f"{name}.bin", read_all(documents), tokenizer)
+    counts = _write_tokens(folder / f"{name}.bin", documents, tokenizer, meter)
     if not isinstance(tokenizer, ByteTokenizer):
-        _write_tokens(folder / f"{name}.bytes.bin", read_all(documents), ByteTokenizer())
+        _write_tokens(folder / f"{name}.bytes.bin", documents, ByteTokenizer())
     meta[f"num_{name}_tokens"] = counts.tokens
     meta[f"num_{name}_bytes"] = counts.num_bytes
 
@@ -220,19 +235,45 @@ class _Counts:
     num_bytes: int = 0
 
 
-def _write_tokens(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> _Counts:
-    """Write `eot text eot text ... eot`, one text in memory at a time."""
+class Meter:
+    """Tells from time to time how much text was tokenised, and how fast."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._started = self._said = time.monotonic()
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count text that was tokenised."""
+        self._num_bytes += num_bytes
+        if time.monotonic() - self._said >= _SAY_EVERY_S:
+            self._said = time.monotonic()
+            self._say(f"tokenising: {self}")
+
+    def __str__(self) -> str:
+        seconds, megabytes = time.monotonic() - self._started, self._num_bytes / 1e6
+        return f"{megabytes:,.1f} MB in {seconds:.0f} s, {megabytes / max(seconds, 1e-3):,.1f} MB/s"
+
+
+def _write_tokens(
+    path: Path, documents: Iterable[Document], tokenizer: Tokenizer, meter: Meter | None = None
+) -> _Counts:
+    """Write `eot text eot text ... eot`, a few megabytes in memory at a time, tokenised by all cores."""
     dtype = _dtype(tokenizer.vocab_size)
-    eot = np.array([tokenizer.eot], dtype)
+    eot = np.array([tokenizer.eot], dtype).tobytes()
     counts = _Counts(tokens=1)
+    pieces = read_all(documents)
     with path.open("wb") as file:
-        for text in texts:
-            tokens = tokenizer.encode(text).astype(dtype)
-            file.write(eot.tobytes())
-            file.write(tokens.tobytes())
-            counts.tokens += 1 + len(tokens)
-            counts.num_bytes += len(text.encode())
-        file.write(eot.tobytes())
+        while batch := list(itertools.islice(pieces, _BATCH_PIECES)):
+            num_bytes = sum(len(text.encode()) for _, text in batch)
+            encoded = tokenizer.encode_batch([text for _, text in batch])
+            for (is_start, _), tokens in zip(batch, encoded, strict=True):
+                file.write(eot * is_start + tokens.astype(dtype).tobytes())
+                counts.tokens += is_start + len(tokens)
+            counts.num_bytes += num_bytes
+            if meter is not None:
+                meter.add(num_bytes)
+        file.write(eot)
     return counts
 
 

@@ -30,6 +30,10 @@ class Tokenizer(Protocol):
         """Return the tokens of a text, int64 `(n,)`, without `eot`."""
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Return the tokens of each text, by as many threads as there are cores where that is any use."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens; bytes that are not UTF-8 become U+FFFD, and `eot` nothing."""
         ...
@@ -49,6 +53,10 @@ class ByteTokenizer:
         """Return the UTF-8 bytes of a text, int64 `(n,)`."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Return the UTF-8 bytes of each text."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of bytes."""
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
@@ -58,19 +66,28 @@ class ByteTokenizer:
 
 
 class BpeTokenizer:
-    """Wraps a `tokenizer.json` of the `tokenizers` library."""
+    """Wraps a `tokenizer.json` of the `tokenizers` library; `eot` is found by its usual names where it is not given."""
 
-    def __init__(self, inner: Any, source: str) -> None:
+    eot: int
+
+    def __init__(self, inner: Any, source: str, eot: int | None = None) -> None:
         self.inner = inner
         self.vocab_size = inner.get_vocab_size(with_added_tokens=True)
+        if eot is not None:
+            self.eot = eot
+            return
         found = [inner.token_to_id(name) for name in _END_OF_TEXT_NAMES if inner.token_to_id(name) is not None]
         if not found:
             raise DataError(f"{source} has no end-of-text token: one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
-        self.eot: int = found[0]
+        self.eot = found[0]
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the tokens of a text, int64 `(n,)`."""
         return np.array(self.inner.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Return the tokens of each text."""
+        return [np.array(one.ids, np.int64) for one in self.inner.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
@@ -98,8 +115,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> BpeTokenizer:
     return BpeTokenizer(inner, "the trained tokenizer")
 
 
-def load_bpe(path: Path) -> BpeTokenizer:
-    """Load a `tokenizer.json`.
+def load_bpe(path: Path, eot: int | None = None) -> BpeTokenizer:
+    """Load a `tokenizer.json`; `eot` is its end-of-text token, where that is known.
 
     Raises:
         DataError: it cannot be read, or has no end-of-text token.
@@ -111,7 +128,7 @@ def load_bpe(path: Path) -> BpeTokenizer:
         raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
     except Exception as error:  # the library raises bare Exception for files it does not understand
         raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
-    return BpeTokenizer(inner, str(path))
+    return BpeTokenizer(inner, str(path), eot)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -155,8 +172,8 @@ def _bytes_as_bpe() -> Any:
 
 
 def _tokenizers() -> Any:
-    # Set before the library's thread pool exists: it warns at every fork otherwise.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # All cores tokenise; said aloud, since the library warns at every fork otherwise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         import tokenizers
         import tokenizers.decoders

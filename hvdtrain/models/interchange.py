@@ -34,6 +34,10 @@ class Shape:
     vocab_size: int
     max_length: int
     """The most tokens that it was made for."""
+    begin: int | None = None
+    """Token that every text begins with."""
+    end: int | None = None
+    """Token that ends a text."""
 
 
 def to_llama(config: DecoderConfig, vocab_size: int, max_length: int, end_of_text: int | None) -> dict[str, Any]:
@@ -101,7 +105,14 @@ def read_shape(folder: Path) -> Shape:
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     )
-    return Shape(config, int(values["vocab_size"]), int(values.get("max_position_embeddings", 2048)))
+    end = values.get("eos_token_id")
+    return Shape(
+        config,
+        int(values["vocab_size"]),
+        int(values.get("max_position_embeddings", 2048)),
+        values.get("bos_token_id"),
+        end[0] if isinstance(end, list) else end,
+    )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ RECIPES = {
     "lm": ("hvdtrain.recipes.lm", "lm"),
     "lm-124m": ("hvdtrain.recipes.lm", "lm_124m"),
     "lm-1b": ("hvdtrain.recipes.lm", "lm_1b"),
+    "hf": ("hvdtrain.recipes.hf", "hf"),
     "mnist": ("hvdtrain.recipes.mnist", "mnist"),
 }
 

@@ -134,7 +134,8 @@ def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def _with_bits_per_byte(means: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
-    """Add bits per byte, which compares models of any tokenizer: nats per token / bytes per token / ln 2."""
+    """Add perplexity and bits per byte (nats per token / bytes per token / ln 2), alike for any tokenizer."""
+    means = {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
     if bytes_per_token is None:
         return means
     return {**means, "bits_per_byte": means["loss"] / bytes_per_token / math.log(2)}

@@ -92,7 +92,7 @@ def test_there_and_back(tmp_path, config):
     ]
     shape = read_shape(tmp_path / "out")
     settled = {"num_kv_heads": config.kv_heads, "intermediate_size": config.feed_forward_size}
-    assert shape == Shape(dataclasses.replace(config, **settled), 257, 32)
+    assert shape == Shape(dataclasses.replace(config, **settled), 257, 32, 256, 256)
     copy = Decoder(config, 257, seed=4)
     load_decoder(copy, tmp_path / "out")
     tokens = torch.randint(257, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,10 @@
 """Text: which files, how they are split, tokens on disk, windows."""
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
+import re
 import sys
 import threading
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdtrain.data.corpus import Document, find_documents, split_documents, standard_library
+from hvdtrain.data.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
 from hvdtrain.data.text import TextConfig, prepare_text
 from hvdtrain.data.tokenizer import ByteTokenizer
 from hvdtrain.data.windows import IGNORED, TokenWindows
@@ -170,10 +172,10 @@ def test_a_single_file_is_cut_between_characters(tmp_path, content):
     path = tmp_path / "one.txt"
     path.write_text(content, encoding="utf-8")
     (first,), (second,) = split_documents(find_documents(str(path)), 0.1)
-    assert first.read() + second.read() == content
-    assert 0.02 < len(second.read()) / len(content) < 0.15
+    assert "".join([*first.pieces(), *second.pieces()]) == content
+    assert 0.02 < len("".join(second.pieces())) / len(content) < 0.15
     if "\n" in content:
-        assert second.read().startswith("line")
+        assert "".join(second.pieces()).startswith("line")
 
 
 def test_globs_and_hidden_files(corpus):
@@ -187,8 +189,8 @@ def test_the_standard_library_is_a_corpus():
     names = [document.name for document in standard_library()]
     assert "threading.py" in names
     assert "json/decoder.py" in names
-    assert (
-        Path(threading.__file__).read_text(encoding="utf-8") == standard_library()[names.index("threading.py")].read()
+    assert Path(threading.__file__).read_text(encoding="utf-8") == "".join(
+        standard_library()[names.index("threading.py")].pieces()
     )
     assert not [name for name in names if "site-packages" in name or name.startswith("test/")]
     assert names == sorted(names)
@@ -266,3 +268,40 @@ def test_missing_tokenizers_library(corpus, tmp_path, monkeypatch):
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ConfigError):
         TextConfig(**wrong)
+
+
+def test_a_file_comes_in_pieces_that_end_with_a_line_or_a_character(tmp_path):
+    lines = "".join(f"naïve line {i} 日本\n" for i in range(90_000))
+    one_line = "é🙂" * 700_000
+    for content in (lines, one_line, "\n" * (1 << 22) + "x"):
+        (tmp_path / "big.txt").write_text(content, encoding="utf-8")
+        pieces = list(Document("big.txt", tmp_path / "big.txt").pieces())
+        assert "".join(pieces) == content
+        assert len(pieces) > 1
+        assert max(len(piece.encode()) for piece in pieces) < 2.1 * PIECE_BYTES
+        if content is lines:
+            assert all(piece.endswith("\n") for piece in pieces)
+
+
+def test_a_byte_that_is_not_utf_8_is_named_in_any_piece(tmp_path):
+    path = tmp_path / "late.txt"
+    path.write_bytes(b"good line\n" * 300_000 + b"\xff")
+    with pytest.raises(DataError, match=r"byte 3,000,000"):
+        prepare_text(TextConfig(path=str(path), cache_dir=str(tmp_path)))
+    assert Document("late.txt", path).digest() is None
+
+
+def test_tokens_do_not_depend_on_the_batches(tmp_path, monkeypatch):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} says hello\n" * (20 * i + 1))
+    (tmp_path / "empty.txt").write_text("")
+    told = []
+    tokens = []
+    for batch, cache in ((1, "a"), (32, "b")):
+        monkeypatch.setattr("hvdtrain.data.text._BATCH_PIECES", batch)
+        monkeypatch.setattr("hvdtrain.data.text._SAY_EVERY_S", 0.0)
+        config = TextConfig(path=str(tmp_path / "*.txt"), tokenizer="bpe", vocab_size=300, sequence_length=8)
+        prepared = prepare_text(dataclasses.replace(config, cache_dir=str(tmp_path / cache)), told.append)
+        tokens.append(prepared.train_path.read_bytes())
+    assert tokens[0] == tokens[1]
+    assert any(re.fullmatch(r"tokenising: [\d.]+ MB in \d+ s, [\d.,]+ MB/s", line) for line in told)
