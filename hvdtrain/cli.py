@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from hvdtrain.config import merge, nearest, to_dict
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
@@ -23,6 +23,7 @@ from hvdtrain.options import (
     DoctorOptions,
     ExportOptions,
     GenerateOptions,
+    PlanOptions,
     RecipeOptions,
     TrainOptions,
     VerifyOptions,
@@ -40,6 +41,7 @@ usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
   train RECIPE    train, or go on with the run in --run-dir; without a verb and a recipe: train lm
   verify RECIPE   prove that training it on these ranks is the same as on one
   bench RECIPE    measure where a step's time goes, and what would make it shorter
+  plan RECIPE     measure, and say how many workers to use
   doctor          look at the machine, the ranks and the network, and say what to mend
   generate DIR    continue prompts with a trained language model, of a run or exported
   export DIR      write a run's model as transformers reads it
@@ -53,6 +55,7 @@ _VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
     "train": ("hvdtrain.run", "train", TrainOptions),
     "verify": ("hvdtrain.verify", "verify", VerifyOptions),
     "bench": ("hvdtrain.bench", "bench", BenchOptions),
+    "plan": ("hvdtrain.plan", "plan", PlanOptions),
 }
 
 # Verbs without a recipe -> the same, and the flag whose value may be given as the word after the verb.
@@ -150,7 +153,7 @@ def _parse_plain(words: list[str], flags: list[str]) -> Invocation:
 
 
 def _flags_of(options: type[Any]) -> list[str]:
-    return [f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(options)]
+    return [f"--{item.name.rstrip('_').replace('_', '-')}" for item in dataclasses.fields(options)]
 
 
 def _refuse_unknown(unknown: list[str], known: list[str]) -> None:
@@ -166,10 +169,19 @@ def _parse_recipe(verb: str, name: str, recipe: Recipe, flags: list[str]) -> Inv
     values = _read_toml(file) if file else {}
     recipe = merge(_leave_batch_open(recipe, values, flags), values, str(file))
     *_, options = _VERBS[verb]
+    hints = get_type_hints(options)
     # tyro reads the docstrings of `options`; the recipe's sections become flags beside its own.
     kind = dataclasses.make_dataclass(
         verb,
-        [("settings", Annotated[type(recipe), tyro.conf.arg(name="")], dataclasses.field(default=recipe))],
+        [
+            ("settings", Annotated[type(recipe), tyro.conf.arg(name="")], dataclasses.field(default=recipe)),
+            # A field that is named after a word of Python's has an underscore that its flag has not.
+            *(
+                (item.name, Annotated[hints[item.name], tyro.conf.arg(name=item.name[:-1])], item)
+                for item in dataclasses.fields(options)
+                if item.name.endswith("_")
+            ),
+        ],
         bases=(options,),
         frozen=True,
         kw_only=True,

@@ -63,6 +63,34 @@ class BenchOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanOptions(RecipeOptions):
+    """`plan RECIPE`."""
+
+    to: int | None = None
+    """The most workers to predict. None: four times those at hand, at least 8."""
+    network: str | None = None
+    """Another network between hosts than the one at hand: rate and one-way latency, such as 25gbit,5us."""
+    ranks_per_host: int | None = None
+    """Ranks of a host, for --network. None: as measured."""
+    price: float | None = None
+    """Of a worker and hour, in any currency."""
+    output: Path | None = None
+    """Also write plan.json and plan.html to this directory."""
+    noise_steps: int = 100
+    """Steps that are trained to measure the gradient noise scale in the second half of them; 0: it is not measured."""
+    from_: Path | None = None
+    """Answer from a plan.json, or a directory with one, instead of measuring."""
+
+    def __post_init__(self) -> None:
+        for name in ("to", "ranks_per_host"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be greater than 0")
+        if self.price is not None and self.price < 0:
+            raise ConfigError(f"--price {self.price:g} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
     """Look at the machine, the ranks and the network, and say what to mend. Exit code 1 where something is wrong."""
 

@@ -1,6 +1,7 @@
 """The ranks: who they are, what they exchange, how gradients are averaged. Horovod and MPI live in here only."""
 
 from hvdtrain.dist.batch_norm import has_synchronized_layers, synchronize_batch_norm
+from hvdtrain.dist.buckets import in_buckets
 from hvdtrain.dist.heartbeat import Heartbeat
 from hvdtrain.dist.plain_mpi import plain_sum
 from hvdtrain.dist.replicas import digest_of
@@ -17,6 +18,7 @@ __all__ = [
     "connect",
     "digest_of",
     "has_synchronized_layers",
+    "in_buckets",
     "init",
     "pick_device",
     "plain_sum",

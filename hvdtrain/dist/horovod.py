@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import horovod.torch as hvd
@@ -31,8 +31,9 @@ _CARRIER = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
 class HorovodWorld(World):
     """The ranks of a Horovod job, over MPI, Gloo or NCCL. Make one with `hvdtrain.init()`."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, groups: Mapping[tuple[int, ...], Any]) -> None:
         self.launch = launch
+        self._groups = groups
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.device = torch.device("cpu")
@@ -73,6 +74,12 @@ class HorovodWorld(World):
                 return cast(Tensor, hvd.synchronize(handle))
 
         return wait
+
+    def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
+        """Reduce in one of Horovod's process sets."""
+        more = {} if len(ranks) == self.size else {"process_set": self._groups[ranks]}
+        with self.progress.during("communication"):
+            return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
 
     def broadcast_object(self, value: T | None, name: str) -> T:
         """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""
@@ -117,20 +124,23 @@ class HorovodWorld(World):
                 tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
 
 
-def start(launch: Launch) -> HorovodWorld:
+def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorld:
     """Start Horovod and hold its world against the launcher's. Collective.
+
+    `groups` of ranks, smaller than the world, can then reduce among themselves.
 
     Raises:
         LaunchError: Horovod sees another number of ranks than the launcher started: each would train alone.
     """
-    hvd.init()
+    sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups}
+    hvd.init(process_sets=list(sets.values()))
     if hvd.size() != launch.size:
         raise LaunchError(
             f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}: it was built for another MPI,"
             " or HOROVOD_CONTROLLER is set for another launcher. Run launch/setup.sh with this MPI's mpicc and mpirun"
             " first on PATH, and unset HOROVOD_CONTROLLER"
         )
-    return HorovodWorld(launch)
+    return HorovodWorld(launch, sets)
 
 
 def _as_wire(tensor: Tensor) -> Tensor:

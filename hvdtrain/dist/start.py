@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,15 +14,16 @@ from hvdtrain.errors import LaunchError
 from hvdtrain.launch import THREAD_VARIABLES, Launch, prepare_process
 
 
-def init() -> World:
+def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: ()) -> World:
     """Return the world that this process's launcher made: `SoloWorld` without one, else `HorovodWorld`. Collective.
 
-    Sets the number of threads, one GPU per rank, and what MPI needs before it starts.
+    Sets the number of threads, one GPU per rank, and what MPI needs before it starts. `groups` names the groups of ranks
+    that shall be able to reduce among themselves, each smaller than the world.
 
     Raises:
         LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or there are more ranks than GPUs.
     """
-    world = connect()
+    world = connect(groups)
     if not world.launch.is_parallel:
         return world
     host = socket.gethostname()
@@ -32,7 +34,7 @@ def init() -> World:
     return world
 
 
-def connect() -> World:
+def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: ()) -> World:
     """Return the world before its ranks have agreed on devices; `init` is what training calls. Collective.
 
     Raises:
@@ -46,10 +48,10 @@ def connect() -> World:
         return SoloWorld(_solo_device(), launch)
     _check_host_name()
     _check_controller(launch)
-    return _start_horovod(launch)
+    return _start_horovod(launch, groups(launch))
 
 
-def _start_horovod(launch: Launch) -> World:
+def _start_horovod(launch: Launch, groups: Sequence[tuple[int, ...]]) -> World:
     if importlib.util.find_spec("horovod") is None:
         raise LaunchError(
             f"{launch.launcher} started {launch.size} ranks, but Horovod is not installed here: run launch/setup.sh"
@@ -58,7 +60,7 @@ def _start_horovod(launch: Launch) -> World:
         from hvdtrain.dist import horovod
     except ImportError as error:
         raise LaunchError(f"Horovod does not load ({error}): run launch/setup.sh to build it for this torch and MPI") from error
-    return horovod.start(launch)
+    return horovod.start(launch, groups)
 
 
 def _check_host_name() -> None:

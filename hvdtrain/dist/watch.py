@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from hvdtrain.config import Config, to_dict
+from hvdtrain.launch import Launch
 from hvdtrain.dist.heartbeat import Heartbeat
 from hvdtrain.dist.start import init
 from hvdtrain.dist.world import World
@@ -17,17 +18,21 @@ from hvdtrain.errors import ConfigError, HvdtrainError
 T = TypeVar("T")
 
 
-def watched(config: Config, work: Callable[[World, Heartbeat, list[int]], T]) -> T:
+def watched(
+    config: Config,
+    work: Callable[[World, Heartbeat, list[int]], T],
+    groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: (),
+) -> T:
     """Run `work` on all ranks, which watch over each other meanwhile. Collective.
 
-    It is given the world, the heartbeat, and the ranks that cannot be watched. An exception on any rank ends the job:
+    It is given the world, the heartbeat, and the ranks that cannot be watched; `groups` is for `init`. An exception on any rank ends the job:
     it is told once, and no rank returns.
 
     Raises:
         LaunchError: there is no world.
         SystemExit: on all ranks alike, with the exit code of what rank 0 has told.
     """
-    world = init()
+    world = init(groups)
     heartbeat = Heartbeat(world, config.health.stall_limit_s)
     unwatched = heartbeat.start()
     try:

@@ -96,6 +96,10 @@ class World(ABC):
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
 
     @abstractmethod
+    def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
+        """Return the reduction of `tensor` over some ranks. Collective among these; `init` was given the group."""
+
+    @abstractmethod
     def broadcast_object(self, value: T | None, name: str) -> T:
         """Return rank 0's `value` on every rank; it must pickle. Other ranks may pass None. Collective."""
 
@@ -202,6 +206,10 @@ class SoloWorld(World):
         """Return a function that returns a copy."""
         result = tensor.clone()
         return lambda: result
+
+    def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
+        """Return a copy."""
+        return tensor.clone()
 
     def broadcast_object(self, value: T | None, name: str) -> T:
         """Return `value`."""

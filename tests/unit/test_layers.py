@@ -18,6 +18,7 @@ LAYERS = {
     "verify": 5,
     "bench": 5,
     "doctor": 5,
+    "plan": 5,
     "export": 5,
     "generate": 5,
     "trained": 4,

@@ -1,0 +1,49 @@
+"""The verb `plan`, as a user starts it."""
+
+import json
+import re
+
+import pytest
+
+SMALL = ["--model.num-layers", "2", "--model.hidden-size", "64", "--data.sequence-length", "32", "--noise-steps", "12"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [(None, 1), ("mpirun", 2), ("horovodrun-gloo", 2), ("horovodrun-mpi", 4)]
+)
+def test_plan(hvdtrain, tmp_path, small_text, launcher, ranks):
+    asked = ["plan", "lm", "--data.path", small_text, *SMALL, "--output", "out", "--to", "16", "--price", "2"]
+    done = hvdtrain(*asked, launcher=launcher, ranks=ranks)
+    assert done.code == 0, done.text
+    assert "gradient noise scale" in done.out
+    assert "recommended: " in done.out
+    values = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert [row["workers"] for row in values["rows"]] == [n for n in (1, 2, 4) if n <= ranks]
+    assert "the network between hosts" in values["unknown"] or ranks == 1
+    assert values["facts"]["alone"]["forward_s"] > 0
+    assert values["facts"]["alone"]["backward_s"] > 0
+    readiness = [bucket["ready"] for bucket in values["facts"]["buckets"]]
+    assert 0 < readiness[0] <= readiness[-1] <= 1
+    assert "<svg" in (tmp_path / "out" / "plan.html").read_text()
+    if ranks == 1:
+        assert "--network" in done.out
+    else:
+        assert values["facts"]["network"]["controller"] == ("gloo" if "gloo" in launcher else "mpi")
+        assert ("plain MPI takes" in done.out) == ("gloo" not in launcher)
+        # Without a launcher, for a network that one does not have.
+        again = hvdtrain("plan", "--from", "out", "--to", "32", "--network", "25gbit,5us", "--ranks-per-host", "2")
+        assert again.code == 0, again.text
+        assert re.search(r"^[> ] +32 ", again.out, re.MULTILINE)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistakes(hvdtrain, tmp_path):
+    for arguments, message in (
+        (["plan", "--from", "nowhere"], "--from nowhere: nowhere cannot be read"),
+        (["plan", "lm", "--to", "0"], "--to 0 must be greater than 0"),
+        (["plan", "lm", "--too", "8"], "there is no flag '--too'; did you mean '--to'?"),
+    ):
+        done = hvdtrain(*arguments)
+        assert done.code == 2, done.text
+        assert message in done.err
+        assert "Traceback" not in done.text

@@ -1,0 +1,234 @@
+"""The plan's models against problems whose answer is known."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.plan.answer import Facts, answer, compute_on, worker_counts
+from hvdtrain.plan.measure import groups_of
+from hvdtrain.plan.network import Layout, Network, Timing, fit, other_network
+from hvdtrain.plan.noise import NoiseScale, Norms, agreement, noise_scale, steps_ratio
+from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
+from hvdtrain.plan.step import Bucket, Compute, exposed_communication, step_time
+
+GIGABIT = Network("gloo", 1e-3, None, None, 50e-6, 8 / 1e9, 0.05, 4)
+SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20)
+
+
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+def test_a_network_is_recovered_from_its_timings(controller):
+    true = Network(controller, 2e-4, 5e-6, 1e-10, 1e-4, 8e-9, 0.0, 8)
+    layouts = [Layout(2, 1), Layout(4, 1), Layout(8, 2), Layout(2, 2)]
+    draws = random.Random(0)
+    exact = [Timing(layout, size, true.seconds(size, layout)) for layout in layouts for size in SIZES]
+    found = fit(controller, exact)
+    for layout in (Layout(16, 4), Layout(64, 16)):
+        for size in SIZES:
+            assert found.seconds(size, layout) == pytest.approx(true.seconds(size, layout), rel=1e-6)
+    assert found.error < 1e-6
+    noisy = [Timing(t.layout, t.num_bytes, t.seconds * draws.uniform(0.95, 1.05)) for t in exact]
+    found = fit(controller, noisy)
+    assert found.seconds(16 << 20, Layout(64, 16)) == pytest.approx(true.seconds(16 << 20, Layout(64, 16)), rel=0.1)
+    assert 0.01 < found.error < 0.05
+
+
+def test_nothing_that_is_fitted_is_negative():
+    # Larger messages that are faster, as on a machine that was busy at first.
+    timings = [Timing(Layout(2, 1), size, 1e-3 / (1 + i)) for i, size in enumerate(SIZES)]
+    found = fit("mpi", timings)
+    assert min(found.overhead_s, found.inside_latency_s, found.inside_byte_s) >= 0
+    assert found.outside_byte_s is None
+    assert not found.covers(Layout(4, 2))
+    with pytest.raises(ValueError, match="no all-reduce"):
+        fit("mpi", [])
+
+
+def test_a_network_that_one_does_not_have():
+    other = other_network(GIGABIT, "25gbit,5us")
+    assert other.outside_latency_s == pytest.approx(5e-6)
+    assert 1 / other.outside_byte_s == pytest.approx(25e9 / 8 * 0.957)
+    for wrong in ("25gbit", "fast,5us", "0gbit,1us", "1gbit,5s"):
+        with pytest.raises(ConfigError, match="--network"):
+            other_network(None, wrong)
+
+
+def test_communication_hides_behind_what_is_left_of_backward():
+    compute = Compute(1.0, 2.0, 0.1)
+    early, late = Bucket(0.25, 100), Bucket(1.0, 100)
+    assert exposed_communication(compute, [early], lambda size: 1.5) == 0
+    assert exposed_communication(compute, [early, late], lambda size: 1.5) == 1.5
+    assert exposed_communication(compute, [early, late], lambda size: 3.0) == pytest.approx(0.5 + 3 + 3 - 2)
+
+
+def test_a_step():
+    compute, buckets = Compute(0.1, 0.2, 0.01), [Bucket(0.5, 1 << 20), Bucket(1.0, 1 << 20)]
+    alone = step_time(compute, buckets, GIGABIT, Layout(1, 1), accum_steps=3)
+    assert alone.total_s == pytest.approx(0.31 + 2 * 0.3)
+    assert alone.exposed_s == 0
+    one = GIGABIT.seconds(1 << 20, Layout(4, 4))
+    step = step_time(compute, buckets, GIGABIT, Layout(4, 4))
+    assert step.exposed_s == pytest.approx(one)
+    assert step.latency_s + step.bandwidth_s == pytest.approx(step.exposed_s)
+    slowed = step_time(compute, buckets, GIGABIT, Layout(4, 4), interference=1.0)
+    assert slowed.exposed_s == pytest.approx(2 * one)
+
+
+def test_the_noise_scale_of_a_linear_regression_with_known_covariance():
+    """For y = x w + e, x ~ N(0, I): |G|^2 and tr(S) at w = 0 follow from w* and the variance of e."""
+    d, b, workers, sigma = 10, 8, 4, 2.0
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(d, generator=generator, dtype=torch.float64)
+    # Gradient of a sample at w = 0: -2 y x. G = -2 w. E|g|^2 = 4 E[y^2 x^2] = 4 ((d + 2) |w|^2 + d sigma^2).
+    signal = 4 * float(w @ w)
+    variance = 4 * ((d + 2) * float(w @ w) + d * sigma**2) - signal
+    norms = []
+    for _ in range(4000):
+        x = torch.randn(workers, b, d, generator=generator, dtype=torch.float64)
+        y = x @ w + sigma * torch.randn(workers, b, generator=generator, dtype=torch.float64)
+        gradients = (-2 * y[..., None] * x).mean(1)
+        small, large = gradients.square().sum(1).mean(), gradients.mean(0).square().sum()
+        norms.append(Norms(float(small), float(large)))
+    found = noise_scale(norms, b, b * workers)
+    assert found.samples == pytest.approx(variance / signal, rel=0.1)
+    assert found.low < variance / signal < found.high
+    assert found.high - found.low < 0.4 * found.samples
+
+
+def test_noise_without_a_signal_and_without_noise():
+    assert noise_scale([Norms(1.0, 0.25)] * 5, 1, 4).samples == math.inf
+    assert noise_scale([Norms(1.0, 1.0)] * 5, 1, 4).samples == 0
+    with pytest.raises(ValueError, match="no noise scale"):
+        noise_scale([], 1, 4)
+    assert steps_ratio(0, 64, 8) == 1
+    assert steps_ratio(math.inf, 64, 8) == 1 / 8
+    assert steps_ratio(64, 64, 8) == pytest.approx(2 / 9)
+
+
+def test_agreement():
+    assert agreement(Norms(1.0, 1.0), 4) == 1
+    assert agreement(Norms(1.0, 0.25), 4) == 0
+    assert agreement(Norms(1.0, 0.0), 2) == -1
+
+
+def facts(**more):
+    given = {
+        "recipe": "lm",
+        "unit": "tokens",
+        "units_per_sample": 128.0,
+        "micro_batch_size": 8,
+        "accum_steps": 1,
+        "ranks_per_host": 1,
+        "alone": Compute(0.03, 0.06, 0.01),
+        "together": Compute(0.03, 0.06, 0.01),
+        "together_ranks": 1,
+        "spread": 0.02,
+        "buckets": (Bucket(0.2, 1 << 20), Bucket(1.0, 4 << 20)),
+        "network": GIGABIT,
+        "fp16_network": None,
+        "noise": NoiseScale(200.0, 150.0, 300.0, 50),
+        "steps_to_target": 1000,
+        "recipe_batch": 64,
+    }
+    return Facts(**{**given, **more})
+
+
+def test_worker_counts():
+    assert worker_counts(1) == [1]
+    assert worker_counts(8) == [1, 2, 4, 8]
+    assert worker_counts(12) == [1, 2, 4, 8, 12]
+
+
+def test_the_table_by_hand():
+    one, two, *_ = answer(facts(), 4, price=3.0).rows
+    assert (one.step.total_s, one.efficiency, one.relative_time) == (pytest.approx(0.1), 1.0, 1.0)
+    step = 0.1 + GIGABIT.seconds(4 << 20, Layout(2, 2))
+    assert two.step.total_s == pytest.approx(step)
+    assert two.efficiency == pytest.approx(0.1 / step)
+    assert two.relative_steps == pytest.approx((1 + 200 / 16) / (1 + 200 / 8))
+    assert two.relative_time == pytest.approx(step / 0.1 * two.relative_steps)
+    assert two.time_low < two.relative_time < two.time_high
+    hours = 1000 * (1 + 200 / 16) / (1 + 200 / 64) * step / 3600
+    assert (two.hours, two.cost) == (pytest.approx(hours), pytest.approx(2 * hours * 3))
+
+
+def test_a_slow_network_makes_few_workers_and_names_itself():
+    quick = answer(facts(network=other_network(GIGABIT, "100gbit,1us")), 64)
+    slow = answer(facts(network=other_network(GIGABIT, "100mbit,1us")), 64)
+    assert slow.recommended.workers < quick.recommended.workers
+    assert "bandwidth" in slow.limit
+    assert "latency" in answer(facts(network=other_network(GIGABIT, "100gbit,5ms"), noise=None), 64).limit
+    quiet = answer(facts(network=other_network(GIGABIT, "100gbit,1us"), noise=NoiseScale(1.0, 0.5, 2.0, 9)), 64)
+    assert "batch" in quiet.limit
+    assert quiet.recommended.workers < quick.recommended.workers
+    (faster,) = [factor for name, factor in slow.changes if "four times the bandwidth" in name]
+    assert faster < 1
+
+
+def test_what_was_not_measured_is_not_predicted():
+    nothing = answer(facts(network=None), 8)
+    assert [row.workers for row in nothing.rows] == [1]
+    assert "--network 25gbit,5us" in nothing.unknown
+    inside = Network("mpi", 1e-4, 1e-6, 1e-10, None, None, 0.1, 2)
+    some = answer(facts(network=inside, ranks_per_host=2), 8)
+    assert [row.workers for row in some.rows] == [1, 2]
+    assert "4 workers and more need the network between hosts" in some.unknown
+
+
+def test_the_interval_grows_with_distance_and_with_unrest():
+    errors = [row.error for row in answer(facts(), 64).rows]
+    assert errors == sorted(errors)
+    assert answer(facts(spread=0.3), 2).rows[0].error > 3 * errors[0]
+
+
+def test_ranks_of_a_host_share_it():
+    shared = facts(together=Compute(0.06, 0.12, 0.02), together_ranks=4, ranks_per_host=4)
+    assert compute_on(shared, 1) == shared.alone
+    assert compute_on(shared, 4) == shared.together
+    assert compute_on(shared, 8) == shared.together
+    assert shared.alone.total_s < compute_on(shared, 2).total_s < shared.together.total_s
+
+
+def test_groups():
+    assert groups_of(2, 2) == []
+    assert groups_of(8, 8) == [(0, 1), (0, 1, 2, 3)]
+    assert groups_of(4, 2) == [(0, 1), (0, 2)]
+    assert groups_of(8, 2) == [(0, 1), (0, 1, 2, 3), (0, 2), (0, 2, 4, 6)]
+    assert groups_of(4, 1) == [(0, 1)]
+
+
+def test_a_plan_is_kept_and_read_again(tmp_path):
+    given = answer(facts(measured_steps_s={1: 0.1, 2: 0.14}, plain_mpi_s={4096: 1e-4}), 8, price=1.0)
+    save_json(tmp_path / "plan.json", given, {"host": "x"})
+    again = answer(load_json(tmp_path), 8, price=1.0)
+    assert table(again) == table(given)
+    assert describe(again.facts) == describe(given.facts)
+    assert ">" in table(given)
+    assert "(measured: 140 ms)" in table(given)
+    for text, message in (("{}", "was not written by this plan"), ("no", "was not written by this plan")):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_json(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="run plan first"):
+        load_json(tmp_path / "nowhere")
+
+
+def test_the_page_has_two_plots_and_stands_alone(tmp_path):
+    import xml.etree.ElementTree as ElementTree
+
+    given = answer(facts(recipe="<mine>", measured_steps_s={1: 0.1, 2: 0.14}), 16)
+    save_html(tmp_path / "plan.html", given)
+    page = (tmp_path / "plan.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<mine>" not in page
+    plots = [f"<svg{part.split('</svg>')[0]}</svg>" for part in page.split("<svg")[1:]]
+    assert len(plots) == 2
+    throughput = ElementTree.fromstring(plots[0])
+    assert len(throughput.findall("polyline")) == 2
+    assert len(throughput.findall("circle")) == 3  # two measured, one recommended
+    save_html(tmp_path / "one.html", answer(facts(network=None, noise=None), 8))
+    assert (tmp_path / "one.html").read_text().count("<svg") == 1
+    assert json.dumps(given.as_dict())
