@@ -13,6 +13,8 @@ from hvdtrain.plan.step import Bucket, Compute, StepTime, step_time
 
 # 1.64 standard deviations hold 90 % of a normal distribution.
 _NINETY_PERCENT = 1.64
+# What the model of the network is taken to be off by with each doubling of the ranks beyond those measured.
+_BEYOND = 0.08
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Facts:
     fp16_network: Network | None
     noise: NoiseScale | None
     interference: float = 0.0
+    pace: float = 1.0
+    """What the network's times in a step are to those of single all-reduces."""
     measured_steps_s: Mapping[int, float] = field(default_factory=dict)
     """Real steps with communication, by number of ranks."""
     slowest: str = ""
@@ -162,6 +166,7 @@ def predict(facts: Facts, workers: int) -> StepTime:
         facts.network,
         layout,
         interference=facts.interference,
+        pace=facts.pace,
         accum_steps=facts.accum_steps,
     )
 
@@ -210,8 +215,8 @@ def _error(facts: Facts, workers: int, step: StepTime) -> float:
     own = facts.spread / 1.35
     if workers == 1 or facts.network is None:
         return _NINETY_PERCENT * own
-    far = max(1.0, math.log2(2 * workers / facts.network.most_ranks))
-    network = facts.network.error * far * step.exposed_s / step.total_s
+    doublings = max(0.0, math.log2(workers / facts.network.most_ranks))
+    network = math.hypot(facts.network.error, _BEYOND * doublings) * step.exposed_s / step.total_s
     return _NINETY_PERCENT * math.hypot(own, network)
 
 

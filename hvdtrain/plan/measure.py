@@ -155,12 +155,17 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize
 
 
 def groups_of(size: int, per_host: int) -> list[tuple[int, ...]]:
-    """Return the groups of ranks whose all-reduces are measured: 2, 4, ... ranks in turn, one of each host, and all."""
-    groups = [tuple(range(n)) for n in _doubling(size)]
+    """Return the groups of ranks, smaller than the world, whose all-reduces are measured.
+
+    One rank alone, which shows what is no network's; 2, 4, ... ranks in turn; one rank of each of 2, 4, ... hosts.
+    """
+    if size == 1:
+        return []
+    groups = [(0,), *(tuple(range(n)) for n in _doubling(size))]
     if 1 < per_host < size:
         leaders = range(0, size, per_host)
         groups += [tuple(leaders[:n]) for n in (*_doubling(len(leaders)), len(leaders)) if n > 1]
-    return [group for group in dict.fromkeys(groups) if 1 < len(group) < size]
+    return [group for group in dict.fromkeys(groups) if len(group) < size]
 
 
 def _doubling(size: int) -> list[int]:
@@ -185,7 +190,7 @@ def all_reduce_timings(
     groups = [*groups_of(world.size, max(map(list(hosts).count, hosts))), tuple(range(world.size))]
     for group in groups:
         layout = Layout(len(group), len({hosts[rank] for rank in group}))
-        for num_bytes in sizes:
+        for num_bytes in sizes if len(group) > 1 else sizes[:1]:
             seconds = _time_group(world, group, num_bytes, dtype)
             timings.append(Timing(layout, num_bytes, seconds))
     plain: dict[int, float] = {}

@@ -72,6 +72,7 @@ def step_time(
     layout: Layout,
     *,
     interference: float = 0.0,
+    pace: float = 1.0,
     accum_steps: int = 1,
 ) -> StepTime:
     """Return the time of a step.
@@ -83,15 +84,16 @@ def step_time(
         layout: of the ranks.
         interference: the share of hidden communication that slows computing down by as much, as where ranks compute on
             the cores that also move the bytes; measured.
+        pace: factor of the network's times.
         accum_steps: micro-batches before each all-reduce.
     """
     more = (accum_steps - 1) * (compute.forward_s + compute.backward_s)
     if layout.ranks == 1 or network is None:
         return StepTime(compute.total_s + more, 0.0, 0.0, 0.0)
-    exposed = exposed_communication(compute, buckets, lambda size: network.seconds(size, layout))
-    every = sum(network.seconds(bucket.num_bytes, layout) for bucket in buckets)
+    exposed = exposed_communication(compute, buckets, lambda size: pace * network.seconds(size, layout))
+    every = sum(pace * network.seconds(bucket.num_bytes, layout) for bucket in buckets)
     exposed += interference * max(0.0, every - exposed)
-    latency = sum(network.latency_part(layout) for _ in buckets)
+    latency = sum(pace * network.latency_part(layout) for _ in buckets)
     share = latency / every if every else 0.0
     total = compute.total_s + more + exposed
     return StepTime(total, exposed, exposed * share, exposed * (1 - share))

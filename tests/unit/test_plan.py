@@ -30,6 +30,10 @@ def test_a_network_is_recovered_from_its_timings(controller):
         for size in SIZES:
             assert found.seconds(size, layout) == pytest.approx(true.seconds(size, layout), rel=1e-6)
     assert found.error < 1e-6
+    # From two hosts alone: what one rank takes by itself is no latency of the network.
+    few = [Timing(Layout(1, 1), 4096, true.overhead_s)]
+    few += [Timing(Layout(2, 2), size, true.seconds(size, Layout(2, 2))) for size in SIZES]
+    assert fit(controller, few).seconds(4096, Layout(16, 16)) == pytest.approx(true.seconds(4096, Layout(16, 16)))
     noisy = [Timing(t.layout, t.num_bytes, t.seconds * draws.uniform(0.95, 1.05)) for t in exact]
     found = fit(controller, noisy)
     assert found.seconds(16 << 20, Layout(64, 16)) == pytest.approx(true.seconds(16 << 20, Layout(64, 16)), rel=0.1)
@@ -193,11 +197,12 @@ def test_ranks_of_a_host_share_it():
 
 
 def test_groups():
-    assert groups_of(2, 2) == []
-    assert groups_of(8, 8) == [(0, 1), (0, 1, 2, 3)]
-    assert groups_of(4, 2) == [(0, 1), (0, 2)]
-    assert groups_of(8, 2) == [(0, 1), (0, 1, 2, 3), (0, 2), (0, 2, 4, 6)]
-    assert groups_of(4, 1) == [(0, 1)]
+    assert groups_of(1, 1) == []
+    assert groups_of(2, 2) == [(0,)]
+    assert groups_of(8, 8) == [(0,), (0, 1), (0, 1, 2, 3)]
+    assert groups_of(4, 2) == [(0,), (0, 1), (0, 2)]
+    assert groups_of(8, 2) == [(0,), (0, 1), (0, 1, 2, 3), (0, 2), (0, 2, 4, 6)]
+    assert groups_of(4, 1) == [(0,), (0, 1)]
 
 
 def test_a_plan_is_kept_and_read_again(tmp_path):
