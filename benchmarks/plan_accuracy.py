@@ -32,7 +32,13 @@ def on_hosts(given: argparse.Namespace, hosts: int, controller: str, words: list
     launch = ["horovodrun", f"--{controller}", "--disable-cache", "--network-interfaces", "eth0", "-np", str(hosts)]
     if controller == "mpi":
         launch += ["--mpi-args=--mca btl_tcp_flags 1"]
-    variables = ["env", f"PYTHONPATH={REPOSITORY}", "OMP_NUM_THREADS=1", "OMPI_ALLOW_RUN_AS_ROOT=1"]
+    variables = [
+        "env",
+        f"PYTHONPATH={REPOSITORY}",
+        "OMP_NUM_THREADS=1",
+        "HOROVOD_CYCLE_TIME=5",
+        "OMPI_ALLOW_RUN_AS_ROOT=1",
+    ]
     variables += ["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "OMPI_MCA_mpi_yield_when_idle=1"]
     command = [given.cluster, "exec", "node1", *variables, *launch, "-H", where]
     command += [sys.executable, "-m", "hvdtrain", *words]

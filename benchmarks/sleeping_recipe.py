@@ -43,7 +43,7 @@ class Sleeping(hvdtrain.Recipe):
     """How many."""
     layer_kib: int = 1024
     """Weights of a layer."""
-    sleep_ms: float = 5.0
+    sleep_ms: float = 20.0
     """Of a layer's forward pass; its backward pass takes twice as long."""
 
     def build(self, say):

@@ -176,6 +176,8 @@ class HealthConfig:
     """Steps in a row that may be skipped because the loss or the gradient is not finite."""
     replica_check_every: int | None = 100
     """Steps between two checks, also made before each save, that all ranks hold the same weights. None: never."""
+    noise_scale: bool = False
+    """Log the gradient noise scale in samples (arXiv:1812.06162), and how far the gradients of several ranks agree."""
     memory_check: bool = True
     """Before training with more than 64 MiB of weights, compare what it will need with the memory that is free."""
 

@@ -12,8 +12,6 @@ the next sample. The first token of a document is never predicted.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdtrain.data.folder import written_whole
 from hvdtrain.data.lock import locked
 from hvdtrain.data.windows import IGNORED
 from hvdtrain.errors import DataError
@@ -123,30 +122,16 @@ def write_packed(
     try:
         with locked(cache / f"{folder.name}.lock"):
             if not folder.exists():
-                _write(folder, splits, meta)
+                with written_whole(folder) as new:
+                    for name, documents in splits.items():
+                        _write_split(new, name, documents())
+                    (new / "meta.json").write_text(json.dumps(meta))
     except OSError as error:
         raise DataError(
             f"prepared tokens cannot be kept in {cache} ({error.strerror or error}): free some space there, or choose"
             " another --data.cache-dir"
         ) from error
     return folder
-
-
-def _write(folder: Path, splits: Mapping[str, Callable[[], Iterable[TokenizedDocument]]], meta: dict[str, int]) -> None:
-    temporary = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        for name, documents in splits.items():
-            _write_split(temporary, name, documents())
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument]) -> None:

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from hvdtrain.data.corpus import (
     split_documents,
     standard_library,
 )
+from hvdtrain.data.folder import written_whole
 from hvdtrain.data.lock import locked
 from hvdtrain.data.tokenizer import ByteTokenizer, Tokenizer, load_bpe, load_tokenizer, train_bpe
 from hvdtrain.errors import ConfigError, DataError
@@ -189,25 +189,15 @@ def _write(
     held_out: Iterable[Document],
     say: Callable[[str], None],
 ) -> None:
-    """Write a cache entry under a temporary name, flush it to disk, and give it its name last."""
-    temporary = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    """Write a cache entry."""
+    with written_whole(folder) as new:
         tokenizer = _build_tokenizer(config, train)
-        tokenizer.save(temporary)
+        tokenizer.save(new)
         meta: dict[str, int] = {"vocab_size": tokenizer.vocab_size}
         meter = Meter(say)
         for name, documents in (("train", train), ("val", held_out)):
-            _write_split(temporary, name, documents, tokenizer, meta, meter)
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            _write_split(new, name, documents, tokenizer, meta, meter)
+        (new / "meta.json").write_text(json.dumps(meta))
     say(f"prepared text: {meter}")
 
 

@@ -31,9 +31,20 @@ class Bucket:
         parameters: of one type and device.
         wire_dtype: what the gradients travel as.
         size: number of ranks.
+        has_square: also send the squared norm of what this rank has computed.
     """
 
-    def __init__(self, name: str, parameters: Sequence[nn.Parameter], wire_dtype: torch.dtype, size: int) -> None:
+    square: Tensor
+    """After `receive`, the mean over the ranks of the squared norms of their own gradients, `(1,)`; or `(0,)`."""
+
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[nn.Parameter],
+        wire_dtype: torch.dtype,
+        size: int,
+        has_square: bool = False,
+    ) -> None:
         self.name = name
         self.parameters = tuple(parameters)
         self.ready = 0
@@ -41,8 +52,10 @@ class Bucket:
         self.handle: Any = None
         self._size = size
         counts = [parameter.numel() for parameter in self.parameters]
-        self._wire = torch.zeros(sum(counts) + len(counts), dtype=wire_dtype, device=self.parameters[0].device)
-        *flat, self._users = torch.split(self._wire, [*counts, len(counts)])
+        lengths = [*counts, len(counts), int(has_square)]
+        self._wire = torch.zeros(sum(lengths), dtype=wire_dtype, device=self.parameters[0].device)
+        *flat, self._users, self.square = torch.split(self._wire, lengths)
+        self._numbers = self._wire[: sum(counts)]
         self._views = [view.view(p.shape) for view, p in zip(flat, self.parameters, strict=True)]
 
     def send(self, op: Any) -> None:
@@ -59,6 +72,8 @@ class Bucket:
                 view.copy_(gradient).div_(self._size)
             else:
                 torch.div(gradient, self._size, out=view)
+        if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean
+            self.square.copy_(torch.dot(self._numbers, self._numbers) * self._size)
         self.handle = hvd.allreduce_async_(self._wire, op=op, name=self.name)
 
     def receive(self) -> None:
@@ -103,6 +118,7 @@ class GradientExchange:
         op: Horovod's sum, or Adasum, which takes each gradient apart.
         size: number of ranks.
         progress: notes the waiting.
+        has_square: also average the squared norms of the ranks' own gradients.
     """
 
     def __init__(
@@ -116,7 +132,9 @@ class GradientExchange:
         bucket_bytes: int,
         size: int,
         progress: Progress,
+        has_square: bool = False,
     ) -> None:
+        self.has_square = has_square
         self._parameters = parameters
         self._names = names
         self._is_sparse = sparse
@@ -138,6 +156,11 @@ class GradientExchange:
     def is_under_way(self) -> bool:
         """Return whether gradients are on the wire."""
         return any(bucket.handle is not None for bucket in self._buckets)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Return the mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
+        return torch.cat([bucket.square for bucket in self._buckets]).double().sum()
 
     @property
     def has_news(self) -> bool:
@@ -188,7 +211,7 @@ class GradientExchange:
             own = group[0].dtype
             dtype = self._wire_dtype or (torch.float32 if own == torch.bfloat16 else own)
             kind = AdasumTensor if self._op == hvd.Adasum else Bucket
-            bucket = kind(f"gradients.{self._name(group[0])}", group, dtype, self._size)
+            bucket = kind(f"gradients.{self._name(group[0])}", group, dtype, self._size, self.has_square)
             self._buckets.append(bucket)
             for parameter in group:
                 self._bucket_of[parameter] = bucket

@@ -48,9 +48,12 @@ class HorovodWorld(World):
         compression: Compression = "none",
         op: Averaging = "average",
         bucket_bytes: int = 25 << 20,
+        has_square: bool = False,
     ) -> WrappedOptimizer:
         """Wrap in `hvd.DistributedOptimizer`, its traps closed."""
-        return wrap_optimizer(optimizer, model, accum_steps, compression, op, bucket_bytes, self.size, self.progress)
+        return wrap_optimizer(
+            optimizer, model, accum_steps, compression, op, bucket_bytes, self.size, self.progress, has_square
+        )
 
     def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Send the optimizer's state first and the tensors last, as nothing may touch them afterwards."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import horovod.torch as hvd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvdtrain.dist.gradients import GradientExchange
 from hvdtrain.dist.world import Averaging, Compression, WrappedOptimizer, restore_types
@@ -25,12 +25,18 @@ def wrap_optimizer(
     bucket_bytes: int,
     size: int,
     progress: Progress,
+    has_square: bool = False,
 ) -> WrappedOptimizer:
     """Wrap `optimizer` in `hvd.DistributedOptimizer`; the result averages gradients over `size` ranks.
 
     Raises:
-        ConfigError: Adasum cannot be had here.
+        ConfigError: Adasum, or the squared norms, cannot be had here.
     """
+    if has_square and (op == "adasum" or compression != "none" or _sparse_parameters(model)):
+        raise ConfigError(
+            "--health.noise-scale needs averaged, dense gradients in their own type: leave out --comm.op,"
+            " --comm.compression and sparse embeddings"
+        )
     if op == "adasum":
         _check_adasum(size, compression)
     inner = type(optimizer)
@@ -65,6 +71,7 @@ def wrap_optimizer(
         bucket_bytes,
         size,
         progress,
+        has_square,
     ) if size > 1 else None
     return cast(WrappedOptimizer, wrapped)
 
@@ -109,6 +116,11 @@ class _SafeMixin:
             self._exchange.forget()
         self._synchronized = False
         self._inner.zero_grad(cast(Any, self), set_to_none)
+
+    @property
+    def mean_square(self) -> Tensor | None:
+        """Return the mean over the ranks of the squared norms of their own gradients."""
+        return None if self._exchange is None or not self._exchange.has_square else self._exchange.mean_square
 
     def synchronize(self) -> None:
         """Finish averaging; a second call before the next backward pass does nothing."""

@@ -27,6 +27,15 @@ class WrappedOptimizer(torch.optim.Optimizer):
     What `World.wrap` returns has this shape: it is also an instance of the class that was wrapped (`AdamW`, ...).
     """
 
+    @property
+    def mean_square(self) -> Tensor | None:
+        """Return the mean over the ranks of the squared norm of each one's own gradient, a float64 scalar.
+
+        As of the last `synchronize`, in units of the loss that each rank has differentiated; None where it was not asked
+        for, or there is one rank only.
+        """
+        raise NotImplementedError
+
     def synchronize(self) -> None:
         """Finish averaging: afterwards every rank's `.grad` holds the mean over the ranks. Collective.
 
@@ -61,6 +70,7 @@ class World(ABC):
         compression: Compression = "none",
         op: Averaging = "average",
         bucket_bytes: int = 25 << 20,
+        has_square: bool = False,
     ) -> WrappedOptimizer:
         """Wrap an optimizer so that its gradients are averaged over the ranks while backward still runs. Collective.
 
@@ -75,9 +85,11 @@ class World(ABC):
             op: "adasum" combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging; no
                 clipping may follow, as that has no meaning across ranks then.
             bucket_bytes: gradients travel in parts of this size, each as soon as backward has finished it.
+            has_square: also average the squared norms of the ranks' own gradients, for the gradient noise scale.
 
         Raises:
-            ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients.
+            ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients; squared norms need dense
+                gradients, averaged in their own type.
         """
 
     @abstractmethod
@@ -189,6 +201,7 @@ class SoloWorld(World):
         compression: Compression = "none",
         op: Averaging = "average",
         bucket_bytes: int = 25 << 20,
+        has_square: bool = False,
     ) -> WrappedOptimizer:
         """Return the optimizer with a `synchronize` that has nothing to do."""
         inner = type(optimizer)
@@ -227,6 +240,11 @@ class _SoloOptimizer:
         """Load the state, every tensor in the type that it was saved in."""
         super().load_state_dict(state)  # type: ignore[misc]
         restore_types(cast(Any, self), state)
+
+    @property
+    def mean_square(self) -> Tensor | None:
+        """Return None: there is one gradient."""
+        return None
 
     def synchronize(self) -> None:
         """Do nothing: there is one gradient."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from hvdtrain.noise import NoiseScale, steps_ratio
 from hvdtrain.plan.network import Layout, Network
-from hvdtrain.plan.noise import NoiseScale, steps_ratio
 from hvdtrain.plan.step import Bucket, Compute, StepTime, step_time
 
 # 1.64 standard deviations hold 90 % of a normal distribution.
@@ -142,10 +142,13 @@ def answer(facts: Facts, to: int, price: float | None = None) -> Answer:
     return Answer(facts, tuple(rows), best, reason, _limit(facts, rows[-1]), changes, changed.workers, unknown)
 
 
-def compute_on(facts: Facts, per_host: int) -> Compute:
-    """Return a rank's own step while `per_host` ranks of its host compute: between those measured, along a line."""
-    if facts.together_ranks < 2 or per_host < 2:
+def compute_on(facts: Facts, layout: Layout) -> Compute:
+    """Return the slowest rank's own step while all ranks of its host compute: between those measured, along a line."""
+    per_host = layout.per_host
+    if layout.ranks == 1 or (per_host == 1 and facts.together_ranks > 1):
         return facts.alone
+    if facts.together_ranks == 1:
+        return facts.together
     share = min(1.0, (per_host - 1) / (facts.together_ranks - 1))
     return Compute(
         *(
@@ -158,7 +161,7 @@ def compute_on(facts: Facts, per_host: int) -> Compute:
 def predict(facts: Facts, workers: int) -> StepTime:
     """Return the time of a step on so many workers."""
     layout = Layout.of(workers, facts.ranks_per_host)
-    compute = compute_on(facts, layout.per_host)
+    compute = compute_on(facts, layout)
     buckets = facts.buckets if facts.overlap else [Bucket(1.0, bucket.num_bytes) for bucket in facts.buckets]
     return step_time(
         compute,
@@ -248,7 +251,7 @@ def _limit(facts: Facts, row: Row) -> str:
         "latency of the network": row.step.latency_s / row.step.total_s,
         "bandwidth of the network": row.step.bandwidth_s / row.step.total_s,
         "cores, caches and memory that the ranks of a host share": 1
-        - facts.alone.total_s / compute_on(facts, Layout.of(row.workers, facts.ranks_per_host).per_host).total_s,
+        - facts.alone.total_s / compute_on(facts, Layout.of(row.workers, facts.ranks_per_host)).total_s,
     }
     if row.relative_steps is not None:
         # Of the work of all workers, what a batch so large wastes.

@@ -17,11 +17,11 @@ from hvdtrain.dist import World, watched
 from hvdtrain.environment import describe_environment, describe_rank
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricLog
+from hvdtrain.noise import noise_scale
 from hvdtrain.options import PlanOptions
 from hvdtrain.plan import measure
 from hvdtrain.plan.answer import Answer, Facts, answer, predict
 from hvdtrain.plan.network import Controller, Network, fit, other_network
-from hvdtrain.plan.noise import noise_scale
 from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
 from hvdtrain.trainer import Job, Recipe, Task, settle
 from hvdtrain.trainer.state import start_training

@@ -20,8 +20,8 @@ from hvdtrain.dist import SoloWorld, World, in_buckets
 from hvdtrain.dist.inspect import plain_mpi
 from hvdtrain.launch import Launch
 from hvdtrain.metrics import MetricLog
+from hvdtrain.noise import Norms
 from hvdtrain.plan.network import Layout, Timing
-from hvdtrain.plan.noise import Norms
 from hvdtrain.plan.step import Bucket, Compute
 from hvdtrain.progress import Phase, Progress
 from hvdtrain.trainer import Job, Recipe, Task, train_step

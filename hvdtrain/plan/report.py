@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.noise import NoiseScale
 from hvdtrain.plan.answer import Answer, Facts, Row
 from hvdtrain.plan.network import Network
-from hvdtrain.plan.noise import NoiseScale
 from hvdtrain.plan.step import Bucket, Compute
 
 FORMAT_VERSION = 1

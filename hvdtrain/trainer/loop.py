@@ -7,6 +7,7 @@ and every collective is reached by every rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from hvdtrain.config import Precision
 from hvdtrain.data.dataset import contiguous_share, in_batches
 from hvdtrain.errors import DivergedError, StopRequested
 from hvdtrain.metrics import Stopwatch
+from hvdtrain.noise import Norms, agreement, estimate
 from hvdtrain.schedule import learning_rate
 from hvdtrain.stop import StopRequest
 from hvdtrain.trainer.model import own_type
@@ -143,6 +145,7 @@ def train_step(job: Job, training: Training) -> None:
     training.scaler.update()
     training.step += 1
     if is_finite:
+        _note_norms(job, training, len(samples))
         training.skipped_in_a_row = 0
         training.window += sums
         training.window_targets += num_targets
@@ -206,6 +209,28 @@ def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
     return norm
 
 
+def _note_norms(job: Job, training: Training, num_samples: int) -> None:
+    """Add up the norms of which the gradient noise scale is made, of full batches."""
+    square, norm = training.optimizer.mean_square, training.grad_norm
+    if square is None or norm is None or num_samples < job.plan.global_batch_size:
+        return
+    # The optimizer's gradients were unscaled, what the ranks have sent was not.
+    square = square / training.scaler.get_scale() ** 2 if training.scaler.is_enabled() else square
+    training.norms += torch.stack([square, norm.double().square(), torch.ones_like(square)])
+
+
+def noise_metrics(job: Job, training: Training) -> dict[str, float]:
+    """Return the gradient noise scale of the window, and how far the ranks' gradients agree, if asked for."""
+    small, large, count = training.norms.tolist()
+    if count == 0:
+        return {}
+    norms, size = Norms(small / count, large / count), job.world.size
+    batch = job.plan.global_batch_size
+    signal, variance = estimate([norms], batch / size, batch)
+    noise = variance / signal if signal > 0 else math.inf
+    return {"train/noise_scale": noise, "train/gradient_agreement": agreement(norms, size)}
+
+
 def _skip(job: Job, training: Training, sums: Tensor) -> None:
     """Count and tell that this step was skipped. Collective."""
     training.skipped += 1
@@ -266,6 +291,7 @@ def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[s
     metrics["train/lr"] = training.optimizer.param_groups[0]["lr"]
     if training.grad_norm is not None:
         metrics["train/grad_norm"] = float(training.grad_norm)
+    metrics.update(noise_metrics(job, training))
     if training.skipped:
         metrics["train/skipped_steps"] = training.skipped
     step_s = stopwatch.lap(training.step)
@@ -275,6 +301,7 @@ def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[s
     metrics["time/step_s"] = step_s
     metrics["time/left_s"] = step_s * (job.num_steps - training.step)
     training.window.zero_()
+    training.norms.zero_()
     training.window_targets = training.skipped = 0
     return metrics
 

@@ -44,6 +44,9 @@ class Training:
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
     window: Tensor
     """This rank's sums of `Task.metrics` since the last logged step, float64 `(len(metrics),)`."""
+    norms: Tensor
+    """Sums since the last logged step: mean squared norm of the ranks' own gradients, squared norm of their mean, and 1
+    for each step that counts; float64 `(3,)`."""
     window_targets: int = 0
     """Targets of all ranks in the window."""
     step: int = 0
@@ -79,6 +82,7 @@ def start_training(job: Job) -> Training:
                 compression=compression,
                 op=comm.op,
                 bucket_bytes=comm.bucket_mib << 20,
+                has_square=job.config.health.noise_scale,
             ),
             "wrap",
         ),
@@ -88,6 +92,7 @@ def start_training(job: Job) -> Training:
         reader=BatchReader(job, in_step),
         runs_in_step=in_step,
         window=torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device),
+        norms=torch.zeros(3, dtype=torch.float64, device=world.device),
     )
     found = world.together(lambda: _read_latest(job, model) if world.rank == 0 else None, "resume")
     state = world.broadcast_object(found, "resume.state")
@@ -97,6 +102,8 @@ def start_training(job: Job) -> Training:
         for name in _COUNTERS:
             setattr(training, name, state[name])
         training.window.copy_(_own_window(state["windows"], world.rank, world.size))
+        if "norms" in state:
+            training.norms.copy_(state["norms"])
     world.broadcast_state(model, training.optimizer)
     training.buffers = ChangingBuffers(model)  # all that has changed them so far does not count
     world.check_replicas(replicated_tensors(training), "start")
@@ -117,6 +124,7 @@ def training_state(job: Job, training: Training, windows: Tensor) -> dict[str, A
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.scaler.state_dict(),
         "windows": windows,
+        "norms": training.norms,
         "config": to_dict(job.config),
         "global_batch_size": job.plan.global_batch_size,
         "fingerprint": job.task.fingerprint,

@@ -16,7 +16,6 @@ TRAIN = [sys.executable, "-m", "hvdtrain", "train", RECIPE, "--train.steps", STE
 LAUNCHERS = {
     "horovodrun-mpi": ["horovodrun", "--mpi", "-np", "4", "-H", "node1:2,node2:2"],
     "horovodrun-gloo": ["horovodrun", "--gloo", "-np", "4", "-H", "node1:2,node2:2"],
-    "mpirun": ["mpirun", "-np", "4", "-H", "node1:2,node2:2", "--bind-to", "none", "-x", "PATH", "-x", "PYTHONPATH"],
 }
 
 

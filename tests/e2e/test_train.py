@@ -74,7 +74,7 @@ def test_ranks_and_launchers_learn_the_same(hvdtrain, tiny_lm, tmp_path):
 
 def test_the_same_command_goes_on_bitwise(hvdtrain, tiny_lm, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    constant = ["--optim.schedule", "constant"]  # another number of steps must not change the schedule
+    constant = ["--optim.schedule", "constant", "--health.noise-scale"]  # more steps must not change the schedule
     for run_dir, steps in ((whole, 20), (parts, 10), (parts, 20), (parts, 20)):
         arguments = [*tiny_lm, *constant, "--train.steps", steps, "--run-dir", run_dir]
         done = hvdtrain(*arguments, launcher="horovodrun-mpi", ranks=2)
@@ -85,9 +85,12 @@ def test_the_same_command_goes_on_bitwise(hvdtrain, tiny_lm, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
     def steps(run_dir):
-        return [(line["step"], line.get("train/loss"), line.get("val/loss")) for line in metrics_of(run_dir)]
+        names = ("step", "train/loss", "val/loss", "train/noise_scale", "train/gradient_agreement")
+        return [tuple(line.get(name) for name in names) for line in metrics_of(run_dir)]
 
     assert steps(parts) == steps(whole)
+    assert all(-1 <= agreement <= 1 for *_, agreement in steps(whole) if agreement is not None)
+    assert sum(noise is not None for *_, noise, _ in steps(whole)) == 4
     assert [line.get("event") for line in metrics_of(parts)].count("finished") == 1
 
 

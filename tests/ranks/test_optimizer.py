@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from test_world import digest
 
+from hvdtrain.errors import ConfigError
+
 SAMPLES = 24  # divides by 1, 2, 3 and 4 ranks
 
 
@@ -218,3 +220,28 @@ def test_two_runs_are_bitwise_the_same(world, monkeypatch):
         ends.add(digest(model.parameters()))
         del optimizer
     assert len(ends) == 1
+
+
+def test_mean_square_is_that_of_the_ranks_own_gradients(world):
+    """For the gradient noise scale; the averaged gradient is the same with it and without."""
+    model, plain = network(), network()
+    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, has_square=True, bucket_bytes=100)
+    without = world.wrap(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
+    for step in range(4):
+        x, y = data(step)
+        for one in (model, plain):
+            one.zero_grad()
+            F.cross_entropy(one(share(world, x)), share(world, y)).backward()
+        own = torch.autograd.grad(F.cross_entropy(model(share(world, x)), share(world, y)), list(model.parameters()))
+        expected = world.all_reduce(sum(gradient.square().sum() for gradient in own), "mean", f"square.{step}")
+        optimizer.step()
+        without.step()
+        assert without.mean_square is None
+        if world.size == 1:
+            assert optimizer.mean_square is None
+        else:
+            assert optimizer.mean_square.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert largest_difference(model, plain) == 0
+    if world.size > 1:
+        with pytest.raises(ConfigError, match="noise-scale needs averaged, dense gradients"):
+            world.wrap(torch.optim.SGD(plain.parameters(), lr=0.1), plain, has_square=True, compression="fp16")

@@ -31,6 +31,7 @@ LAYERS = {
     "metrics": 2,
     "optimizer": 2,
     "randomness": 2,
+    "noise": 1,
     "schedule": 1,
     "launch": 1,
     "stop": 1,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.noise import NoiseScale, Norms, agreement, noise_scale, steps_ratio
 from hvdtrain.plan.answer import Facts, answer, compute_on, worker_counts
 from hvdtrain.plan.measure import groups_of
 from hvdtrain.plan.network import Layout, Network, Timing, fit, other_network
-from hvdtrain.plan.noise import NoiseScale, Norms, agreement, noise_scale, steps_ratio
 from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
 from hvdtrain.plan.step import Bucket, Compute, exposed_communication, step_time
 
@@ -190,10 +190,13 @@ def test_the_interval_grows_with_distance_and_with_unrest():
 
 def test_ranks_of_a_host_share_it():
     shared = facts(together=Compute(0.06, 0.12, 0.02), together_ranks=4, ranks_per_host=4)
-    assert compute_on(shared, 1) == shared.alone
-    assert compute_on(shared, 4) == shared.together
-    assert compute_on(shared, 8) == shared.together
-    assert shared.alone.total_s < compute_on(shared, 2).total_s < shared.together.total_s
+    assert compute_on(shared, Layout(1, 1)) == shared.alone
+    assert compute_on(shared, Layout(4, 1)) == shared.together
+    assert compute_on(shared, Layout(16, 4)) == shared.together
+    assert shared.alone.total_s < compute_on(shared, Layout(2, 1)).total_s < shared.together.total_s
+    straggling = facts(together=Compute(0.09, 0.18, 0.03))  # one rank a host, and one of the hosts is slow
+    assert compute_on(straggling, Layout(1, 1)) == straggling.alone
+    assert compute_on(straggling, Layout(8, 8)) == straggling.together
 
 
 def test_groups():
