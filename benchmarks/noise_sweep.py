@@ -2,8 +2,8 @@
 
     python benchmarks/noise_sweep.py --output benchmarks/results/noise_sweep.txt
 
-A network of 64-64-10 learns scikit-learn's 8x8 digits by SGD until its loss on all of them is below a target, with the best
-learning rate of a grid for each batch size. The noise scale is measured along the way of one run; then
+A network of 64-64-10 learns scikit-learn's 8x8 digits by SGD until its loss on all of them is below a target, with the
+best learning rate of a grid for each batch size. The noise scale is measured along the way of one run; then
 S = S_min (1 + B_noise / B) is held against the steps that were needed, S_min from the largest batch alone.
 """
 

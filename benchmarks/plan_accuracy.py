@@ -21,7 +21,7 @@ import machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPE = REPOSITORY / "benchmarks" / "sleeping_recipe.py"
-NETWORKS = (("1gbit", "0.1"), ("200mbit", "1"), ("100mbit", "5"))
+NETWORKS = ("200mbit,1", "100mbit,5", "50mbit,0.5")
 LAYERS_KIB = (128, 1024)
 WAYS = ("none:mpi", "fp16:gloo")
 
@@ -63,6 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--most", type=int, default=8, help="hosts that are predicted last")
     parser.add_argument("--layers-kib", type=int, nargs="+", default=LAYERS_KIB)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="rate and one-way delay in ms")
     parser.add_argument("--ways", nargs="+", default=WAYS, help="wire format and controller")
     parser.add_argument("--work", type=Path, default=Path("plan-accuracy"))
     parser.add_argument("--output", type=Path)
@@ -72,7 +73,8 @@ def main() -> None:
     errors: dict[int, list[float]] = {base: [] for base in given.plan_on}
     subprocess.run([given.cluster, "up", str(given.most), "--emu"], check=True)
     try:
-        for rate, delay in NETWORKS:
+        for network in given.networks:
+            rate, delay = network.split(",")
             subprocess.run([given.cluster, "net", rate, delay], check=True)
             for kib in given.layers_kib:
                 for way in given.ways:

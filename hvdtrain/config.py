@@ -144,6 +144,8 @@ class EvalConfig:
     """Steps between two evaluations; there is always one at the end. None: only that one."""
     batch_size: int | None = None
     """Samples that one rank evaluates at a time. None: the micro-batch size."""
+    choices: Path | None = None
+    """Language models: .jsonl file of questions, {"context": ..., "choices": [...], "answer": 0}, to answer as well."""
 
     def __post_init__(self) -> None:
         for name in ("every", "batch_size"):

@@ -30,7 +30,8 @@ from hvdtrain.data.text import TextConfig, cache_dir, find_splits
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.loss import chunked_loss, next_token_loss
-from hvdtrain.trainer import Recipe, Task
+from hvdtrain.recipes.choices import choice_evaluation
+from hvdtrain.trainer import Evaluation, Recipe, Task
 
 _LOSS_BYTES = 2**28
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
@@ -89,6 +90,7 @@ class Transformers(Recipe):
             train_data=train,
             val_data=held_out,
             loss=_loss,
+            evaluations=self._questions(tokenizer, length),
             unit="tokens",
             summarize=lambda means: {**means, "perplexity": math.exp(min(means["loss"], 700.0))},
             write_model_files=lambda folder: _write_model_files(folder, model, tokenizer),
@@ -97,6 +99,18 @@ class Transformers(Recipe):
                 f" {len(train):,} samples, {held_out.num_tokens:,} held out, vocabulary {len(tokenizer):,}"
             ),
             fingerprint=f"{folder.name} {length}",
+        )
+
+    def _questions(self, tokenizer: Any, length: int) -> tuple[Evaluation, ...]:
+        if self.eval.choices is None:
+            return ()
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return choice_evaluation(
+            self.eval.choices,
+            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            begin,
+            length,
+            lambda model, tokens: model(input_ids=tokens, use_cache=False).logits,
         )
 
     def _tokenizer(self, library: Any) -> Any:

@@ -27,7 +27,8 @@ from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
 from hvdtrain.models.ngram import TrigramModel
 from hvdtrain.models.sampling import Sampling, sample
-from hvdtrain.trainer import Recipe, Task
+from hvdtrain.recipes.choices import choice_evaluation
+from hvdtrain.trainer import Evaluation, Recipe, Task
 
 _SAMPLE_TOKENS = 400
 
@@ -50,6 +51,7 @@ class LanguageModel(Recipe):
             train_data=TokenWindows(text.train_path, text.dtype, length),
             val_data=TokenWindows(text.val_path, text.dtype, length),
             loss=_loss,
+            evaluations=self._questions(text, length),
             unit="tokens",
             summarize=lambda means: _with_bits_per_byte(means, bytes_per_token),
             epilogue=lambda model, metrics: _epilogue(model, metrics, text, length),
@@ -69,6 +71,14 @@ class LanguageModel(Recipe):
         if tokenizer.exists() and (data.tokenizer == "bpe" or read_shape(folder).vocab_size != BYTE_VOCAB_SIZE):
             data = dataclasses.replace(data, tokenizer=str(tokenizer))
         return dataclasses.replace(self, model=dataclasses.replace(self.model, **given), data=data)
+
+    def _questions(self, text: PreparedText, length: int) -> tuple[Evaluation, ...]:
+        path, tokenizer = self.eval.choices, text.tokenizer
+        if path is None:
+            return ()
+        if tokenizer is None:
+            raise DataError(f"--eval.choices {path} is text, and what the tokens of a .bin file mean nobody knows")
+        return choice_evaluation(path, lambda t: tokenizer.encode(t).tolist(), [tokenizer.eot], length, _logits)
 
     def _model(self, text: PreparedText) -> Decoder:
         folder = self.model.init_from
@@ -126,6 +136,11 @@ def lm_1b() -> LanguageModel:
         model=DecoderConfig(num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192),
         data=TextConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
     )
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens)
+    return logits
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:

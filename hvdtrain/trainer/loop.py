@@ -23,7 +23,7 @@ from hvdtrain.stop import StopRequest
 from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, model_tensors, start_training
-from hvdtrain.trainer.task import Batch, Job
+from hvdtrain.trainer.task import Batch, Evaluation, Job
 
 
 @dataclass(frozen=True)
@@ -254,31 +254,45 @@ def evaluate(job: Job, model: nn.Module, request: StopRequest | None = None) -> 
 
     Returns nothing if a rank has a request to stop before the end.
     """
-    task, world, precision = job.task, job.world, job.config.train.precision
+    task = job.task
+    held_out = Evaluation(data=task.val_data, loss=task.loss, metrics=task.metrics)
+    means: dict[str, float] = {}
+    for number, part in enumerate((held_out, *task.evaluations)):
+        found = _means(job, model, part, request, f"evaluate.{number}")
+        if found is None:
+            return {}
+        means.update(found)
+    return {f"val/{name}": value for name, value in task.summarize(means).items()}
+
+
+def _means(
+    job: Job, model: nn.Module, part: Evaluation, request: StopRequest | None, name: str
+) -> dict[str, float] | None:
+    """Return means over all targets; None if a rank has a request to stop before the end. Collective."""
+    world, precision = job.world, job.config.train.precision
     batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
-    batches = in_batches(contiguous_share(len(task.val_data), world.rank, world.size), batch_size)
-    largest_share = -(-len(task.val_data) // world.size)
+    batches = in_batches(contiguous_share(len(part.data), world.rank, world.size), batch_size)
+    largest_share = -(-len(part.data) // world.size)
     # Sums of the metrics, then the number of targets.
-    totals = torch.zeros(len(task.metrics) + 1, dtype=torch.float64, device=world.device)
+    totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)
     model.eval()
     with torch.no_grad():
         for i in range(-(-largest_share // batch_size)):
             has_request = torch.tensor(float(request is not None and request.reason is not None))
-            agree = world.start_all_reduce(has_request, "max", "evaluate.stop")
+            agree = world.start_all_reduce(has_request, "max", f"{name}.stop")
             world.progress.enter("evaluation")
             for indices in batches[i : i + 1]:  # a rank may have one batch less than others
-                batch = _to_device(task.val_data.batch(indices), world.device, precision)
+                batch = _to_device(part.data.batch(indices), world.device, precision)
                 with _autocast(precision, world.device):
-                    sums = task.loss(model, batch)
-                totals[:-1] += torch.stack([sums[name].double() for name in task.metrics])
-                totals[-1] += task.val_data.num_targets(indices)
+                    sums = part.loss(model, batch)
+                totals[:-1] += torch.stack([sums[key].double() for key in part.metrics])
+                totals[-1] += part.data.num_targets(indices)
             if agree():
                 model.train()
-                return {}
+                return None
     model.train()
-    *sums_of_all, num_targets = world.all_reduce(totals, "sum", "evaluate").tolist()
-    means = {name: total / num_targets for name, total in zip(task.metrics, sums_of_all, strict=True)}
-    return {f"val/{name}": value for name, value in task.summarize(means).items()}
+    *sums_of_all, num_targets = world.all_reduce(totals, "sum", name).tolist()
+    return {key: total / num_targets for key, total in zip(part.metrics, sums_of_all, strict=True)}
 
 
 def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:

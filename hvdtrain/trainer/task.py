@@ -25,6 +25,16 @@ Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Something to be evaluated beside the held-out data."""
+
+    data: Dataset
+    loss: Callable[[nn.Module, Batch], dict[str, Tensor]]
+    """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What is trained: a model, its data and its loss."""
 
@@ -36,6 +46,8 @@ class Task:
     """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
     metrics: tuple[str, ...] = ("loss",)
     """Names of the sums that `loss` returns; "loss" is the one that is minimised."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """What is evaluated besides `val_data`."""
     unit: str = "samples"
     """What a target is, in the plural: "samples" or "tokens"."""
     summarize: Callable[[dict[str, float]], dict[str, float]] = lambda means: means

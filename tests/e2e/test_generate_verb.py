@@ -20,7 +20,10 @@ def trained(tmp_path_factory, small_text):
     from conftest import environment
 
     folder = tmp_path_factory.mktemp("trained")
+    questions = [{"context": "import ", "choices": ["os", "zzz"], "answer": i % 2} for i in range(5)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     train = ["train", "lm", "--data.path", small_text, "--data.tokenizer", "bpe", "--data.vocab-size", "300", *TINY]
+    train += ["--eval.choices", "questions.jsonl"]
     for command in (
         ["horovodrun", "-np", "2", sys.executable, "-m", "hvdtrain", *train, "--run-dir", "run"],
         [sys.executable, "-m", "hvdtrain", "export", "run", "--output", "out"],
@@ -46,6 +49,14 @@ def test_transformers_writes_the_same(hvdtrain, trained):
         assert done.code == 0, done.text
         assert done.out == f"{prompt}{tokenizer.decode(theirs, skip_special_tokens=True)}\n"
         assert re.fullmatch(r"\d+ tokens in [\d.]+ s: [\d,]+ tokens/s\n", done.err)
+
+
+def test_questions_are_answered_on_all_ranks(trained):
+    """Five questions on two ranks; the same question with either answer, so that three or two of five are right."""
+    last = json.loads((trained / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val/choice_accuracy"] in (0.4, 0.6)
+    assert last["val/choice_accuracy_per_byte"] in (0.4, 0.6)
+    assert last["val/perplexity"] > 1
 
 
 def test_several_prompts_and_the_cache(hvdtrain, trained):
