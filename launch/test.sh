@@ -11,11 +11,16 @@ cd "$root"
 ruff check .
 ruff format --check .
 shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
-types=$(mktemp)
-trap 'rm -f "$types"' EXIT
-mypy > "$types" 2>&1 & # while the tests, which seldom keep all cores busy, begin
+if (($#)); then
+  mypy
+  exec python -m pytest "$@"
+fi
+# Launches seldom keep all cores busy: types and unit tests go beside the first of them.
+beside=$(mktemp)
+trap 'rm -f "$beside"' EXIT
+(mypy && python -m pytest tests/unit) > "$beside" 2>&1 &
 code=0
-python -m pytest "$@" || code=$?
+python -m pytest tests/e2e tests/ranks tests/gpu || code=$?
 wait $! || code=1
-cat "$types"
+cat "$beside"
 exit "$code"

@@ -12,7 +12,7 @@ class Dataset(Protocol):
     """Samples by index. The same on every rank; reading one never needs another rank.
 
     Where `batch` draws no random numbers and may be called by another thread, a class attribute `reads_ahead = True`
-    lets batches be read while earlier ones are computed.
+    beside it lets batches be read while earlier ones are computed; subclasses with a `batch` of their own say it again.
     """
 
     def __len__(self) -> int:

@@ -53,6 +53,8 @@ class PhaseClock(Progress):
         self._device = device
         self._since, self._phase = time.perf_counter(), "rest"
         self.seconds: dict[str, float] = {}
+        self.began: dict[str, float] = {}
+        """When each phase last began, by `time.perf_counter`."""
 
     def enter(self, phase: Phase) -> None:
         """Note the phase."""
@@ -66,6 +68,7 @@ class PhaseClock(Progress):
         now = time.perf_counter()
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         self._since, self._phase = now, phase
+        self.began[phase] = now
 
 
 def own_job(recipe: Recipe, task: Task, device: torch.device, micro_batch_size: int) -> tuple[Job, Training]:
@@ -128,21 +131,12 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize
     for _ in range(3):
         for times in seen.values():
             times.clear()
-        began: list[float] = []
-        original = clock.turn
-
-        def turn(phase: str, original: Callable[[str], None] = original, began: list[float] = began) -> None:
-            original(phase)
-            if phase == "backward":
-                began.append(_now(job.world.device))
-
-        clock.turn = turn  # type: ignore[method-assign]
         _step(job, training)
-        clock.turn = original  # type: ignore[method-assign]
+        began = clock.began["backward"]
         last = max(times[-1] for times in seen.values() if times)
         for parameter, times in seen.items():
             at = times[-1] if times else last
-            shares[parameter].append((at - began[-1]) / max(last - began[-1], 1e-9))
+            shares[parameter].append((at - began) / max(last - began, 1e-9))
     for hook in hooks:
         hook.remove()
     buckets = []
@@ -234,6 +228,8 @@ def gradient_norms(job: Job, training: Training, world: World, steps: int) -> tu
     if small == 0:
         return [], 0, 0
     large = small * parts * size
+    for group in training.optimizer.param_groups:
+        group["lr"] = job.config.optim.peak_lr
     norms = []
     for step in range(steps):
         place = (step * size + world.rank) % max(1, job.order.steps_per_epoch - 1)

@@ -29,14 +29,19 @@ def table(answer: Answer) -> str:
     if answer.rows[0].cost is not None:
         head += f" {'cost':>9}"
     lines = [head, *(_line(answer, row) for row in answer.rows)]
-    lines += [f"recommended: {answer.recommended.workers} workers: {answer.reason}"]
+    lines += [f"recommended: {count(answer.recommended.workers)}: {answer.reason}"]
     lines += [f"what limits: {answer.limit}"]
     for name, factor in sorted(answer.changes, key=lambda change: change[1]):
         word = "less" if factor < 1 else "more"
-        lines.append(f"  {name}: {abs(1 - factor):.0%} {word} time at {answer.changed_workers} workers")
+        lines.append(f"  {name}: {abs(1 - factor):.0%} {word} time at {count(answer.changed_workers)}")
     if answer.unknown:
         lines.append(answer.unknown)
     return "\n".join(lines)
+
+
+def count(workers: int) -> str:
+    """Return a number of workers in words."""
+    return f"{workers} worker{'' if workers == 1 else 's'}"
 
 
 def _line(answer: Answer, row: Row) -> str:
@@ -179,7 +184,7 @@ def save_html(path: Path, answer: Answer) -> None:
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>hvdtrain plan</title><style>"
         "body{font:15px sans-serif;margin:2em;color:#222}pre{font:13px monospace}svg{margin:1em 2em 1em 0}"
         "</style></head><body>"
-        f"<h1>{html.escape(facts.recipe)}: {answer.recommended.workers} workers</h1>"
+        f"<h1>{html.escape(facts.recipe)}: {count(answer.recommended.workers)}</h1>"
         f"{''.join(plots)}{body}</body></html>\n",
     )
 

@@ -2,9 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import environment
 from hugging import import_transformers
 
 TINY = ["--model.num-layers", "1", "--model.hidden-size", "32", "--model.num-heads", "2", "--train.steps", "12"]
@@ -14,11 +17,6 @@ TINY += ["--data.sequence-length", "32", "--optim.warmup-steps", "0", "--train.g
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_text):
     """A run of two ranks with a BPE of its own, and its export."""
-    import subprocess
-    import sys
-
-    from conftest import environment
-
     folder = tmp_path_factory.mktemp("trained")
     questions = [{"context": "import ", "choices": ["os", "zzz"], "answer": i % 2} for i in range(5)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
@@ -113,11 +111,6 @@ def test_a_dry_run_allocates_nothing_and_says_what_it_would_take(hvdtrain, tmp_p
         "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20, 'KiB'\n"
         "sys.exit(code)\n"
     )
-    import subprocess
-    import sys
-
-    from conftest import environment
-
     asked = ["train", "lm-1b", "--data.tokenizer", "byte", "--train.global-batch-size", "1", "--dry-run"]
     done = subprocess.run(
         [sys.executable, script, *asked, "--health.no-memory-check"],

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from hugging import import_transformers
 from safetensors.torch import load_file
 from tiny_models import make_config, make_model, make_tokenizer
@@ -73,8 +74,6 @@ def test_mistakes(hvdtrain, place):
     make_model(place / "tiny", "llama")
     (place / "broken").mkdir()
     (place / "broken" / "transformers.py").write_text("raise ImportError('no such thing')\n")
-    from conftest import REPOSITORY
-
     for arguments, message, more in (
         ([], "give --model.path, a model to begin with, or --model.config", {}),
         (["--model.path", "nowhere/here"], "no tokenizer comes from nowhere/here", {"HF_HUB_OFFLINE": "1"}),

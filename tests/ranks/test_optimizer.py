@@ -205,7 +205,7 @@ def test_schedulers_and_state_dicts_work(world):
 
 def test_two_runs_are_bitwise_the_same(world, monkeypatch):
     """Horovod's own fusion depends on timing: with more than two ranks, sums would differ in their last bits."""
-    monkeypatch.setattr("hvdtrain.dist.gradients.FIRST_BUCKET_BYTES", 100)
+    monkeypatch.setattr("hvdtrain.dist.buckets.FIRST_BUCKET_BYTES", 100)
     ends = set()
     for _ in range(3):
         torch.manual_seed(0)
@@ -228,14 +228,13 @@ def test_mean_square_is_that_of_the_ranks_own_gradients(world):
     optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, has_square=True, bucket_bytes=100)
     without = world.wrap(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
     for step in range(4):
-        x, y = data(step)
-        for one in (model, plain):
-            one.zero_grad()
-            F.cross_entropy(one(share(world, x)), share(world, y)).backward()
-        own = torch.autograd.grad(F.cross_entropy(model(share(world, x)), share(world, y)), list(model.parameters()))
+        x, y = (share(world, tensor) for tensor in data(step))
+        own = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
         expected = world.all_reduce(sum(gradient.square().sum() for gradient in own), "mean", f"square.{step}")
-        optimizer.step()
-        without.step()
+        for one, steps in ((model, optimizer), (plain, without)):  # one after the other: their names are the same
+            steps.zero_grad()
+            F.cross_entropy(one(x), y).backward()
+            steps.step()
         assert without.mean_square is None
         if world.size == 1:
             assert optimizer.mean_square is None

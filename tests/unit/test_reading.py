@@ -18,8 +18,9 @@ from hvdtrain.trainer.reading import BatchReader
 class Numbers:
     """Sample i is the number i; notes who reads."""
 
-    def __init__(self, reads_ahead, bad=()):
-        self.reads_ahead = reads_ahead
+    reads_ahead = True
+
+    def __init__(self, bad=()):
         self.bad = bad
         self.threads = []
 
@@ -34,6 +35,13 @@ class Numbers:
 
     def num_targets(self, indices):
         return len(indices)
+
+
+class Others(Numbers):
+    """Reads in its own way, and has not said that another thread may do it."""
+
+    def batch(self, indices):
+        return super().batch(indices)
 
 
 def job_of(data):
@@ -54,7 +62,7 @@ def read(job, steps):
 
 
 def test_what_is_read_ahead_is_what_is_asked_for():
-    ahead, plain = Numbers(True), Numbers(False)
+    ahead, plain = Numbers(), Others()
     steps = [*range(7), 0, 1, 5]  # over the ends of epochs, with short batches, and not always the next step
     assert read(job_of(ahead), steps) == read(job_of(plain), steps)
     assert "hvdtrain-data" in ahead.threads
@@ -62,7 +70,7 @@ def test_what_is_read_ahead_is_what_is_asked_for():
 
 
 def test_an_error_comes_where_the_batch_is_asked_for():
-    job = job_of(Numbers(True))
+    job = job_of(Numbers())
     bad = int(job.order.global_batch(1)[job.order.micro_batches(1, 0)[0]][0])
     job.task.train_data.bad = (bad,)
     assert len(read(job, [0])) == 4  # the thread has met it by then
