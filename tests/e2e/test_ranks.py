@@ -9,7 +9,7 @@ from conftest import LAUNCHERS, REPOSITORY
 
 @pytest.mark.parametrize(
     ("launcher", "ranks"),
-    [("horovodrun-mpi", 1), ("mpirun", 2), ("horovodrun-mpi", 4), ("horovodrun-gloo", 2), ("horovodrun-gloo", 4)],
+    [("horovodrun-mpi", 1), ("mpirun", 2), ("horovodrun-mpi", 4), ("horovodrun-gloo", 2)],
 )
 def test_inside(run, launcher, ranks):
     start = [word.format(n=ranks) for word in LAUNCHERS[launcher]]
