@@ -15,12 +15,16 @@ if (($#)); then
   mypy
   exec python -m pytest "$@"
 fi
-# Launches seldom keep all cores busy: types and unit tests go beside the first of them.
-beside=$(mktemp)
-trap 'rm -f "$beside"' EXIT
-(mypy && python -m pytest tests/unit) > "$beside" 2>&1 &
+# Launches seldom keep all cores busy: what does not watch the clock or the whole machine goes side by side, the rest
+# after it, alone.
+beside=(tests/unit tests/e2e/test_{setup,generate_verb,hf,hosts,slurm}.py)
+first=(tests/e2e/test_{train,ranks,verify_verb}.py)
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+(mypy && python -m pytest "${beside[@]}") > "$said" 2>&1 &
 code=0
-python -m pytest --ignore tests/unit || code=$?
+python -m pytest "${first[@]}" || code=1
 wait $! || code=1
-cat "$beside"
+cat "$said"
+python -m pytest tests "${beside[@]/#/--ignore=}" "${first[@]/#/--ignore=}" || code=1
 exit "$code"

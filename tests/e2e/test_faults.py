@@ -88,12 +88,9 @@ def plain(text):
 @pytest.mark.parametrize(
     ("launcher", "rank", "phase"),
     [
-        ("mpirun", 1, "data"),
-        ("mpirun", "all", "forward"),
         ("mpirun", 0, "backward"),
         ("horovodrun-mpi", "all", "data"),
         ("horovodrun-gloo", 1, "forward"),
-        ("horovodrun-gloo", "all", "backward"),
     ],
 )
 def test_an_exception_is_told_once_by_name(train, launcher, rank, phase):
@@ -125,9 +122,7 @@ def test_a_rank_that_sleeps_in_its_loader_is_found(train, tmp_path, launcher):
     assert "synchronize" in logs[0].split("stacks of all threads")[1]  # where it waits
 
 
-@pytest.mark.parametrize(
-    ("launcher", "rank"), [("mpirun", 0), ("mpirun", 1), ("horovodrun-mpi", 1), ("horovodrun-gloo", 0)]
-)
+@pytest.mark.parametrize(("launcher", "rank"), [("mpirun", 0), ("horovodrun-mpi", 1), ("horovodrun-gloo", 0)])
 def test_a_stopped_rank_is_missed(train, launcher, rank):
     arguments = ["--health.stall-limit", "3s", "--pause", 0.1]
     done = train(*arguments, launcher=launcher, kind="stop", rank=rank, phase="forward", step=20)
@@ -178,30 +173,34 @@ def test_a_save_that_fails_does_not_end_the_run(train, tmp_path, whole, fault):
     assert sum(line.get("checkpoint/failed", 0) for line in lines) == 1
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, whole, damage):
+def test_damaged_checkpoints_are_passed_over(train, tmp_path, whole):
+    """The newest one with a changed bit, the one before cut short, the one before that without its weights."""
     run_dir = tmp_path / "run"
     assert train("--train.steps", 20).code == 0
-    path = run_dir / "checkpoints" / "step-00000020" / "model.safetensors"
-    data = bytearray(path.read_bytes())
+    paths = {step: run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (20, 15, 10)}
+    data = bytearray(paths[20].read_bytes())
     data[len(data) // 2] ^= 4
-    if damage == "remove":
-        path.unlink()
-    else:
-        path.write_bytes(data if damage == "flip" else data[:-7])
+    paths[20].write_bytes(data)
+    paths[15].write_bytes(paths[15].read_bytes()[:-7])
+    paths[10].unlink()
     done = train()
     assert done.code == 0, done.text
-    assert re.search(r"warning: .*step-00000020.*; trying the one before it", done.text)
+    for step in paths:
+        assert re.search(rf"warning: .*step-{step:08d}.*; trying the one before it", done.text), done.text
     assert_same_run(run_dir, whole)
 
 
-@pytest.mark.parametrize("phase", ["data", "forward", "backward", "evaluation"])
-def test_a_signal_in_any_phase_stops_and_goes_on(train, tmp_path, whole, phase):
-    """Dropout, best-so-far, metrics: all bitwise as if nothing had happened."""
-    done = train(kind="signal", signal="SIGTERM", rank=1, phase=phase, step=10)
-    assert done.code == 75, done.text
-    # The evaluation after step 10 is cut short, and made up for when the run goes on.
-    assert "stopped at step 10 of 40 on request (SIGTERM, rank 1)" in done.text
+def test_a_signal_in_any_phase_stops_and_goes_on(train, tmp_path, whole):
+    """Stopped four times; dropout, best-so-far, metrics: all bitwise as if nothing had happened."""
+    begun = 0
+    for phase, at in (("data", 6), ("forward", 13), ("backward", 20), ("evaluation", 30)):
+        done = train(kind="signal", signal="SIGTERM", rank=1, phase=phase, step=at - begun)
+        assert done.code == 75, done.text
+        # An evaluation is cut short, and made up for when the run goes on.
+        stopped = re.search(r"stopped at step (\d+) of 40 on request \(SIGTERM, rank 1\)", done.text)
+        assert stopped, done.text
+        begun = int(stopped[1])
+        assert at <= begun <= at + 1
     done = train()
     assert done.code == 0, done.text
     assert_same_run(tmp_path / "run", whole)

@@ -65,7 +65,6 @@ def test_mnist(hvdtrain, tmp_path):
     ("arguments", "says"),
     [
         (["--steps", "1"], "at least 2"),
-        (["--stepps", "3"], "--steps"),
         (["--json", "no/such/folder.json"], "cannot be written"),
         (["--run-dir", "x"], "no flag '--run-dir'"),
     ],
