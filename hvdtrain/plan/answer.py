@@ -52,10 +52,24 @@ class Facts:
     """Steps of the recipe at its own global batch."""
     recipe_batch: int | None = None
     memory_bytes: int | None = None
+    """The most that a GPU really held."""
+    memory_fixed_bytes: int = 0
+    """What a rank needs whatever its micro-batch: weights, gradients, optimizer; with a reserve."""
+    memory_sample_bytes: float | None = None
+    """What each sample of a micro-batch adds; None: not known."""
+    memory_free_bytes: int | None = None
+    """What a rank may take; None: not known."""
     by_micro_batch: Mapping[int, Compute] = field(default_factory=dict)
     plain_mpi_s: Mapping[int, float] = field(default_factory=dict)
     overlap: bool = True
     """Gradients leave while backward still runs."""
+
+    @property
+    def most_samples(self) -> int | None:
+        """Return the largest micro-batch that fits into memory, None where that is not known."""
+        if self.memory_free_bytes is None or not self.memory_sample_bytes:
+            return None
+        return max(0, int((self.memory_free_bytes - self.memory_fixed_bytes) / self.memory_sample_bytes))
 
 
 @dataclass(frozen=True)
@@ -256,8 +270,19 @@ def _limit(facts: Facts, row: Row) -> str:
     if row.relative_steps is not None:
         # Of the work of all workers, what a batch so large wastes.
         lost["the batch: more samples a step hardly save steps"] = 1 - 1 / (row.relative_steps * row.workers)
+    if facts.most_samples is not None and facts.most_samples < 2 * facts.micro_batch_size:
+        lost["memory: a micro-batch twice as large does not fit"] = _small_batch_loss(facts)
     what = max(lost, key=lambda key: lost[key])
     return f"{what} ({lost[what]:.0%} of the time at {row.workers} workers)"
+
+
+def _small_batch_loss(facts: Facts) -> float:
+    """Return the share of a step that does not grow with the micro-batch, along the line through those measured."""
+    own, other = facts.micro_batch_size, facts.by_micro_batch.get(facts.micro_batch_size // 2)
+    if other is None:
+        return 0.0
+    a_sample = (facts.alone.total_s - other.total_s) / (own - own // 2)
+    return min(1.0, max(0.0, 1 - own * a_sample / facts.alone.total_s))
 
 
 def _changes(facts: Facts, best: Row) -> tuple[tuple[str, float], ...]:

@@ -24,6 +24,7 @@ from hvdtrain.plan.answer import Answer, Facts, answer, predict
 from hvdtrain.plan.network import Controller, Network, fit, other_network
 from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
 from hvdtrain.trainer import Job, Recipe, Task, settle
+from hvdtrain.trainer.memory import RESERVE, available, estimate
 from hvdtrain.trainer.state import start_training
 
 # A rank this much slower than the median one is named.
@@ -71,7 +72,8 @@ def _measure(
     """Measure everything; the same facts on every rank. Collective."""
     micro, per_host = job.plan.micro_batch_size, hosts.count(hosts[0])
     settings: Any = job.config
-    by_micro, memory = _own_by_micro_batch(settings, task, world, micro)
+    room = _memory(job)
+    by_micro, memory = _own_by_micro_batch(settings, task, world, micro, room)
     own, training = measure.own_job(settings, task, world.device, micro)
     world.barrier("plan.together")
     mine = measure.own_steps(own, training, warmup=1, steps=5)
@@ -105,6 +107,9 @@ def _measure(
         steps_to_target=recipe.train.steps,
         recipe_batch=job.plan.global_batch_size,
         memory_bytes=memory,
+        memory_fixed_bytes=room.fixed_bytes,
+        memory_sample_bytes=room.sample_bytes,
+        memory_free_bytes=room.free_bytes,
         by_micro_batch={size: item.compute for size, item in by_micro.items()},
         plain_mpi_s=plain,
     )
@@ -118,14 +123,42 @@ def _measure(
     return dataclasses.replace(facts, interference=_interference(facts, world.size))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Room:
+    """What a rank needs, and what the one with the least memory has."""
+
+    fixed_bytes: int
+    sample_bytes: float | None
+    free_bytes: int | None
+
+    def holds(self, samples: int) -> bool:
+        """Return whether a micro-batch of so many samples fits, as far as is known."""
+        if self.free_bytes is None or self.sample_bytes is None:
+            return True
+        return self.fixed_bytes + samples * self.sample_bytes <= self.free_bytes
+
+
+def _memory(job: Job) -> _Room:
+    """Return rank 0's estimate, and the least that any rank has. Collective."""
+    needed = estimate(job)
+    of_ranks = job.world.all_gather_object((needed, available(job)[0]), "plan.memory")
+    needed = of_ranks[0][0]
+    known = [free for _, free in of_ranks if free is not None]
+    a_sample = None if needed.activations is None else needed.activations * (1 + RESERVE) / needed.micro_batch_size
+    return _Room(int(needed.fixed * (1 + RESERVE)), a_sample, min(known, default=None))
+
+
 def _own_by_micro_batch(
-    recipe: Recipe, task: Task, world: World, micro: int
+    recipe: Recipe, task: Task, world: World, micro: int, room: _Room
 ) -> tuple[dict[int, measure.Measured], int | None]:
     """Measure rank 0's steps at several micro-batches while the others wait. Collective."""
     found: dict[int, measure.Measured] = {}
     memory = None
     if world.rank == 0:
-        sizes = [micro, *(size for size in (micro // 2, 2 * micro) if 0 < size <= len(task.train_data))]
+        sizes = [
+            micro,
+            *(size for size in (micro // 2, 2 * micro) if 0 < size <= len(task.train_data) and room.holds(size)),
+        ]
         for size in sizes:
             own, training = measure.own_job(recipe, task, world.device, size)
             found[size] = measure.own_steps(own, training, warmup=1, steps=5 if size == micro else 3)

@@ -14,6 +14,7 @@ from hvdtrain.noise import NoiseScale
 from hvdtrain.plan.answer import Answer, Facts, Row
 from hvdtrain.plan.network import Network
 from hvdtrain.plan.step import Bucket, Compute
+from hvdtrain.trainer.memory import in_units
 
 FORMAT_VERSION = 1
 
@@ -74,6 +75,11 @@ def describe(facts: Facts) -> str:
     ]
     if facts.memory_bytes:
         lines[-1] += f"; {facts.memory_bytes / 2**30:.2f} GiB"
+    if facts.most_samples is not None and facts.memory_free_bytes is not None:
+        lines.append(
+            f"memory:     {in_units(facts.memory_free_bytes)} for a rank: micro-batches of up to about"
+            f" {facts.most_samples:,} samples fit"
+        )
     if facts.together_ranks > 1:
         slower = facts.together.total_s / alone.total_s
         lines.append(f"            {slower:.2f} times as long while all {facts.together_ranks} ranks of a host compute")

@@ -28,7 +28,7 @@ from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.task import Job
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
-_RESERVE = 0.1
+RESERVE = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,14 @@ class Memory:
     micro_batch_size: int
 
     @property
+    def fixed(self) -> int:
+        """Return what is needed whatever the micro-batch."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
     def total(self) -> int:
         """Return all that is known."""
-        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
+        return self.fixed + (self.activations or 0)
 
     def __str__(self) -> str:
         parts = [("weights", self.weights), ("gradients", self.gradients), ("optimizer", self.optimizer)]
@@ -105,13 +110,13 @@ def check_fits(job: Job, memory: Memory) -> None:
     Raises:
         ConfigError: it is too little; names settings that need less.
     """
-    free, what = _available(job)
-    if free is None or memory.total * (1 + _RESERVE) <= free:
+    free, what = available(job)
+    if free is None or memory.total * (1 + RESERVE) <= free:
         return
     ways = []
-    fixed = memory.weights + memory.gradients + memory.optimizer
-    if memory.activations is not None and fixed * (1 + _RESERVE) < free:
-        room = int((free / (1 + _RESERVE) - fixed) // (memory.activations / memory.micro_batch_size))
+    fixed = memory.fixed
+    if memory.activations is not None and fixed * (1 + RESERVE) < free:
+        room = int((free / (1 + RESERVE) - fixed) // (memory.activations / memory.micro_batch_size))
         if room >= 1:
             ways.append(f"--train.micro-batch-size {room} or fewer (the rest by accumulation)")
     if not job.config.model.checkpoint_blocks:
@@ -195,7 +200,7 @@ def _activations(job: Job, model: nn.Module, mode: FakeTensorMode) -> int | None
     return sum(kept.values())
 
 
-def _available(job: Job) -> tuple[int | None, str]:
+def available(job: Job) -> tuple[int | None, str]:
     """Return the bytes that one rank may take, and where; None where nobody knows."""
     device = job.world.device
     if device.type == "cuda":

@@ -159,6 +159,21 @@ def test_the_table_by_hand():
     assert (two.hours, two.cost) == (pytest.approx(hours), pytest.approx(2 * hours * 3))
 
 
+def test_memory_limits_where_a_larger_micro_batch_would_help_and_does_not_fit():
+    # Half the samples take 80 % of the time: six tenths of a step are the same for any micro-batch.
+    halves = {8: Compute(0.03, 0.06, 0.01), 4: Compute(0.024, 0.048, 0.008)}
+    memory = {"memory_fixed_bytes": 100, "memory_sample_bytes": 10.0, "by_micro_batch": halves, "noise": None}
+    full = facts(**memory, memory_free_bytes=255)
+    assert full.most_samples == 15
+    assert answer(full, 2).limit == "memory: a micro-batch twice as large does not fit (60% of the time at 2 workers)"
+    assert "micro-batches of up to about 15 samples fit" in describe(full)
+    roomy = facts(**memory, memory_free_bytes=260)
+    assert "network" in answer(roomy, 2).limit
+    assert facts().most_samples is None
+    assert "memory" not in describe(facts())
+    assert facts(**memory, memory_free_bytes=50).most_samples == 0
+
+
 def test_a_slow_network_makes_few_workers_and_names_itself():
     quick = answer(facts(network=other_network(GIGABIT, "100gbit,1us")), 64)
     slow = answer(facts(network=other_network(GIGABIT, "100mbit,1us")), 64)
