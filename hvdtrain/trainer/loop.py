@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from hvdtrain.config import Precision
 from hvdtrain.data.dataset import contiguous_share, in_batches
-from hvdtrain.errors import DivergedError, StopRequested
+from hvdtrain.errors import StopRequested
 from hvdtrain.metrics import Stopwatch
 from hvdtrain.noise import Norms, agreement, estimate
-from hvdtrain.schedule import learning_rate
 from hvdtrain.stop import StopRequest
 from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, model_tensors, start_training
 from hvdtrain.trainer.task import Batch, Evaluation, Job
+from hvdtrain.trainer.update import hear, update
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ def is_due(step: int, every: int | None) -> bool:
 def train_step(job: Job, training: Training) -> None:
     """Take one optimizer step along the gradient of the mean loss over the global batch. Collective.
 
-    Where the loss or the gradient of any rank is not finite, no rank updates its weights.
+    Where the loss or the gradient of any rank is not finite, no rank updates its weights; that is told in the step
+    after, or by `hear`.
 
     Raises:
         DivergedError: that has happened `--health.max-skipped-steps` times in a row.
@@ -134,23 +135,7 @@ def train_step(job: Job, training: Training) -> None:
     training.optimizer.synchronize()
     training.buffers.average(world)
     world.progress.enter("update")
-    training.scaler.unscale_(training.optimizer)
-    training.grad_norm = _clip(training.model, job.config.train.max_grad_norm)
-    for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate(job.config.optim, step, job.num_steps) * job.lr_factor
-    # Every rank holds the same averaged gradient: no rank need ask another whether it is finite.
-    is_finite = bool(training.grad_norm.isfinite())
-    if is_finite:
-        training.scaler.step(training.optimizer)
-    training.scaler.update()
-    training.step += 1
-    if is_finite:
-        _note_norms(job, training, len(samples))
-        training.skipped_in_a_row = 0
-        training.window += sums
-        training.window_targets += num_targets
-    else:
-        _skip(job, training, sums)
+    update(job, training, sums, num_targets, len(samples))
 
 
 def _micro_batch(job: Job, training: Training, place: tuple[int, int], positions: Tensor, num_targets: int) -> Tensor:
@@ -195,30 +180,6 @@ def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]
         return job.task.loss(model, batch)
 
 
-def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer."""
-    for parameter in model.parameters():
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            parameter.grad = parameter.grad.coalesce()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    # Of a sparse gradient, the rows that are there.
-    values = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    norm = nn.utils.get_total_norm(values)
-    if max_norm is not None:
-        torch._foreach_mul_(values, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-    return norm
-
-
-def _note_norms(job: Job, training: Training, num_samples: int) -> None:
-    """Add up the norms of which the gradient noise scale is made, of full batches."""
-    square, norm = training.optimizer.mean_square, training.grad_norm
-    if square is None or norm is None or num_samples < job.plan.global_batch_size:
-        return
-    # The optimizer's gradients were unscaled, what the ranks have sent was not.
-    square = square / training.scaler.get_scale() ** 2 if training.scaler.is_enabled() else square
-    training.norms += torch.stack([square, norm.double().square(), torch.ones_like(square)])
-
-
 def noise_metrics(job: Job, training: Training) -> dict[str, float]:
     """Return the gradient noise scale of the window, and how far the ranks' gradients agree, if asked for."""
     small, large, count = training.norms.tolist()
@@ -229,24 +190,6 @@ def noise_metrics(job: Job, training: Training) -> dict[str, float]:
     signal, variance = estimate([norms], batch / size, batch)
     noise = variance / signal if signal > 0 else math.inf
     return {"train/noise_scale": noise, "train/gradient_agreement": agreement(norms, size)}
-
-
-def _skip(job: Job, training: Training, sums: Tensor) -> None:
-    """Count and tell that this step was skipped. Collective."""
-    training.skipped += 1
-    training.skipped_in_a_row += 1
-    loss = float(sums[job.task.metrics.index("loss")])
-    losses = job.world.all_gather_object(loss, "skip")
-    ranks = [str(rank) for rank, loss in enumerate(losses) if not torch.tensor(loss).isfinite()]
-    who = f"the loss on rank {', '.join(ranks)}" if ranks else "the gradient"
-    scale = f"; the loss scale is now {training.scaler.get_scale():g}" if training.scaler.is_enabled() else ""
-    job.log.say(f"WARNING: step {training.step} is skipped on all ranks: {who} is not finite{scale}")
-    if training.skipped_in_a_row >= job.config.health.max_skipped_steps:
-        raise DivergedError(
-            f"{training.skipped_in_a_row} steps in a row were skipped, up to step {training.step}: {who} is not finite."
-            f" The checkpoints in {job.run_dir} are good; try a lower --optim.peak-lr, a longer --optim.warmup-steps or"
-            " --train.precision fp32, and look at the data of these steps"
-        )
 
 
 def evaluate(job: Job, model: nn.Module, request: StopRequest | None = None) -> dict[str, float]:
@@ -296,7 +239,12 @@ def _means(
 
 
 def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:
-    """Return the means since the last logged step, and begin a new window. Collective."""
+    """Return the means since the last logged step, and begin a new window. Collective.
+
+    Raises:
+        DivergedError: as `train_step`.
+    """
+    hear(job, training)
     sums = job.world.all_reduce(training.window, "sum", "train.metrics").tolist()
     metrics: dict[str, float] = {}
     if training.window_targets:

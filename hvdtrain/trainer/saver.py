@@ -15,6 +15,7 @@ from hvdtrain.checkpoint import Retention, model_weights, save_checkpoint
 from hvdtrain.errors import CheckpointError
 from hvdtrain.trainer.state import Training, training_state
 from hvdtrain.trainer.task import Job
+from hvdtrain.trainer.update import hear
 
 
 class Saver:
@@ -33,7 +34,12 @@ class Saver:
         self._has_saved = False
 
     def save(self, training: Training, evaluated: Mapping[str, float]) -> None:
-        """Begin to save; waits for the save before. `evaluated` is what these weights reached, if known. Collective."""
+        """Begin to save; waits for the save before. `evaluated` is what these weights reached, if known. Collective.
+
+        Raises:
+            DivergedError: as `train_step`.
+        """
+        hear(self._job, training)
         started = time.perf_counter()
         self._job.world.progress.enter("saving")
         windows = torch.stack(self._job.world.all_gather_object(training.window.cpu(), "save.window"))

@@ -30,6 +30,19 @@ FREE_TO_CHANGE = (
 _COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a step's gradient was finite, and what counts if it was."""
+
+    step: int
+    is_finite: Tensor
+    """On its way to the host, bool, a scalar."""
+    arrived: torch.cuda.Event | None
+    sums: Tensor
+    """This rank's, of `Task.metrics`, float64 `(len(metrics),)`."""
+    num_targets: int
+
+
 @dataclass
 class Training:
     """Model, optimizer and counters."""
@@ -56,6 +69,8 @@ class Training:
     skipped: int = 0
     """Steps of the window whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0
+    verdict: Verdict | None = None
+    """On the last step, which is counted when it is heard."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
 

@@ -53,19 +53,42 @@ def test_horovod_has_nccl_where_there_are_several():
     assert "[X] NCCL" in done.stdout
 
 
-def test_the_estimate_of_memory_is_near_the_peak():
-    """Weights, gradients, optimizer and activations of a step, against torch's own count."""
+def language_model():
+    """Return the settled job of the default recipe on this GPU."""
     from hvdtrain.dist import SoloWorld
     from hvdtrain.launch import Launch
     from hvdtrain.metrics import MetricLog
     from hvdtrain.recipes.lm import lm
-    from hvdtrain.trainer import settle, train_step
-    from hvdtrain.trainer.memory import estimate
-    from hvdtrain.trainer.state import start_training
+    from hvdtrain.trainer import settle
 
     recipe = lm()
     world = SoloWorld(torch.device("cuda", 0), Launch("none"))
-    job = settle(recipe.build(lambda line: None), recipe, world, Path("none"), MetricLog(None, []))
+    return settle(recipe.build(lambda line: None), recipe, world, Path("none"), MetricLog(None, []))
+
+
+def test_a_step_does_not_wait_for_the_gpu():
+    from hvdtrain.trainer import train_step
+    from hvdtrain.trainer.state import start_training
+
+    job = language_model()
+    training = start_training(job)
+    for _ in range(3):
+        train_step(job, training)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            train_step(job, training)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_estimate_of_memory_is_near_the_peak():
+    """Weights, gradients, optimizer and activations of a step, against torch's own count."""
+    from hvdtrain.trainer import train_step
+    from hvdtrain.trainer.memory import estimate
+    from hvdtrain.trainer.state import start_training
+
+    job = language_model()
     expected = estimate(job)
     torch.cuda.reset_peak_memory_stats()
     training = start_training(job)

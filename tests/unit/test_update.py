@@ -1,0 +1,111 @@
+"""Steps that are not finite leave no trace, and a step asks the device nothing that it would have to wait for."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hvdtrain.config import Config, HealthConfig, OptimConfig, TrainConfig
+from hvdtrain.data.dataset import TensorSamples
+from hvdtrain.dist import SoloWorld
+from hvdtrain.errors import DivergedError
+from hvdtrain.launch import Launch
+from hvdtrain.metrics import MetricLog, Stopwatch
+from hvdtrain.trainer import Task, settle, train_step
+from hvdtrain.trainer.loop import window_metrics
+from hvdtrain.trainer.state import model_tensors, start_training
+
+ADAMW, LOOP, SGD = OptimConfig(), OptimConfig(kernel="loop"), OptimConfig(name="sgd")
+
+
+class Said(MetricLog):
+    """Keeps what was said."""
+
+    def __init__(self):
+        super().__init__(None, [])
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def start(tmp_path, optim, bad=(), most=20):
+    """Begin a training of one sample a step, in order, whose samples at `bad` are not finite."""
+    x = torch.arange(1.0, 9).view(8, 1)
+    x[list(bad)] = math.nan
+    data = TensorSamples(x, 2 * x)
+
+    def loss(model, batch):
+        return {"loss": ((model(batch[0]) - batch[1]) ** 2).sum()}
+
+    torch.manual_seed(0)
+    task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss=loss)
+    train, health = TrainConfig(steps=8, global_batch_size=1), HealthConfig(max_skipped_steps=most)
+    config = Config(train=train, optim=optim, health=health)
+    job = settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), tmp_path, Said())
+    return job, start_training(job)
+
+
+def order_of(job):
+    return [int(job.order.global_batch(step)) for step in range(8)]
+
+
+@pytest.mark.parametrize("optim", [ADAMW, LOOP, SGD], ids=["adamw", "adamw, loop", "sgd"])
+def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, optim):
+    bad = order_of(start(tmp_path, optim)[0])[3:5]
+    job, training = start(tmp_path, optim, bad)
+    stopwatch = Stopwatch(0)
+    for step in range(8):
+        tensors = {**model_tensors(training.model), **states(training)}
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        train_step(job, training)
+        after = {**model_tensors(training.model), **states(training)}
+        assert (step in (3, 4)) == (before.keys() == after.keys() and all(before[n].equal(after[n]) for n in before))
+    assert [line.split(":")[1].split(" is")[0] for line in job.log.lines] == [" step 4", " step 5"]
+    metrics = window_metrics(job, training, stopwatch)
+    assert math.isfinite(metrics["train/loss"])
+    assert metrics["train/skipped_steps"] == 2
+
+
+def states(training):
+    """Return the optimizer's tensors by parameter and name."""
+    state = training.optimizer.state_dict()["state"]
+    return {(i, key): torch.as_tensor(v) for i, entry in state.items() for key, v in entry.items() if v is not None}
+
+
+def test_the_last_step_is_heard_before_anything_is_logged(tmp_path):
+    bad = order_of(start(tmp_path, ADAMW)[0])[:2]
+    job, training = start(tmp_path, ADAMW, bad, most=2)
+    train_step(job, training)
+    train_step(job, training)
+    with pytest.raises(DivergedError, match="2 steps in a row were skipped, up to step 2: the loss on rank 0"):
+        window_metrics(job, training, Stopwatch(0))
+
+
+class Questions(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def questions_in_a_step(tmp_path, optim):
+    job, training = start(tmp_path, optim)
+    for _ in range(3):
+        train_step(job, training)
+    with Questions() as questions:
+        train_step(job, training)
+    return questions.count
+
+
+def test_a_step_waits_for_no_device(tmp_path):
+    """The one question is for the verdict on the step before, which has long arrived on the host."""
+    assert questions_in_a_step(tmp_path, ADAMW) == 1
+    assert questions_in_a_step(tmp_path, LOOP) > 1
