@@ -30,10 +30,9 @@ import machine  # noqa: E402
 import hvdtrain  # noqa: E402
 from hvdtrain.checkpoint import list_checkpoints  # noqa: E402
 from hvdtrain.config import CheckpointConfig, TrainConfig  # noqa: E402
-from hvdtrain.data.text import TextConfig  # noqa: E402
 from hvdtrain.metrics import MetricLog  # noqa: E402
 from hvdtrain.models.decoder import DecoderConfig  # noqa: E402
-from hvdtrain.recipes.lm import lm  # noqa: E402
+from hvdtrain.recipes.lm import StreamConfig, lm  # noqa: E402
 from hvdtrain.trainer import settle, train_step  # noqa: E402
 from hvdtrain.trainer.saver import Saver  # noqa: E402
 from hvdtrain.trainer.state import start_training  # noqa: E402
@@ -49,7 +48,7 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
         lm(),
         train=TrainConfig(steps=10**6, global_batch_size=2 * world.size),
         model=DecoderConfig(num_layers=given.layers, hidden_size=given.hidden_size, num_heads=8),
-        data=TextConfig(sequence_length=64, val_fraction=0.01),
+        data=StreamConfig(sequence_length=64, val_fraction=0.01),
         checkpoint=CheckpointConfig(keep_last=1),
     )
     task = recipe.build(lambda text: None)

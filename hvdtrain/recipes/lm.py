@@ -14,23 +14,42 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
 
 from hvdtrain.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
+from hvdtrain.data.packed import same_document
 from hvdtrain.data.text import PreparedText, TextConfig, prepare_text
 from hvdtrain.data.tokenizer import BYTE_VOCAB_SIZE, write_tokenizer
 from hvdtrain.data.windows import TokenWindows
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
 from hvdtrain.models.ngram import TrigramModel
 from hvdtrain.models.sampling import Sampling, sample
 from hvdtrain.recipes.choices import choice_evaluation
 from hvdtrain.trainer import Evaluation, Recipe, Task
+from hvdtrain.trainer.task import Batch
 
 _SAMPLE_TOKENS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(TextConfig):
+    """Text to train on, as one stream that is cut into samples."""
+
+    packing: Literal["stream", "documents"] = "stream"
+    """What a token sees of the documents before its own in a sample. stream: all of them, which is the fastest, and
+    what GPT-2 and nanoGPT do; documents: nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.packing == "documents" and (self.path or "").endswith(".bin"):
+            raise ConfigError(
+                f"packing = documents needs text: nothing in {self.path} says which token begins a document"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +57,7 @@ class LanguageModel(Recipe):
     """A decoder that predicts the next token of text."""
 
     model: DecoderConfig = field(default_factory=DecoderConfig)
-    data: TextConfig = field(default_factory=TextConfig)
+    data: StreamConfig = field(default_factory=StreamConfig)
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Prepare the text, once per host, and build the decoder for its vocabulary."""
@@ -50,7 +69,7 @@ class LanguageModel(Recipe):
             model=model,
             train_data=TokenWindows(text.train_path, text.dtype, length),
             val_data=TokenWindows(text.val_path, text.dtype, length),
-            loss=_loss,
+            loss=self._loss(text),
             evaluations=self._questions(text, length),
             unit="tokens",
             summarize=lambda means: _with_bits_per_byte(means, bytes_per_token),
@@ -71,6 +90,19 @@ class LanguageModel(Recipe):
         if tokenizer.exists() and (data.tokenizer == "bpe" or read_shape(folder).vocab_size != BYTE_VOCAB_SIZE):
             data = dataclasses.replace(data, tokenizer=str(tokenizer))
         return dataclasses.replace(self, model=dataclasses.replace(self.model, **given), data=data)
+
+    def _loss(self, text: PreparedText) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
+        """Return the loss of a batch of tokens and targets."""
+        if self.data.packing == "stream" or text.tokenizer is None:
+            return lambda model, batch: {"loss": model(*batch)}
+        eot = text.tokenizer.eot
+
+        def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+            tokens, targets = batch
+            documents = (tokens == eot).cumsum(1)  # each begins with the token that ended the one before
+            return {"loss": model(tokens, targets, seen=same_document(documents))}
+
+        return loss
 
     def _questions(self, text: PreparedText, length: int) -> tuple[Evaluation, ...]:
         path, tokenizer = self.eval.choices, text.tokenizer
@@ -110,7 +142,7 @@ def lm() -> LanguageModel:
         eval=EvalConfig(every=250),
         checkpoint=CheckpointConfig(every=250),
         model=DecoderConfig(num_layers=3, hidden_size=128, num_heads=4),
-        data=TextConfig(sequence_length=128, val_fraction=0.01),
+        data=StreamConfig(sequence_length=128, val_fraction=0.01),
     )
 
 
@@ -122,7 +154,7 @@ def lm_124m() -> LanguageModel:
         eval=EvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
         model=DecoderConfig(num_layers=12, hidden_size=768, num_heads=12),
-        data=TextConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=1024),
+        data=StreamConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=1024),
     )
 
 
@@ -134,18 +166,13 @@ def lm_1b() -> LanguageModel:
         eval=EvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
         model=DecoderConfig(num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192),
-        data=TextConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
+        data=StreamConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
     )
 
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     logits: Tensor = model(tokens)
     return logits
-
-
-def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    tokens, targets = batch
-    return {"loss": model(tokens, targets)}
 
 
 def _with_bits_per_byte(means: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:

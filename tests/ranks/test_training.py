@@ -20,14 +20,13 @@ from hvdtrain.config import (
     OptimConfig,
     TrainConfig,
 )
-from hvdtrain.data.text import TextConfig
 from hvdtrain.data.vision import VisionConfig
 from hvdtrain.dist import SoloWorld
 from hvdtrain.errors import DivergedError
 from hvdtrain.launch import Launch
 from hvdtrain.metrics import MetricLog
 from hvdtrain.models.decoder import DecoderConfig
-from hvdtrain.recipes.lm import LanguageModel
+from hvdtrain.recipes.lm import LanguageModel, StreamConfig
 from hvdtrain.recipes.mnist import Digits
 from hvdtrain.trainer import fit, settle
 
@@ -55,7 +54,7 @@ def language_model(text, *, tied=True, **train):
         train=TrainConfig(**{"steps": 20, "global_batch_size": 8, "precision": "fp64", **train}),
         optim=OptimConfig(peak_lr=1e-2, warmup_steps=3),
         model=DecoderConfig(num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, tie_embeddings=tied),
-        data=TextConfig(path=str(text / "*.txt"), sequence_length=200, cache_dir=str(text / "cache")),
+        data=StreamConfig(path=str(text / "*.txt"), sequence_length=200, cache_dir=str(text / "cache")),
     )
 
 

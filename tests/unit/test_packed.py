@@ -12,7 +12,8 @@ from hvdtrain.data.chat import DocumentReader
 from hvdtrain.data.corpus import Document
 from hvdtrain.data.packed import PackedDocuments, TokenizedDocument, same_document, write_packed
 from hvdtrain.data.windows import IGNORED
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.models.decoder import DecoderConfig
 
 
 def packed(folder, documents, length, digest="x"):
@@ -185,3 +186,50 @@ def test_lines_that_cannot_be_used_are_named(tmp_path, line, message):
     tokenizer = make_tokenizer(tmp_path)
     with pytest.raises(DataError, match=message):
         read(tmp_path, [{"text": "good"}, line], tokenizer)
+
+
+def test_no_document_of_the_native_model_sees_another(tmp_path):
+    """The stream of `lm`, cut into samples, with --data.packing documents."""
+    from hvdtrain.recipes.lm import LanguageModel, StreamConfig
+
+    words = {"a.txt": "one two three", "b.txt": "four five six seven", "c.txt": "eight nine ten"}
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name, text in words.items():
+        (folder / name).write_text(text)
+    (tmp_path / "held_out.txt").write_text("eleven twelve thirteen fourteen fifteen, and some more of them")
+    length = sum(len(text) + 1 for text in words.values())
+    config = StreamConfig(
+        path=str(folder),
+        val_path=str(tmp_path / "held_out.txt"),
+        sequence_length=length,
+        cache_dir=str(tmp_path / "cache"),
+        packing="documents",
+    )
+    model = DecoderConfig(num_layers=2, hidden_size=32, num_heads=4)
+    task = LanguageModel(data=config, model=model).build(lambda line: None)
+    tokens, targets = task.train_data.batch(torch.tensor([0]))
+    document = (tokens == 256).cumsum(1)
+    assert document.max() == 3
+    changed = torch.where((document == 2) & (tokens != 256), (tokens + 7) % 256, tokens)
+
+    def losses(tokens, only):
+        return task.loss(task.model, (tokens, torch.where(document == only, targets, IGNORED)))["loss"]
+
+    with torch.no_grad():
+        for parameter in task.model.parameters():  # away from the first weights, where attention is all but uniform
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 5)
+        for unchanged in (1, 3):
+            assert torch.equal(losses(tokens, unchanged), losses(changed, unchanged))
+        assert not torch.equal(losses(tokens, 2), losses(changed, 2))
+        # And a document is what it would be alone.
+        last = document[0] == 3
+        alone = task.model(tokens[:, last], targets[:, last])
+        torch.testing.assert_close(losses(tokens, 3), alone, rtol=1e-5, atol=1e-4)
+
+
+def test_a_token_file_has_no_documents(tmp_path):
+    from hvdtrain.recipes.lm import StreamConfig
+
+    with pytest.raises(ConfigError, match="which token begins a document"):
+        StreamConfig(path="train.bin", val_path="val.bin", packing="documents")
