@@ -5,12 +5,14 @@ Standard library only: this runs before torch is imported.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _YIELD = "OMPI_MCA_mpi_yield_when_idle"
 
 
@@ -106,7 +108,22 @@ def prepare_process(environ: MutableMapping[str, str] = os.environ) -> Launch:
         environ.setdefault(_YIELD, "1")
     # Gradients travel in buckets of a fixed layout; fusing them further would depend on timing (dist/optimizer.py).
     environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    if not any(name.startswith("MALLOC_") for name in environ):
+        _keep_memory()
     return launch
+
+
+def _keep_memory() -> None:
+    """Have glibc keep up to 1 GiB that was freed: each step's activations take the places of the last one's.
+
+    It would give them back to the system, and be handed the pages one by one, zeroed, in every step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return
+    for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        mallopt(parameter, 2**30)
 
 
 def int_or(text: str | None, default: int) -> int:

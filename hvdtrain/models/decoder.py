@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hvdtrain.config import ModelConfig
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 
 _INIT_STD = 0.02
@@ -115,14 +116,20 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights(seed)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: Cache | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         """Map tokens, int64 `(B, T)`, to logits `(B, T, V)`; position t sees tokens 0 to t and predicts token t + 1.
 
         Given targets, int64 `(B, T)`, return their summed cross entropy in nats instead; then, where the vocabulary is
         large, the logits never exist all at once. Given a cache, the tokens follow those that it holds, and are put
-        into it.
+        into it. Given `seen`, bool `(B, 1, T, T)`, position t sees the tokens j with `seen[b, 0, t, j]` and no others.
         """
-        hidden = self.model(tokens, cache)
+        hidden = self.model(tokens, cache, seen)
         if targets is not None:
             chunk = self.config.loss_chunk or max(1, _LOSS_BYTES // (4 * self.vocab_size))
             if targets.numel() > chunk:
@@ -167,16 +174,16 @@ class _Body(nn.Module):
         self.config = config
         self.embed_tokens = _Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, seen: Tensor | None = None) -> Tensor:
         """Map tokens, int64 `(B, T)`, to hidden states `(B, T, C)`."""
         x: Tensor = self.embed_tokens(tokens)
         length = tokens.shape[1]
         positions = torch.arange(length, device=x.device) if cache is None else cache.begin(length)
         rope = rotary_tables(positions, self.config.head_size, self.config.rope_theta, like=x)
         for i, block in enumerate(self.layers):
-            x = block(x, rope) if cache is None else block(x, rope, cache.layers[i])
+            x = block(x, rope, seen) if cache is None else block(x, rope, cache.mask, cache.layers[i])
         normed: Tensor = self.norm(x)
         return normed
 
@@ -186,14 +193,16 @@ class _Block(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = _Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = _FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Tensor | None = None, past: LayerCache | None = None
+    ) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, past)
+        x = x + self.self_attn(self.input_layernorm(x), rope, seen, past)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -211,17 +220,18 @@ class _Attention(nn.Module):
         self.v_proj = _Linear(C, config.kv_heads * D)
         self.o_proj = _Linear(config.num_heads * D, C)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], past: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Tensor | None = None, past: LayerCache | None = None
+    ) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, H, D)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, K, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mask = None
         if past is not None:
-            k, v, mask = past.extend(k, v)
+            k, v = past.extend(k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped
+            q, k, v, seen, is_causal=seen is None, enable_gqa=self.grouped
         )  # (B, H, T, D)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
@@ -256,6 +266,7 @@ class Cache:
         self._padding = padding
         self.length = 0
         self.mask: Tensor | None = None
+        """Who sees whom, bool `(B, 1, T, length)`, for the tokens of the last `begin`."""
         shape = (len(padding), config.kv_heads, max_length, config.head_size)
         self.layers = [LayerCache(self, shape, like) for _ in range(config.num_layers)]
 
@@ -277,13 +288,12 @@ class LayerCache:
         self._cache = cache
         self._keys, self._values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in new keys and values, `(B, K, T, D)`; return all, `(B, K, length, D)`, and who sees whom."""
-        length, mask = self._cache.length, self._cache.mask
-        assert mask is not None
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in new keys and values, `(B, K, T, D)`; return all, `(B, K, length, D)`."""
+        length = self._cache.length
         start = length - keys.shape[2]
         self._keys[:, :, start:length], self._values[:, :, start:length] = keys, values
-        return self._keys[:, :, :length], self._values[:, :, :length], mask
+        return self._keys[:, :, :length], self._values[:, :, :length]
 
 
 def rotary_tables(positions: Tensor, head_size: int, theta: float, *, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,13 +309,6 @@ def rotary_tables(positions: Tensor, head_size: int, theta: float, *, like: Tens
     angles = positions.to(dtype)[..., None, None] * theta**-exponents  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each head of `x`, `(B, T, heads, D)`, by its position, with the tables of `rotary_tables`."""
-    cos, signed_sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), signed_sin).to(x.dtype)
 
 
 class _Linear(nn.Linear):

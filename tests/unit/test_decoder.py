@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.decoder import Decoder, DecoderConfig, rotary_tables, rotate
+from hvdtrain.models.decoder import Decoder, DecoderConfig, rotary_tables
+from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
 
 VOCAB_SIZE = 61
@@ -97,6 +98,20 @@ def test_rotation_is_a_product_of_complex_numbers() -> None:
         angle = torch.arange(T, dtype=torch.float64) * theta ** (-2 * i / D)
         expected = pair * torch.polar(torch.ones_like(angle), angle)[:, None]
         torch.testing.assert_close(torch.complex(turned[..., i], turned[..., i + D // 2]), expected, rtol=0, atol=1e-13)
+
+
+def test_gradients_of_norm_and_rotation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    tables = rotary_tables(torch.arange(5), 8, 100.0, like=x)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, tables), [x])
+    ours, torchs = RMSNorm(8, eps=0.1, dtype=torch.float64), torch.nn.RMSNorm(8, eps=0.1, dtype=torch.float64)
+    for norm in (ours, torchs):
+        norm.weight.data = torch.linspace(-1, 2, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), torchs(x), rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(ours, {"weight": w}, (x,)), [x, ours.weight]
+    )
 
 
 def test_grouped_heads_equal_repeated_ones() -> None:
