@@ -13,10 +13,12 @@ data rather than the model. It is an estimate for the part of the training in wh
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 _RESAMPLES = 1000
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class NoiseScale:
     low: float
     high: float
     measurements: int
+    is_whole_training: bool = False
+    """It stands for all of a training, not for the part of it in which it was measured."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,42 @@ def noise_scale(norms: Sequence[Norms], small_batch: float, large_batch: float, 
         signal, variance = estimate(chosen, small_batch, large_batch)
         return max(0.0, variance / signal) if signal > 0 else float("inf")
 
-    draws = random.Random(seed)
-    resampled = sorted(ratio(draws.choices(norms, k=len(norms))) for _ in range(_RESAMPLES))
-    low, high = resampled[int(0.05 * _RESAMPLES)], resampled[int(0.95 * _RESAMPLES)]
+    low, high = _interval(norms, ratio, seed)
     return NoiseScale(ratio(norms), low, high, len(norms))
+
+
+def noise_of_training(scales: Sequence[tuple[int, float]], batch: float, seed: int = 0) -> NoiseScale:
+    """Return the one noise scale that stands for a training, while its own grows from window to window.
+
+    n steps with a batch of B samples, at a noise scale N, made the progress of n / (1 + N / B) steps with unlimited
+    batches, each of which takes 1 + N / b steps with a batch of b. Summed over the windows that is S_min (1 + mean / b)
+    with the mean of N weighted by that progress: equation 2.7 once more.
+
+    Args:
+        scales: steps and noise scale (samples, may be infinite) of each window.
+        batch: B, samples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not scales:
+        raise ValueError("no window has a noise scale")
+
+    def mean(chosen: Sequence[tuple[int, float]]) -> float:
+        progress = sum(steps / (1 + noise / batch) for steps, noise in chosen)
+        weighted = sum(steps / (1 / noise + 1 / batch) for steps, noise in chosen if noise > 0)
+        return weighted / progress if progress > 0 else float("inf")
+
+    low, high = _interval(scales, mean, seed)
+    return NoiseScale(mean(scales), low, high, len(scales), is_whole_training=True)
+
+
+def _interval(values: Sequence[_T], figure: Callable[[Sequence[_T]], float], seed: int) -> tuple[float, float]:
+    """Return what a figure of resampled values lies between with 90 % confidence (the percentile bootstrap)."""
+    draws = random.Random(seed)
+    resampled = sorted(figure(draws.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    return resampled[int(0.05 * _RESAMPLES)], resampled[int(0.95 * _RESAMPLES)]
 
 
 def estimate(norms: Sequence[Norms], small_batch: float, large_batch: float) -> tuple[float, float]:

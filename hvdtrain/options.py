@@ -78,6 +78,8 @@ class PlanOptions(RecipeOptions):
     """Also write plan.json and plan.html to this directory."""
     noise_steps: int = 100
     """Steps that are trained to measure the gradient noise scale in the second half of them; 0: it is not measured."""
+    noise_from: Path | None = None
+    """Directory of a training run with --health.noise-scale: its noise scale, over all of it, is used."""
     from_: Path | None = None
     """Answer from a plan.json, or a directory with one, instead of measuring."""
 

@@ -17,10 +17,11 @@ from hvdtrain.dist import World, watched
 from hvdtrain.environment import describe_environment, describe_rank
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricLog
-from hvdtrain.noise import noise_scale
+from hvdtrain.noise import NoiseScale, noise_scale
 from hvdtrain.options import PlanOptions
 from hvdtrain.plan import measure
 from hvdtrain.plan.answer import Answer, Facts, answer, predict
+from hvdtrain.plan.logged import noise_of_run
 from hvdtrain.plan.network import Controller, Network, fit, other_network
 from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
 from hvdtrain.trainer import Job, Recipe, Task, settle
@@ -34,7 +35,7 @@ _STRAGGLER = 1.15
 def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
     """Answer `plan RECIPE`; returns the exit code. Collective, but for `--from`."""
     if options.from_ is not None:
-        facts = load_json(options.from_)
+        facts = _with_noise(load_json(options.from_), _logged_noise(options))
         _tell(_ask(facts, options), options, {}, sys.stdout.write)
         return 0
     return watched(
@@ -46,18 +47,28 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
 
 def _plan(name: str, recipe: Recipe, options: PlanOptions, world: World) -> int:
     say = sys.stdout.write if world.rank == 0 else _say_nothing
+    logged = world.together(lambda: _logged_noise(options) if world.rank == 0 else None, "plan.noise")
     task = world.together(lambda: recipe.build(lambda line: _say(say, line)), "plan.build")
     job = world.together(lambda: _job(recipe, task, world), "plan.settle")
     everyone = world.all_gather_object((socket.gethostname(), describe_rank(world.device)), "plan.ranks")
     hosts = [host for host, _ in everyone]
     ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
     _say(say, f"hvdtrain {__version__}: plan {name}, measured on {ranks} of {len(set(hosts))} hosts, {job.plan}")
-    facts = _measure(name, recipe, task, job, world, hosts, options)
+    facts = _measure(name, recipe, task, job, world, hosts, 0 if options.noise_from else options.noise_steps)
+    facts = _with_noise(facts, world.broadcast_object(logged, "plan.noise"))
     _say(say, describe(facts))
-    environment = describe_environment(world.launch.launcher, [rank for _, rank in everyone])
     given = world.together(lambda: _ask(facts, options, world.size), "plan.answer")
+    environment = describe_environment(world.launch.launcher, [rank for _, rank in everyone])
     world.together(lambda: _tell(given, options, environment, say) if world.rank == 0 else None, "plan.write")
     return 0
+
+
+def _logged_noise(options: PlanOptions) -> NoiseScale | None:
+    return None if options.noise_from is None else noise_of_run(options.noise_from)
+
+
+def _with_noise(facts: Facts, noise: NoiseScale | None) -> Facts:
+    return facts if noise is None else dataclasses.replace(facts, noise=noise)
 
 
 def _job(recipe: Recipe, task: Task, world: World) -> Job:
@@ -67,7 +78,7 @@ def _job(recipe: Recipe, task: Task, world: World) -> Job:
 
 
 def _measure(
-    name: str, recipe: Recipe, task: Task, job: Job, world: World, hosts: list[str], options: PlanOptions
+    name: str, recipe: Recipe, task: Task, job: Job, world: World, hosts: list[str], noise_steps: int
 ) -> Facts:
     """Measure everything; the same facts on every rank. Collective."""
     micro, per_host = job.plan.micro_batch_size, hosts.count(hosts[0])
@@ -83,7 +94,7 @@ def _measure(
     buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20, itemsize)
     buckets = world.broadcast_object(buckets, "plan.buckets")
     network, fp16, plain = _network(world, hosts, buckets, recipe.comm.compression == "fp16")
-    norms, small, large = measure.gradient_norms(own, training, world, options.noise_steps)
+    norms, small, large = measure.gradient_norms(own, training, world, noise_steps)
     # The first steps of all have gradients of their own kind.
     noise = noise_scale(norms[len(norms) // 2 :], small, large) if norms else None
     samples = job.order.global_batch(0)

@@ -95,9 +95,11 @@ def describe(facts: Facts) -> str:
             )
     if facts.noise is not None:
         noise = facts.noise
+        near_beginning = f"from {noise.measurements} steps near the beginning; it grows while a model learns"
+        whole = f"over a training, from {noise.measurements} windows of it"
         lines.append(
-            f"batch:      gradient noise scale {noise.samples:,.3g} samples [{noise.low:,.3g}, {noise.high:,.3g}], from"
-            f" {noise.measurements} steps near the beginning; it grows while a model learns"
+            f"batch:      gradient noise scale {noise.samples:,.3g} samples [{noise.low:,.3g}, {noise.high:,.3g}],"
+            f" {whole if noise.is_whole_training else near_beginning}"
         )
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """The plan's models against problems whose answer is known."""
 
+import dataclasses
 import json
 import math
 import random
@@ -7,9 +8,11 @@ import random
 import pytest
 import torch
 
+from hvdtrain.checkpoint import Manifest
 from hvdtrain.errors import ConfigError
-from hvdtrain.noise import NoiseScale, Norms, agreement, noise_scale, steps_ratio
+from hvdtrain.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
 from hvdtrain.plan.answer import Facts, answer, compute_on, worker_counts
+from hvdtrain.plan.logged import noise_of_run
 from hvdtrain.plan.measure import groups_of
 from hvdtrain.plan.network import Layout, Network, Timing, fit, other_network
 from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
@@ -100,6 +103,37 @@ def test_the_noise_scale_of_a_linear_regression_with_known_covariance():
     assert found.samples == pytest.approx(variance / signal, rel=0.1)
     assert found.low < variance / signal < found.high
     assert found.high - found.low < 0.4 * found.samples
+
+
+def test_the_noise_scale_of_a_training_sums_up_that_of_its_windows():
+    """Windows with their own noise scales, trained with one batch, predict the steps of another one exactly."""
+    scales, batch, other = [(10, 4.0), (20, 50.0), (5, 0.0), (40, 300.0)], 32.0, 8.0
+    steps = sum(n / (1 + noise / batch) * (1 + noise / other) for n, noise in scales)
+    found = noise_of_training(scales, batch)
+    assert steps_ratio(found.samples, other, batch) == pytest.approx(steps / 75)
+    assert found.low <= found.samples <= found.high
+    # Nothing but noise: progress is in proportion to samples.
+    assert noise_of_training([(10, math.inf)], batch).samples == math.inf
+    assert math.isfinite(noise_of_training([*scales, (10, math.inf)], batch).samples)
+    with pytest.raises(ValueError, match="no window"):
+        noise_of_training([], batch)
+
+
+def test_the_noise_scale_that_a_run_has_logged(tmp_path):
+    step = tmp_path / "checkpoints" / "step-00000030"
+    step.mkdir(parents=True)
+    manifest = Manifest(step=30, samples=960, world_size=2, sha256={}, global_batch_size=32, micro_batch_size=16)
+    (step / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    lines = [{"step": 10, "train/noise_scale": 4.0}, {"step": 20, "val/loss": 1.0}, {"step": 30}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(ConfigError, match="nowhere"):
+        noise_of_run(tmp_path / "nowhere")
+    lines[2]["train/noise_scale"] = None  # infinite: no gradient was left
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    assert noise_of_run(tmp_path).samples == noise_of_training([(10, 4.0), (20, math.inf)], 32).samples
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
+    with pytest.raises(ConfigError, match=r"train it with --health\.noise-scale"):
+        noise_of_run(tmp_path)
 
 
 def test_noise_without_a_signal_and_without_noise():
