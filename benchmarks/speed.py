@@ -1,6 +1,11 @@
 """hvdtrain against a bare Horovod loop, PyTorch DDP and one process: same model, data, precision, threads, clipping.
 
     python benchmarks/speed.py --ranks 2 --steps 60 --repeats 5
+    python benchmarks/speed.py --ranks 1 --nanogpt DIR --runners hvdtrain nanogpt
+
+With a clone of github.com/karpathy/nanoGPT, its model of the same layers, width and length is trained by the loop of
+its train.py: random windows, the next batch read between forward and backward, AdamW of its own choosing. The inner
+width of our feed-forward layers then makes both models equally large.
 
 Each runner is launched in turn, `--repeats` times; a launch gives the median time of a step, without warm-up.
 Ratios are of launches that followed each other. hvdtrain is the command that users type; the others are the shortest
@@ -23,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 WINDOW = 5  # steps whose mean is one measurement, as hvdtrain logs them
-RUNNERS = ("hvdtrain", "horovod", "ddp", "one process")
+RUNNERS = ("hvdtrain", "horovod", "ddp", "one process", "nanogpt")
 
 
 def settings(given: argparse.Namespace) -> list[str]:
@@ -34,16 +39,17 @@ def settings(given: argparse.Namespace) -> list[str]:
         *("--train.micro-batch-size", str(given.batch), "--train.accum-steps", "1", "--optim.warmup-steps", "0"),
         *("--log.every", str(WINDOW), "--eval.every", "1000000", "--checkpoint.every", "1000000"),
         *("--train.precision", given.precision),
+        *(("--model.intermediate-size", str(given.intermediate_size)) if given.intermediate_size else ()),
     ]
 
 
 def launcher(runner: str, given: argparse.Namespace) -> list[str]:
     """Return the command that starts this runner's ranks."""
     ranks = str(given.ranks)
-    if runner == "ddp":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    if runner == "one process":
+    if runner == "one process" or given.ranks == 1:
         return [sys.executable]
+    if runner in ("ddp", "nanogpt"):
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     if given.controller == "gloo":
         return ["horovodrun", "--gloo", "-np", ranks, sys.executable]
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", ranks, sys.executable]
@@ -59,7 +65,7 @@ def launch(runner: str, given: argparse.Namespace) -> float:
         else:
             own = [f"--{name.replace('_', '-')}={value}" for name, value in vars(given).items() if value is not None]
             command = [*launcher(runner, given), __file__, "--runner", runner, "--times", str(times), *own]
-        if runner != "ddp" and environ.get("OMPI_MCA_mpi_yield_when_idle") is None:
+        if runner not in ("ddp", "nanogpt") and environ.get("OMPI_MCA_mpi_yield_when_idle") is None:
             environ["OMPI_MCA_mpi_yield_when_idle"] = "1"  # as hvdtrain sets it: fair to the bare loop
         done = subprocess.run(command, env=environ, cwd=REPOSITORY, timeout=1800, capture_output=True, text=True)
         if done.returncode:
@@ -128,6 +134,60 @@ def work(runner: str, given: argparse.Namespace) -> None:
         given.times.write_text(json.dumps(windows))
 
 
+def work_as_nanogpt(given: argparse.Namespace) -> None:
+    """Be one rank of nanoGPT's loop on the same text. Writes the mean of each window of steps."""
+    import numpy as np
+    import torch
+
+    from hvdtrain.data.text import TextConfig, prepare_text
+
+    sys.path.insert(0, str(given.nanogpt))
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    is_parallel = given.ranks > 1
+    if is_parallel:
+        torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank() if is_parallel else 0
+    torch.manual_seed(1337 + rank)
+    text = prepare_text(TextConfig(sequence_length=given.length, val_fraction=0.01), lambda line: None)
+    tokens = np.memmap(text.train_path, dtype=text.dtype, mode="r")
+    shape = {"n_layer": given.layers, "n_head": 4, "n_embd": given.hidden_size, "block_size": given.length}
+    model = GPT(GPTConfig(**shape, vocab_size=text.vocab_size, dropout=0.0, bias=False))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    trained = torch.nn.parallel.DistributedDataParallel(model) if is_parallel else model
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16")
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        starts = torch.randint(len(tokens) - given.length, (given.batch,))
+        rows = [torch.from_numpy(tokens[i : i + given.length + 1].astype(np.int64)) for i in starts]
+        both = torch.stack(rows)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    windows, following, started = [], batch(), time.perf_counter()
+    for step in range(given.steps):
+        with autocast:
+            _, loss = trained(*following)
+        following = batch()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % WINDOW == 0:
+            windows.append((time.perf_counter() - started) / WINDOW)
+            started = time.perf_counter()
+    if rank == 0:
+        given.times.write_text(json.dumps(windows))
+
+
+def as_large_as_nanogpt(given: argparse.Namespace) -> int:
+    """Return the multiple of 16 with which the decoder has about, and not more than, the parameters of nanoGPT's model.
+
+    Its feed-forward layers have 8 C^2 parameters, ours 3 C I; it has T C more, for positions.
+    """
+    exact = 8 * given.hidden_size / 3 + given.length / (3 * given.layers)
+    return int(exact) // 16 * 16
+
+
 def main() -> None:
     """Measure, print and write down; or be a rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +195,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each rank")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--intermediate-size", type=int, help="default: the recipe's, or what makes nanoGPT as large")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="samples of a rank")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
@@ -143,15 +204,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runners", nargs="+", default=None, choices=RUNNERS)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT, for the runner of that name")
     parser.add_argument("--runner", choices=RUNNERS, help=argparse.SUPPRESS)
     parser.add_argument("--times", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.runner:
-        work(given.runner, given)
+        work_as_nanogpt(given) if given.runner == "nanogpt" else work(given.runner, given)
         return
     import machine
 
-    output, runners = given.output, given.runners or list(RUNNERS)
+    output, runners = (
+        given.output,
+        given.runners or [runner for runner in RUNNERS if runner != "nanogpt" or given.nanogpt],
+    )
+    if "nanogpt" in runners and given.nanogpt is None:
+        parser.error("the runner nanogpt needs --nanogpt DIR, a clone of github.com/karpathy/nanoGPT")
+    if given.nanogpt:
+        given.nanogpt = given.nanogpt.resolve()
+        given.intermediate_size = given.intermediate_size or as_large_as_nanogpt(given)
     given.output = given.runners = None
     seconds: dict[str, list[float]] = {runner: [] for runner in runners}
     for repeat in range(given.repeats):
@@ -164,12 +234,14 @@ def main() -> None:
         f" {machine.spread([a / b for a, b in zip(ours, times, strict=True)])}"
         for runner, times in seconds.items()
     ]
+    inner = f" (inner width {given.intermediate_size})" if given.intermediate_size else ""
     table = "\n".join(
         (
             machine.describe(),
             "",
-            f"decoder of {given.layers} layers x {given.hidden_size}, {given.batch} x {given.length} tokens a rank,"
-            f" {given.ranks} ranks of {given.threads} thread, {given.precision}, {given.controller};"
+            f"decoder of {given.layers} layers x {given.hidden_size}{inner},"
+            f" {given.batch} x {given.length} tokens a rank, {given.ranks} ranks of {given.threads} thread,"
+            f" {given.precision}, {given.controller};"
             f" {given.repeats} interleaved launches of {given.steps} steps; median [quartiles]",
             "",
             "runner       ms a step                  hvdtrain's time / this one's",
