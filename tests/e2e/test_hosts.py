@@ -6,6 +6,7 @@ import sys
 import hosts
 import pytest
 import torch
+import yaml
 from conftest import BIN, REPOSITORY, environment
 from safetensors.torch import load_file
 
@@ -38,6 +39,10 @@ def weights(run_dir):
     return load_file(run_dir / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
 
 
+def assert_close(ours, theirs):
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6) for name in theirs)
+
+
 @pytest.fixture(scope="module")
 def on_one_host(two_hosts, variables, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("one-host") / "run"
@@ -53,8 +58,7 @@ def test_two_hosts_train_what_one_does(two_hosts, on_one_host, variables, tmp_pa
     done = two_hosts.do("node1", [*LAUNCHERS[launcher], *TRAIN, tmp_path / "run"], timeout=150, **variables)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "on 4 ranks, 2 hosts" in done.stdout
-    ours = weights(tmp_path / "run")
-    assert all(torch.allclose(ours[name], on_one_host[name], rtol=1e-5, atol=1e-6) for name in on_one_host)
+    assert_close(weights(tmp_path / "run"), on_one_host)
 
 
 @pytest.mark.hosts
@@ -70,5 +74,24 @@ def test_the_launch_file_for_several_hosts(two_hosts, on_one_host, variables, tm
     done = two_hosts.do("node1", script, timeout=150, **variables, **site)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "on 4 ranks, 2 hosts" in done.stdout
-    ours = weights(tmp_path / "run")
-    assert all(torch.allclose(ours[name], on_one_host[name], rtol=1e-5, atol=1e-6) for name in on_one_host)
+    assert_close(weights(tmp_path / "run"), on_one_host)
+
+
+@pytest.mark.hosts
+def test_the_launcher_of_the_mpijob_reaches_the_workers(two_hosts, on_one_host, variables, tmp_path):
+    """Its command, with the variables that the operator sets and a host file as the operator writes it."""
+    job = yaml.safe_load((REPOSITORY / "launch" / "mpijob.yaml").read_text())
+    (container,) = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    (tmp_path / "hostfile").write_text("".join(f"{hosts.long_name(name)} slots=2\n" for name in two_hosts.names))
+    of_operator = {
+        "OMPI_MCA_orte_keep_fqdn_hostnames": "true",
+        "OMPI_MCA_orte_default_hostfile": tmp_path / "hostfile",
+        "OMPI_MCA_plm_rsh_args": "-o ConnectionAttempts=10",
+    }
+    (script,) = container["args"]
+    script = script.replace("train lm --run-dir /runs/lm", f"{' '.join(map(str, TRAIN[3:]))} {tmp_path / 'run'}")
+    words = [*container["command"], script]
+    done = two_hosts.do("node1", words, timeout=150, **variables, **of_operator)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "on 4 ranks, 2 hosts" in done.stdout
+    assert_close(weights(tmp_path / "run"), on_one_host)

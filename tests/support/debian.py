@@ -1,15 +1,19 @@
 """Programs that some tests need: found, or installed from Debian's packages where this user may do that."""
 
+import glob
 import os
 import shutil
 import subprocess
 
 
-def why_without(programs, packages):
-    """Return why these programs cannot be had, "" if they are there; installs `packages` where one is missing."""
+def why_without(programs, packages, files=()):
+    """Return why these programs, and files that match patterns, cannot be had, "" if they are there.
+
+    Installs `packages` where one is missing.
+    """
     if os.geteuid() != 0:
         return f"{programs[0]} needs root here"
-    if all(shutil.which(program, path=search_path()) for program in programs):
+    if all(shutil.which(program, path=search_path()) for program in programs) and all(map(glob.glob, files)):
         return ""
     if shutil.which("apt-get") is None:
         return f"{', '.join(programs)}: not installed, and there is no apt-get"

@@ -40,8 +40,13 @@ def why_not():
     return f"no namespaces with network cards: {done.stderr.decode().strip()}" if done.returncode else ""
 
 
+def long_name(name):
+    """Return the other name of a host, like those in Kubernetes: cut at its first dot it is nobody's."""
+    return f"worker-{name}.hvdtrain.default.svc"
+
+
 class Hosts:
-    """node1, node2, ... at 10.88.0.1, 10.88.0.2, ..."""
+    """node1, node2, ... at 10.88.0.1, 10.88.0.2, ...; each has a long name, too."""
 
     def __init__(self, number, path):
         """Make nothing yet; `path` is the PATH of commands that come by ssh."""
@@ -55,7 +60,7 @@ class Hosts:
         for name in ("identity", "host"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name], check=True)
         shutil.copy(self.folder / "identity.pub", self.folder / "authorized_keys")
-        addresses = [f"10.88.0.{i + 1} {name}" for i, name in enumerate(self.names)]
+        addresses = [f"10.88.0.{i + 1} {name} {long_name(name)}" for i, name in enumerate(self.names)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *addresses, ""]))
         (self.folder / "ssh_config").write_text(
             f"Host *\n IdentityFile {self.folder}/identity\n StrictHostKeyChecking no\n BatchMode yes\n"

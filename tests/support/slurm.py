@@ -1,4 +1,4 @@
-"""A private Slurm on this machine: munge, a controller and one node, all of its files in one directory."""
+"""A private Slurm on this machine: munge, a controller and two nodes, all of its files in one directory."""
 
 import os
 import shutil
@@ -10,7 +10,10 @@ from pathlib import Path
 import debian
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
-PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client")
+# Slurm's PMIx plugin loads libpmix.so by that name, which only the package for developers has.
+PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "libpmix-dev")
+PMIX = "/usr/lib/*/pmix2/lib/libpmix.so"
+NODES = ("node1", "node2")
 
 CONFIGURATION = """
 ClusterName=test
@@ -22,11 +25,12 @@ CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -36,14 +40,15 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 JobRequeue=1
 ReturnToService=2
-NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=2 RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes=node Default=YES State=UP
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first_port} CPUs=2 RealMemory=1000 State=UNKNOWN
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second_port} CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=main Nodes=node1,node2 Default=YES State=UP
 """
 
 
 def why_not():
     """Return why there can be no Slurm here, "" if there can; installs Debian's packages where that is possible."""
-    return debian.why_without(PROGRAMS, PACKAGES)
+    return debian.why_without(PROGRAMS, PACKAGES, [PMIX])
 
 
 class Slurm:
@@ -54,22 +59,24 @@ class Slurm:
         base = next(path for path in ("/var/tmp", "/run") if os.access(path, os.W_OK))
         self.folder = Path(tempfile.mkdtemp(prefix="hvdtrain-slurm-", dir=base))
         self.folder.chmod(0o755)
-        for name in ("munge", "state", "spool"):
+        for name in ("munge", "state", *(f"{kind}-{node}" for kind in ("spool", "tmp") for node in NODES)):
             (self.folder / name).mkdir(mode=0o711)
         key = self.folder / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
         port = 20_000 + os.getpid() % 20_000
-        values = {"folder": self.folder, "host": os.uname().nodename.split(".")[0], "port": port, "node_port": port + 1}
+        values = {"folder": self.folder, "host": os.uname().nodename.split(".")[0], "port": port}
+        values |= {"first_port": port + 1, "second_port": port + 2}
         configuration = self.folder / "slurm.conf"
         configuration.write_text(CONFIGURATION.format(**values))
         self.environ = {"SLURM_CONF": str(configuration), "PATH": debian.search_path()}
         munge = [f"--{name}={self.folder / 'munge' / name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         self.do("munged", f"--key-file={key}", *munge)
         self.do("slurmctld", "-f", configuration)
-        self.do("slurmd", "-f", configuration, "-N", "node")
+        for node in NODES:
+            self.do("slurmd", "-f", configuration, "-N", node)
         deadline = time.monotonic() + 30
-        while "idle" not in self.do("sinfo", "-h", "-o", "%T", check=False):
+        while self.do("sinfo", "-h", "-N", "-o", "%T", check=False).split() != ["idle"] * len(NODES):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"Slurm does not come up: {(self.folder / 'slurmctld.log').read_text()[-2000:]}")
             time.sleep(0.3)
@@ -78,16 +85,16 @@ class Slurm:
     def __exit__(self, *exception):
         self.do("scancel", "--user=root", "--quiet", check=False)
         time.sleep(2)
-        for name in ("slurmd.pid", "slurmctld.pid", "munge/pid-file"):
+        for name in (*(f"slurmd-{node}.pid" for node in NODES), "slurmctld.pid", "munge/pid-file"):
             pid = (self.folder / name).read_text().strip() if (self.folder / name).exists() else ""
             if pid:
                 subprocess.run(["kill", pid], check=False)
         time.sleep(1)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def do(self, *command, check=True):
+    def do(self, *command, check=True, **variables):
         """Run one of Slurm's programs and return its output."""
-        environ = os.environ | self.environ
+        environ = os.environ | self.environ | variables
         words = [str(word) for word in command]
         words[0] = shutil.which(words[0], path=debian.search_path()) or words[0]
         done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
