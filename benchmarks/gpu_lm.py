@@ -1,9 +1,10 @@
 """One command on a GPU machine: set up, check, and measure the model of the size of GPT-2 small in bf16.
 
-    python3 benchmarks/gpu_lm.py --output benchmarks/results/gpu_lm.txt
+    python3 benchmarks/gpu_lm.py --nanogpt DIR --output benchmarks/results/gpu_lm.txt
 
-Runs `launch/setup.sh`, `doctor`, the tests in tests/gpu, and `bench lm-124m`, which tells step time by part, tokens/s,
-MFU and what each setting does, on one GPU and then on all.
+Runs `launch/setup.sh`, `doctor`, the tests in tests/gpu, `bench lm-124m`, which tells step time by part, tokens/s, MFU
+and what each setting does, on one GPU and then on all; then speed.py: a model of that size against the bare loops, and
+against nanoGPT's loop where a clone of it is given. Not run yet: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
     """Set up, check, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--nanogpt", type=Path, help="a clone of github.com/karpathy/nanoGPT")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     output: list[str] = []
@@ -48,6 +50,12 @@ def main() -> None:
     for ranks in dict.fromkeys((1, count)):
         start = [str(Path(PYTHON).with_name("horovodrun")), "-np", str(ranks)] if ranks > 1 else []
         run(f"bench on {ranks}", [*start, PYTHON, "-m", "hvdtrain", "bench", "lm-124m", *settings], 3600, output)
+    shape = ["--layers", "12", "--hidden-size", "768", "--heads", "12", "--length", "1024", "--precision", "bf16"]
+    shape += ["--compile", "--steps", "60", "--batch", str(given.micro_batch)]
+    nanogpt = ["--nanogpt", str(given.nanogpt)] if given.nanogpt else []
+    for ranks in dict.fromkeys((1, count)):
+        compare = [PYTHON, "benchmarks/speed.py", "--ranks", str(ranks), *shape, *nanogpt]
+        run(f"speed on {ranks}", compare, 3600, output)
     if given.output:
         given.output.write_text("\n".join(output) + "\n")
 

@@ -81,7 +81,8 @@ class PlanOptions(RecipeOptions):
     noise_from: Path | None = None
     """Directory of a training run with --health.noise-scale: its noise scale, over all of it, is used."""
     from_: Path | None = None
-    """Answer from a plan.json, or a directory with one, instead of measuring."""
+    """Answer from a plan.json, or a directory with one, instead of measuring; if the directory is that of a run with
+    --health.noise-scale, with what it has logged."""
 
     def __post_init__(self) -> None:
         for name in ("to", "ranks_per_host"):

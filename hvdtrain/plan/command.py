@@ -21,7 +21,7 @@ from hvdtrain.noise import NoiseScale, noise_scale
 from hvdtrain.options import PlanOptions
 from hvdtrain.plan import measure
 from hvdtrain.plan.answer import Answer, Facts, answer, predict
-from hvdtrain.plan.logged import noise_of_run
+from hvdtrain.plan.logged import find_noise, noise_of_run
 from hvdtrain.plan.network import Controller, Network, fit, other_network
 from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
 from hvdtrain.trainer import Job, Recipe, Task, settle
@@ -64,7 +64,10 @@ def _plan(name: str, recipe: Recipe, options: PlanOptions, world: World) -> int:
 
 
 def _logged_noise(options: PlanOptions) -> NoiseScale | None:
-    return None if options.noise_from is None else noise_of_run(options.noise_from)
+    """Return what a run has logged: the one of --noise-from, or the one in whose directory --from finds the plan."""
+    if options.noise_from is not None:
+        return noise_of_run(options.noise_from)
+    return None if options.from_ is None else find_noise(options.from_)
 
 
 def _with_noise(facts: Facts, noise: NoiseScale | None) -> Facts:

@@ -34,3 +34,11 @@ def noise_of_run(run_dir: Path) -> NoiseScale:
     # What is not finite is logged as null.
     scales = [math.inf if line["train/noise_scale"] is None else line["train/noise_scale"] for line in logged]
     return noise_of_training([*zip(lengths, scales, strict=True)], manifest.global_batch_size)
+
+
+def find_noise(path: Path) -> NoiseScale | None:
+    """Return the noise scale that a run in this directory has logged, None where there is no such run."""
+    try:
+        return noise_of_run(path)
+    except ConfigError:
+        return None

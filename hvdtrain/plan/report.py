@@ -147,7 +147,8 @@ def load_json(path: Path) -> Facts:
             }
         )
     except OSError as error:
-        raise ConfigError(f"--from {path}: {file} cannot be read ({error.strerror}): run plan first") from error
+        how = f"let `plan RECIPE --output {file.parent}` write it"
+        raise ConfigError(f"--from {path}: {file} cannot be read ({error.strerror}): {how}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--from {path}: {file} was not written by this plan ({error!r})") from error
 

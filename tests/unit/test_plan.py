@@ -12,7 +12,7 @@ from hvdtrain.checkpoint import Manifest
 from hvdtrain.errors import ConfigError
 from hvdtrain.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
 from hvdtrain.plan.answer import Facts, answer, compute_on, worker_counts
-from hvdtrain.plan.logged import noise_of_run
+from hvdtrain.plan.logged import find_noise, noise_of_run
 from hvdtrain.plan.measure import groups_of
 from hvdtrain.plan.network import Layout, Network, Timing, fit, other_network
 from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
@@ -131,6 +131,8 @@ def test_the_noise_scale_that_a_run_has_logged(tmp_path):
     lines[2]["train/noise_scale"] = None  # infinite: no gradient was left
     (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     assert noise_of_run(tmp_path).samples == noise_of_training([(10, 4.0), (20, math.inf)], 32).samples
+    assert find_noise(tmp_path) == noise_of_run(tmp_path)
+    assert find_noise(tmp_path / "plan.json") is None
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
     with pytest.raises(ConfigError, match=r"train it with --health\.noise-scale"):
         noise_of_run(tmp_path)
@@ -269,7 +271,7 @@ def test_a_plan_is_kept_and_read_again(tmp_path):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_json(tmp_path / "other.json")
-    with pytest.raises(ConfigError, match="run plan first"):
+    with pytest.raises(ConfigError, match="let `plan RECIPE --output "):
         load_json(tmp_path / "nowhere")
 
 
