@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hvdtrain.dist.buckets import in_buckets
 from hvdtrain.progress import Progress
 
+
 class Bucket:
     """Parameters of one type whose gradients travel as one flat tensor.
 
@@ -205,7 +206,9 @@ class GradientExchange:
         self._sparse += [_Sparse(f"gradients.{self._name(p)}", p) for p in new if p in self._is_sparse]
         dense = [parameter for parameter in new if parameter not in self._is_sparse]
         # Adasum weighs each gradient by its own direction: one a tensor.
-        groups = [[parameter] for parameter in dense] if self._op == hvd.Adasum else in_buckets(dense, self._bucket_bytes)
+        groups = (
+            [[parameter] for parameter in dense] if self._op == hvd.Adasum else in_buckets(dense, self._bucket_bytes)
+        )
         this = weakref.ref(self)
         for group in groups:
             own = group[0].dtype

@@ -222,8 +222,8 @@ class Heartbeat:
         for peer in peers:
             if now - peer.heard > self._limit_s:
                 return (
-                    f"{peer.name} has given no sign of life for {now - peer.heard:.0f} s: its process is stopped, or its"
-                    f" host is gone. It was last seen at {peer.place}"
+                    f"{peer.name} has given no sign of life for {now - peer.heard:.0f} s: its process is stopped, or"
+                    f" its host is gone. It was last seen at {peer.place}"
                 )
         if self._world.rank != 0:
             return None

@@ -16,10 +16,10 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
-from hvdtrain.launch import Launch
 from hvdtrain.dist.optimizer import wrap_optimizer
 from hvdtrain.dist.world import Averaging, Compression, ReduceOp, World, WrappedOptimizer
 from hvdtrain.errors import LaunchError
+from hvdtrain.launch import Launch
 from hvdtrain.progress import Progress
 
 T = TypeVar("T")
@@ -139,8 +139,8 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
     hvd.init(process_sets=list(sets.values()))
     if hvd.size() != launch.size:
         raise LaunchError(
-            f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}: it was built for another MPI,"
-            " or HOROVOD_CONTROLLER is set for another launcher. Run launch/setup.sh with this MPI's mpicc and mpirun"
+            f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}: it was built for another"
+            " MPI, or HOROVOD_CONTROLLER is set for another launcher. Run launch/setup.sh with this MPI's mpicc and mpirun"
             " first on PATH, and unset HOROVOD_CONTROLLER"
         )
     return HorovodWorld(launch, sets)

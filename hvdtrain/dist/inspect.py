@@ -65,7 +65,7 @@ def horovod_build() -> HorovodBuild:
 
 
 def mpi_library() -> str | None:
-    """Return name and version of the MPI library that mpi4py uses; None without a working mpi4py. Does not start MPI."""
+    """Return name and version of mpi4py's MPI library; None without a working mpi4py. Does not start MPI."""
     try:
         import mpi4py
 

@@ -61,18 +61,22 @@ def wrap_optimizer(
         own = [parameter for group in wrapped.param_groups for parameter in group["params"]]
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
-    wrapped._exchange = GradientExchange(
-        parameters,
-        names,
-        _sparse_parameters(model),
-        accum_steps,
-        torch.float16 if compression == "fp16" else None,
-        hvd.Adasum if op == "adasum" else hvd.Sum,
-        bucket_bytes,
-        size,
-        progress,
-        has_square,
-    ) if size > 1 else None
+    wrapped._exchange = (
+        GradientExchange(
+            parameters,
+            names,
+            _sparse_parameters(model),
+            accum_steps,
+            torch.float16 if compression == "fp16" else None,
+            hvd.Adasum if op == "adasum" else hvd.Sum,
+            bucket_bytes,
+            size,
+            progress,
+            has_square,
+        )
+        if size > 1
+        else None
+    )
     return cast(WrappedOptimizer, wrapped)
 
 
@@ -147,7 +151,7 @@ class _SafeMixin:
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """Update without averaging first: for `synchronize()`, clip, `with skip_synchronize(): step()`."""
+        """Let `step()` within not average first: it comes after `synchronize()` and clipping."""
         self._should_synchronize = False
         try:
             yield

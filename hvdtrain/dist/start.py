@@ -17,11 +17,11 @@ from hvdtrain.launch import THREAD_VARIABLES, Launch, prepare_process
 def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: ()) -> World:
     """Return the world that this process's launcher made: `SoloWorld` without one, else `HorovodWorld`. Collective.
 
-    Sets the number of threads, one GPU per rank, and what MPI needs before it starts. `groups` names the groups of ranks
-    that shall be able to reduce among themselves, each smaller than the world.
+    Sets the number of threads, one GPU per rank, and what MPI needs before it starts. `groups` names the groups of
+    ranks that shall be able to reduce among themselves, each smaller than the world.
 
     Raises:
-        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or there are more ranks than GPUs.
+        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or ranks outnumber GPUs.
     """
     world = connect(groups)
     if not world.launch.is_parallel:
@@ -59,7 +59,9 @@ def _start_horovod(launch: Launch, groups: Sequence[tuple[int, ...]]) -> World:
     try:
         from hvdtrain.dist import horovod
     except ImportError as error:
-        raise LaunchError(f"Horovod does not load ({error}): run launch/setup.sh to build it for this torch and MPI") from error
+        raise LaunchError(
+            f"Horovod does not load ({error}): run launch/setup.sh to build it for this torch and MPI"
+        ) from error
     return horovod.start(launch, groups)
 
 
@@ -69,7 +71,9 @@ def _check_host_name() -> None:
     try:
         socket.getaddrinfo(name, None)
     except OSError as error:
-        raise LaunchError(f"this host's own name '{name}' has no address: add '127.0.1.1 {name}' to /etc/hosts") from error
+        raise LaunchError(
+            f"this host's own name '{name}' has no address: add '127.0.1.1 {name}' to /etc/hosts"
+        ) from error
 
 
 def _check_controller(launch: Launch) -> None:
@@ -77,8 +81,8 @@ def _check_controller(launch: Launch) -> None:
     for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
         if launch.launcher == "mpirun" and os.environ.get(name, "").lower() == "gloo":
             raise LaunchError(
-                f"{name}=gloo under {launch.launcher}: Horovod would see one rank instead of {launch.size}. Unset {name},"
-                " or start with horovodrun --gloo"
+                f"{name}=gloo under {launch.launcher}: Horovod would see one rank instead of {launch.size}. Unset"
+                f" {name}, or start with horovodrun --gloo"
             )
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from hvdtrain.config import Config, to_dict
-from hvdtrain.launch import Launch
 from hvdtrain.dist.heartbeat import Heartbeat
 from hvdtrain.dist.start import init
 from hvdtrain.dist.world import World
 from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.launch import Launch
 
 T = TypeVar("T")
 
@@ -25,8 +25,8 @@ def watched(
 ) -> T:
     """Run `work` on all ranks, which watch over each other meanwhile. Collective.
 
-    It is given the world, the heartbeat, and the ranks that cannot be watched; `groups` is for `init`. An exception on any rank ends the job:
-    it is told once, and no rank returns.
+    It is given the world, the heartbeat, and the ranks that cannot be watched; `groups` is for `init`. An exception on
+    any rank ends the job: it is told once, and no rank returns.
 
     Raises:
         LaunchError: there is no world.
@@ -70,5 +70,3 @@ def _check_same_settings(config: Config, world: World) -> None:
         )
         error.is_on_all_ranks = True
         raise error
-
-

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.launch import Launch
 from hvdtrain.dist.replicas import all_in_one, digest_of, first_difference
 from hvdtrain.errors import DivergedError, HvdtrainError
+from hvdtrain.launch import Launch
 from hvdtrain.progress import Progress
 
 T = TypeVar("T")
@@ -31,8 +31,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def mean_square(self) -> Tensor | None:
         """Return the mean over the ranks of the squared norm of each one's own gradient, a float64 scalar.
 
-        As of the last `synchronize`, in units of the loss that each rank has differentiated; None where it was not asked
-        for, or there is one rank only.
+        As of the last `synchronize`, in units of the loss that each rank has differentiated; None where it was not
+        asked for, or there is one rank only.
         """
         raise NotImplementedError
 
@@ -167,7 +167,7 @@ class World(ABC):
         """Return whether an exception only says that another rank is gone."""
         return False
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  one process has nothing to leave
         """Leave the world. Further collectives are an error."""
 
 
