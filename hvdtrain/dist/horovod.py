@@ -140,8 +140,8 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
     if hvd.size() != launch.size:
         raise LaunchError(
             f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}: it was built for another"
-            " MPI, or HOROVOD_CONTROLLER is set for another launcher. Run launch/setup.sh with this MPI's mpicc and mpirun"
-            " first on PATH, and unset HOROVOD_CONTROLLER"
+            " MPI, or HOROVOD_CONTROLLER is set for another launcher. Run launch/setup.sh with this MPI's mpicc and"
+            " mpirun first on PATH, and unset HOROVOD_CONTROLLER"
         )
     return HorovodWorld(launch, sets)
 
