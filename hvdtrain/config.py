@@ -203,6 +203,9 @@ class ModelConfig:
     """Batch normalisation over the samples of all ranks instead of each rank's own."""
     compile: Literal["none", "model", "blocks"] = "none"
     """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier."""
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    """Library of linear layers' fp32 products on CPUs. auto: oneDNN on x86 CPUs that are not Intel's, where it is
+    faster, else torch's own choice."""
     checkpoint_blocks: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
 

@@ -38,6 +38,7 @@ from hvdtrain.metrics import (
     duration,
     open_rank_log,
 )
+from hvdtrain.models.linear import takes_onednn
 from hvdtrain.options import TrainOptions
 from hvdtrain.trainer import Job, Recipe, Task, fit, settle
 from hvdtrain.trainer.memory import Memory, check_fits, estimate, in_units, wire_bytes, without_storage
@@ -179,6 +180,10 @@ def new_run_dir(recipe: str) -> Path:
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def _takes_onednn(job: Job) -> bool:
+    return job.config.train.precision == "fp32" and takes_onednn(job.config.model.linear, job.world.device)
+
+
 def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
     """Return what a person should know before the first step."""
     world, config, task = job.world, job.config, job.task
@@ -187,7 +192,8 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
     lines = [
         f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
-        f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}",
+        f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
+        f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
         *(f"{line}" for line in task.description.splitlines()),
         f"model:      {type(task.model).__name__}, {parameters:,} parameters",
         f"batch:      {job.plan}",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from hvdtrain.config import Precision
 from hvdtrain.trainer import Job
@@ -17,6 +18,13 @@ PEAKS_16_BIT = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 150e12, "A10": 125e12,
     "V100": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+
+if torch._C._has_mkldnn:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *rest: object, **more: object) -> int:
+        """Return the operations of `hvdtrain.models.linear`, which torch does not count."""
+        return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 def flops_per_step(job: Job, training: Training) -> float:

@@ -17,6 +17,7 @@ from hvdtrain.bench.stopwatch import TimedProgress
 from hvdtrain.dist import World
 from hvdtrain.errors import ConfigError
 from hvdtrain.metrics import MetricLog
+from hvdtrain.models.linear import takes_onednn
 from hvdtrain.trainer import Job, Recipe, Task, settle, train_step
 from hvdtrain.trainer.state import Training, start_training
 
@@ -33,7 +34,7 @@ _KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 )
 
 
-def variants(recipe: Recipe, size: int) -> Iterator[tuple[str, Recipe]]:
+def variants(recipe: Recipe, size: int, device: torch.device) -> Iterator[tuple[str, Recipe]]:
     """Yield the recipe as it is, then with one setting changed each; between ranks only if there are several."""
     yield "as it is", recipe
     for section, setting, values in _KNOBS:
@@ -45,6 +46,10 @@ def variants(recipe: Recipe, size: int) -> Iterator[tuple[str, Recipe]]:
             if getattr(part, setting) != value:
                 changed: Any = {section: dataclasses.replace(part, **{setting: value})}
                 yield f"--{section}.{setting.replace('_', '-')} {value}", dataclasses.replace(recipe, **changed)
+    if device.type == "cpu" and recipe.train.precision == "fp32":
+        other: Any = "torch" if takes_onednn(recipe.model.linear, device) else "onednn"
+        model = dataclasses.replace(recipe.model, linear=other)
+        yield f"--model.linear {other}", dataclasses.replace(recipe, model=model)
     train = recipe.train
     if train.accum_steps in (None, 1) and train.global_batch_size is not None:
         train = dataclasses.replace(train, accum_steps=4, global_batch_size=4 * train.global_batch_size)
@@ -105,7 +110,7 @@ def build_variants(recipe: Recipe, task: Task, world: World, knobs: bool) -> tup
     """Return the variants that can be had here, and why the others cannot. Collective."""
     built: list[Variant] = []
     refused = []
-    for name, variant in variants(recipe, world.size):
+    for name, variant in variants(recipe, world.size, world.device):
         if built and not knobs:
             break
         try:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hvdtrain.config import ModelConfig
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.elementwise import RMSNorm, rotate
+from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 
 _INIT_STD = 0.02
@@ -133,7 +134,7 @@ class Decoder(nn.Module):
         if targets is not None:
             chunk = self.config.loss_chunk or max(1, _LOSS_BYTES // (4 * self.vocab_size))
             if targets.numel() > chunk:
-                return chunked_loss(hidden, self.lm_head.weight, targets, chunk)
+                return chunked_loss(hidden, self.lm_head.weight, targets, chunk, product_of(self.lm_head))
         logits: Tensor = self.lm_head(hidden)
         return logits if targets is None else next_token_loss(logits, targets)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,13 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
-def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+def chunked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+) -> Tensor:
     """Return the summed cross entropy in nats of `hidden @ weight.T`, `chunk` positions at a time.
 
     The gradient of a chunk's logits is known as soon as they are, so that it is computed and carried on at once: no
@@ -42,8 +49,10 @@ def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) ->
         weight: `(V, C)`.
         targets: int64 `(B, T)`, `IGNORE_INDEX` where there is none.
         chunk: positions whose logits, `(chunk, V)` in fp32, exist at a time.
+        linear: computes `x @ weight.T`.
     """
-    loss: Tensor = _ChunkedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk)  # type: ignore[no-untyped-call]
+    flat = hidden.flatten(0, 1)
+    loss: Tensor = _ChunkedLoss.apply(flat, weight, targets.flatten(), chunk, linear)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -51,7 +60,14 @@ class _ChunkedLoss(torch.autograd.Function):
     """Sums the loss chunk by chunk, and the gradients with it where they will be asked for."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        linear: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -59,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.scale = 1.0
         for start in range(0, len(hidden), chunk):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
-            logits = F.linear(part, weight)  # in the type of autocast, where there is one
+            logits = linear(part, weight)  # in the type of autocast, where there is one
             dtype = logits.dtype
             ctx.scale = _FP16_SCALE if dtype == torch.float16 else 1.0
             logits = logits.to(loss.dtype)
@@ -74,9 +90,9 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient[rows, columns] -= 1
             gradient = gradient.mul_(is_target[:, None] * ctx.scale).to(dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + chunk] = gradient @ weight.to(dtype)
+                grad_hidden[start : start + chunk] = linear(gradient, weight.to(dtype).T)
             if grad_weight is not None:
-                grad_weight += gradient.T @ part.to(dtype)
+                grad_weight += linear(gradient.T, part.to(dtype).T)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -88,6 +104,5 @@ class _ChunkedLoss(torch.autograd.Function):
         return (
             None if grad_hidden is None else (grad_hidden * factor).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * factor).to(ctx.weight_dtype),
-            None,
-            None,
+            *[None] * 3,
         )

@@ -29,6 +29,7 @@ from hvdtrain.data.packed import PackedDocuments, same_document, write_packed
 from hvdtrain.data.text import TextConfig, cache_dir, find_splits
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 from hvdtrain.recipes.choices import choice_evaluation
 from hvdtrain.trainer import Evaluation, Recipe, Task
@@ -182,7 +183,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     chunk = max(1, _LOSS_BYTES // (4 * whole.config.vocab_size))
     if is_plain and targets.numel() > chunk:
         hidden = whole.base_model(**inputs)[0]
-        return {"loss": chunked_loss(hidden, head.weight, targets, chunk)}
+        return {"loss": chunked_loss(hidden, head.weight, targets, chunk, product_of(head))}
     return {"loss": next_token_loss(whole(**inputs).logits, targets)[0]}
 
 

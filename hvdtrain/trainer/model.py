@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from hvdtrain.config import Config, ModelConfig, Precision
 from hvdtrain.dist import World, synchronize_batch_norm
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.linear import takes_onednn, use_onednn
 
 _TYPES: dict[Precision, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
 
@@ -30,6 +31,8 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
     if settings.sync_batch_norm:
         model = synchronize_batch_norm(model, world)
     model = model.to(world.device, own_type(config.train.precision))
+    if takes_onednn(settings.linear, world.device):
+        use_onednn(model)
     prepare_blocks(model, settings)
     return model
 

@@ -24,7 +24,8 @@ from hvdtrain.trainer.task import Job
 FREE_TO_CHANGE = (
     *("log", "eval", "checkpoint", "health", "data", "train.steps", "train.epochs", "train.max_time"),
     *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
-    *("model.compile", "model.checkpoint_blocks", "model.loss_chunk", "optim.kernel", "comm.bucket_mib"),
+    *("model.compile", "model.linear", "model.checkpoint_blocks", "model.loss_chunk"),
+    *("optim.kernel", "comm.bucket_mib"),
 )
 
 _COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")

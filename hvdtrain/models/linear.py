@@ -1,0 +1,120 @@
+"""Linear layers whose matrix products are oneDNN's, on CPUs where MKL is slow.
+
+torch computes fp32 products on x86 by MKL, which takes its slower kernels on processors that are not Intel's: on an AMD
+EPYC with AVX-512, oneDNN, which torch brings along too, is 2.2 times as fast (benchmarks/results/linear.txt). Products
+in 16 bits are oneDNN's anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Library = Literal["auto", "torch", "onednn"]
+# Below so many multiplications oneDNN's and autograd's ways of being called cost more than the product (measured).
+_FEWEST_PRODUCTS = 4_000_000
+
+
+def takes_onednn(library: Library, device: torch.device) -> bool:
+    """Return whether linear layers on this device shall compute by oneDNN. `auto` goes by the maker of the CPU.
+
+    It is not measured: ranks would decide one way or the other, and runs could not be repeated bit by bit.
+    """
+    if library == "torch" or device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    return library == "onednn" or (torch._C.has_mkl and is_slow_for_mkl(platform.machine(), _cpuinfo()))
+
+
+def is_slow_for_mkl(machine: str, cpuinfo: str) -> bool:
+    """Return whether a processor is one that MKL's fast kernels are not for, by what Linux tells of it."""
+    makers = {line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("vendor_id")}
+    return machine == "x86_64" and bool(makers) and "GenuineIntel" not in makers
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Have the model's linear layers compute by oneDNN where that is faster, in place.
+
+    They stay what they were, with a forward pass of their own; parameters and their names do not change.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            module.__class__ = _with_onednn(type(module))  # type: ignore[arg-type]
+
+
+def product_of(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function, of `x` and `weight`, by which this layer computes `x @ weight.T`."""
+    return linear if isinstance(layer, _OneDnn) else F.linear
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias` by oneDNN, or as torch does where oneDNN would not be faster.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`.
+        bias: `(out,)`.
+    """
+    if not _suits(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    is_plain = type(x) is Tensor and x.ndim > 1 and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    if not is_plain or x.numel() * weight.shape[0] < _FEWEST_PRODUCTS:
+        return False
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not is_traced and not torch.is_autocast_enabled("cpu")
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W' + b; dx = g W and dW = g' x are the same function of other arguments, so that they have gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0].flatten(0, -2)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _Linear.apply(gradient, weight.t(), None).view_as(x) if needs_x else None,  # type: ignore[no-untyped-call]
+            _Linear.apply(gradient.t(), x.flatten(0, -2).t(), None) if needs_weight else None,  # type: ignore[no-untyped-call]
+            gradient.sum(0) if needs_bias else None,
+        )
+
+
+class _OneDnn:
+    """Mixed into the class of a linear layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in)` to `(..., out)`."""
+        return linear(x, self.weight, self.bias)
+
+
+@functools.cache
+def _with_onednn(kind: type) -> type:
+    return type(kind.__name__, (_OneDnn, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+@functools.cache
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
