@@ -9,7 +9,8 @@ width of our feed-forward layers then makes both models equally large.
 
 Each runner is launched in turn, `--repeats` times; a launch gives the median time of a step, without warm-up.
 Ratios are of launches that followed each other. hvdtrain is the command that users type; the others are the shortest
-correct loops, in bare_loops.py. On a machine with GPUs each rank takes one.
+correct loops, in bare_loops.py. On a machine with GPUs each rank takes one. On CPUs where hvdtrain has linear layers
+compute by oneDNN (hvdtrain/models/linear.py), "torch's mm" is hvdtrain without that: the same products as the others.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 from bare_loops import WINDOW  # noqa: E402
 
-RUNNERS = ("hvdtrain", "horovod", "ddp", "one process", "nanogpt")
+TORCHS_PRODUCTS = "torch's mm"  # hvdtrain with --model.linear torch: the loop alone, compared with the others
+RUNNERS = ("hvdtrain", TORCHS_PRODUCTS, "horovod", "ddp", "one process", "nanogpt")
 SKIPPED_WINDOWS = 2  # warm-up
 
 
@@ -63,8 +65,9 @@ def launch(runner: str, given: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder) / "times.json"
         environ = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(given.threads)}
-        if runner == "hvdtrain":
+        if runner in RUNNERS[:2]:
             command = [*launcher(runner, given), "-m", "hvdtrain", "train", "lm", "--run-dir", folder, *settings(given)]
+            command += ["--model.linear", "torch"] if runner == TORCHS_PRODUCTS else []
         else:
             description = {name: value for name, value in vars(given).items() if not isinstance(value, Path)}
             description |= {"runner": runner, "times": str(times), "nanogpt": str(given.nanogpt)}
@@ -75,7 +78,7 @@ def launch(runner: str, given: argparse.Namespace) -> float:
         done = subprocess.run(command, env=environ, cwd=REPOSITORY, timeout=1800, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{runner} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        if runner == "hvdtrain":
+        if runner in RUNNERS[:2]:
             lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
             steps = [json.loads(line)["time/step_s"] for line in lines if "time/step_s" in line]
         else:

@@ -1,7 +1,7 @@
 """Linear layers whose matrix products are oneDNN's, on CPUs where MKL is slow.
 
 torch computes fp32 products on x86 by MKL, which takes its slower kernels on processors that are not Intel's: on an AMD
-EPYC with AVX-512, oneDNN, which torch brings along too, is 2.2 times as fast (benchmarks/results/linear.txt). Products
+EPYC with AVX-512, oneDNN, which torch brings along too, is twice as fast (benchmarks/results/linear.txt). Products
 in 16 bits are oneDNN's anyway.
 """
 
