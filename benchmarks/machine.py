@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def describe() -> str:
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
     return "\n".join(
         (
-            f"command:  python benchmarks/{' '.join([Path(words[0]).name, *words[1:]])}",
+            f"command:  python benchmarks/{shlex.join([Path(words[0]).name, *words[1:]])}",
             f"date:     {datetime.now(timezone.utc):%Y-%m-%d}",
             f"versions: python {platform.python_version()}, torch {torch.__version__}, horovod {horovod}",
             f"machine:  {cpu}, {len(os.sched_getaffinity(0))} cores{gpu}",

@@ -40,6 +40,8 @@ def on_hosts(given: argparse.Namespace, hosts: int, controller: str, words: list
         "OMPI_ALLOW_RUN_AS_ROOT=1",
     ]
     variables += ["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "OMPI_MCA_mpi_yield_when_idle=1"]
+    # A waiting host has cores of its own to wait on; here it must sleep, or it takes those that other hosts move data by.
+    variables.append("OMPI_MCA_threads_pthreads_yield_strategy=nanosleep")
     command = [given.cluster, "exec", "node1", *variables, *launch, "-H", where]
     command += [sys.executable, "-m", "hvdtrain", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
