@@ -19,8 +19,10 @@ from hvdtrain.trainer import Recipe
 # Name on the command line -> module and function.
 RECIPES = {
     "lm": ("hvdtrain.recipes.lm", "lm"),
+    "lm-10m": ("hvdtrain.recipes.lm", "lm_10m"),
     "lm-124m": ("hvdtrain.recipes.lm", "lm_124m"),
     "lm-1b": ("hvdtrain.recipes.lm", "lm_1b"),
+    "lm-3b": ("hvdtrain.recipes.lm", "lm_3b"),
     "hf": ("hvdtrain.recipes.hf", "hf"),
     "mnist": ("hvdtrain.recipes.mnist", "mnist"),
 }

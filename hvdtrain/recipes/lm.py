@@ -3,7 +3,7 @@
     horovodrun -np 2 python -m hvdtrain                      two CPU cores: two minutes, 1.9 bits per byte
     horovodrun -np 8 python -m hvdtrain train lm-124m --data.path 'corpus/*.txt' --train.precision bf16
 
-`lm` is made for two CPU cores; `lm-124m` (the size of GPT-2 small) and `lm-1b` are for GPUs.
+`lm` and `lm-10m` are made for CPU cores; `lm-124m` (the size of GPT-2 small), `lm-1b` and `lm-3b` are for GPUs.
 """
 
 from __future__ import annotations
@@ -146,6 +146,19 @@ def lm() -> LanguageModel:
     )
 
 
+def lm_10m() -> LanguageModel:
+    """Return ten million parameters on a byte-level BPE of 4,096 tokens, 8,192 tokens a step, for CPU cores."""
+    return LanguageModel(
+        train=TrainConfig(steps=500, global_batch_size=32),
+        optim=OptimConfig(peak_lr=3e-3, warmup_steps=50),
+        log=LogConfig(every=10),
+        eval=EvalConfig(every=100),
+        checkpoint=CheckpointConfig(every=100),
+        model=DecoderConfig(num_layers=7, hidden_size=320, num_heads=5),
+        data=StreamConfig(tokenizer="bpe", vocab_size=4096, sequence_length=256, val_fraction=0.01),
+    )
+
+
 def lm_124m() -> LanguageModel:
     """Return the size of GPT-2 small, on a byte-level BPE of 50,304 tokens, 0.5M tokens a step."""
     return LanguageModel(
@@ -166,6 +179,25 @@ def lm_1b() -> LanguageModel:
         eval=EvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
         model=DecoderConfig(num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192),
+        data=StreamConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
+    )
+
+
+def lm_3b() -> LanguageModel:
+    """Return three billion parameters, 1M tokens a step; a GPU of 80 GB holds weights, gradients and optimizer."""
+    return LanguageModel(
+        train=TrainConfig(steps=100_000, global_batch_size=512, precision="bf16"),
+        optim=OptimConfig(peak_lr=2e-4, warmup_steps=2000),
+        eval=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        model=DecoderConfig(
+            num_layers=28,
+            hidden_size=3072,
+            num_heads=24,
+            num_kv_heads=8,
+            intermediate_size=8192,
+            checkpoint_blocks=True,
+        ),
         data=StreamConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.decoder import Decoder, DecoderConfig, rotary_tables
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
+from hvdtrain.recipes import load_recipe
 
 VOCAB_SIZE = 61
 SMALL = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48}
@@ -98,6 +100,23 @@ def test_rotation_is_a_product_of_complex_numbers() -> None:
         angle = torch.arange(T, dtype=torch.float64) * theta ** (-2 * i / D)
         expected = pair * torch.polar(torch.ones_like(angle), angle)[:, None]
         torch.testing.assert_close(torch.complex(turned[..., i], turned[..., i + D // 2]), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "expected"),
+    [
+        ("lm", 257, 672_768),
+        ("lm-10m", 4096, 10_203_840),
+        ("lm-124m", 50_304, 123_587_328),
+        ("lm-1b", 50_304, 1_076_168_704),
+        ("lm-3b", 50_304, 2_973_281_280),
+    ],
+)
+def test_the_sizes_that_presets_have(name: str, vocab_size: int, expected: int) -> None:
+    recipe: Any = load_recipe(name)
+    assert name == "lm" or recipe.data.vocab_size == vocab_size
+    with torch.device("meta"):
+        assert Decoder(recipe.model, vocab_size).num_parameters() == expected
 
 
 def test_gradients_of_norm_and_rotation() -> None:
