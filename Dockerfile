@@ -2,7 +2,7 @@
 #
 #   docker build -t hvdtrain .                                                                            CPUs
 #   docker build -t hvdtrain:gpu --build-arg BUILD_IMAGE=nvidia/cuda:13.0.2-devel-ubuntu24.04 \
-#       --build-arg BASE_IMAGE=ubuntu:24.04 .                                                             GPUs
+#       --build-arg BASE_IMAGE=ubuntu:24.04 --build-arg TORCH=torch==2.14.1 .                             GPUs
 #
 # The CUDA toolkit is needed to build Horovod and stays behind in the first stage: torch's wheels bring the CUDA and NCCL
 # libraries that a run loads. Both images must be one release of one distribution (Debian's or Ubuntu's packages).

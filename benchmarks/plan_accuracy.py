@@ -40,8 +40,8 @@ def on_hosts(given: argparse.Namespace, hosts: int, controller: str, words: list
         "OMPI_ALLOW_RUN_AS_ROOT=1",
     ]
     variables += ["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1", "OMPI_MCA_mpi_yield_when_idle=1"]
-    # A waiting host has cores of its own to wait on. Here it must sleep, or MPI's polling takes the cores that the other
-    # hosts move data by: 8 hosts were then up to 0.3 s a step slower than with sleeps of 0.2 ms.
+    # A waiting host has cores of its own to wait on. Here it must sleep, or MPI's polling takes the cores that the
+    # other hosts move data by: 8 hosts were then up to 0.3 s a step slower than with sleeps of 0.2 ms.
     variables.append("OMPI_MCA_threads_pthreads_yield_strategy=nanosleep")
     variables.append("OMPI_MCA_threads_pthreads_nanosleep_time=200000")
     command = [given.cluster, "exec", "node1", *variables, *launch, "-H", where]
