@@ -27,7 +27,7 @@ _NO_RUN = Path("hvdtrain-bench-has-no-run-directory")
 _CYCLE_TIME_MS = float(os.environ.get("HOROVOD_CYCLE_TIME", 1.0))
 _CYCLE_TIMES_MS = (0.3, 5.0)
 
-# Section, setting and the values that are tried.
+# Section, setting and the values that are tried. Buckets stand in the place of Horovod's fusion threshold and groups.
 _KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("model", "compile", ("model", "blocks")),
     ("train", "precision", ("bf16",)),

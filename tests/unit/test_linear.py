@@ -134,3 +134,14 @@ def test_who_takes_it():
     assert not any(takes_onednn(library, gpu) for library in ("auto", "torch", "onednn"))
     here = is_slow_for_mkl(platform.machine(), module._cpuinfo())
     assert takes_onednn("auto", cpu) == (here and torch.backends.mkl.is_available())
+
+
+def test_its_operations_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from hvdtrain.bench import flops
+
+    assert flops  # it tells torch how
+    with FlopCounterMode(display=False) as counter:
+        linear(numbers(3, 9, 8), numbers(11, 8))
+    assert counter.get_total_flops() == 2 * 3 * 9 * 8 * 11
