@@ -12,7 +12,7 @@ from hvdtrain import __version__
 from hvdtrain.bench.flops import flops_per_step, peak_flops
 from hvdtrain.bench.measure import Variant, build_variants, memory_peak_bytes
 from hvdtrain.bench.stopwatch import PARTS, TimedProgress
-from hvdtrain.dist import World, keep_mpi, watched
+from hvdtrain.dist import World, watched
 from hvdtrain.environment import describe_environment, describe_rank
 from hvdtrain.errors import ConfigError
 from hvdtrain.options import BenchOptions
@@ -21,15 +21,14 @@ from hvdtrain.trainer import Recipe
 
 def bench(name: str, recipe: Recipe, options: BenchOptions) -> int:
     """Answer `bench RECIPE`; returns the exit code. Collective."""
-    can_restart = keep_mpi()
-    return watched(recipe, lambda world, heartbeat, unwatched: _bench(name, recipe, options, world, can_restart))
+    return watched(recipe, lambda world, heartbeat, unwatched: _bench(name, recipe, options, world))
 
 
-def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World, can_restart: bool) -> int:
+def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> int:
     say = _say if world.rank == 0 else _say_nothing
     world.progress = TimedProgress(world.device, waits=True)
     task = world.together(lambda: recipe.build(say), "build")
-    built, refused = build_variants(recipe, task, world, options.knobs, can_restart)
+    built, refused = build_variants(recipe, task, world, options.knobs)
     first = built[0]
     flops = flops_per_step(first.job, first.training)
     peak, source = peak_flops(world.device, recipe.train.precision)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -24,10 +23,9 @@ from hvdtrain.trainer.state import Training, start_training
 
 _NO_RUN = Path("hvdtrain-bench-has-no-run-directory")
 
-_CYCLE_TIME_MS = float(os.environ.get("HOROVOD_CYCLE_TIME", 1.0))
-_CYCLE_TIMES_MS = (0.3, 5.0)
-
 # Section, setting and the values that are tried. Buckets stand in the place of Horovod's fusion threshold and groups.
+# Its cycle time cannot change in a process: started anew, Horovod 0.28.1 crashes where that and the threshold are set
+# (BayesianParameter::SetValue). benchmarks/waiting.py measures it.
 _KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("model", "compile", ("model", "blocks")),
     ("train", "precision", ("bf16",)),
@@ -72,8 +70,6 @@ class Variant:
     """Seconds of each round's mean step."""
     parts_s: list[dict[str, float]] = field(default_factory=list)
     """Seconds of the parts of each round's mean step, on rank 0."""
-    cycle_time_ms: float | None = None
-    """Horovod's; None: as it was started."""
 
     @staticmethod
     def of(name: str, recipe: Recipe, task: Task, world: World) -> Variant:
@@ -93,14 +89,15 @@ class Variant:
     def run(self, steps: int, is_counted: bool) -> None:
         """Take some steps. Collective."""
         world = self.job.world
-        if world.set_cycle_time(_CYCLE_TIME_MS if self.cycle_time_ms is None else self.cycle_time_ms):
-            self._take(1)  # Horovod learns the names of the tensors once more
         world.barrier("bench")
         progress = world.progress
         assert isinstance(progress, TimedProgress)
         progress.take()
         started = time.perf_counter()
-        self._take(steps)
+        for _ in range(steps):
+            # Always a full batch: the order is asked for steps of the first epoch only.
+            self.training.step %= max(1, self.job.order.steps_per_epoch - 1)
+            train_step(self.job, self.training)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - started) / steps
@@ -109,16 +106,8 @@ class Variant:
             self.steps_s.append(seconds)
             self.parts_s.append(parts)
 
-    def _take(self, steps: int) -> None:
-        for _ in range(steps):
-            # Always a full batch: the order is asked for steps of the first epoch only.
-            self.training.step %= max(1, self.job.order.steps_per_epoch - 1)
-            train_step(self.job, self.training)
 
-
-def build_variants(
-    recipe: Recipe, task: Task, world: World, knobs: bool, can_restart: bool
-) -> tuple[list[Variant], list[str]]:
+def build_variants(recipe: Recipe, task: Task, world: World, knobs: bool) -> tuple[list[Variant], list[str]]:
     """Return the variants that can be had here, and why the others cannot. Collective."""
     built: list[Variant] = []
     refused = []
@@ -131,15 +120,6 @@ def build_variants(
             if not built:
                 raise
             refused.append(f"{name}: {error}")
-    if knobs and world.size > 1:
-        for milliseconds in _CYCLE_TIMES_MS:
-            name = f"HOROVOD_CYCLE_TIME={milliseconds:g}"
-            if not can_restart:
-                refused.append(f"{name}: starting Horovod anew needs mpi4py")
-            elif milliseconds != _CYCLE_TIME_MS:
-                variant_of_cycle = Variant.of(name, recipe, task, world)
-                variant_of_cycle.cycle_time_ms = milliseconds
-                built.append(variant_of_cycle)
     return built, refused
 
 

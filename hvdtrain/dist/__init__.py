@@ -3,7 +3,7 @@
 from hvdtrain.dist.batch_norm import has_synchronized_layers, synchronize_batch_norm
 from hvdtrain.dist.buckets import in_buckets
 from hvdtrain.dist.heartbeat import Heartbeat
-from hvdtrain.dist.plain_mpi import keep_mpi, plain_sum
+from hvdtrain.dist.plain_mpi import plain_sum
 from hvdtrain.dist.replicas import digest_of
 from hvdtrain.dist.start import connect, init, pick_device, visible_gpus
 from hvdtrain.dist.watch import watched
@@ -20,7 +20,6 @@ __all__ = [
     "has_synchronized_layers",
     "in_buckets",
     "init",
-    "keep_mpi",
     "pick_device",
     "plain_sum",
     "synchronize_batch_norm",

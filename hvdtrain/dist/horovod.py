@@ -7,7 +7,6 @@ rank that is one call ahead hangs the job.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -24,7 +23,6 @@ from hvdtrain.launch import Launch
 from hvdtrain.progress import Progress
 
 T = TypeVar("T")
-_CYCLE_TIME = "HOROVOD_CYCLE_TIME"
 _OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max}
 # Horovod's torch binding cannot carry these; the bits travel as an integer type of the same width.
 _CARRIER = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
@@ -111,15 +109,6 @@ class HorovodWorld(World):
         """Return whether it is Horovod's word for a rank that has gone."""
         return isinstance(error, HorovodInternalError)
 
-    def set_cycle_time(self, milliseconds: float) -> bool:
-        """Change Horovod's own variable, which it reads when it starts, and start it anew. Collective."""
-        if milliseconds == cycle_time_ms():
-            return False
-        os.environ[_CYCLE_TIME] = f"{milliseconds:g}"
-        hvd.shutdown()
-        hvd.init()
-        return True
-
     def close(self) -> None:
         """Shut Horovod down."""
         hvd.shutdown()
@@ -136,11 +125,6 @@ class HorovodWorld(World):
                 hvd.synchronize(handle)
             if wire.data_ptr() != tensor.data_ptr():
                 tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
-
-
-def cycle_time_ms() -> float:
-    """Return how often Horovod looks for tensors to reduce."""
-    return float(os.environ.get(_CYCLE_TIME, 1.0))
 
 
 def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorld:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from hvdtrain.dist.world import World
-from hvdtrain.launch import prepare_process
 
 
 def plain_sum(world: World, tensor: Tensor) -> Tensor | None:
@@ -25,17 +24,6 @@ def plain_sum(world: World, tensor: Tensor) -> Tensor | None:
     total = mine.clone()
     communicator.Allreduce(mine.numpy(), total.numpy())
     return total
-
-
-def keep_mpi() -> bool:
-    """Have mpi4py start MPI before Horovod does: MPI then outlives Horovod, which can be started anew.
-
-    Returns:
-        Whether Horovod can: MPI is kept, or there is none in this launch.
-    """
-    launch = prepare_process()
-    is_with_mpi = launch.is_parallel and launch.launcher != "horovodrun --gloo"
-    return not is_with_mpi or _communicator() is not None
 
 
 def _communicator() -> Any:

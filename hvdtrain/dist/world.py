@@ -167,16 +167,6 @@ class World(ABC):
         """Return whether an exception only says that another rank is gone."""
         return False
 
-    def set_cycle_time(self, milliseconds: float) -> bool:
-        """Have Horovod look for tensors to reduce this often; it is started anew if it did not. Collective.
-
-        Nothing may be under way. Where MPI is in use it must outlive Horovod: see `keep_mpi`.
-
-        Returns:
-            Whether it was started anew.
-        """
-        return False
-
     def close(self) -> None:  # noqa: B027  one process has nothing to leave
         """Leave the world. Further collectives are an error."""
 

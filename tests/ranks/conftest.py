@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import hvdtrain
-from hvdtrain.dist import keep_mpi
 from hvdtrain.launch import detect_launch
 
 SECONDS_PER_TEST = 60
@@ -31,7 +30,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def world():
     torch.set_num_threads(1)
-    keep_mpi()
     world = hvdtrain.init()
     yield world
     world.close()

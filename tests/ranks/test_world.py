@@ -1,8 +1,6 @@
 """What ranks do together, held against plain MPI or plain arithmetic."""
 
 import hashlib
-import os
-import time
 
 import pytest
 import torch
@@ -123,20 +121,3 @@ def test_together_raises_on_all_ranks(world):
     with pytest.raises(ConfigError, match=r"^wrong$"):
         world.together(fail_everywhere, "test.fail_everywhere")
     assert world.together(lambda: world.rank, "test.fine") == world.rank
-
-
-def test_horovod_can_be_started_anew_with_another_cycle_time(world):
-    """MPI outlives it: these tests have mpi4py start it (conftest.py)."""
-    before = float(os.environ.get("HOROVOD_CYCLE_TIME", 1.0))
-    try:
-        assert world.set_cycle_time(before + 30)
-        assert not world.set_cycle_time(before + 30)
-        for _ in range(3):
-            started = time.perf_counter()
-            total = world.all_reduce(torch.ones(3), "sum", "anew")
-            assert torch.equal(total, torch.full((3,), float(world.size)))
-            world.barrier("anew")
-        assert time.perf_counter() - started > 0.03  # a collective that waits for the one before waits for a cycle
-    finally:
-        world.set_cycle_time(before)
-    assert world.size == world.launch.size
