@@ -2,7 +2,7 @@
 
     python benchmarks/waiting.py --output benchmarks/results/waiting.txt
 
-Both are variables that a process reads when it starts, so that every measurement is a launch of its own; they take turns.
+Both are variables that a process reads when it starts: every measurement is a launch of its own, and they take turns.
 hvdtrain has MPI yield where ranks fill all cores (hvdtrain/launch.py) and leaves Horovod's cycle time at 1 ms.
 """
 
