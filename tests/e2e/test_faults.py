@@ -164,7 +164,9 @@ def test_too_many_in_a_row_end_the_run_and_the_checkpoint_is_good(train, tmp_pat
     "fault", [{"kind": "full disk", "bytes": 3000}, {"kind": "read-only"}], ids=["full", "read-only"]
 )
 def test_a_save_that_fails_does_not_end_the_run(train, tmp_path, whole, fault):
-    done = train("--width", 64, "--log.every", 50, rank=0, phase="forward", step=8, until=13, **fault)
+    # The pause lets the save of step 5 end before its directory fails.
+    pause = ("--pause", 0.1)
+    done = train("--width", 64, "--log.every", 50, *pause, rank=0, phase="forward", step=8, until=13, **fault)
     assert done.code == 0, done.text
     assert done.text.count("could not be written") == 1, done.text
     assert "training goes on, the next save tries again" in done.text
