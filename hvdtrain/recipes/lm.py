@@ -1,6 +1,6 @@
 """Language model: the native decoder on text; by default on the source code of Python's standard library.
 
-    horovodrun -np 2 python -m hvdtrain                      two CPU cores: two minutes, 1.9 bits per byte
+    horovodrun -np 2 python -m hvdtrain                      two CPU cores: one minute, 1.9 bits per byte
     horovodrun -np 8 python -m hvdtrain train lm-124m --data.path 'corpus/*.txt' --train.precision bf16
 
 `lm` and `lm-10m` are made for CPU cores; `lm-124m` (the size of GPT-2 small), `lm-1b` and `lm-3b` are for GPUs.
@@ -149,7 +149,7 @@ def lm() -> LanguageModel:
 def lm_10m() -> LanguageModel:
     """Return ten million parameters on a byte-level BPE of 4,096 tokens, 8,192 tokens a step, for CPU cores."""
     return LanguageModel(
-        train=TrainConfig(steps=500, global_batch_size=32),
+        train=TrainConfig(steps=300, global_batch_size=32),
         optim=OptimConfig(peak_lr=3e-3, warmup_steps=50),
         log=LogConfig(every=10),
         eval=EvalConfig(every=100),
