@@ -17,12 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from hvdtrain.config import BatchPlan
 from hvdtrain.data.order import SampleOrder
-from hvdtrain.data.text import PreparedText, TextConfig, prepare_text
-from hvdtrain.data.windows import TokenWindows
+from hvdtrain.data.text.stream import PreparedText, TextConfig, prepare_text
+from hvdtrain.data.text.windows import TokenWindows
 from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.loss import next_token_loss
+from hvdtrain.settings import BatchPlan
 
 WINDOW = 5  # steps whose mean is one measurement, as hvdtrain logs them
 

@@ -21,18 +21,18 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from hvdtrain.launch import prepare_process  # noqa: E402
+from hvdtrain.process.launch import prepare_process  # noqa: E402
 
 prepare_process()  # threads, before torch starts
 
 import machine  # noqa: E402
 
 import hvdtrain  # noqa: E402
-from hvdtrain.checkpoint import list_checkpoints  # noqa: E402
-from hvdtrain.config import CheckpointConfig, TrainConfig  # noqa: E402
-from hvdtrain.metrics import MetricLog  # noqa: E402
 from hvdtrain.models.decoder import DecoderConfig  # noqa: E402
 from hvdtrain.recipes.lm import StreamConfig, lm  # noqa: E402
+from hvdtrain.rundir.checkpoint import list_checkpoints  # noqa: E402
+from hvdtrain.rundir.log import MetricLog  # noqa: E402
+from hvdtrain.settings import CheckpointConfig, TrainConfig  # noqa: E402
 from hvdtrain.trainer import settle, train_step  # noqa: E402
 from hvdtrain.trainer.saver import Saver  # noqa: E402
 from hvdtrain.trainer.state import start_training  # noqa: E402

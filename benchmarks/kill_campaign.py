@@ -29,9 +29,9 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 import torch  # noqa: E402
 
-from hvdtrain.checkpoint import load_checkpoint  # noqa: E402
 from hvdtrain.errors import HvdtrainError  # noqa: E402
-from hvdtrain.supervise import MARK, is_rank  # noqa: E402
+from hvdtrain.process.supervise import MARK, is_rank  # noqa: E402
+from hvdtrain.rundir.checkpoint import load_checkpoint  # noqa: E402
 
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 LAUNCHERS = {
@@ -85,7 +85,7 @@ class Campaign:
         command = self.command("--train.steps", "1000000")
         with (self.folder / f"{self.launcher}.log").open("w") as log:
             supervisor = subprocess.Popen(
-                [sys.executable, "-m", "hvdtrain.supervise", *options, "--", *command],
+                [sys.executable, "-m", "hvdtrain.process.supervise", *options, "--", *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
@@ -253,7 +253,7 @@ def main() -> int:
         (
             machine.describe(),
             "",
-            f"kill -9 of a rank or the launcher, {given.ranks} ranks, restarted by hvdtrain.supervise;"
+            f"kill -9 of a rank or the launcher, {given.ranks} ranks, restarted by hvdtrain.process.supervise;"
             f" {(time.monotonic() - started) / 60:.0f} minutes",
             "",
             "launcher        kills  torn  unreadable  went back  steps   weights  metrics",

@@ -5,7 +5,8 @@
 A network of 64-64-10 learns scikit-learn's 8x8 digits by SGD until its loss on all of them is below a target, with the
 best learning rate of a grid for each batch size. The noise scale is measured along the trainings with one batch size;
 from those alone S = S_min (1 + B_noise / B) predicts the steps with all others, B_noise being that of the whole
-training (hvdtrain.noise.noise_of_training). Beside it, what the mean of the norms, and the first steps, would say.
+training (`noise_of_training` of hvdtrain/optim/noise.py). Beside it, what the mean of the norms, and the first steps,
+would say.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from hvdtrain.noise import Norms, estimate, noise_of_training, noise_scale, steps_ratio  # noqa: E402
+from hvdtrain.optim.noise import Norms, estimate, noise_of_training, noise_scale, steps_ratio  # noqa: E402
 
 BATCHES = (8, 16, 32, 64, 128, 256)
 MEASURED = 64  # the batch size of the trainings that the noise scale is measured in

@@ -17,15 +17,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from hvdtrain.launch import prepare_process  # noqa: E402
+from hvdtrain.process.launch import prepare_process  # noqa: E402
 
 launch = prepare_process()  # threads, before torch starts
 
 import machine  # noqa: E402
 
 import hvdtrain  # noqa: E402
-from hvdtrain.metrics import MetricLog  # noqa: E402
 from hvdtrain.recipes.lm import lm  # noqa: E402
+from hvdtrain.rundir.log import MetricLog  # noqa: E402
 from hvdtrain.trainer import settle, train_step  # noqa: E402
 from hvdtrain.trainer.state import model_tensors, start_training  # noqa: E402
 

@@ -31,8 +31,8 @@ MODELS = {
 
 def main() -> None:
     """Print the table."""
-    from hvdtrain.plan.network import Layout, Network, other_network
-    from hvdtrain.plan.step import Bucket, Compute, step_time
+    from hvdtrain.verbs.plan.network import Layout, Network, other_network
+    from hvdtrain.verbs.plan.step import Bucket, Compute, step_time
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="25gbit,5us")

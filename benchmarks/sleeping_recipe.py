@@ -56,7 +56,7 @@ class Sleeping(hvdtrain.Recipe):
             model=model,
             train_data=data,
             val_data=few,
-            loss=lambda model, batch: {"loss": (model(batch[0]) - batch[1]).square().sum()},
+            loss_sums=lambda model, batch: {"loss": (model(batch[0]) - batch[1]).square().sum()},
         )
 
 

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hvdtrain.config import (
+    from hvdtrain.data.dataset import Dataset, TensorSamples
+    from hvdtrain.errors import HvdtrainError, UsageError
+    from hvdtrain.settings import (
         CheckpointConfig,
         CommConfig,
         Config,
@@ -25,19 +27,17 @@ if TYPE_CHECKING:
         OptimConfig,
         TrainConfig,
     )  # fmt: skip
-    from hvdtrain.data.dataset import Dataset, TensorSamples
-    from hvdtrain.dist import World, init
-    from hvdtrain.errors import HvdtrainError, UsageError
     from hvdtrain.trainer import Recipe, Task
+    from hvdtrain.world import World, init
 
 # Imported on first use: the command line must set the number of threads before torch starts.
 _HOMES = {
-    "hvdtrain.config": (
+    "hvdtrain.settings": (
         "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "HealthConfig", "LogConfig", "ModelConfig",
         "OptimConfig", "TrainConfig",
     ),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
-    "hvdtrain.dist": ("World", "init"),
+    "hvdtrain.world": ("World", "init"),
     "hvdtrain.errors": ("HvdtrainError", "UsageError"),
     "hvdtrain.trainer": ("Recipe", "Task"),
 }  # fmt: skip

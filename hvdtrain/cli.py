@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-from hvdtrain.config import merge, nearest, to_dict
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
-from hvdtrain.launch import Launch, prepare_process
-from hvdtrain.options import (
+from hvdtrain.process.launch import Launch, prepare_process
+from hvdtrain.settings import merge, nearest, to_dict
+from hvdtrain.verbs.options import (
     BenchOptions,
     DoctorOptions,
     ExportOptions,
@@ -52,17 +52,17 @@ several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]"""
 
 # Verb -> module and function that runs it, and what it is asked besides a recipe's settings.
 _VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
-    "train": ("hvdtrain.run", "train", TrainOptions),
-    "verify": ("hvdtrain.verify", "verify", VerifyOptions),
-    "bench": ("hvdtrain.bench", "bench", BenchOptions),
-    "plan": ("hvdtrain.plan", "plan", PlanOptions),
+    "train": ("hvdtrain.verbs.train", "train", TrainOptions),
+    "verify": ("hvdtrain.verbs.verify", "verify", VerifyOptions),
+    "bench": ("hvdtrain.verbs.bench", "bench", BenchOptions),
+    "plan": ("hvdtrain.verbs.plan", "plan", PlanOptions),
 }
 
 # Verbs without a recipe -> the same, and the flag whose value may be given as the word after the verb.
 _PLAIN_VERBS: dict[str, tuple[str, str, type[Any], str | None]] = {
-    "doctor": ("hvdtrain.doctor", "doctor", DoctorOptions, None),
-    "export": ("hvdtrain.export", "export", ExportOptions, "run-dir"),
-    "generate": ("hvdtrain.generate", "generate", GenerateOptions, "run-dir"),
+    "doctor": ("hvdtrain.verbs.doctor", "doctor", DoctorOptions, None),
+    "export": ("hvdtrain.verbs.export", "export", ExportOptions, "run-dir"),
+    "generate": ("hvdtrain.verbs.generate", "generate", GenerateOptions, "run-dir"),
 }
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdtrain.config import BatchPlan
 from hvdtrain.data.dataset import contiguous_share, in_batches
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings import BatchPlan
 
 _ROUNDS = 6
 

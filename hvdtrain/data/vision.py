@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hvdtrain.data.lock import locked
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import DataError
+from hvdtrain.settings.files import locked
 
 DatasetName = Literal["mnist", "fashion-mnist"]
 

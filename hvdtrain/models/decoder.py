@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdtrain.config import ModelConfig
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
+from hvdtrain.settings import ModelConfig
 
 _INIT_STD = 0.02
 _LOSS_BYTES = 2**28

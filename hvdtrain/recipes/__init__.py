@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from hvdtrain.config import nearest
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings import nearest
 from hvdtrain.trainer import Recipe
 
 # Name on the command line -> module and function.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from hvdtrain.data.choices import Choices, Encode, count_right
+from hvdtrain.data.text.choices import Choices, Encode, count_right
 from hvdtrain.trainer import Evaluation
 
 
@@ -33,7 +33,7 @@ def choice_evaluation(
     return (
         Evaluation(
             data=Choices(path, encode, begin, max_length),
-            loss=lambda model, batch: count_right(model, batch, logits_of),
+            loss_sums=lambda model, batch: count_right(model, batch, logits_of),
             metrics=("choice_accuracy", "choice_accuracy_per_byte"),
         ),
     )

@@ -23,15 +23,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.config import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
-from hvdtrain.data.chat import DocumentReader
-from hvdtrain.data.packed import PackedDocuments, same_document, write_packed
-from hvdtrain.data.text import TextConfig, cache_dir, find_splits
+from hvdtrain.data.text.chat import DocumentReader
+from hvdtrain.data.text.packed import PackedDocuments, same_document, write_packed
+from hvdtrain.data.text.stream import TextConfig, cache_dir, find_splits
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 from hvdtrain.recipes.choices import choice_evaluation
+from hvdtrain.settings import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Evaluation, Recipe, Task
 
 _LOSS_BYTES = 2**28
@@ -90,7 +90,7 @@ class Transformers(Recipe):
             model=model,
             train_data=train,
             val_data=held_out,
-            loss=_loss,
+            loss_sums=_loss,
             evaluations=self._questions(tokenizer, length),
             unit="tokens",
             summarize=lambda means: {**means, "perplexity": math.exp(min(means["loss"], 700.0))},

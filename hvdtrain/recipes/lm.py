@@ -19,17 +19,17 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
-from hvdtrain.config import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
-from hvdtrain.data.packed import same_document
-from hvdtrain.data.text import PreparedText, TextConfig, prepare_text
-from hvdtrain.data.tokenizer import BYTE_VOCAB_SIZE, write_tokenizer
-from hvdtrain.data.windows import TokenWindows
+from hvdtrain.data.text.packed import same_document
+from hvdtrain.data.text.stream import PreparedText, TextConfig, prepare_text
+from hvdtrain.data.text.tokenizer import BYTE_VOCAB_SIZE, write_tokenizer
+from hvdtrain.data.text.windows import TokenWindows
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
 from hvdtrain.models.ngram import TrigramModel
 from hvdtrain.models.sampling import Sampling, sample
 from hvdtrain.recipes.choices import choice_evaluation
+from hvdtrain.settings import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Evaluation, Recipe, Task
 from hvdtrain.trainer.task import Batch
 
@@ -69,7 +69,7 @@ class LanguageModel(Recipe):
             model=model,
             train_data=TokenWindows(text.train_path, text.dtype, length),
             val_data=TokenWindows(text.val_path, text.dtype, length),
-            loss=self._loss(text),
+            loss_sums=self._loss(text),
             evaluations=self._questions(text, length),
             unit="tokens",
             summarize=lambda means: _with_bits_per_byte(means, bytes_per_token),

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdtrain.config import LogConfig, OptimConfig, TrainConfig
 from hvdtrain.data.vision import VisionConfig, load_images
 from hvdtrain.models.mlp import Mlp
+from hvdtrain.settings import LogConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Recipe, Task
 
 
@@ -32,7 +32,7 @@ class Digits(Recipe):
             model=Mlp(seed=self.train.seed),
             train_data=train,
             val_data=test,
-            loss=_loss,
+            loss_sums=_loss,
             metrics=("loss", "accuracy"),
             description=f"data:       {self.data.dataset}: {len(train):,} training images, {len(test):,} held out",
             fingerprint=f"{train.fingerprint()} {test.fingerprint()}",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.dist import ReduceOp, World, digest_of
+from hvdtrain.world import ReduceOp, World, digest_of
 
 
 class ChangingBuffers:

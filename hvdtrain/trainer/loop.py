@@ -13,16 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.config import Precision
 from hvdtrain.data.dataset import contiguous_share, in_batches
 from hvdtrain.errors import StopRequested
-from hvdtrain.metrics import Stopwatch
-from hvdtrain.noise import Norms, agreement, estimate
-from hvdtrain.stop import StopRequest
+from hvdtrain.optim.noise import Norms, agreement, estimate
+from hvdtrain.process.stop import StopRequest
+from hvdtrain.rundir.log import Stopwatch
+from hvdtrain.settings import Precision
+from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, model_tensors, start_training
-from hvdtrain.trainer.task import Batch, Evaluation, Job
+from hvdtrain.trainer.task import Batch, Evaluation
 from hvdtrain.trainer.update import hear, update
 
 
@@ -177,7 +178,7 @@ def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]
     batch = _to_device(batch, world.device, precision)
     world.progress.enter("forward")
     with _autocast(precision, world.device):
-        return job.task.loss(model, batch)
+        return job.task.loss_sums(model, batch)
 
 
 def noise_metrics(job: Job, training: Training) -> dict[str, float]:
@@ -198,7 +199,7 @@ def evaluate(job: Job, model: nn.Module, request: StopRequest | None = None) -> 
     Returns nothing if a rank has a request to stop before the end.
     """
     task = job.task
-    held_out = Evaluation(data=task.val_data, loss=task.loss, metrics=task.metrics)
+    held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics)
     means: dict[str, float] = {}
     for number, part in enumerate((held_out, *task.evaluations)):
         found = _means(job, model, part, request, f"evaluate.{number}")
@@ -227,7 +228,7 @@ def _means(
             for indices in batches[i : i + 1]:  # a rank may have one batch less than others
                 batch = _to_device(part.data.batch(indices), world.device, precision)
                 with _autocast(precision, world.device):
-                    sums = part.loss(model, batch)
+                    sums = part.loss_sums(model, batch)
                 totals[:-1] += torch.stack([sums[key].double() for key in part.metrics])
                 totals[-1] += part.data.num_targets(indices)
             if agree():

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from hvdtrain.config import Config
 from hvdtrain.errors import ConfigError
-from hvdtrain.optimizer import build_optimizer
+from hvdtrain.optim.build import build_optimizer
+from hvdtrain.settings import Config
+from hvdtrain.settings.units import in_units
+from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.loop import forward_batch
 from hvdtrain.trainer.model import own_type, prepare_blocks
-from hvdtrain.trainer.task import Job
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
 RESERVE = 0.1
@@ -129,14 +130,6 @@ def check_fits(job: Job, memory: Memory) -> None:
         f"training needs about {memory}, and {in_units(free)} {what}. What needs less: {', '.join(ways)},"
         f" fewer ranks a host or a smaller model; --health.no-memory-check tries it all the same"
     )
-
-
-def in_units(num_bytes: float) -> str:
-    """Return bytes as a person reads them."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    power = 0 if num_bytes < 1 else min(int(math.log2(num_bytes)) // 10, len(units) - 1)
-    value = num_bytes / 1024**power
-    return f"{value:.0f} {units[power]}" if value >= 100 else f"{value:.3g} {units[power]}"
 
 
 def _plain(config: Config) -> Config:

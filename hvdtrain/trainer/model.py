@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hvdtrain.config import Config, ModelConfig, Precision
-from hvdtrain.dist import World, synchronize_batch_norm
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.linear import takes_onednn, use_onednn
+from hvdtrain.settings import Config, ModelConfig, Precision
+from hvdtrain.world import World, synchronize_batch_norm
 
 _TYPES: dict[Precision, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hvdtrain.data.dataset import Dataset
-from hvdtrain.trainer.task import Batch, Job
+from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.task import Batch
 
 
 class BatchReader:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvdtrain.checkpoint import Retention, model_weights, save_checkpoint
 from hvdtrain.errors import CheckpointError
+from hvdtrain.rundir.checkpoint import Retention, model_weights, save_checkpoint
+from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training, training_state
-from hvdtrain.trainer.task import Job
 from hvdtrain.trainer.update import hear
 
 

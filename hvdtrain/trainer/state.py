@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.checkpoint import load_model_weights, load_newest
-from hvdtrain.config import to_dict
-from hvdtrain.dist import WrappedOptimizer, has_synchronized_layers
 from hvdtrain.errors import ResumeError
-from hvdtrain.optimizer import build_optimizer
-from hvdtrain.randomness import MicroBatchRandomness
+from hvdtrain.optim.build import build_optimizer
+from hvdtrain.rundir.checkpoint import load_model_weights, load_newest
+from hvdtrain.settings import to_dict
 from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
+from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.reading import BatchReader
-from hvdtrain.trainer.task import Job
+from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
 
 # Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
 # step computes. The data is compared by its fingerprint instead, the batch by the settled global batch size.

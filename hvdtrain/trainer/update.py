@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import DivergedError
-from hvdtrain.schedule import learning_rate
+from hvdtrain.optim.schedule import learning_rate
+from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training, Verdict
-from hvdtrain.trainer.task import Job
 
 
 def update(job: Job, training: Training, sums: Tensor, num_targets: int, num_samples: int) -> None:

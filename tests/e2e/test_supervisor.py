@@ -13,7 +13,7 @@ from conftest import LAUNCHERS, REPOSITORY
 from safetensors.torch import load_file
 
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
-SUPERVISE = [sys.executable, "-m", "hvdtrain.supervise"]
+SUPERVISE = [sys.executable, "-m", "hvdtrain.process.supervise"]
 
 # Ends with the next of the given exit codes at each start; a checkpoint appears where the code is followed by "+".
 STAND_IN = """

@@ -227,7 +227,7 @@ def test_a_users_own_recipe(hvdtrain, tmp_path):
                 x = torch.linspace(-1, 1, 101)[:, None]
                 samples = TensorSamples(x, self.slope * x + 1)
                 torch.manual_seed(self.train.seed)
-                return Task(model=torch.nn.Linear(1, 1), train_data=samples, val_data=samples, loss=squares)
+                return Task(model=torch.nn.Linear(1, 1), train_data=samples, val_data=samples, loss_sums=squares)
 
         def squares(model, batch):
             x, y = batch

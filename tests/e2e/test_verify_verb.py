@@ -10,7 +10,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 import hvdtrain
-from hvdtrain.launch import detect_launch
+from hvdtrain.process.launch import detect_launch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(hvdtrain.Recipe):
@@ -26,7 +26,7 @@ class Mine(hvdtrain.Recipe):
             reduction = "mean" if self.bug else "sum"
             return {"loss": F.mse_loss(model(batch[0]), batch[1], reduction=reduction)}
 
-        return hvdtrain.Task(model=model, train_data=data, val_data=data, loss=loss)
+        return hvdtrain.Task(model=model, train_data=data, val_data=data, loss_sums=loss)
 
 def recipe():
     return Mine(train=hvdtrain.TrainConfig(steps=10, global_batch_size=16))

@@ -55,11 +55,11 @@ def test_horovod_has_nccl_where_there_are_several():
 
 def language_model():
     """Return the settled job of the default recipe on this GPU."""
-    from hvdtrain.dist import SoloWorld
-    from hvdtrain.launch import Launch
-    from hvdtrain.metrics import MetricLog
+    from hvdtrain.process.launch import Launch
     from hvdtrain.recipes.lm import lm
+    from hvdtrain.rundir.log import MetricLog
     from hvdtrain.trainer import settle
+    from hvdtrain.world import SoloWorld
 
     recipe = lm()
     world = SoloWorld(torch.device("cuda", 0), Launch("none"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hvdtrain
-from hvdtrain.launch import detect_launch
+from hvdtrain.process.launch import detect_launch
 
 SECONDS_PER_TEST = 60
 

@@ -205,7 +205,7 @@ def test_schedulers_and_state_dicts_work(world):
 
 def test_two_runs_are_bitwise_the_same(world, monkeypatch):
     """Horovod's own fusion depends on timing: with more than two ranks, sums would differ in their last bits."""
-    monkeypatch.setattr("hvdtrain.dist.buckets.FIRST_BUCKET_BYTES", 100)
+    monkeypatch.setattr("hvdtrain.world.buckets.FIRST_BUCKET_BYTES", 100)
     ends = set()
     for _ in range(3):
         torch.manual_seed(0)

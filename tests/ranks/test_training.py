@@ -10,7 +10,14 @@ from digits import write_digits
 from test_optimizer import largest_difference
 from test_world import digest
 
-from hvdtrain.config import (
+from hvdtrain.data.vision import VisionConfig
+from hvdtrain.errors import DivergedError
+from hvdtrain.models.decoder import DecoderConfig
+from hvdtrain.process.launch import Launch
+from hvdtrain.recipes.lm import LanguageModel, StreamConfig
+from hvdtrain.recipes.mnist import Digits
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.settings import (
     CheckpointConfig,
     CommConfig,
     EvalConfig,
@@ -20,15 +27,8 @@ from hvdtrain.config import (
     OptimConfig,
     TrainConfig,
 )
-from hvdtrain.data.vision import VisionConfig
-from hvdtrain.dist import SoloWorld
-from hvdtrain.errors import DivergedError
-from hvdtrain.launch import Launch
-from hvdtrain.metrics import MetricLog
-from hvdtrain.models.decoder import DecoderConfig
-from hvdtrain.recipes.lm import LanguageModel, StreamConfig
-from hvdtrain.recipes.mnist import Digits
 from hvdtrain.trainer import fit, settle
+from hvdtrain.world import SoloWorld
 
 SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5}

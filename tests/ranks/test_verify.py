@@ -17,14 +17,14 @@ from hvdtrain import (
     TensorSamples,
     TrainConfig,
 )
-from hvdtrain.config import plan_batch
 from hvdtrain.data.order import SampleOrder
-from hvdtrain.dist.gradients import GradientExchange
-from hvdtrain.dist.horovod import HorovodWorld
+from hvdtrain.settings import plan_batch
 from hvdtrain.trainer import state as trainer_state
 from hvdtrain.trainer.buffers import ChangingBuffers
-from hvdtrain.verify.checks import all_checks
-from hvdtrain.verify.trial import Trial
+from hvdtrain.verbs.verify.checks import all_checks
+from hvdtrain.verbs.verify.trial import Trial
+from hvdtrain.world.exchange import GradientExchange
+from hvdtrain.world.horovod import HorovodWorld
 
 CASES = {
     "plain": {},
@@ -105,7 +105,7 @@ class Small(Recipe):
             }
 
         data = TensorSamples(x, y)
-        return Task(model=Net(self), train_data=data, val_data=data, loss=loss)
+        return Task(model=Net(self), train_data=data, val_data=data, loss_sums=loss)
 
 
 def small(optim=None, comm=None, model=None, norm=False, dropout=0.0, width=16, kind="plain", **train):
@@ -193,9 +193,9 @@ class TestPlanted:
 
     def test_a_mean_of_means(self, world, shared_dir, recipe):
         task = recipe.build(print)
-        plain = task.loss
+        plain = task.loss_sums
         task = dataclasses.replace(
-            task, loss=lambda model, batch: {"loss": plain(model, batch)["loss"] / max(1, len(batch[1])) * 8}
+            task, loss_sums=lambda model, batch: {"loss": plain(model, batch)["loss"] / max(1, len(batch[1])) * 8}
         )
         assert 2 in failures(verified(world, shared_dir, recipe, task))
 
@@ -280,9 +280,9 @@ class TestPlanted:
 
     def test_random_numbers_of_its_own(self, world, shared_dir, recipe):
         task = recipe.build(print)
-        chance, plain = random.Random(world.rank), task.loss
+        chance, plain = random.Random(world.rank), task.loss_sums
         task = dataclasses.replace(
-            task, loss=lambda model, batch: plain(model, (batch[0] + 1e-3 * chance.random(), batch[1]))
+            task, loss_sums=lambda model, batch: plain(model, (batch[0] + 1e-3 * chance.random(), batch[1]))
         )
         rows = verified(world, shared_dir, recipe, task)
         assert 2 in failures(rows)

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from hvdtrain.dist import World
 from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.world import World
 
 DTYPES = [torch.float16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]
 

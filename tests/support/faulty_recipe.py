@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from hvdtrain import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, Recipe, Task, TensorSamples, TrainConfig
-from hvdtrain.launch import detect_launch
+from hvdtrain.process.launch import detect_launch
 
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP"}
 NEVER = {"kind": "none", "rank": -1, "phase": "data", "step": 0}
@@ -132,7 +132,7 @@ class Faulty(Recipe):
             model=model,
             train_data=Samples(fault, "data", x[:180], y[:180]),
             val_data=Samples(fault, "evaluation", x[180:], y[180:]),
-            loss=loss,
+            loss_sums=loss,
         )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import Parameter
 
-from hvdtrain.dist import buckets
+from hvdtrain.world import buckets
 
 
 def test_buckets_cover_every_parameter_once_in_reverse(monkeypatch):

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from hvdtrain.checkpoint import (
+from hvdtrain.errors import CheckpointError, ResumeError
+from hvdtrain.rundir.checkpoint import (
     Retention,
     list_checkpoints,
     load_checkpoint,
@@ -14,7 +15,6 @@ from hvdtrain.checkpoint import (
     model_weights,
     save_checkpoint,
 )
-from hvdtrain.errors import CheckpointError, ResumeError
 
 
 def save(run_dir, step=1, weights=None, **more):
@@ -111,7 +111,7 @@ def test_a_newer_format_is_refused(tmp_path):
 
 def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr("hvdtrain.checkpoint.torch.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("hvdtrain.rundir.checkpoint.torch.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(CheckpointError, match="disk full"):
         save(tmp_path, 2)
     assert load_newest(tmp_path, print).manifest.step == 1

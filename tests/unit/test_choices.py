@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hvdtrain.data.choices import Choices, count_right
+from hvdtrain.data.text.choices import Choices, count_right
 from hvdtrain.errors import DataError
 from hvdtrain.models.decoder import Decoder, DecoderConfig
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from hvdtrain.config import Config, OptimConfig, TrainConfig, keep_batch, merge, plan_batch, to_dict
 from hvdtrain.errors import ConfigError
-from hvdtrain.schedule import check_schedule, learning_rate
+from hvdtrain.optim.schedule import check_schedule, learning_rate
+from hvdtrain.settings import Config, OptimConfig, TrainConfig, keep_batch, merge, plan_batch, to_dict
 
 
 @pytest.mark.parametrize(

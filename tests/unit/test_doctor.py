@@ -8,13 +8,13 @@ import threading
 import pytest
 
 from hvdtrain import cli
-from hvdtrain.dist.inspect import HorovodBuild
-from hvdtrain.doctor import diagnose
-from hvdtrain.doctor.facts import RankFacts, existing_parent
-from hvdtrain.doctor.findings import Finding, exit_code, table
-from hvdtrain.doctor.network import AllReduce, Network, Pair, _answer, _ask, schedule
 from hvdtrain.errors import ConfigError
-from hvdtrain.options import DoctorOptions
+from hvdtrain.verbs.doctor import diagnose
+from hvdtrain.verbs.doctor.facts import RankFacts, existing_parent
+from hvdtrain.verbs.doctor.findings import Finding, exit_code, table
+from hvdtrain.verbs.doctor.network import AllReduce, Network, Pair, _answer, _ask, schedule
+from hvdtrain.verbs.options import DoctorOptions
+from hvdtrain.world.inspect import HorovodBuild
 
 GIB = 2**30
 BUILD = HorovodBuild(version="0.28.1", torch="2.13.0", features=("MPI", "Gloo", "NCCL", "CUDA"))
@@ -270,7 +270,7 @@ def test_every_host_is_in_one_pair_at_a_time(num_hosts):
 
 
 def test_a_pair_is_measured_and_one_that_does_not_answer_is_said(monkeypatch):
-    monkeypatch.setattr("hvdtrain.doctor.network._PAIR_LIMIT_S", 3.0)
+    monkeypatch.setattr("hvdtrain.verbs.doctor.network._PAIR_LIMIT_S", 3.0)
     own = next((a for a in _own_addresses() if not a.startswith("127.")), None)
     if own is None:
         pytest.skip("no network interface but lo")
@@ -288,7 +288,7 @@ def test_a_pair_is_measured_and_one_that_does_not_answer_is_said(monkeypatch):
 
 
 def _own_addresses():
-    from hvdtrain.doctor.facts import addresses
+    from hvdtrain.verbs.doctor.facts import addresses
 
     return addresses().values()
 
@@ -333,7 +333,7 @@ def test_command_line(tmp_path):
 
 
 def test_a_verb_without_a_recipe_may_take_a_word(monkeypatch):
-    monkeypatch.setitem(cli._PLAIN_VERBS, "generate", ("hvdtrain.doctor", "doctor", DoctorOptions, "run-dir"))
+    monkeypatch.setitem(cli._PLAIN_VERBS, "generate", ("hvdtrain.verbs.doctor", "doctor", DoctorOptions, "run-dir"))
     assert cli.parse(["generate", "runs/mine", "--timeout", "5"]).options.run_dir == cli.Path("runs/mine")
     with pytest.raises(ConfigError, match="'b' is one word too many"):
         cli.parse(["generate", "a", "b"])

@@ -7,14 +7,14 @@ import pytest
 import torch
 from hugging import import_transformers
 
-from hvdtrain.checkpoint import model_weights, save_checkpoint
-from hvdtrain.data.tokenizer import ByteTokenizer, load_bpe, train_bpe, write_tokenizer
+from hvdtrain.data.text.tokenizer import ByteTokenizer, load_bpe, train_bpe, write_tokenizer
 from hvdtrain.errors import DataError
-from hvdtrain.export import write_model
-from hvdtrain.generate import Continuation, load_model
 from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
-from hvdtrain.trained import open_trained
+from hvdtrain.rundir.checkpoint import model_weights, save_checkpoint
+from hvdtrain.rundir.trained import open_trained
+from hvdtrain.verbs.export import write_model
+from hvdtrain.verbs.generate import Continuation, load_model
 
 TEXT = "naïve 日本語 🙂 \x00\x7f\xad\u0100 def f(x):\n\treturn x  # ok\r\n"
 

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from hvdtrain.dist import SoloWorld, pick_device
 from hvdtrain.errors import DataError, LaunchError
-from hvdtrain.launch import Launch, detect_launch, prepare_process, threads_per_rank
+from hvdtrain.process.launch import Launch, detect_launch, prepare_process, threads_per_rank
+from hvdtrain.world import SoloWorld, pick_device
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,19 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hvdtrain.config import CommConfig, Config, HealthConfig, ModelConfig, OptimConfig, TrainConfig
 from hvdtrain.data.dataset import TensorSamples
-from hvdtrain.dist import SoloWorld
 from hvdtrain.errors import ConfigError
-from hvdtrain.launch import Launch
-from hvdtrain.metrics import MetricLog
 from hvdtrain.models.decoder import Decoder, DecoderConfig
-from hvdtrain.optimizer import build_optimizer
+from hvdtrain.optim.build import build_optimizer
+from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.settings import CommConfig, Config, HealthConfig, ModelConfig, OptimConfig, TrainConfig
+from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Task, settle
 from hvdtrain.trainer.loop import forward_sums
-from hvdtrain.trainer.memory import Memory, check_fits, estimate, in_units, wire_bytes, without_storage
+from hvdtrain.trainer.memory import Memory, check_fits, estimate, wire_bytes, without_storage
 from hvdtrain.trainer.model import own_type
+from hvdtrain.world import SoloWorld
 
 DECODER = DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2)
 
@@ -27,7 +28,9 @@ DECODER = DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=
 def job_of(model, /, **sections):
     tokens = torch.randint(50, (12, 9), generator=torch.Generator().manual_seed(0))
     data = TensorSamples(tokens[:, :-1].clone(), tokens[:, 1:].clone())
-    task = Task(model=model, train_data=data, val_data=data, loss=lambda m, batch: {"loss": m(*batch)}, unit="tokens")
+    task = Task(
+        model=model, train_data=data, val_data=data, loss_sums=lambda m, batch: {"loss": m(*batch)}, unit="tokens"
+    )
     config = Config(**{"train": TrainConfig(steps=3, global_batch_size=4), **sections})
     return settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), Path("none"), MetricLog(None, []))
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.metrics import Console, JsonLines, MetricLog, Stopwatch, TensorBoard, describe, duration
+from hvdtrain.rundir.log import Console, JsonLines, MetricLog, Stopwatch, TensorBoard, describe
+from hvdtrain.settings.units import duration
 
 
 def test_json_lines(tmp_path):
@@ -81,7 +82,7 @@ def test_describe_and_duration():
 
 def test_stopwatch_does_not_count_pauses(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("hvdtrain.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hvdtrain.rundir.log.time.perf_counter", lambda: now[0])
     watch = Stopwatch(step=10)
     now[0] = 4.0
     with watch.paused():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hvdtrain.config import BatchPlan
 from hvdtrain.data.dataset import TensorSamples, contiguous_share, in_batches
 from hvdtrain.data.order import SampleOrder, permute
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings import BatchPlan
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])

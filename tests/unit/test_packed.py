@@ -8,10 +8,10 @@ import torch
 from hugging import import_transformers
 from tiny_models import FORGETFUL_TEMPLATE, make_config, make_tokenizer
 
-from hvdtrain.data.chat import DocumentReader
-from hvdtrain.data.corpus import Document
-from hvdtrain.data.packed import PackedDocuments, TokenizedDocument, same_document, write_packed
-from hvdtrain.data.windows import IGNORED
+from hvdtrain.data.text.chat import DocumentReader
+from hvdtrain.data.text.corpus import Document
+from hvdtrain.data.text.packed import PackedDocuments, TokenizedDocument, same_document, write_packed
+from hvdtrain.data.text.windows import IGNORED
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.decoder import DecoderConfig
 
@@ -214,7 +214,7 @@ def test_no_document_of_the_native_model_sees_another(tmp_path):
     changed = torch.where((document == 2) & (tokens != 256), (tokens + 7) % 256, tokens)
 
     def losses(tokens, only):
-        return task.loss(task.model, (tokens, torch.where(document == only, targets, IGNORED)))["loss"]
+        return task.loss_sums(task.model, (tokens, torch.where(document == only, targets, IGNORED)))["loss"]
 
     with torch.no_grad():
         for parameter in task.model.parameters():  # away from the first weights, where attention is all but uniform

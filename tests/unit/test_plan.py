@@ -8,15 +8,15 @@ import random
 import pytest
 import torch
 
-from hvdtrain.checkpoint import Manifest
 from hvdtrain.errors import ConfigError
-from hvdtrain.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
-from hvdtrain.plan.answer import Facts, answer, compute_on, worker_counts
-from hvdtrain.plan.logged import find_noise, noise_of_run
-from hvdtrain.plan.measure import groups_of
-from hvdtrain.plan.network import Layout, Network, Timing, fit, other_network
-from hvdtrain.plan.report import describe, load_json, save_html, save_json, table
-from hvdtrain.plan.step import Bucket, Compute, exposed_communication, step_time
+from hvdtrain.optim.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
+from hvdtrain.rundir.checkpoint import Manifest
+from hvdtrain.verbs.plan.answer import Facts, answer, compute_on, worker_counts
+from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
+from hvdtrain.verbs.plan.measure import groups_of
+from hvdtrain.verbs.plan.network import Layout, Network, Timing, fit, other_network
+from hvdtrain.verbs.plan.report import describe, load_json, save_html, save_json, table
+from hvdtrain.verbs.plan.step import Bucket, Compute, exposed_communication, step_time
 
 GIGABIT = Network("gloo", 1e-3, None, None, 50e-6, 8 / 1e9, 0.05, 4)
 SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20)

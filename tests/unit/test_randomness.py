@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hvdtrain.randomness import MicroBatchRandomness, SampleRandomness
+from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness
 
 CPU = torch.device("cpu")
 SPLITS = {"whole": [6], "uneven": [2, 3, 1], "single": [1] * 6}

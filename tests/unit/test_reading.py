@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.config import Config, TrainConfig
-from hvdtrain.dist import SoloWorld
-from hvdtrain.launch import Launch
-from hvdtrain.metrics import MetricLog
+from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.settings import Config, TrainConfig
 from hvdtrain.trainer import Task, settle
 from hvdtrain.trainer.reading import BatchReader
+from hvdtrain.world import SoloWorld
 
 
 class Numbers:
@@ -45,7 +45,7 @@ class Others(Numbers):
 
 
 def job_of(data):
-    task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss=lambda model, batch: {})
+    task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss_sums=lambda model, batch: {})
     config = Config(train=TrainConfig(steps=9, global_batch_size=8, micro_batch_size=2))
     return settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), Path("none"), MetricLog(None, []))
 

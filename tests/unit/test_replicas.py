@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hvdtrain.dist.replicas import first_difference, tensor_digest
+from hvdtrain.world.replicas import first_difference, tensor_digest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -29,7 +29,7 @@ def test_layout_does_not_count_and_chunks_do_not_show(monkeypatch):
     transposed = tensor.t().contiguous().t()
     assert tensor_digest(transposed) == tensor_digest(tensor)
     whole = tensor_digest(tensor)
-    monkeypatch.setattr("hvdtrain.dist.replicas._CHUNK", 7)
+    monkeypatch.setattr("hvdtrain.world.replicas._CHUNK", 7)
     assert tensor_digest(tensor) == whole
     assert tensor_digest(torch.zeros(0)) == 0
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.supervise import lost_hosts, named_hosts, restricted, run_directory
+from hvdtrain.process.supervise import lost_hosts, named_hosts, restricted, run_directory
 
 TRAIN = ["python", "-m", "hvdtrain", "train", "lm", "--run-dir", "runs/mine"]
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from hvdtrain.data.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
-from hvdtrain.data.text import TextConfig, prepare_text
-from hvdtrain.data.tokenizer import ByteTokenizer
-from hvdtrain.data.windows import IGNORED, TokenWindows
+from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
+from hvdtrain.data.text.stream import TextConfig, prepare_text
+from hvdtrain.data.text.tokenizer import ByteTokenizer
+from hvdtrain.data.text.windows import IGNORED, TokenWindows
 from hvdtrain.errors import ConfigError, DataError
 
 
@@ -111,7 +111,7 @@ def test_a_failed_preparation_leaves_nothing(corpus, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hvdtrain.data.text._write_split", full)
+    monkeypatch.setattr("hvdtrain.data.text.stream._write_split", full)
     with pytest.raises(DataError, match="No space left"):
         prepare_text(config(corpus, tmp_path))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -298,8 +298,8 @@ def test_tokens_do_not_depend_on_the_batches(tmp_path, monkeypatch):
     told = []
     tokens = []
     for batch, cache in ((1, "a"), (32, "b")):
-        monkeypatch.setattr("hvdtrain.data.text._BATCH_PIECES", batch)
-        monkeypatch.setattr("hvdtrain.data.text._SAY_EVERY_S", 0.0)
+        monkeypatch.setattr("hvdtrain.data.text.stream._BATCH_PIECES", batch)
+        monkeypatch.setattr("hvdtrain.data.text.stream._SAY_EVERY_S", 0.0)
         config = TextConfig(path=str(tmp_path / "*.txt"), tokenizer="bpe", vocab_size=300, sequence_length=8)
         prepared = prepare_text(dataclasses.replace(config, cache_dir=str(tmp_path / cache)), told.append)
         tokens.append(prepared.train_path.read_bytes())

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hvdtrain.config import Config, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.data.dataset import TensorSamples
-from hvdtrain.dist import SoloWorld
 from hvdtrain.errors import DivergedError
-from hvdtrain.launch import Launch
-from hvdtrain.metrics import MetricLog, Stopwatch
+from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.log import MetricLog, Stopwatch
+from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
 from hvdtrain.trainer.loop import window_metrics
 from hvdtrain.trainer.state import model_tensors, start_training
+from hvdtrain.world import SoloWorld
 
 ADAMW, LOOP, SGD = OptimConfig(), OptimConfig(kernel="loop"), OptimConfig(name="sgd")
 
@@ -41,7 +41,7 @@ def start(tmp_path, optim, bad=(), most=20):
         return {"loss": ((model(batch[0]) - batch[1]) ** 2).sum()}
 
     torch.manual_seed(0)
-    task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss=loss)
+    task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss_sums=loss)
     train, health = TrainConfig(steps=8, global_batch_size=1), HealthConfig(max_skipped_steps=most)
     config = Config(train=train, optim=optim, health=health)
     job = settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), tmp_path, Said())

@@ -1,5 +1,0 @@
-"""`bench RECIPE`: where does a step's time go, and what would make it shorter?"""
-
-from hvdtrain.bench.command import bench
-
-__all__ = ["bench"]

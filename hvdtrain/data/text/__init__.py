@@ -1,0 +1,1 @@
+"""Text: files to documents, documents to tokens, tokens to samples."""

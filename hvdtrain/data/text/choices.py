@@ -1,0 +1,115 @@
+"""Multiple-choice questions: a language model answers with the continuation that it finds likeliest.
+
+A line of the file is `{"context": "...", "choices": ["...", ...], "answer": 1}`, the answer counted from 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvdtrain.data.text.windows import IGNORED
+from hvdtrain.errors import DataError
+
+Encode = Callable[[str], Sequence[int]]
+
+
+class Choices:
+    """A `Dataset` of questions, each with all its choices.
+
+    Args:
+        path: the file.
+        encode: returns the tokens of a text.
+        begin: tokens before every context.
+        max_length: the most tokens that the model is shown; of a longer context the beginning is left out.
+
+    Raises:
+        DataError: a line is no question; names it.
+    """
+
+    reads_ahead = True
+
+    def __init__(self, path: Path, encode: Encode, begin: Sequence[int], max_length: int) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--eval.choices {path} cannot be read: {error}") from error
+        self._rows: list[list[tuple[list[int], int]]] = []
+        self._bytes: list[list[int]] = []
+        self._answers: list[int] = []
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                self._add(line, f"--eval.choices {path}, line {number}", encode, list(begin), max_length)
+        if not self._rows:
+            raise DataError(f"--eval.choices {path} holds no question")
+
+    def _add(self, line: str, place: str, encode: Encode, begin: list[int], max_length: int) -> None:
+        try:
+            value = json.loads(line)
+            context, choices, answer = str(value["context"]), [str(text) for text in value["choices"]], value["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{place} is not {{"context": ..., "choices": [...], "answer": ...}}: {error!r}') from error
+        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+            raise DataError(f"{place}: the answer {answer} is none of the {len(choices)} choices, counted from 0")
+        before = begin + list(encode(context))
+        rows = []
+        for text in choices:
+            tokens = list(encode(text))
+            if not before or not tokens or len(tokens) > max_length:
+                raise DataError(f"{place}: a context and choices of 1 to {max_length} tokens are needed")
+            row = (before + tokens)[-(max_length + 1) :]
+            rows.append((row, len(tokens)))
+        self._rows.append(rows)
+        self._bytes.append([len(text.encode()) for text in choices])
+        self._answers.append(answer)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return tokens and targets, int64 `(n, C, T)`, bytes `(n, C)` and answers `(n,)`.
+
+        Only the choices' tokens are targets. A question with fewer choices than others is filled up with ones of no
+        bytes.
+        """
+        chosen = [self._rows[i] for i in indices.tolist()]
+        most = max(map(len, chosen))
+        length = max(len(row) for rows in chosen for row, _ in rows) - 1
+        tokens = torch.zeros(len(chosen), most, length, dtype=torch.int64)
+        targets = torch.full_like(tokens, IGNORED)
+        num_bytes = torch.zeros(len(chosen), most, dtype=torch.int64)
+        for q, (index, rows) in enumerate(zip(indices.tolist(), chosen, strict=True)):
+            for c, (row, count) in enumerate(rows):
+                tokens[q, c, : len(row) - 1] = torch.tensor(row[:-1])
+                targets[q, c, len(row) - 1 - count : len(row) - 1] = torch.tensor(row[-count:])
+                num_bytes[q, c] = self._bytes[index][c]
+        return tokens, targets, num_bytes, torch.tensor([self._answers[i] for i in indices.tolist()])
+
+    def num_targets(self, indices: Tensor) -> int:
+        """Return one a question."""
+        return len(indices)
+
+
+def count_right(
+    model: nn.Module, batch: tuple[Tensor, ...], logits_of: Callable[[nn.Module, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Return how many questions are answered rightly: by log-likelihood, and by log-likelihood per byte.
+
+    Args:
+        model: the model.
+        batch: of `Choices`.
+        logits_of: maps model and tokens, int64 `(B, T)`, to logits `(B, T, V)`.
+    """
+    tokens, targets, num_bytes, answers = batch
+    logits = logits_of(model, tokens.flatten(0, 1)).float()
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    scores = -nats.view(targets.shape).sum(-1).masked_fill(num_bytes == 0, torch.inf)
+    return {
+        "choice_accuracy": (scores.argmax(1) == answers).sum(),
+        "choice_accuracy_per_byte": ((scores / num_bytes.clamp(min=1)).argmax(1) == answers).sum(),
+    }

@@ -1,0 +1,187 @@
+"""The documents of a corpus: which files they are, how they are split, and reading them as UTF-8."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from hvdtrain.errors import DataError
+from hvdtrain.settings import nearest
+
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file of text, or a part of one.
+
+    `name` is its path below the corpus: the same on every machine, it decides the order and the split.
+    """
+
+    name: str
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the text in pieces that end with a line, of about a megabyte: a file may be larger than memory.
+
+        Raises:
+            DataError: the file is not UTF-8; names the place.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            done = 0
+            while raw := self._next(file):
+                try:
+                    text = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{self.path} is not UTF-8 text (byte {self.start + done + error.start:,}): convert it, as with"
+                        f" iconv -f latin1 -t utf-8; token files of uint16 are named *.bin"
+                    ) from error
+                yield text
+                done += len(raw)
+
+    def _next(self, file: BinaryIO) -> bytes:
+        """Return the next piece: whole lines or, of a line that is too long, whole characters."""
+        left = sys.maxsize if self.stop is None else self.stop - file.tell()
+        raw = file.read(min(PIECE_BYTES, left))
+        left -= len(raw)
+        if len(raw) == PIECE_BYTES and left > 0:
+            raw += file.readline(min(PIECE_BYTES, left))
+            for _ in range(3):  # UTF-8 continues a character with bytes 10xxxxxx, three at most
+                following = file.peek(1)[:1]  # type: ignore[attr-defined]
+                if raw.endswith(b"\n") or not following or following[0] & 0xC0 != 0x80:
+                    break
+                raw += file.read(1)
+        return raw
+
+    def digest(self) -> str | None:
+        """Return a hash of name and text; None where there is no text, or none that is UTF-8."""
+        digest = hashlib.sha256(f"{self.name}\0".encode())
+        is_empty = True
+        try:
+            for piece in self.pieces():
+                digest.update(piece.encode())
+                is_empty = False
+        except DataError:
+            return None
+        return None if is_empty else digest.hexdigest()
+
+
+def standard_library() -> list[Document]:
+    """Return the source code of the running Python's standard library, without tests and installed packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    return [document for document in _below(root, "*.py") if not left_out & set(Path(document.name).parts[:-1])]
+
+
+def find_documents(path: str) -> list[Document]:
+    """Return the documents that a file, a directory or a glob names, sorted by name.
+
+    Raises:
+        DataError: there are none; names the nearest thing that exists.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [Document(place.name, place)]
+    if place.is_dir():
+        found = _below(place, "*")
+        if not found:
+            raise DataError(
+                f"the directory {path} holds no files: --data.path takes a text file, a directory or a glob"
+            )
+        return found
+    globbed = (Path(match) for match in glob.glob(str(place), recursive=True))  # noqa: PTH207
+    matches = sorted(match for match in globbed if match.is_file())
+    if matches:
+        base = Path(*_common(matches))
+        return [Document(match.relative_to(base).as_posix(), match) for match in matches]
+    raise DataError(_explain_missing(path, place))
+
+
+def split_documents(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
+    """Split into training and held-out documents, at least one each, by a hash of their names.
+
+    The hash does not know the machine or the other files, so a file stays on its side when the corpus grows. A single
+    file is cut instead: its last `val_fraction` is held out, from the start of a line on.
+    """
+    if len(documents) == 1:
+        return _cut(documents[0], val_fraction)
+    ranked = sorted(documents, key=lambda document: _position(document.name))
+    below = sum(_position(document.name) < val_fraction for document in ranked)
+    num_held_out = min(max(1, below), len(ranked) - 1)
+    held_out = {document.name for document in ranked[:num_held_out]}
+    return (
+        [document for document in documents if document.name not in held_out],
+        [document for document in documents if document.name in held_out],
+    )
+
+
+def read_all(documents: Iterable[Document]) -> Iterator[tuple[bool, str]]:
+    """Yield the documents piece by piece, each with whether a document begins with it; empty ones are left out."""
+    for document in documents:
+        for i, piece in enumerate(document.pieces()):
+            yield i == 0, piece
+
+
+def check_single_file(document: Document) -> None:
+    """Raise DataError where the one file that a user named is not UTF-8; names the place."""
+    for _ in document.pieces():
+        pass
+
+
+def _below(root: Path, pattern: str) -> list[Document]:
+    files = (path for path in root.rglob(pattern) if path.is_file())
+    found = [Document(path.relative_to(root).as_posix(), path) for path in files]
+    return sorted(
+        (item for item in found if not any(part.startswith(".") for part in item.name.split("/"))),
+        key=lambda item: item.name,
+    )
+
+
+def _common(paths: list[Path]) -> tuple[str, ...]:
+    """Return the parts of the directory that holds all paths."""
+    parents = [path.parent.parts for path in paths]
+    shared = []
+    for parts in zip(*parents, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return tuple(shared)
+
+
+def _explain_missing(path: str, place: Path) -> str:
+    if any(character in path for character in "*?["):
+        return f"no file matches --data.path {path}"
+    siblings = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
+    hint = nearest(place.name, siblings) if siblings else ""
+    return f"--data.path {path} does not exist{hint if 'did you mean' in hint else ''}"
+
+
+def _cut(document: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
+    size = document.path.stat().st_size
+    with document.path.open("rb") as file:
+        file.seek(int(size * (1 - val_fraction)))
+        file.readline()
+        at = file.tell()
+    if not 0 < at < size:  # one long line: cut between two characters instead
+        at = int(size * (1 - val_fraction))
+        with document.path.open("rb") as file:
+            file.seek(at)
+            # UTF-8 continues a character with bytes 10xxxxxx, three at most.
+            at += next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+    first = Document(document.name, document.path, 0, at)
+    return [first], [Document(document.name, document.path, at, size)]
+
+
+def _position(name: str) -> float:
+    """Map a name to [0, 1), evenly."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,5 +1,0 @@
-"""How many workers? Measured on the user's own machines and model, and predicted beyond them."""
-
-from hvdtrain.plan.command import plan
-
-__all__ = ["plan"]

@@ -1,0 +1,1 @@
+"""All that lies in the directory of a run. Knows no ranks: rank 0 writes."""

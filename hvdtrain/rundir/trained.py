@@ -1,0 +1,57 @@
+"""A trained model on disk: the directory of a run, or one that was exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from hvdtrain.errors import CheckpointError, DataError
+from hvdtrain.models.interchange import read_weights
+from hvdtrain.rundir.checkpoint import list_checkpoints, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model's weights, and where the files lie that tell what they are."""
+
+    folder: Path
+    """Holds config.json and the tokenizer."""
+    weights: dict[str, Tensor]
+    source: str
+    """What a person calls it."""
+
+
+def open_trained(path: Path, which: str) -> Trained:
+    """Read a run's checkpoint (latest, best, or of a step) and verify it, or read an exported directory.
+
+    Raises:
+        DataError: there is no trained model in `path`, or no such checkpoint; names those that there are.
+    """
+    if not (path / "checkpoints").is_dir():
+        if (path / "config.json").is_file():
+            return Trained(path, read_weights(path), str(path))
+        raise DataError(f"{path} is neither a run's directory (with checkpoints/) nor an export (with config.json)")
+    folder = path / "model"
+    if not (folder / "config.json").is_file():
+        raise DataError(
+            f"{path} does not say what its weights are (no model/config.json): it is no run of a language model"
+        )
+    checkpoint = _find(path, which)
+    try:
+        return Trained(folder, load_checkpoint(checkpoint).weights, str(checkpoint))
+    except CheckpointError as error:
+        raise DataError(f"{error}; choose another one with --checkpoint") from error
+
+
+def _find(path: Path, which: str) -> Path:
+    found = {int(folder.name.removeprefix("step-")): folder for folder in list_checkpoints(path)}
+    if which in ("latest", "best"):
+        pointer = path / "checkpoints" / which
+        if pointer.is_file():
+            return path / "checkpoints" / pointer.read_text().strip()
+    elif which.isdecimal() and int(which) in found:
+        return found[int(which)]
+    there = f"of steps {', '.join(map(str, found))}" if found else "none"
+    raise DataError(f"{path} has no checkpoint '{which}': there are {there}; say latest, best or a step")

@@ -1,0 +1,35 @@
+"""Settings: frozen dataclasses, and their way to and from files and flags. Standard library only."""
+
+from hvdtrain.settings.batch import BatchPlan, keep_batch, plan_batch
+from hvdtrain.settings.sections import (
+    CheckpointConfig,
+    CommConfig,
+    Config,
+    EvalConfig,
+    HealthConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    TrainConfig,
+)
+from hvdtrain.settings.values import merge, nearest, to_dict
+
+__all__ = [
+    "BatchPlan",
+    "CheckpointConfig",
+    "CommConfig",
+    "Config",
+    "EvalConfig",
+    "HealthConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Precision",
+    "TrainConfig",
+    "keep_batch",
+    "merge",
+    "nearest",
+    "plan_batch",
+    "to_dict",
+]

@@ -1,0 +1,79 @@
+"""One run of a task, with everything settled that does not change while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.data.order import SampleOrder
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.schedule import check_schedule, lr_factor
+from hvdtrain.rundir.checkpoint import Manifest
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
+from hvdtrain.trainer.task import Task
+from hvdtrain.world import World
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task with its settings, its ranks and its run directory; everything that does not change while training."""
+
+    task: Task
+    config: Config
+    world: World
+    run_dir: Path
+    log: MetricLog
+    plan: BatchPlan
+    order: SampleOrder
+    num_steps: int
+    """Optimizer steps of the whole run."""
+    allowed_changes: tuple[str, ...] = ()
+    """Settings that may differ from those of the checkpoint that the run goes on from."""
+
+    @property
+    def lr_factor(self) -> float:
+        """Return by what `--optim.lr-rule` multiplies the learning rate."""
+        return lr_factor(self.config.optim, self.plan.global_batch_size)
+
+
+def settle(
+    task: Task,
+    config: Config,
+    world: World,
+    run_dir: Path,
+    log: MetricLog,
+    allowed_changes: tuple[str, ...] = (),
+    before: Manifest | None = None,
+) -> Job:
+    """Return the job, its batch arithmetic and number of steps settled.
+
+    Args:
+        task: what is trained.
+        config: its settings.
+        world: the ranks.
+        run_dir: the directory of the run.
+        log: where metrics go.
+        allowed_changes: settings that may differ from those of the checkpoint that the run goes on from.
+        before: that checkpoint; on another number of ranks the run keeps its global batch.
+
+    Raises:
+        ConfigError: the settings do not fit together, the number of ranks or the data.
+    """
+    plan = _plan(config, world.size, before)
+    order = SampleOrder(len(task.train_data), plan, config.train.seed)
+    num_steps = config.train.steps
+    if num_steps is None:
+        if config.train.epochs is None:
+            raise ConfigError("give --train.steps or --train.epochs")
+        num_steps = max(1, round(config.train.epochs * order.steps_per_epoch))
+    check_schedule(config.optim, num_steps)
+    return Job(task, config, world, run_dir, log, plan, order, num_steps, allowed_changes)
+
+
+def _plan(config: Config, world_size: int, before: Manifest | None) -> BatchPlan:
+    if before is None or before.world_size == world_size or not (before.global_batch_size and before.micro_batch_size):
+        return plan_batch(config.train, world_size)
+    if config.train.global_batch_size not in (None, before.global_batch_size):
+        return plan_batch(config.train, world_size)  # resuming will say that it must not change
+    return keep_batch(config.train, world_size, before.global_batch_size, before.micro_batch_size)

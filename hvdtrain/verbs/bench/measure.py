@@ -1,0 +1,130 @@
+"""Variants of a recipe that take turns in one process, so that what slows the machine slows all of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.models.linear import takes_onednn
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.trainer import Job, Recipe, Task, settle, train_step
+from hvdtrain.trainer.state import Training, start_training
+from hvdtrain.verbs.bench.stopwatch import TimedProgress
+from hvdtrain.world import World
+
+_NO_RUN = Path("hvdtrain-bench-has-no-run-directory")
+
+# Section, setting and the values that are tried. Buckets stand in the place of Horovod's fusion threshold and groups.
+# Its cycle time cannot change in a process: started anew, Horovod 0.28.1 crashes where that and the threshold are set
+# (BayesianParameter::SetValue). benchmarks/waiting.py measures it.
+_KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("model", "compile", ("model", "blocks")),
+    ("train", "precision", ("bf16",)),
+    ("optim", "kernel", ("fused", "foreach")),
+    ("comm", "bucket_mib", (1, 4, 25, 100)),
+    ("comm", "compression", ("fp16",)),
+)
+
+
+def variants(recipe: Recipe, size: int, device: torch.device) -> Iterator[tuple[str, Recipe]]:
+    """Yield the recipe as it is, then with one setting changed each; between ranks only if there are several."""
+    yield "as it is", recipe
+    for section, setting, values in _KNOBS:
+        part: Any = getattr(recipe, section)
+        is_idle = (section == "comm" and size == 1) or (setting == "kernel" and recipe.optim.name != "adamw")
+        if is_idle or not hasattr(part, setting):
+            continue
+        for value in values:
+            if getattr(part, setting) != value:
+                changed: Any = {section: dataclasses.replace(part, **{setting: value})}
+                yield f"--{section}.{setting.replace('_', '-')} {value}", dataclasses.replace(recipe, **changed)
+    if device.type == "cpu" and recipe.train.precision == "fp32":
+        other: Any = "torch" if takes_onednn(recipe.model.linear, device) else "onednn"
+        model = dataclasses.replace(recipe.model, linear=other)
+        yield f"--model.linear {other}", dataclasses.replace(recipe, model=model)
+    train = recipe.train
+    if train.accum_steps in (None, 1) and train.global_batch_size is not None:
+        train = dataclasses.replace(train, accum_steps=4, global_batch_size=4 * train.global_batch_size)
+        yield "accumulation 4, batch x 4", dataclasses.replace(recipe, train=train)
+
+
+@dataclass
+class Variant:
+    """One way of training, and what was measured of it."""
+
+    name: str
+    job: Job
+    training: Training
+    samples_per_step: int
+    targets_per_step: int
+    steps_s: list[float] = field(default_factory=list)
+    """Seconds of each round's mean step."""
+    parts_s: list[dict[str, float]] = field(default_factory=list)
+    """Seconds of the parts of each round's mean step, on rank 0."""
+
+    @staticmethod
+    def of(name: str, recipe: Recipe, task: Task, world: World) -> Variant:
+        """Build it, with weights of its own. Collective.
+
+        Raises:
+            ConfigError: it does not fit this model or these ranks.
+        """
+        task = dataclasses.replace(task, model=copy.deepcopy(task.model))
+        steps = dataclasses.replace(recipe.train, steps=1_000_000, epochs=None, max_time=None)
+        recipe = dataclasses.replace(recipe, train=steps)
+        job = world.together(lambda: settle(task, recipe, world, _NO_RUN, MetricLog(None, [])), "bench.settle")
+        training = start_training(job)
+        samples = job.order.global_batch(0)
+        return Variant(name, job, training, len(samples), job.task.train_data.num_targets(samples))
+
+    def run(self, steps: int, is_counted: bool) -> None:
+        """Take some steps. Collective."""
+        world = self.job.world
+        world.barrier("bench")
+        progress = world.progress
+        assert isinstance(progress, TimedProgress)
+        progress.take()
+        started = time.perf_counter()
+        for _ in range(steps):
+            # Always a full batch: the order is asked for steps of the first epoch only.
+            self.training.step %= max(1, self.job.order.steps_per_epoch - 1)
+            train_step(self.job, self.training)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / steps
+        parts = {part: value / steps for part, value in progress.take().items()}
+        if is_counted:
+            self.steps_s.append(seconds)
+            self.parts_s.append(parts)
+
+
+def build_variants(recipe: Recipe, task: Task, world: World, knobs: bool) -> tuple[list[Variant], list[str]]:
+    """Return the variants that can be had here, and why the others cannot. Collective."""
+    built: list[Variant] = []
+    refused = []
+    for name, variant in variants(recipe, world.size, world.device):
+        if built and not knobs:
+            break
+        try:
+            built.append(Variant.of(name, variant, task, world))
+        except ConfigError as error:
+            if not built:
+                raise
+            refused.append(f"{name}: {error}")
+    return built, refused
+
+
+def memory_peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: of the GPU, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,163 @@
+"""`doctor`: is this machine ready, are these ranks connected, and what mends what is not.
+
+Each rank gathers its `RankFacts`; one gather brings them together; the checks are pure functions from all ranks' facts
+to `Finding`s. Where the ranks do not connect, rank 0 speaks from its own facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.process.launch import detect_launch
+from hvdtrain.verbs.doctor import links, machine, software
+from hvdtrain.verbs.doctor.facts import RankFacts, own_facts
+from hvdtrain.verbs.doctor.findings import Finding, exit_code, table
+from hvdtrain.verbs.doctor.network import Network, facts_of_the_group, measure
+from hvdtrain.verbs.options import DoctorOptions
+from hvdtrain.world import World
+from hvdtrain.world.inspect import choose_device, try_connect
+
+# A launcher ends the job when rank 0 has left: a rank that is still here after this long has a fault of its own.
+_SECONDS_FOR_RANK_0 = 10.0
+
+
+def doctor(options: DoctorOptions) -> int:
+    """Answer `doctor`: print what was found and return 1 where there is an error, else 0. Collective.
+
+    Ends by itself, with an error line, where the ranks do not connect within `options.timeout` seconds.
+    """
+    own = own_facts(detect_launch(), options.run_dir)
+    patience = _Patience(own, options)
+    contact = try_connect()
+    own = dataclasses.replace(own, horovod_size=contact.horovod_size, contact_problem=contact.problem)
+    if contact.world is None:
+        patience.end()
+        return _speak_alone(own, options)
+    try:
+        return _speak_together(contact.world, own, options, patience)
+    except Exception as error:
+        if not contact.world.has_lost_contact(error):
+            raise
+        own = dataclasses.replace(own, contact_problem="a rank was lost during the measurements")
+        return _speak_alone(own, options)
+    finally:
+        patience.end()
+
+
+def diagnose(ranks: Sequence[RankFacts], network: Network) -> list[Finding]:
+    """Return what all checks say of these facts, in the order in which a person should read it."""
+    return [
+        *software.check_launch(ranks),
+        *software.check_host_names(ranks),
+        *software.check_versions(ranks),
+        *software.check_horovod(ranks),
+        *software.check_mpi(ranks),
+        *machine.check_cores(ranks),
+        *machine.check_load(ranks),
+        *machine.check_gpus(ranks),
+        *machine.check_shared_memory(ranks),
+        *machine.check_open_files(ranks),
+        *machine.check_disk(ranks),
+        *links.check_variables(ranks),
+        *links.check_clocks(ranks),
+        *links.check_interfaces(ranks),
+        *links.check_all_reduce(ranks, network),
+        *links.check_pairs(network),
+    ]
+
+
+def _speak_together(world: World, own: RankFacts, options: DoctorOptions, patience: _Patience) -> int:
+    choose_device(world)
+    ranks = world.all_gather_object(facts_of_the_group(world, own), "doctor.facts")
+    patience.renew()
+    network = measure(world, ranks)
+    code = _tell(ranks, network, options) if world.rank == 0 else None
+    code = world.broadcast_object(code, "doctor.code")  # no rank leaves before rank 0 has spoken
+    world.close()
+    return code
+
+
+def _speak_alone(own: RankFacts, options: DoctorOptions) -> int:
+    if own.rank == 0:
+        return _tell([own], Network(), options)
+    time.sleep(_SECONDS_FOR_RANK_0)
+    errors = [finding for finding in diagnose([own], Network()) if finding.status == "error"]
+    _write(f"rank {own.rank} on {own.host} is not connected:\n{table(errors)}\n", sys.stderr.fileno())
+    return 1
+
+
+def _tell(ranks: Sequence[RankFacts], network: Network, options: DoctorOptions) -> int:
+    findings = diagnose(ranks, network)
+    _write(table(findings) + "\n", sys.stdout.fileno())
+    try:
+        if options.json:
+            _save(options.json, ranks, network, findings)
+    except OSError as error:
+        _write(f"hvdtrain: {options.json} cannot be written: {error.strerror}\n", sys.stderr.fileno())
+        return ConfigError.exit_code
+    return exit_code(findings)
+
+
+def _save(path: Path, ranks: Sequence[RankFacts], network: Network, findings: Sequence[Finding]) -> None:
+    report = {
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "ranks": [dataclasses.asdict(facts) for facts in ranks],
+        "network": dataclasses.asdict(network),
+        "exit_code": exit_code(findings),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _write(text: str, file: int) -> None:
+    """Write in one piece: a launcher mixes the lines of ranks that write piece by piece."""
+    sys.stdout.flush()
+    data = text.encode()
+    while data:
+        data = data[os.write(file, data) :]
+
+
+class _Patience:
+    """Ends the process where the ranks do not come together in time: Horovod and MPI wait for ever."""
+
+    def __init__(self, own: RankFacts, options: DoctorOptions) -> None:
+        self._own = own
+        self._options = options
+        self._timer = self._start()
+
+    def renew(self) -> None:
+        """Begin to wait anew."""
+        self._timer.cancel()
+        self._timer = self._start()
+
+    def end(self) -> None:
+        """Stop waiting: the ranks have come together, or the reason why not is known."""
+        self._timer.cancel()
+
+    def _start(self) -> threading.Timer:
+        limit_s = self._options.timeout + (_SECONDS_FOR_RANK_0 if self._own.rank else 0.0)
+        timer = threading.Timer(limit_s, self._give_up)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _give_up(self) -> None:
+        limit_s = self._options.timeout
+        own = dataclasses.replace(
+            self._own, contact_problem=f"this rank waited {limit_s:g} s (--timeout) for the other ones"
+        )
+        try:
+            if own.rank == 0:
+                _tell([own], Network(), self._options)
+            else:
+                _write(f"rank {own.rank} on {own.host} waited {limit_s:g} s for the others\n", sys.stderr.fileno())
+        finally:
+            os._exit(1)

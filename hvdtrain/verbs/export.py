@@ -1,0 +1,71 @@
+"""The verb `export`: a run's model as a directory that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.models.interchange import read_json
+from hvdtrain.rundir.trained import open_trained
+from hvdtrain.verbs.options import ExportOptions
+
+
+def export(options: ExportOptions) -> int:
+    """Answer `export RUN_DIR`; returns the exit code."""
+    output = options.output or options.run_dir / "export"
+    if output.exists() and any(output.iterdir()):
+        if not options.overwrite:
+            raise ConfigError(f"{output} is not empty: choose another --output, or give --overwrite")
+        if not (output / "config.json").exists():
+            raise ConfigError(f"{output} is no earlier export, and is left as it is: choose another --output")
+    trained = open_trained(options.run_dir, options.checkpoint)
+    weights = trained.weights
+    if options.dtype != "as-trained":
+        dtype = getattr(torch, options.dtype)
+        weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    try:
+        num_bytes = write_model(trained.folder, weights, output)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    count = sum(tensor.numel() for tensor in weights.values())
+    sys.stdout.write(
+        f"exported {trained.source} ({count:,} parameters, {num_bytes / 1e6:.1f} MB)\n"
+        f"to {output}: transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})\n"
+    )
+    return 0
+
+
+def write_model(files: Path, weights: dict[str, Tensor], output: Path) -> int:
+    """Write weights beside copies of `files`, all at once; returns the bytes of the weights.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there.
+    """
+    temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        for path in files.iterdir():
+            shutil.copy(path, temporary / path.name)
+        config = read_json(files / "config.json")
+        kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+        config["dtype"] = str(max(kinds, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+        # transformers refuses a file that does not say which framework wrote it.
+        safetensors.torch.save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        num_bytes = (temporary / "model.safetensors").stat().st_size
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return num_bytes

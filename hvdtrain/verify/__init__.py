@@ -1,5 +1,0 @@
-"""`verify RECIPE`: is training this recipe on these ranks the same as on one? Found out by running it."""
-
-from hvdtrain.verify.command import verify
-
-__all__ = ["verify"]

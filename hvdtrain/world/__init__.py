@@ -1,0 +1,28 @@
+"""The ranks: who they are, what they exchange, how gradients are averaged. Horovod and MPI live in here only."""
+
+from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
+from hvdtrain.world.buckets import in_buckets
+from hvdtrain.world.heartbeat import Heartbeat
+from hvdtrain.world.plain_mpi import plain_sum
+from hvdtrain.world.replicas import digest_of
+from hvdtrain.world.start import connect, init, pick_device, visible_gpus
+from hvdtrain.world.watch import watched
+from hvdtrain.world.world import ReduceOp, SoloWorld, World, WrappedOptimizer
+
+__all__ = [
+    "Heartbeat",
+    "ReduceOp",
+    "SoloWorld",
+    "World",
+    "WrappedOptimizer",
+    "connect",
+    "digest_of",
+    "has_synchronized_layers",
+    "in_buckets",
+    "init",
+    "pick_device",
+    "plain_sum",
+    "synchronize_batch_norm",
+    "visible_gpus",
+    "watched",
+]

@@ -1,0 +1,184 @@
+"""`HorovodWorld`: the ranks of a Horovod job. This module and its siblings alone import horovod.
+
+Each collective has an explicit name: Horovod names unnamed ones by a counter that each rank keeps on its own, and a
+rank that is one call ahead hangs the job.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+from torch import Tensor, nn
+
+from hvdtrain.errors import LaunchError
+from hvdtrain.process.launch import Launch
+from hvdtrain.process.progress import Progress
+from hvdtrain.world.averaging import wrap_optimizer
+from hvdtrain.world.world import Averaging, Compression, ReduceOp, World, WrappedOptimizer
+
+T = TypeVar("T")
+_OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max}
+# Horovod's torch binding cannot carry these; the bits travel as an integer type of the same width.
+_CARRIER = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
+
+
+class HorovodWorld(World):
+    """The ranks of a Horovod job, over MPI, Gloo or NCCL. Make one with `hvdtrain.init()`."""
+
+    def __init__(self, launch: Launch, groups: Mapping[tuple[int, ...], Any]) -> None:
+        self.launch = launch
+        self._groups = groups
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self.device = torch.device("cpu")
+        self.progress = Progress()
+
+    def wrap(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        accum_steps: int = 1,
+        compression: Compression = "none",
+        op: Averaging = "average",
+        bucket_bytes: int = 25 << 20,
+        has_square: bool = False,
+    ) -> WrappedOptimizer:
+        """Wrap in `hvd.DistributedOptimizer`, its traps closed."""
+        return wrap_optimizer(
+            optimizer, model, accum_steps, compression, op, bucket_bytes, self.size, self.progress, has_square
+        )
+
+    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Send the optimizer's state first and the tensors last, as nothing may touch them afterwards."""
+        if optimizer is not None:
+            state = self.broadcast_object(optimizer.state_dict() if self.rank == 0 else None, "optimizer")
+            if self.rank != 0:
+                optimizer.load_state_dict(state)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._broadcast_tensors({name: tensor.detach() for name, tensor in tensors.items()}, "model")
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
+        """Reduce in the tensor's own type."""
+        return self.start_all_reduce(tensor, op, name)()
+
+    def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
+        """Reduce in the background, in the tensor's own type."""
+        handle = hvd.allreduce_async(tensor.contiguous(), op=_OPS[op], name=name)
+
+        def wait() -> Tensor:
+            with self.progress.during("communication"):
+                return cast(Tensor, hvd.synchronize(handle))
+
+        return wait
+
+    def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
+        """Reduce in one of Horovod's process sets."""
+        more = {} if len(ranks) == self.size else {"process_set": self._groups[ranks]}
+        with self.progress.during("communication"):
+            return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
+
+    def broadcast_object(self, value: T | None, name: str) -> T:
+        """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""
+        tensors: list[Tensor] = []
+        pickled = _dump(value, tensors) if self.rank == 0 else b""
+        shapes = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
+        message = (pickled, shapes) if self.rank == 0 else None
+        with self.progress.during("communication"):
+            pickled, shapes = cast(Any, hvd.broadcast_object(message, root_rank=0, name=name))
+        if self.rank != 0:
+            tensors = [
+                torch.empty(shape, dtype=dtype, device=self.device if kind == "cuda" else "cpu")
+                for shape, dtype, kind in shapes
+            ]
+        self._broadcast_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, name)
+        return cast(T, value if self.rank == 0 else _load(pickled, tensors))
+
+    def all_gather_object(self, value: T, name: str) -> list[T]:
+        """Gather pickles; meant for small values."""
+        with self.progress.during("communication"):
+            return cast("list[T]", hvd.allgather_object(value, name=name))
+
+    def has_lost_contact(self, error: BaseException) -> bool:
+        """Return whether it is Horovod's word for a rank that has gone."""
+        return isinstance(error, HorovodInternalError)
+
+    def close(self) -> None:
+        """Shut Horovod down."""
+        hvd.shutdown()
+
+    def _broadcast_tensors(self, tensors: dict[str, Tensor], name: str) -> None:
+        """Overwrite every rank's tensors with rank 0's, in place. Collective."""
+        waiting = []
+        for key, tensor in tensors.items():
+            wire = _as_wire(tensor)
+            handle = hvd.broadcast_async_(wire, root_rank=0, name=f"{name}.{key}")
+            waiting.append((handle, wire, tensor))
+        for handle, wire, tensor in waiting:
+            with self.progress.during("communication"):
+                hvd.synchronize(handle)
+            if wire.data_ptr() != tensor.data_ptr():
+                tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
+
+
+def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorld:
+    """Start Horovod and hold its world against the launcher's. Collective.
+
+    `groups` of ranks, smaller than the world, can then reduce among themselves.
+
+    Raises:
+        LaunchError: Horovod sees another number of ranks than the launcher started: each would train alone.
+    """
+    sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups}
+    hvd.init(process_sets=list(sets.values()))
+    if hvd.size() != launch.size:
+        raise LaunchError(
+            f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}: it was built for another"
+            " MPI, or HOROVOD_CONTROLLER is set for another launcher. Run launch/setup.sh with this MPI's mpicc and"
+            " mpirun first on PATH, and unset HOROVOD_CONTROLLER"
+        )
+    return HorovodWorld(launch, sets)
+
+
+def _as_wire(tensor: Tensor) -> Tensor:
+    """Return the tensor's bits, contiguous and flat, in a type that Horovod carries; shares memory where it can."""
+    flat = tensor.contiguous().view(-1)
+    return flat.view(_CARRIER[flat.dtype]) if flat.dtype in _CARRIER else flat
+
+
+class _TensorPickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) is not Tensor:
+            return None
+        self.tensors.append(obj.detach())
+        return len(self.tensors) - 1
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        tensor: Tensor = self.tensors[pid]
+        return tensor
+
+
+def _dump(value: Any, tensors: list[Tensor]) -> bytes:
+    file = io.BytesIO()
+    _TensorPickler(file, tensors).dump(value)
+    return file.getvalue()
+
+
+def _load(pickled: bytes, tensors: list[Tensor]) -> Any:
+    return _TensorUnpickler(io.BytesIO(pickled), tensors).load()

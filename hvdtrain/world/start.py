@@ -1,0 +1,120 @@
+"""Starting the ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hvdtrain.errors import LaunchError
+from hvdtrain.process.launch import THREAD_VARIABLES, Launch, prepare_process
+from hvdtrain.world.world import SoloWorld, World
+
+
+def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: ()) -> World:
+    """Return the world that this process's launcher made: `SoloWorld` without one, else `HorovodWorld`. Collective.
+
+    Sets the number of threads, one GPU per rank, and what MPI needs before it starts. `groups` names the groups of
+    ranks that shall be able to reduce among themselves, each smaller than the world.
+
+    Raises:
+        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or ranks outnumber GPUs.
+    """
+    world = connect(groups)
+    if not world.launch.is_parallel:
+        return world
+    host = socket.gethostname()
+    gpus = [gpus for name, gpus in world.all_gather_object((host, visible_gpus()), "gpus") if name == host]
+    world.device = world.together(lambda: pick_device(gpus, world.local_rank), "device")
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    return world
+
+
+def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: ()) -> World:
+    """Return the world before its ranks have agreed on devices; `init` is what training calls. Collective.
+
+    Raises:
+        LaunchError: Horovod is missing or broken, or sees other ranks than the launcher.
+    """
+    is_new = not any(name in os.environ for name in THREAD_VARIABLES)
+    launch = prepare_process()
+    if is_new:  # torch was imported before the variables were set: a program of the user's own
+        torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
+    if not launch.is_parallel:
+        return SoloWorld(_solo_device(), launch)
+    _check_host_name()
+    _check_controller(launch)
+    return _start_horovod(launch, groups(launch))
+
+
+def _start_horovod(launch: Launch, groups: Sequence[tuple[int, ...]]) -> World:
+    if importlib.util.find_spec("horovod") is None:
+        raise LaunchError(
+            f"{launch.launcher} started {launch.size} ranks, but Horovod is not installed here: run launch/setup.sh"
+        )
+    try:
+        from hvdtrain.world import horovod
+    except ImportError as error:
+        raise LaunchError(
+            f"Horovod does not load ({error}): run launch/setup.sh to build it for this torch and MPI"
+        ) from error
+    return horovod.start(launch, groups)
+
+
+def _check_host_name() -> None:
+    """Raise LaunchError where the host cannot find itself: Gloo would end in a segmentation fault."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise LaunchError(
+            f"this host's own name '{name}' has no address: add '127.0.1.1 {name}' to /etc/hosts"
+        ) from error
+
+
+def _check_controller(launch: Launch) -> None:
+    """Raise LaunchError where Horovod is told to use Gloo, but the launcher is MPI's: each rank would be alone."""
+    for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+        if launch.launcher == "mpirun" and os.environ.get(name, "").lower() == "gloo":
+            raise LaunchError(
+                f"{name}=gloo under {launch.launcher}: Horovod would see one rank instead of {launch.size}. Unset"
+                f" {name}, or start with horovodrun --gloo"
+            )
+
+
+def _solo_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Return the identity of each GPU that this rank sees."""
+    if not torch.cuda.is_available():
+        return ()
+    return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+
+
+def pick_device(gpus_of_ranks: list[tuple[str, ...]], local_rank: int) -> torch.device:
+    """Return the device of rank `local_rank` of a host, given the GPUs that each of the host's ranks sees.
+
+    Ranks that see the same GPUs take one each by local rank; where each sees a GPU of its own (as under
+    `srun --gpus-per-task=1`) it is that one.
+
+    Raises:
+        LaunchError: two ranks would share a GPU, or only some ranks see one.
+    """
+    if not any(gpus_of_ranks):
+        return torch.device("cpu")
+    each_its_own = all(len(gpus) == 1 for gpus in gpus_of_ranks) and len(set(gpus_of_ranks)) == len(gpus_of_ranks)
+    if each_its_own:
+        return torch.device("cuda", 0)
+    fewest = min(len(gpus) for gpus in gpus_of_ranks)
+    if fewest < len(gpus_of_ranks):
+        raise LaunchError(
+            f"{len(gpus_of_ranks)} ranks on host {socket.gethostname()}, but a rank there sees {fewest} GPUs: start one"
+            " rank per GPU, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+        )
+    return torch.device("cuda", local_rank)
