@@ -11,8 +11,12 @@ from torch import Tensor
 class Dataset(Protocol):
     """Samples by index. The same on every rank; reading one never needs another rank.
 
-    Where `batch` draws no random numbers and may be called by another thread, a class attribute `reads_ahead = True`
-    beside it lets batches be read while earlier ones are computed; subclasses with a `batch` of their own say it again.
+    Where `batch` draws no random numbers but those of `draws`, and may be called by another thread, a class attribute
+    `reads_ahead = True` beside it lets batches be read while earlier ones are computed; subclasses with a `batch` of
+    their own say it again.
+
+    Random augmentation: a method `batch(indices, draws)` also gets the batch's `hvdtrain.data.draws.Draws`, from which
+    each sample draws alike on any number of ranks.
     """
 
     def __len__(self) -> int:

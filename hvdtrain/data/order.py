@@ -53,6 +53,10 @@ class SampleOrder:
         epoch, k = divmod(step, self.steps_per_epoch)
         return epoch * self.num_samples + k * self.plan.global_batch_size
 
+    def epoch(self, step: int) -> int:
+        """Return the number of the pass over the data, from 0, that the step after `step` completed ones is in."""
+        return step // self.steps_per_epoch
+
     def global_batch(self, step: int) -> Tensor:
         """Return the samples, int64 `(n,)`, of the step that follows `step` completed ones, over all ranks."""
         epoch, k = divmod(step, self.steps_per_epoch)
@@ -75,6 +79,37 @@ class SampleOrder:
             most = -(-largest_share // self.plan.micro_batch_size)
             batches += [share[:0]] * (most - len(batches))
         return batches
+
+    def batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
+        """Return the samples, int64 `(n,)`, of each of a rank's micro-batches, as `micro_batches` cuts the step."""
+        samples = self.global_batch(step)
+        return [samples[positions] for positions in self.micro_batches(step, rank, in_step)]
+
+
+@dataclass(frozen=True)
+class EvaluationOrder:
+    """Every sample once, in its own order: all in one step, number 0, of which each rank takes a contiguous share."""
+
+    num_samples: int
+    batch_size: int
+    world_size: int
+    seed: int = 0
+
+    @property
+    def most_batches(self) -> int:
+        """Return how many batches the rank with the most has; others may have one less."""
+        largest_share = -(-self.num_samples // self.world_size)
+        return -(-largest_share // self.batch_size)
+
+    def epoch(self, step: int) -> int:
+        """Return 0: a sample is evaluated alike every time."""
+        return 0
+
+    def batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
+        """Return the samples, int64 `(n,)`, of each of a rank's batches; there are none after step 0."""
+        if step > 0:
+            return []
+        return in_batches(contiguous_share(self.num_samples, rank, self.world_size), self.batch_size)
 
 
 def permute(positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:

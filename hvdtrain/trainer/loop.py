@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.data.dataset import contiguous_share, in_batches
+from hvdtrain.data.loader import Loader
+from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.errors import StopRequested
 from hvdtrain.optim.noise import Norms, agreement, estimate
 from hvdtrain.process.stop import StopRequest
@@ -54,7 +55,7 @@ def fit(job: Job) -> dict[str, float]:
     if training.step >= job.num_steps and not training.is_evaluation_due:
         job.log.say(f"this run has finished before, at step {training.step}")
         return evaluate(job, training.model)
-    with Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
+    with training.reader, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
             evaluated = _evaluate_and_save(run, is_stop=False)
@@ -132,20 +133,20 @@ def train_step(job: Job, training: Training) -> None:
     sums = torch.zeros_like(training.window)
     micro_batches = job.order.micro_batches(step, world.rank, training.runs_in_step)
     for place, positions in enumerate(micro_batches):
-        sums += _micro_batch(job, training, (place, len(micro_batches) - 1), positions, num_targets)
+        sums += _micro_batch(job, training, place, positions, num_targets)
     training.optimizer.synchronize()
     training.buffers.average(world)
     world.progress.enter("update")
     update(job, training, sums, num_targets, len(samples))
 
 
-def _micro_batch(job: Job, training: Training, place: tuple[int, int], positions: Tensor, num_targets: int) -> Tensor:
+def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, num_targets: int) -> Tensor:
     """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`.
 
     Args:
         job: what is trained.
         training: what changes.
-        place: the micro-batch's number in the step, and that of the last one.
+        place: the micro-batch's number in the step.
         positions: where its samples stand in the global batch.
         num_targets: those of the global batch.
     """
@@ -153,7 +154,7 @@ def _micro_batch(job: Job, training: Training, place: tuple[int, int], positions
 
     def forward() -> dict[str, Tensor]:
         world.progress.enter("data")
-        return forward_batch(job, training.model, training.reader.read(training.step, *place))
+        return forward_batch(job, training.model, training.reader.read(training.step, place))
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -215,18 +216,18 @@ def _means(
     """Return means over all targets; None if a rank has a request to stop before the end. Collective."""
     world, precision = job.world, job.config.train.precision
     batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
-    batches = in_batches(contiguous_share(len(part.data), world.rank, world.size), batch_size)
-    largest_share = -(-len(part.data) // world.size)
+    order = EvaluationOrder(len(part.data), batch_size, world.size, job.config.train.seed)
+    batches = order.batches(0, world.rank)
     # Sums of the metrics, then the number of targets.
     totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)
     model.eval()
-    with torch.no_grad():
-        for i in range(-(-largest_share // batch_size)):
+    with torch.no_grad(), Loader(part.data, order, world.rank, pin_memory=world.device.type == "cuda") as loader:
+        for i in range(order.most_batches):
             has_request = torch.tensor(float(request is not None and request.reason is not None))
             agree = world.start_all_reduce(has_request, "max", f"{name}.stop")
             world.progress.enter("evaluation")
             for indices in batches[i : i + 1]:  # a rank may have one batch less than others
-                batch = _to_device(part.data.batch(indices), world.device, precision)
+                batch = _to_device(loader.read(0, i), world.device, precision)
                 with _autocast(precision, world.device):
                     sums = part.loss_sums(model, batch)
                 totals[:-1] += torch.stack([sums[key].double() for key in part.metrics])

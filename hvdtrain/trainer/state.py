@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.loader import Loader
 from hvdtrain.errors import ResumeError
 from hvdtrain.optim.build import build_optimizer
 from hvdtrain.rundir.checkpoint import load_model_weights, load_newest
@@ -16,7 +17,6 @@ from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.randomness import MicroBatchRandomness
-from hvdtrain.trainer.reading import BatchReader
 from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
 
 # Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
@@ -52,7 +52,7 @@ class Training:
     optimizer: WrappedOptimizer
     scaler: torch.amp.GradScaler
     randomness: MicroBatchRandomness
-    reader: BatchReader
+    reader: Loader
     buffers: ChangingBuffers
     runs_in_step: bool
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
@@ -105,7 +105,9 @@ def start_training(job: Job) -> Training:
         scaler=torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16"),
         randomness=MicroBatchRandomness(world.device),
         buffers=ChangingBuffers(model),
-        reader=BatchReader(job, in_step),
+        reader=Loader(
+            job.task.train_data, job.order, world.rank, in_step=in_step, pin_memory=world.device.type == "cuda"
+        ),
         runs_in_step=in_step,
         window=torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device),
         norms=torch.zeros(3, dtype=torch.float64, device=world.device),

@@ -1,0 +1,62 @@
+"""The random numbers of a sample, such as those of its augmentation: a function of (seed, epoch, sample).
+
+They know neither the rank nor the batch nor the process that reads the sample. So a sample is augmented alike on any
+number of ranks and after a resume, differently from every other sample, and differently in every epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the samples of one batch may draw.
+
+        def batch(self, indices, draws):
+            return (torch.stack([self.image(index, draws.generator(i)) for i, index in enumerate(indices)]),)
+
+    Args:
+        seed: of the run.
+        epoch: number of the pass over the data, from 0.
+        samples: int64 `(n,)`, the batch's samples.
+    """
+
+    seed: int
+    epoch: int
+    samples: Tensor
+
+    def seed_of(self, i: int) -> int:
+        """Return the seed, 63 bits, of the batch's sample number `i`."""
+        place = f"hvdtrain draws {self.seed} {self.epoch} {int(self.samples[i])}"
+        return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little") >> 1
+
+    def generator(self, i: int) -> torch.Generator:
+        """Return a new generator for the batch's sample number `i`."""
+        return torch.Generator().manual_seed(self.seed_of(i))
+
+    @contextlib.contextmanager
+    def of_sample(self, i: int) -> Iterator[None]:
+        """Seed the generators of torch (on the CPU), numpy and Python for sample number `i`; put them back afterwards.
+
+        They belong to the whole process: no other thread may draw meanwhile.
+        """
+        seed = self.seed_of(i)
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before[0])
+            np.random.set_state(before[1])
+            random.setstate(before[2])
