@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from hvdtrain.data.order import SampleOrder
-from hvdtrain.data.text.stream import PreparedText, TextConfig, prepare_text
+from hvdtrain.data.text.settings import TextConfig
+from hvdtrain.data.text.stream import PreparedText, prepare_text
 from hvdtrain.data.text.windows import TokenWindows
 from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.loss import next_token_loss

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 NUM_SYMBOLS = 257
 """256 bytes and the end of text."""
 _ORDER = 3
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 
 Symbols = NDArray[np.uint16]
 
@@ -35,12 +35,17 @@ class TrigramModel:
 
     @classmethod
     def fit(cls, symbols: Symbols) -> TrigramModel:
-        """Count `symbols`, values in `[0, 257)`."""
-        counts = [np.zeros(NUM_SYMBOLS**length, np.int64) for length in range(1, _ORDER + 1)]
-        for length, count in enumerate(counts, 1):
-            for grams in _grams(symbols, length):
-                found, times = np.unique(grams, return_counts=True)
-                count[found] += times
+        """Count `symbols`, values in `[0, 257)`, block by block: they may lie in a mapped file."""
+        trigrams = np.zeros(NUM_SYMBOLS**_ORDER, np.int64)
+        for grams in _grams(symbols, _ORDER):
+            np.add.at(trigrams, grams, 1)
+        counts = [trigrams]
+        for length in range(_ORDER - 1, 0, -1):
+            # Every run but the very first ends a longer one.
+            shorter = counts[0].reshape(NUM_SYMBOLS, -1).sum(0)
+            if len(symbols) >= length:
+                shorter[_index(symbols[:length])] += 1
+            counts.insert(0, shorter)
         return cls(counts)
 
     def nats(self, symbols: Symbols) -> float:

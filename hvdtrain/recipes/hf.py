@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from hvdtrain.data.text.chat import DocumentReader
 from hvdtrain.data.text.packed import PackedDocuments, same_document, write_packed
-from hvdtrain.data.text.stream import TextConfig, cache_dir, find_splits
+from hvdtrain.data.text.settings import TextConfig, cache_dir
+from hvdtrain.data.text.splits import find_splits
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.linear import product_of

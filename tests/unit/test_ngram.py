@@ -1,6 +1,7 @@
 """The trigram baseline: a proper distribution, and the formula by hand."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -32,6 +33,33 @@ def test_the_formula_by_hand():
     assert model.distribution(symbols("ba"))[ord("b")] == pytest.approx(p_b_after_a)
     p_a_after_a = (1 + 2 * (2 + 2 / 257) / 5) / 4
     assert model.nats(symbols("aab")) == pytest.approx(-math.log(p_a_after_a) - math.log(p_b_after_aa))
+
+
+@pytest.mark.parametrize("text", ["", "a", "ab", "abc", "the quick brown fox jumps over the lazy dog " * 9])
+def test_all_runs_are_counted(text, monkeypatch):
+    monkeypatch.setattr(ngram, "_BLOCK", 7)
+    model, numbers = TrigramModel.fit(symbols(text)), list(symbols(text))
+    for length, counts in enumerate(model._counts, 1):
+        runs = [numbers[i : i + length] for i in range(len(numbers) - length + 1)]
+        expected = np.zeros(257**length, np.int64)
+        for run in runs:
+            expected[sum(int(symbol) * 257**power for power, symbol in enumerate(reversed(run)))] += 1
+        assert (counts == expected).all()
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """Beside the table of counts, no more than a few blocks; no copy of the text, which lies in a mapped file."""
+    peaks = []
+    for megabytes in (8, 64):
+        path = tmp_path / f"{megabytes}.bin"
+        np.tile(symbols("a line of text, "), megabytes << 15).tofile(path)
+        mapped = np.memmap(path, np.uint16, "r")
+        tracemalloc.start()
+        TrigramModel.fit(mapped).nats(mapped[: 1 << 22])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(peaks) < 8 * 257**3 + (150 << 20)
+    assert abs(peaks[1] - peaks[0]) < 1 << 20
 
 
 def test_nats_count_every_symbol_but_the_first(monkeypatch):

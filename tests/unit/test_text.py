@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
-from hvdtrain.data.text.stream import TextConfig, prepare_text
+from hvdtrain.data.text.settings import TextConfig
+from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenizer import ByteTokenizer
 from hvdtrain.data.text.windows import IGNORED, TokenWindows
 from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.recipes import lm
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_a_failed_preparation_leaves_nothing(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("hvdtrain.data.text.stream._write_split", full)
     with pytest.raises(DataError, match="No space left"):
         prepare_text(config(corpus, tmp_path))
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert [path.suffix for path in (tmp_path / "cache").iterdir() if path.name != "known"] == [".lock"]
 
 
 def test_bpe_round_trip(corpus, tmp_path):
@@ -220,7 +222,7 @@ def test_token_files_are_taken_as_they_are(tmp_path):
     text = prepare_text(config(tmp_path / "train.bin", tmp_path, **settings))
     assert (text.num_train_tokens, text.vocab_size, text.tokenizer, text.num_val_bytes) == (50, 257, None, None)
     assert text.train_path == tmp_path / "train.bin"
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["known"]  # no copy of the tokens
 
 
 @pytest.mark.parametrize(
@@ -298,10 +300,24 @@ def test_tokens_do_not_depend_on_the_batches(tmp_path, monkeypatch):
     told = []
     tokens = []
     for batch, cache in ((1, "a"), (32, "b")):
-        monkeypatch.setattr("hvdtrain.data.text.stream._BATCH_PIECES", batch)
-        monkeypatch.setattr("hvdtrain.data.text.stream._SAY_EVERY_S", 0.0)
+        monkeypatch.setattr("hvdtrain.data.text.tokenize._BATCH_PIECES", batch)
+        monkeypatch.setattr("hvdtrain.data.text.tokenize._SAY_EVERY_S", 0.0)
         config = TextConfig(path=str(tmp_path / "*.txt"), tokenizer="bpe", vocab_size=300, sequence_length=8)
         prepared = prepare_text(dataclasses.replace(config, cache_dir=str(tmp_path / cache)), told.append)
         tokens.append(prepared.train_path.read_bytes())
     assert tokens[0] == tokens[1]
     assert any(re.fullmatch(r"tokenising: [\d.]+ MB in \d+ s, [\d.,]+ MB/s", line) for line in told)
+
+
+def test_the_baseline_is_fitted_to_a_part_of_a_large_text_and_says_so(corpus, tmp_path, monkeypatch):
+    text = prepare_text(config(corpus, tmp_path))
+    whole = lm._compare({"val/bits_per_byte": 2.0}, text)
+    assert "MB" not in whole
+    assert re.search(r"this model +2\.000 +1\.386\n", whole)
+    monkeypatch.setattr(lm, "_TRIGRAM_SYMBOLS", text.num_val_tokens)
+    assert whole.splitlines()[-1] != lm._compare({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
+    assert "(fitted to the first 0 of 0 MB)" in lm._compare({"val/bits_per_byte": 2.0}, text)
+    monkeypatch.setattr(lm, "_TRIGRAM_SYMBOLS", 50)
+    assert "(fitted to the first 0 of 0 MB, tested on the first 0 of 0 MB)" in lm._compare(
+        {"val/bits_per_byte": 2.0}, text
+    )

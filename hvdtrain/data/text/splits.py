@@ -1,0 +1,66 @@
+"""The training and the held-out documents, each with a hash of its text."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hvdtrain.data.text.corpus import (
+    Document,
+    check_single_file,
+    find_documents,
+    split_documents,
+    standard_library,
+)
+from hvdtrain.data.text.known import KnownFiles
+from hvdtrain.data.text.settings import TextConfig, cache_dir
+from hvdtrain.errors import DataError
+
+Hashed = dict[Document, str]
+
+
+def find_splits(config: TextConfig, say: Callable[[str], None]) -> tuple[Hashed, Hashed]:
+    """Return the training and the held-out documents with their hashes, only those that hold UTF-8 text.
+
+    Text is read once per host, and again only where a file has changed.
+
+    Raises:
+        DataError: there are none.
+    """
+    documents = _usable(config, config.path, say)
+    if config.val_path:
+        return documents, _usable(config, config.val_path, say)
+    train, held_out = split_documents([*documents], config.val_fraction)
+    # A part of a document has a hash of its own.
+    parts = [part for part in (*train, *held_out) if part not in documents]
+    hashes = {**documents, **_hashes(config, f"parts of {_full(config.path)}", parts)}
+    return {part: hashes[part] or "" for part in train}, {part: hashes[part] or "" for part in held_out}
+
+
+def _usable(config: TextConfig, path: str | None, say: Callable[[str], None]) -> Hashed:
+    """Return the documents that hold text, each with its hash."""
+    documents = find_documents(path) if path else standard_library()
+    hashes = _hashes(config, f"files of {_full(path)}", documents)
+    usable = {document: found for document, found in hashes.items() if found}
+    if not usable:
+        if len(documents) == 1:
+            check_single_file(documents[0])
+        raise DataError(f"{path} holds no UTF-8 text: its files are empty, or something else")
+    left_out = sum(document.path.stat().st_size > 0 for document in documents) - len(usable)
+    if left_out and path:
+        say(f"left out {left_out} of {len(documents)} files of {path}: they are not UTF-8 text")
+    return usable
+
+
+def _hashes(config: TextConfig, corpus: str, documents: Sequence[Document]) -> dict[Document, str | None]:
+    """Return each document's hash, None where it holds no UTF-8 text."""
+    named = {f"{document.name} {document.start} {document.stop}": document for document in documents}
+    known = KnownFiles(cache_dir(config), corpus)
+    found = known.values({key: item.path for key, item in named.items()}, lambda key: named[key].digest())
+    return {document: found[key] for key, document in named.items()}
+
+
+def _full(path: str | None) -> str:
+    """Return what names a corpus on this host."""
+    return str(Path(path).expanduser().absolute()) if path else sysconfig.get_path("stdlib")
