@@ -65,7 +65,7 @@ def test_mnist(hvdtrain, tmp_path):
     ("arguments", "says"),
     [
         (["--steps", "1"], "at least 2"),
-        (["--json", "no/such/folder.json"], "cannot be written"),
+        (["--json", "mine.py/rows.json"], "cannot be written"),
         (["--run-dir", "x"], "no flag '--run-dir'"),
     ],
 )

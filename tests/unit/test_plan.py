@@ -11,11 +11,14 @@ import torch
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
 from hvdtrain.rundir.checkpoint import Manifest
-from hvdtrain.verbs.plan.answer import Facts, answer, compute_on, worker_counts
+from hvdtrain.verbs.plan.all_reduce import groups_of
+from hvdtrain.verbs.plan.answer import answer, worker_counts
+from hvdtrain.verbs.plan.facts import Facts, compute_on
 from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
-from hvdtrain.verbs.plan.measure import groups_of
 from hvdtrain.verbs.plan.network import Layout, Network, Timing, fit, other_network
-from hvdtrain.verbs.plan.report import describe, load_json, save_html, save_json, table
+from hvdtrain.verbs.plan.page import save_html
+from hvdtrain.verbs.plan.report import describe, table
+from hvdtrain.verbs.plan.saved import load_json, save_json
 from hvdtrain.verbs.plan.step import Bucket, Compute, exposed_communication, step_time
 
 GIGABIT = Network("gloo", 1e-3, None, None, 50e-6, 8 / 1e9, 0.05, 4)
@@ -267,7 +270,11 @@ def test_a_plan_is_kept_and_read_again(tmp_path):
     assert describe(again.facts) == describe(given.facts)
     assert ">" in table(given)
     assert "(measured: 140 ms)" in table(given)
-    for text, message in (("{}", "was not written by this plan"), ("no", "was not written by this plan")):
+    for text, message in (
+        ("{}", "was not written by this plan"),
+        ("no", "was not written by this plan"),
+        ('{"format_version": 1, "facts": {}}', "has format 1, this hvdtrain reads 2: measure again"),
+    ):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_json(tmp_path / "other.json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from hvdtrain.settings import Precision
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.loop import forward_sums
 from hvdtrain.trainer.state import Training
+from hvdtrain.verbs.phase_clock import finish, seconds_of
 
 # Dense peak in FLOP/s of 16-bit matrix products without sparsity, from the makers' data sheets.
 PEAKS_16_BIT = {
@@ -66,14 +66,6 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
     times = []
     for product in (F.linear, linear):  # on CPUs, two libraries
         for _ in range(6):
-            _wait(device)
-            started = time.perf_counter()
-            product(a, b)
-            _wait(device)
-            times.append(time.perf_counter() - started)
+            finish(device)
+            times.append(seconds_of(lambda multiply=product: multiply(a, b), device))  # type: ignore[misc]
     return 2 * n**3 / min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Variants of a recipe that take turns in one process, so that what slows the machine slows all of them."""
+"""Variants of a recipe that take turns in one process: what slows the machine meanwhile slows all of them alike."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from hvdtrain.models.linear import takes_onednn
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.trainer import Job, Recipe, Task, settle, train_step
 from hvdtrain.trainer.state import Training, start_training
-from hvdtrain.verbs.bench.stopwatch import TimedProgress
+from hvdtrain.verbs.phase_clock import PhaseClock, finish
 from hvdtrain.world import World
 
 _NO_RUN = Path("hvdtrain-bench-has-no-run-directory")
+
+# What a person calls the phases that the training loop notes.
+PARTS = ("data", "forward", "backward", "communication", "update", "rest")
 
 # Section, setting and the values that are tried. Buckets stand in the place of Horovod's fusion threshold and groups.
 # Its cycle time cannot change in a process: started anew, Horovod 0.28.1 crashes where that and the threshold are set
@@ -91,24 +94,24 @@ class Variant:
         world = self.job.world
         world.barrier("bench")
         progress = world.progress
-        assert isinstance(progress, TimedProgress)
+        assert isinstance(progress, PhaseClock)
         progress.take()
         started = time.perf_counter()
         for _ in range(steps):
             # Always a full batch: the order is asked for steps of the first epoch only.
             self.training.step %= max(1, self.job.order.steps_per_epoch - 1)
             train_step(self.job, self.training)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(world.device)
         seconds = (time.perf_counter() - started) / steps
-        parts = {part: value / steps for part, value in progress.take().items()}
+        taken = progress.take()
+        parts = {part: taken.get(part, 0.0) / steps for part in PARTS}
         if is_counted:
             self.steps_s.append(seconds)
             self.parts_s.append(parts)
 
 
 def build_variants(recipe: Recipe, task: Task, world: World, knobs: bool) -> tuple[list[Variant], list[str]]:
-    """Return the variants that can be had here, and why the others cannot. Collective."""
+    """Return the variants that are possible here, and why the others are not. Collective."""
     built: list[Variant] = []
     refused = []
     for name, variant in variants(recipe, world.size, world.device):

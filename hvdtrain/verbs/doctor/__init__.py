@@ -7,13 +7,11 @@ to `Finding`s. Where the ranks do not connect, rank 0 speaks from its own facts.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.launch import detect_launch
@@ -21,6 +19,7 @@ from hvdtrain.verbs.doctor import links, machine, software
 from hvdtrain.verbs.doctor.facts import RankFacts, own_facts
 from hvdtrain.verbs.doctor.findings import Finding, exit_code, table
 from hvdtrain.verbs.doctor.network import Network, facts_of_the_group, measure
+from hvdtrain.verbs.kit import write_json, write_line
 from hvdtrain.verbs.options import DoctorOptions
 from hvdtrain.world import World
 from hvdtrain.world.inspect import choose_device, try_connect
@@ -79,7 +78,7 @@ def _speak_together(world: World, own: RankFacts, options: DoctorOptions, patien
     ranks = world.all_gather_object(facts_of_the_group(world, own), "doctor.facts")
     patience.renew()
     network = measure(world, ranks)
-    code = _tell(ranks, network, options) if world.rank == 0 else None
+    code = _report(ranks, network, options) if world.rank == 0 else None
     code = world.broadcast_object(code, "doctor.code")  # no rank leaves before rank 0 has spoken
     world.close()
     return code
@@ -87,42 +86,29 @@ def _speak_together(world: World, own: RankFacts, options: DoctorOptions, patien
 
 def _speak_alone(own: RankFacts, options: DoctorOptions) -> int:
     if own.rank == 0:
-        return _tell([own], Network(), options)
+        return _report([own], Network(), options)
     time.sleep(_SECONDS_FOR_RANK_0)
     errors = [finding for finding in diagnose([own], Network()) if finding.status == "error"]
-    _write(f"rank {own.rank} on {own.host} is not connected:\n{table(errors)}\n", sys.stderr.fileno())
+    write_line(f"rank {own.rank} on {own.host} is not connected:\n{table(errors)}", sys.stderr)
     return 1
 
 
-def _tell(ranks: Sequence[RankFacts], network: Network, options: DoctorOptions) -> int:
+def _report(ranks: Sequence[RankFacts], network: Network, options: DoctorOptions) -> int:
+    """Show and write what the checks found; returns the exit code. On rank 0."""
     findings = diagnose(ranks, network)
-    _write(table(findings) + "\n", sys.stdout.fileno())
-    try:
-        if options.json:
-            _save(options.json, ranks, network, findings)
-    except OSError as error:
-        _write(f"hvdtrain: {options.json} cannot be written: {error.strerror}\n", sys.stderr.fileno())
-        return ConfigError.exit_code
-    return exit_code(findings)
-
-
-def _save(path: Path, ranks: Sequence[RankFacts], network: Network, findings: Sequence[Finding]) -> None:
+    write_line(table(findings), sys.stdout)
     report = {
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "ranks": [dataclasses.asdict(facts) for facts in ranks],
         "network": dataclasses.asdict(network),
         "exit_code": exit_code(findings),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _write(text: str, file: int) -> None:
-    """Write in one piece: a launcher mixes the lines of ranks that write piece by piece."""
-    sys.stdout.flush()
-    data = text.encode()
-    while data:
-        data = data[os.write(file, data) :]
+    try:
+        write_json(options.json, report)
+    except ConfigError as error:
+        write_line(f"hvdtrain: {error}", sys.stderr)
+        return error.exit_code
+    return exit_code(findings)
 
 
 class _Patience:
@@ -156,8 +142,8 @@ class _Patience:
         )
         try:
             if own.rank == 0:
-                _tell([own], Network(), self._options)
+                _report([own], Network(), self._options)
             else:
-                _write(f"rank {own.rank} on {own.host} waited {limit_s:g} s for the others\n", sys.stderr.fileno())
+                write_line(f"rank {own.rank} on {own.host} waited {limit_s:g} s for the others", sys.stderr)
         finally:
             os._exit(1)

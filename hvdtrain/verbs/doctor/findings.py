@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hvdtrain.verbs.kit import counted, hanging
+
 Status = Literal["ok", "warning", "error"]
-_WIDTH = 116
 
 
 @dataclass(frozen=True)
@@ -47,28 +47,9 @@ def table(findings: Sequence[Finding]) -> str:
     lines: list[str] = []
     for finding in findings:
         head = f"{finding.status:<8} {finding.what:<{width}}  "
-        lines += _wrap(finding.figure, head)
+        lines += hanging(finding.figure, head)
         if finding.remedy:
-            lines += _wrap(finding.remedy, f"{'':<{len(head) - 2}}> ")
-    counts = {status: sum(finding.status == status for finding in findings) for status in ("error", "warning", "ok")}
-    lines.append(
-        ", ".join(f"{count} {status}{'s' * (count != 1 and status != 'ok')}" for status, count in counts.items())
-    )
+            lines += hanging(finding.remedy, f"{'':<{len(head) - 2}}> ")
+    errors, warnings, well = (sum(f.status == status for f in findings) for status in ("error", "warning", "ok"))
+    lines.append(f"{counted(errors, 'error')}, {counted(warnings, 'warning')}, {well} ok")
     return "\n".join(lines)
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """Return "rank 3" or "ranks 0, 1, 4"; of more than eight only the first."""
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank{'s' * (len(ranks) != 1)} {shown}"
-
-
-def _wrap(text: str, head: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    ) or [head.rstrip()]

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from hvdtrain.verbs.doctor.facts import RankFacts
-from hvdtrain.verbs.doctor.findings import Finding, error, ok, ranks_text, warning
+from hvdtrain.verbs.doctor.findings import Finding, error, ok, warning
 from hvdtrain.verbs.doctor.machine import by_host, is_busy
 from hvdtrain.verbs.doctor.network import AllReduce, Network, Pair
+from hvdtrain.verbs.kit import ranks_text
 
 _CLOCK_WARNING_S = 1.0
 _SLOW_BYTES_PER_S = 0.1e9

@@ -10,7 +10,8 @@ import torch
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.verbs.doctor.facts import RankFacts
-from hvdtrain.verbs.doctor.findings import Finding, error, ok, ranks_text, warning
+from hvdtrain.verbs.doctor.findings import Finding, error, ok, warning
+from hvdtrain.verbs.kit import counted, listed, ranks_text
 from hvdtrain.world import pick_device
 
 GIB = 2**30
@@ -40,8 +41,7 @@ def _merged(ranks: Sequence[RankFacts], check: Callable[[Sequence[RankFacts]], I
     wrong = [finding for finding in hosts if finding.status != "ok"]
     for finding in wrong or hosts:
         names = hosts[finding]
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        yield dataclasses.replace(finding, figure=f"{shown}: {finding.figure}")
+        yield dataclasses.replace(finding, figure=f"{listed(names, most=4)}: {finding.figure}")
 
 
 def check_cores(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
@@ -55,7 +55,7 @@ def _cores_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
     pinned = _crowded(own, len(host_cores))
     threads = sum(facts.threads for facts in own)
     room = min(len(usable), own[0].core_quota or len(usable))
-    figure = f"{_count(len(own), 'rank')} with {_count(own[0].threads, 'thread')} each on {_count(room, 'core')}"
+    figure = f"{counted(len(own), 'rank')} with {counted(own[0].threads, 'thread')} each on {counted(room, 'core')}"
     fewer = max(1, int(room / len(own)))
     if pinned:
         who, cores = pinned
@@ -90,7 +90,7 @@ def check_load(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
 
 def _load_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
     if is_busy(own):
-        figure = f"{own[0].load:.1f} processes for {_count(len(own[0].launcher_cores), 'core')} in the last minute"
+        figure = f"{own[0].load:.1f} processes for {counted(len(own[0].launcher_cores), 'core')} in the last minute"
         yield warning("load", f"{figure}: what is measured here is too low", "top: what else runs there? Then again")
 
 
@@ -156,7 +156,7 @@ def _gpus_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
         )
     idle = machine - len(own)
     rest = f"; {idle} of {machine} GPUs are left over" if idle > 0 else ""
-    yield ok("GPUs", f"each of {len(own)} rank(s) has its own{rest}")
+    yield ok("GPUs", f"{'each of ' * (len(own) > 1)}{counted(len(own), 'rank')} has its own{rest}")
 
 
 def _gpu_of(own: Sequence[RankFacts], facts: RankFacts) -> str | None:
@@ -254,7 +254,3 @@ def check_disk(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
 
 def _size(num_bytes: float) -> str:
     return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:,.0f} MiB"
-
-
-def _count(number: float, noun: str) -> str:
-    return f"{number:g} {noun}{'s' * (number != 1)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hvdtrain.verbs.doctor.facts import RankFacts
-from hvdtrain.verbs.doctor.findings import Finding, error, ok, ranks_text, warning
+from hvdtrain.verbs.doctor.findings import Finding, error, ok, warning
+from hvdtrain.verbs.kit import counted, ranks_text
 
 _REBUILD = "launch/setup.sh (it builds Horovod for the torch and the MPI that come first on PATH)"
 
@@ -17,7 +18,7 @@ def check_launch(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
         yield ok("launcher", "none: one process")
         return
     hosts = len({facts.host for facts in ranks})
-    started = f"{first.launcher} started {first.size} rank{'s' * (first.size != 1)}"
+    started = f"{first.launcher} started {counted(first.size, 'rank')}"
     problem = _contact_problem(first, started)
     if problem:
         yield problem
@@ -26,7 +27,7 @@ def check_launch(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     elif first.size != len(ranks):
         yield error("launcher", f"{started}, but {len(ranks)} answered", _singleton_remedy(first))
     else:
-        yield ok("launcher", f"{started} on {hosts} host{'s' * (hosts != 1)}; Horovod sees all of them")
+        yield ok("launcher", f"{started} on {counted(hosts, 'host')}; Horovod sees all of them")
 
 
 def check_host_names(ranks: Sequence[RankFacts]) -> Iterator[Finding]:

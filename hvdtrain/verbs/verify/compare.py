@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hvdtrain.trainer.state import replicated_tensors
 from hvdtrain.verbs.verify.trial import Run
-from hvdtrain.world import World
+from hvdtrain.world import World, digest_of
 
 Tensors = Mapping[str, Tensor]
 
@@ -53,3 +54,18 @@ def worst_of(world: World, difference: Difference, name: str) -> tuple[Differenc
     everyone = world.all_gather_object(difference, f"verify.{name}")
     rank = max(range(len(everyone)), key=lambda rank: everyone[rank].absolute)
     return everyone[rank], rank
+
+
+def bitwise(whole: Run, tensors: dict[str, Tensor]) -> Difference:
+    """Return the first tensor that is not bit for bit what another training came to; 0 if there is none."""
+    theirs = replicated_tensors(whole.training)
+    for key, tensor in tensors.items():
+        if int(digest_of(tensor)) != int(digest_of(theirs[key])):
+            gap = float((tensor.double() - theirs[key].double()).abs().max())
+            return Difference(gap or 5e-324, float("nan"), key)
+    return Difference(0.0, 0.0, "")
+
+
+def in_bits(difference: Difference) -> str:
+    """Return a difference where only equality counts."""
+    return f"differ by {difference.absolute:.1e}" if difference.absolute else "bitwise"

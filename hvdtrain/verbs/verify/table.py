@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from hvdtrain.verbs.kit import counted, hanging
+from hvdtrain.verbs.verify.compare import Difference
 
 Status = Literal["pass", "FAIL", "warning", "not run"]
 
@@ -27,16 +30,42 @@ class Row:
     """The figure as a number, if it is one."""
 
 
-def as_table(rows: list[Row], width: int = 118) -> str:
-    """Return the rows below each other, advice indented under its row."""
-    lines = [f"    {'check':46} {'result':8} {'figure':40} tolerance"]
-    for row in rows:
-        lines.append(f"{row.number:3} {row.name:46} {row.status:8} {row.figure:40} {row.tolerance}".rstrip())
-        if row.advice:
-            lines += textwrap.wrap(row.advice, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
-    return "\n".join(lines)
+HEAD = f"    {'check':46} {'result':8} {'figure':40} tolerance"
 
 
-def as_dict(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
+def shown(row: Row) -> str:
+    """Return a row as a person reads it, its advice below."""
+    line = f"{row.number:3} {row.name:46} {row.status:8} {row.figure:40} {row.tolerance}".rstrip()
+    return "\n".join([line, *(hanging(row.advice, " " * 8) if row.advice else [])])
+
+
+def verdict(rows: Sequence[Row], seconds: float) -> str:
+    """Return the last line: "2 FAILED, 1 warning, in 12 s"."""
+    failed, warnings = (sum(row.status == status for row in rows) for status in ("FAIL", "warning"))
+    return (
+        f"{f'{failed} FAILED' if failed else 'all checks passed'}, {counted(warnings, 'warning')}, in {seconds:.0f} s"
+    )
+
+
+def has_passed(rows: Sequence[Row]) -> bool:
+    """Return whether no check failed; warnings are no failures."""
+    return all(row.status != "FAIL" for row in rows)
+
+
+def as_dict(rows: Sequence[Row], about: dict[str, Any]) -> dict[str, Any]:
     """Return what `--json` writes."""
-    return {**about, "passed": all(row.status != "FAIL" for row in rows), "rows": [asdict(row) for row in rows]}
+    return {**about, "passed": has_passed(rows), "rows": [asdict(row) for row in rows]}
+
+
+def judged(number: int, name: str, found: Difference, tolerance: float, advice: str, figure: str) -> Row:
+    """Return a check's row: a pass where the difference is within the tolerance. 0 stands for bitwise equality."""
+    measured = found.relative if tolerance else found.absolute
+    status: Status = "pass" if measured <= tolerance else "FAIL"
+    text = f"relative {tolerance:.0e}" if tolerance else "bitwise"
+    return Row(number, name, status, figure, text, "" if status == "pass" else advice, measured)
+
+
+def warned(name: str, found: Difference, advice: str, figure: str) -> Row:
+    """Return a row of check 8: a warning where there is any difference."""
+    status: Status = "warning" if found.absolute else "pass"
+    return Row(8, name, status, figure, "bitwise", advice if found.absolute else "", found.absolute)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,12 +147,11 @@ class Run:
     """Weights before the first step, by name."""
 
     @staticmethod
-    def of(job: Job, steps: int, before_each: Callable[[], None] = lambda: None) -> Run:
+    def of(job: Job, steps: int) -> Run:
         """Take `steps` steps. Collective where the job's world has other ranks."""
         training = start_training(job)
         run = Run(job, training, {name: value.detach().clone() for name, value in run_tensors(training).items()})
         for _ in range(steps):
-            before_each()
             train_step(job, training)
         return run
 

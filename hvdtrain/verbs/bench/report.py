@@ -1,0 +1,69 @@
+"""What `bench` answers, from what was measured. Pure functions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hvdtrain.verbs.bench.measure import PARTS, Variant
+from hvdtrain.verbs.kit import in_brackets, quartiles
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one variant. Seconds are of one step."""
+
+    name: str
+    step_s: float
+    step_s_quartiles: tuple[float, float, float]
+    units_per_s: float
+    """Tokens or samples, of all ranks."""
+    time_per_sample_ratio: float
+    """Against the recipe as it is, median of the rounds."""
+    time_per_sample_ratio_quartiles: tuple[float, float, float]
+    parts_s: dict[str, float]
+    """On rank 0."""
+
+    def as_dict(self, unit: str) -> dict[str, Any]:
+        """Return plain values for JSON; the throughput is named by its unit."""
+        values = asdict(self)
+        return {f"{unit}_per_s" if name == "units_per_s" else name: value for name, value in values.items()}
+
+
+def row_of(variant: Variant, first: Variant) -> Row:
+    """Return a variant's figures next to those of the recipe as it is."""
+    step_s = statistics.median(variant.steps_s)
+    # Time a sample, round by round, against the recipe as it is: what slows the machine slows both.
+    ratios = [
+        (changed / variant.samples_per_step) / (base / first.samples_per_step)
+        for changed, base in zip(variant.steps_s, first.steps_s, strict=True)
+    ]
+    return Row(
+        name=variant.name,
+        step_s=step_s,
+        step_s_quartiles=quartiles(variant.steps_s),
+        units_per_s=variant.targets_per_step / step_s,
+        time_per_sample_ratio=quartiles(ratios)[1],
+        time_per_sample_ratio_quartiles=quartiles(ratios),
+        parts_s={part: statistics.median(parts[part] for parts in variant.parts_s) for part in PARTS},
+    )
+
+
+def parts_table(row: Row) -> str:
+    """Return where the time of a step goes."""
+    lines = ["part            ms a step   share"]
+    for part, seconds in row.parts_s.items():
+        label = "exposed comm." if part == "communication" else part
+        lines.append(f"{label:14} {1e3 * seconds:10.2f}  {seconds / row.step_s:6.1%}")
+    return "\n".join([*lines, f"{'step':14} {1e3 * row.step_s:10.2f}"])
+
+
+def variants_table(rows: Sequence[Row], unit: str) -> str:
+    """Return the variants below each other."""
+    lines = [f"{'':28} {'ms a step':>10} {unit + '/s':>12}   time a sample against the first [quartiles]"]
+    for row in rows:
+        ratio = in_brackets(row.time_per_sample_ratio_quartiles)
+        lines.append(f"{row.name:28} {1e3 * row.step_s:10.2f} {row.units_per_s:12,.0f}   {ratio}")
+    return "\n".join(lines)

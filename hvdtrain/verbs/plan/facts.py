@@ -1,0 +1,98 @@
+"""What a plan is made of, and the step time on any number of workers that follows from it. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hvdtrain.optim.noise import NoiseScale
+from hvdtrain.verbs.plan.network import Layout, Network
+from hvdtrain.verbs.plan.step import Bucket, Compute, StepTime, step_time
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that a plan is made of; what `plan.json` holds."""
+
+    recipe: str
+    unit: str
+    """What is counted, in the plural: tokens or samples."""
+    units_per_sample: float
+    micro_batch_size: int
+    accum_steps: int
+    ranks_per_host: int
+    """Of the hosts that are planned for."""
+    alone: Compute
+    """A step of one rank while the others of its host wait."""
+    together: Compute
+    """A step of a rank while all ranks of its host compute, the slowest's."""
+    together_ranks: int
+    """Ranks of a host that did."""
+    spread: float
+    """Interquartile range of the steps as a share of their median."""
+    buckets: Sequence[Bucket]
+    network: Network | None
+    fp16_network: Network | None
+    noise: NoiseScale | None
+    interference: float = 0.0
+    pace: float = 1.0
+    """What the network's times in a step are to those of single all-reduces."""
+    measured_steps_s: Mapping[int, float] = field(default_factory=dict)
+    """Real steps with communication, by number of ranks."""
+    slowest: str = ""
+    """Which rank is slower than the others, and by how much; empty if none is."""
+    steps_to_target: int | None = None
+    """Steps of the recipe at its own global batch."""
+    recipe_batch: int | None = None
+    memory_bytes: int | None = None
+    """The most that a GPU really held."""
+    memory_fixed_bytes: int = 0
+    """What a rank needs whatever its micro-batch: weights, gradients, optimizer; with a reserve."""
+    memory_sample_bytes: float | None = None
+    """What each sample of a micro-batch adds; None: not known."""
+    memory_free_bytes: int | None = None
+    """What a rank may take; None: not known."""
+    by_micro_batch: Mapping[int, Compute] = field(default_factory=dict)
+    plain_mpi_s: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def most_samples(self) -> int | None:
+        """Return the largest micro-batch that fits into memory, None where that is not known."""
+        if self.memory_free_bytes is None or not self.memory_sample_bytes:
+            return None
+        return max(0, int((self.memory_free_bytes - self.memory_fixed_bytes) / self.memory_sample_bytes))
+
+
+def compute_on(facts: Facts, layout: Layout) -> Compute:
+    """Return the slowest rank's own step while all ranks of its host compute: between those measured, along a line."""
+    per_host = layout.per_host
+    if layout.ranks == 1 or (per_host == 1 and facts.together_ranks > 1):
+        return facts.alone
+    if facts.together_ranks == 1:
+        return facts.together
+    share = min(1.0, (per_host - 1) / (facts.together_ranks - 1))
+    return Compute(
+        *(
+            one + share * (all_of_them - one)
+            for one, all_of_them in zip(_parts(facts.alone), _parts(facts.together), strict=True)
+        )
+    )
+
+
+def predict(facts: Facts, workers: int) -> StepTime:
+    """Return the time of a step on so many workers."""
+    layout = Layout.of(workers, facts.ranks_per_host)
+    compute = compute_on(facts, layout)
+    return step_time(
+        compute,
+        facts.buckets,
+        facts.network,
+        layout,
+        interference=facts.interference,
+        pace=facts.pace,
+        accum_steps=facts.accum_steps,
+    )
+
+
+def _parts(compute: Compute) -> tuple[float, float, float]:
+    return compute.forward_s, compute.backward_s, compute.rest_s

@@ -1,0 +1,76 @@
+"""A plan as `plan.json`, from which `plan --from` answers again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.noise import NoiseScale
+from hvdtrain.verbs.plan.answer import Answer
+from hvdtrain.verbs.plan.facts import Facts
+from hvdtrain.verbs.plan.network import Network
+from hvdtrain.verbs.plan.step import Bucket, Compute
+
+FORMAT_VERSION = 2
+
+
+def save_json(path: Path, answer: Answer, environment: Mapping[str, Any]) -> None:
+    """Write `plan.json`: the facts, from which `plan --from` answers again, and the answer."""
+    values = {"format_version": FORMAT_VERSION, **answer.as_dict(), "environment": environment}
+    write_output(path, json.dumps(values, indent=2) + "\n")
+
+
+def load_json(path: Path) -> Facts:
+    """Read the facts of a `plan.json`, or of the one in a directory.
+
+    Raises:
+        ConfigError: it is not there, or something else.
+    """
+    file = path / "plan.json" if path.is_dir() else path
+    try:
+        saved = json.loads(file.read_text())
+        if saved["format_version"] != FORMAT_VERSION:
+            other = f"{file} has format {saved['format_version']!r}, this hvdtrain reads {FORMAT_VERSION}"
+            raise ConfigError(f"--from {path}: {other}: measure again with `plan RECIPE --output {file.parent}`")
+        return _facts_of(saved["facts"])
+    except OSError as error:
+        how = f"let `plan RECIPE --output {file.parent}` write it"
+        raise ConfigError(f"--from {path}: {file} cannot be read ({error.strerror}): {how}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"--from {path}: {file} was not written by this plan ({error!r})") from error
+
+
+def _facts_of(values: dict[str, Any]) -> Facts:
+    def by_number(name: str) -> dict[int, Any]:
+        return {int(number): value for number, value in values[name].items()}
+
+    return Facts(
+        **{
+            **values,
+            "alone": Compute(**values["alone"]),
+            "together": Compute(**values["together"]),
+            "buckets": tuple(Bucket(**bucket) for bucket in values["buckets"]),
+            "network": Network(**values["network"]) if values["network"] else None,
+            "fp16_network": Network(**values["fp16_network"]) if values["fp16_network"] else None,
+            "noise": NoiseScale(**values["noise"]) if values["noise"] else None,
+            "by_micro_batch": {size: Compute(**value) for size, value in by_number("by_micro_batch").items()},
+            "measured_steps_s": by_number("measured_steps_s"),
+            "plain_mpi_s": by_number("plain_mpi_s"),
+        }
+    )
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file of --output.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another --output") from error

@@ -1,0 +1,97 @@
+"""Checks that training on all ranks is what one rank does with the same global batches. Collective."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hvdtrain.trainer.loop import train_step
+from hvdtrain.trainer.state import start_training
+from hvdtrain.verbs.verify.compare import between, movement, worst_of
+from hvdtrain.verbs.verify.nature import Nature
+from hvdtrain.verbs.verify.table import Row, judged
+from hvdtrain.verbs.verify.trial import Trial, smallest_divisor
+from hvdtrain.world import plain_sum
+
+_NOT_AN_AVERAGE = "Adasum is no average: there is nothing to compare it with"
+
+
+def check_one_rank(nature: Nature) -> list[Row]:
+    """2: a few steps on all ranks equal the same steps on one, with the same global batches."""
+    trial, size = nature.trial, nature.trial.world.size
+    name = f"{trial.steps} steps on {size} ranks = on one rank"
+    if not nature.is_average:
+        return [Row(2, name, "not run", "", "", _NOT_AN_AVERAGE)]
+    apart = nature.depends_on_batch and not nature.in_step
+    run, alone = trial.together(), trial.alone(apart=apart)
+    # Statistics that ranks gather apart are averaged, those of one rank follow each other: only weights must agree.
+    ours = run.weights if apart else run.tensors
+    difference, rank = worst_of(trial.world, between(ours, alone.tensors, movement(alone)), "one_rank")
+    where = f"largest in {difference.name} on rank {rank}; " if difference.name else ""
+    advice = (
+        f"{where}look for a loss that is a mean instead of a sum over its targets, num_targets() that does not count"
+        " them, data that differs between ranks, or random numbers that do not come from torch"
+    )
+    what = f"{difference} ({trial.recipe.train.precision})"
+    return [judged(2, name, difference, nature.tolerance, advice, what)]
+
+
+def check_average(nature: Nature) -> list[Row]:
+    """4: the averaged gradient is what plain MPI makes of the same local gradients."""
+    trial, world = nature.own, nature.own.world
+    name = "averaged gradient = plain MPI's"
+    if not nature.is_average:
+        return [Row(4, name, "not run", "", "", _NOT_AN_AVERAGE)]
+    averaged, expected, witness = _averaged_gradients(trial)
+    largest = max(float(tensor.abs().max()) for tensor in expected.values())
+    difference, _ = worst_of(world, between(averaged, expected, largest), "average")
+    advice = f"largest in {difference.name}: gradients are lost, or averaged before they are complete"
+    return [judged(4, name, difference, _rounding(trial), advice, f"{difference} ({witness})")]
+
+
+def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Return the gradients of a step as averaged, as plain MPI averages them, and who did that. Collective."""
+    train = dataclasses.replace(trial.recipe.train, max_grad_norm=None)
+    trial = dataclasses.replace(trial, recipe=dataclasses.replace(trial.recipe, train=train))
+    world, job = trial.world, trial.job(trial.world)
+    local: dict[str, Tensor] = {}
+    named = dict(job.task.model.named_parameters())
+    for key, parameter in ((key, parameter) for key, parameter in named.items() if parameter.requires_grad):
+        hang = parameter.register_post_accumulate_grad_hook  # before Horovod's: sees this rank's own gradient
+        hang(lambda p, key=key: local.__setitem__(key, p.grad.detach().to_dense().clone()))  # type: ignore[no-untyped-call]
+    training = start_training(job)
+    train_step(job, training)
+    scale = training.scaler.get_scale() if training.scaler.is_enabled() else 1.0
+    averaged, expected, witness = {}, {}, "mpi4py"
+    for key, parameter in training.model.named_parameters():
+        own = local.get(key, torch.zeros_like(parameter, dtype=torch.float64)).double() / world.size / scale
+        total = plain_sum(world, own)
+        if total is None:
+            witness = "gathered, no MPI"
+            total = torch.stack(world.all_gather_object(own.cpu(), f"verify.gradient.{key}")).sum(0)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+        averaged[key], expected[key] = gradient.cpu().double(), total
+    return averaged, expected, witness
+
+
+def _rounding(trial: Trial) -> float:
+    """Return the relative error that sums over ranks may have, from the type that gradients travel in."""
+    if trial.recipe.comm.compression == "fp16" or trial.recipe.train.precision == "bf16-true":
+        return 1e-2
+    return 1e-12 if trial.recipe.train.precision == "fp64" else 1e-5
+
+
+def check_accumulation(nature: Nature) -> list[Row]:
+    """5: micro-batches that are accumulated equal one batch as large as all of them."""
+    trial = nature.trial
+    k = smallest_divisor(trial.plan.global_batch_size)
+    name = f"{k} micro-batches = one {k} times as large"
+    if nature.depends_on_batch or nature.in_step:
+        return [Row(5, name, "not run", "", "", "the model's output depends on the batch, see 8")]
+    one, several = trial.alone(accum_steps=1), trial.alone(accum_steps=k)
+    difference = between(several.tensors, one.tensors, movement(one))
+    difference, _ = worst_of(trial.world, difference, "accumulation")
+    advice = f"largest in {difference.name}: the loss must be a sum over its targets, not a mean"
+    return [judged(5, name, difference, nature.tolerance, advice, f"{difference}")]

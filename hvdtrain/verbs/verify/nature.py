@@ -1,0 +1,96 @@
+"""What verify finds out about a model before the checks: its precision, and whether samples see each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from hvdtrain.trainer.loop import forward_sums, train_step
+from hvdtrain.trainer.state import start_training
+from hvdtrain.verbs.verify.trial import Trial
+from hvdtrain.world import has_synchronized_layers
+
+# Adam divides by the gradient's size: where the true gradient is zero, as of a bias before batch normalisation, it
+# blows the last bits of fp64 up to about 1e-7 of a step. Every planted bug in the tests shows above 1e-4.
+_FP64_TOLERANCE = 1e-5
+# Their steps are no smooth function of the gradient: a last bit can turn them round.
+_ROUGH = ("muon", "Rprop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nature:
+    """What was found out about the model before the checks."""
+
+    trial: Trial
+    """In fp64 where the model runs in it, else with plain SGD, which does not blow rounding errors up."""
+    own: Trial
+    """With the user's own settings."""
+    tolerance: float
+    """Of relative differences."""
+    depends_on_batch: bool
+    in_step: bool
+
+    @property
+    def is_average(self) -> bool:
+        """Return whether gradients are averaged at all."""
+        return self.own.recipe.comm.op == "average"
+
+
+def find_nature(own: Trial) -> Nature:
+    """Find out in what precision the model can be compared, and whether its loss is a sum over samples. Collective."""
+    precision, optim, tolerance = own.recipe.train.precision, own.recipe.optim, _FP64_TOLERANCE
+    sgd = dataclasses.replace(optim, name="sgd", momentum=0.0)
+    if optim.name in _ROUGH:
+        optim = sgd
+    if all(own.world.all_gather_object(_runs_in_fp64(own), "verify.fp64")):
+        precision = "fp64"
+    else:
+        optim = sgd
+        tolerance = 1e-4 if precision == "fp32" else 5e-2
+    if own.recipe.comm.compression == "fp16":
+        optim, tolerance = sgd, max(tolerance, 1e-2)
+    train = dataclasses.replace(own.recipe.train, precision=precision)
+    trial = dataclasses.replace(own, recipe=dataclasses.replace(own.recipe, train=train, optim=optim))
+    job = trial.job(trial.solo())
+    training = start_training(job)
+    return Nature(trial, own, tolerance, _depends_on_batch(trial), has_synchronized_layers(training.model))
+
+
+def _runs_in_fp64(trial: Trial) -> bool:
+    try:
+        job = trial.job(trial.solo(), precision="fp64")
+        training = start_training(job)
+        train_step(job, training)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return all(parameter.dtype == torch.float64 for parameter in training.model.parameters())
+
+
+def _depends_on_batch(trial: Trial) -> bool:
+    """Tell whether a sample's loss depends on what else is in its micro-batch, although losses are summed.
+
+    A batch that holds every sample twice has twice the loss if losses are summed, and half the loss comes from each
+    half of a batch unless samples see each other.
+    """
+    job = trial.job(trial.solo())
+    training = start_training(job)
+    n = min(8, len(job.task.train_data) // 2 * 2)
+    samples = torch.arange(n)
+
+    def loss(which: Tensor) -> float:
+        place = (job.config.train.seed, 0)
+        with torch.no_grad():
+            sums = training.randomness.run(
+                which, place, lambda: forward_sums(job, training.model, samples[which]), lambda sums: None
+            )
+        return float(sums["loss"])
+
+    everything = torch.arange(n)
+    together, twice = loss(everything), loss(torch.cat((everything, everything)))
+    apart = loss(everything[: n // 2]) + loss(everything[n // 2 :])
+    scale = max(abs(together), 1e-30)
+    tolerance = 1e-9 if trial.recipe.train.precision == "fp64" else 1e-3
+    is_sum = abs(twice - 2 * together) < 2 * tolerance * scale
+    return bool(is_sum and abs(apart - together) > tolerance * scale)
