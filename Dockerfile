@@ -22,6 +22,7 @@ WORKDIR /opt/hvdtrain
 COPY setup.py setup.cfg README.md ./
 COPY launch launch
 COPY hvdtrain/__init__.py hvdtrain/py.typed hvdtrain/
+COPY hvdtrain/install hvdtrain/install
 # GPUs: the compute capabilities to compile for, such as 80,90,100; none: what setup.sh takes where it sees no GPU.
 ARG TORCH=torch==2.13.0
 ARG CUDA_CAPABILITIES=

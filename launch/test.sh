@@ -1,30 +1,84 @@
 #!/usr/bin/env bash
-# Run all tests.
+# Run the linters and the tests, in an environment that launch/setup.sh makes first.
 #
-#   launch/test.sh [pytest arguments...]   set up if needed, then the linters, then pytest (default: all of tests/)
+#   launch/test.sh                           all of it, in lanes: a quarter of an hour on two cores
+#   launch/test.sh --fast                    linters, types and the unit tests but for the slow ones: within a minute
+#   launch/test.sh [pytest arguments...]     linters, types, and what pytest is asked for
+#
+# Before these, to test on something else than is usual, in .venv-NAME of its own:
+#   --torch torch==2.12.1    another torch; where that is a CUDA build and no nvcc is there, without Horovod: with --fast
+#   --python python3.13      another Python
 set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+fast='' other=''
+while (($#)); do
+  case $1 in
+    --fast) fast=1 && shift ;;
+    --torch) export HVDTRAIN_TORCH=${2:?--torch needs a requirement such as torch==2.12.1} && other+="-$2" && shift 2 ;;
+    --python) export HVDTRAIN_PYTHON=${2:?--python needs a program such as python3.13} && other+="-$(basename "$2")" && shift 2 ;;
+    *) break ;;
+  esac
+done
+if [[ -n $other ]]; then
+  VIRTUAL_ENV=$(cd "$here/.." && pwd -P)/.venv${other//==/-}
+  export VIRTUAL_ENV
+fi
 # shellcheck source=launch/environment.sh
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+. "$here/environment.sh"
 "$root/launch/setup.sh"
 cd "$root"
 
-ruff check .
-ruff format --check .
-shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
-if (($#)); then
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
+
+# Run a command as the lane $1: each of its lines is shown at once, behind the lane's name, and kept.
+lane() {
+  local name=$1
+  shift
+  PYTHONUNBUFFERED=1 "$@" 2>&1 | tee "$logs/$name" | sed -u "s/^/$name: /"
+}
+
+lint() {
+  ruff check .
+  ruff format --check .
+  shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
   mypy
-  exec python -m pytest "$@"
-fi
-# Launches seldom keep all cores busy: what does not watch the clock or the whole machine goes side by side, the rest
-# after it, alone.
-beside=(tests/unit tests/e2e/test_{setup,generate_verb,hf,hosts,slurm}.py)
-first=(tests/e2e/test_{train,ranks,verify_verb}.py)
-said=$(mktemp)
-trap 'rm -f "$said"' EXIT
-(mypy && python -m pytest "${beside[@]}") > "$said" 2>&1 &
+}
+
+# Say what each lane came to; the last line is their sum.
+summarize() {
+  awk '
+    FNR == 1 { lane = FILENAME; sub(/.*\//, "", lane) }
+    / in [0-9.]+s/ && /passed|failed|error|no tests ran|deselected/ {
+      gsub(/=+ | =+/, ""); said[lane] = $0
+    }
+    END {
+      for (lane in said) {
+        printf "%-10s %s\n", lane, said[lane]
+        n = split(said[lane], words, /[ ,]+/)
+        for (i = 2; i <= n; i++) total[words[i]] += words[i - 1]
+      }
+      failed = total["failed"] + total["error"] + total["errors"]
+      printf "tests: %d passed, %d failed, %d skipped\n", total["passed"], failed, total["skipped"]
+    }' "$logs"/*
+}
+
 code=0
-python -m pytest "${first[@]}" || code=1
-wait $! || code=1
-cat "$said"
-python -m pytest tests "${beside[@]/#/--ignore=}" "${first[@]/#/--ignore=}" || code=1
+if [[ -n $fast ]]; then
+  lane lint lint &
+  lane unit python -m pytest tests/unit -m "not slow" "$@" || code=1
+  wait $! || code=1
+elif (($#)); then
+  lint
+  exec python -m pytest "$@"
+else
+  # Launches seldom keep all cores busy, so two lanes go side by side. What watches the clock or the whole machine
+  # (marked alone) comes after them.
+  lint
+  lane beside python -m pytest -m "beside and not alone" &
+  lane launches python -m pytest -m "not beside and not alone" || code=1
+  wait $! || code=1
+  lane alone python -m pytest -m alone || code=1
+fi
+summarize
 exit "$code"

@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import REPOSITORY
 
+pytestmark = pytest.mark.alone
+
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 
 

@@ -10,6 +10,8 @@ from conftest import REPOSITORY
 from planted import __file__ as PLANTED
 from planted import can_make_namespaces
 
+pytestmark = pytest.mark.alone
+
 DOCTOR = [sys.executable, "-m", "hvdtrain", "doctor"]
 MPIRUN = ["mpirun", "--oversubscribe", "-np", "2"]
 needs_namespaces = pytest.mark.skipif(

@@ -13,6 +13,8 @@ import torch
 from conftest import LAUNCHERS, REPOSITORY
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.alone
+
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 
 

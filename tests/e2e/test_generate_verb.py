@@ -10,6 +10,8 @@ import torch
 from conftest import environment
 from hugging import import_transformers
 
+pytestmark = pytest.mark.beside
+
 TINY = ["--model.num-layers", "1", "--model.hidden-size", "32", "--model.num-heads", "2", "--train.steps", "12"]
 TINY += ["--data.sequence-length", "32", "--optim.warmup-steps", "0", "--train.global-batch-size", "4"]
 

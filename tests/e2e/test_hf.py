@@ -9,6 +9,8 @@ from hugging import import_transformers
 from safetensors.torch import load_file
 from tiny_models import make_config, make_model, make_tokenizer
 
+pytestmark = pytest.mark.beside
+
 DATA = ["--data.path", "chats.jsonl", "--data.val-fraction", "0.2", "--data.sequence-length", "32"]
 SHORT = [*DATA, "--train.global-batch-size", "8", "--train.epochs", "2", "--optim.peak-lr", "1e-2"]
 

@@ -10,6 +10,8 @@ import yaml
 from conftest import BIN, REPOSITORY, environment
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.beside
+
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 STEPS = 20
 TRAIN = [sys.executable, "-m", "hvdtrain", "train", RECIPE, "--train.steps", STEPS, "--run-dir"]

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 BASE, TAG = "hvdtrain-test-base", "hvdtrain-test"
-pytestmark = pytest.mark.image
+pytestmark = [pytest.mark.image, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,10 @@
 
 import sys
 
+import pytest
 from conftest import REPOSITORY
+
+pytestmark = pytest.mark.alone
 
 
 def test_killing_a_run_loses_nothing(run):

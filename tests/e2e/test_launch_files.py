@@ -8,6 +8,8 @@ import pytest
 import yaml
 from conftest import BIN, REPOSITORY
 
+pytestmark = pytest.mark.alone
+
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 LONG = ["train", RECIPE, "--train.steps", "100000", "--pause", "0.02"]
 SHORT = ["train", RECIPE, "--train.steps", "20"]

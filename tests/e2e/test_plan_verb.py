@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 SMALL = ["--model.num-layers", "2", "--model.hidden-size", "64", "--data.sequence-length", "32", "--noise-steps", "12"]
 
 

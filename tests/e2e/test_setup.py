@@ -24,8 +24,8 @@ def checkout(tmp_path):
     """A fresh copy of what a set-up reads, without an environment."""
     root = tmp_path / "checkout"
     shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "setup.py", "hvdtrain/__init__.py", "hvdtrain/py.typed"):
-        (root / name).parent.mkdir(exist_ok=True)
+    shutil.copytree(ROOT / "hvdtrain", root / "hvdtrain", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py"):
         shutil.copy(ROOT / name, root / name)
     return root
 
@@ -134,6 +134,8 @@ def test_local_prints_the_plain_command_and_runs_it():
 # Stands in for `python -m hvdtrain` where local.sh is started: a rank that saves when it is asked to stop.
 STOPPABLE = """
 import os, pathlib, signal, sys, time
+
+pytestmark = pytest.mark.beside
 rank = os.environ["OMPI_COMM_WORLD_RANK"]
 def stop(number, frame):
     time.sleep(0.5)
@@ -183,7 +185,7 @@ def test_the_check_with_two_ranks(launcher, ranks, works):
     pytest.importorskip("horovod.torch")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.getuid() == 0 else {}
     environment = {**os.environ, **root, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
-    command = [*launcher.split(), "-np", str(ranks), sys.executable, ROOT / "launch" / "selfcheck.py"]
+    command = [*launcher.split(), "-np", str(ranks), sys.executable, ROOT / "hvdtrain" / "install" / "selfcheck.py"]
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
@@ -199,7 +201,7 @@ def test_the_package_installs_without_the_scripts(checkout, tmp_path):
     with zipfile.ZipFile(file) as wheel:
         names = wheel.namelist()
         texts = {Path(name).name: wheel.read(name).decode() for name in names if ".dist-info/" in name}
-    assert {"hvdtrain/__init__.py", "hvdtrain/py.typed"} <= set(names)
+    assert {"hvdtrain/__init__.py", "hvdtrain/py.typed", "hvdtrain/install/requirements.txt"} <= set(names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"hvdtrain"}
     assert "hvdtrain = hvdtrain.cli:main" in texts["entry_points.txt"]
     assert "Requires-Python: >=3.10" in texts["METADATA"]

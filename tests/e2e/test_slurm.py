@@ -10,6 +10,8 @@ import torch
 from conftest import BIN, LAUNCHERS, REPOSITORY, environment
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.beside
+
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 STEPS = 150
 

@@ -11,6 +11,8 @@ import torch
 from conftest import LAUNCHERS
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.alone
+
 CONSTANT = ["--optim.schedule", "constant"]  # the number of steps must not change the learning rate
 
 

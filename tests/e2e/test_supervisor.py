@@ -18,6 +18,8 @@ SUPERVISE = [sys.executable, "-m", "hvdtrain.process.supervise"]
 # Ends with the next of the given exit codes at each start; a checkpoint appears where the code is followed by "+".
 STAND_IN = """
 import os, pathlib, sys
+
+pytestmark = pytest.mark.alone
 run_dir, *codes = sys.argv[2:]
 starts = pathlib.Path(run_dir, "starts")
 number = len(starts.read_text()) if starts.exists() else 0

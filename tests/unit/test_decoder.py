@@ -30,6 +30,7 @@ def random_tokens(batch_size: int = 3, length: int = 17) -> Tensor:
     return torch.randint(VOCAB_SIZE, (batch_size, length), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 def test_logits_equal_those_of_transformers(tied: bool, num_kv_heads: int) -> None:
@@ -237,6 +238,7 @@ def test_bf16_autocast_and_bf16_weights_give_an_fp32_loss() -> None:
     assert bf16.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
     model = build(num_kv_heads=2)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

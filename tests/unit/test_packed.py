@@ -161,6 +161,7 @@ def test_without_a_template(tmp_path):
     assert found == (" world\n<|end|>", "user: hello\nassistant: world\n<|end|>")
 
 
+@pytest.mark.slow
 def test_texts_of_json_lines_and_files(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     found = predicted(tokenizer, read(tmp_path, [{"body": "one"}, {"body": ""}, {"body": "two"}], tokenizer, "body"))

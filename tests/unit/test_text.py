@@ -93,6 +93,7 @@ def test_the_place_of_the_corpus_does_not_matter(corpus, tmp_path):
     assert prepare_text(config(moved, tmp_path)).content_hash == before.content_hash
 
 
+@pytest.mark.slow
 def test_processes_prepare_once(corpus, tmp_path):
     """Four processes at the same time: one says that it worked, all find the same, nothing half is left."""
     context = multiprocessing.get_context("spawn")

@@ -301,6 +301,7 @@ def accuracy(model: Mlp, data: ImageTensors) -> float:
         return (model(x).argmax(1) == y).double().mean().item()
 
 
+@pytest.mark.slow
 def test_mlp_learns_handwritten_digits() -> None:
     train, test = load_digits()
     model = Mlp(seed=0)

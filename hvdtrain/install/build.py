@@ -1,7 +1,7 @@
 """Build Horovod for the torch and the MPI of the environment that runs this file, and install it there.
 
 Wheels are kept in the XDG cache under a key of everything that makes them differ; one is built at a time per key.
-Run by install.py with the environment's own Python, its bin folder first on PATH.
+Run by `hvdtrain.install` with the environment's own Python, its bin folder first on PATH.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import horovod_recipe
-from horovod_recipe import HOROVOD_VERSION, SDIST_SHA256, Gpu, Recipe, Torch
-from preflight import BUILD_BYTES, SetupError, check_disk_space, explain_failure, find_compiler
+from hvdtrain.install import recipe as recipes
+from hvdtrain.install.preflight import BUILD_BYTES, SetupError, check_disk_space, explain_failure, find_compiler
+from hvdtrain.install.recipe import HOROVOD_VERSION, SDIST_SHA256, Gpu, Recipe, Torch
 
 MINIMUM_TORCH = (2, 5)
 _ASK_TORCH = """
@@ -45,11 +45,11 @@ def detect_recipe() -> Recipe:
     version, cuda, git, folder, capabilities = json.loads(_run_python(_ASK_TORCH))
     torch = Torch(version, cuda, git, folder)
     check_torch_version(version)
-    gpu = horovod_recipe.find_gpu(torch, os.environ, _nccl_folders(), capabilities or "80,90")
-    standard = horovod_recipe.torch_cxx_standard(Path(folder) / "include")
-    settings = horovod_recipe.build_settings(os.environ, horovod_recipe.cpu_flags())
-    mpi = horovod_recipe.find_mpi(Path(sys.executable).parent)
-    return Recipe(torch, mpi, gpu, standard, horovod_recipe.describe_compiler(), settings)
+    gpu = recipes.find_gpu(torch, os.environ, _nccl_folders(), capabilities or "80,90")
+    standard = recipes.torch_cxx_standard(Path(folder) / "include")
+    settings = recipes.build_settings(os.environ, recipes.cpu_flags())
+    mpi = recipes.find_mpi(Path(sys.executable).parent)
+    return Recipe(torch, mpi, gpu, standard, recipes.describe_compiler(), settings)
 
 
 def check_torch_version(version: str) -> None:
@@ -154,7 +154,7 @@ def build_wheel(recipe: Recipe, folder: Path) -> Path:
     """Download Horovod's source distribution to `folder`, edit it, build it and return the wheel."""
     check_disk_space(folder, BUILD_BYTES)
     check_compiler_standard(recipe.cxx_standard)
-    jobs = horovod_recipe.available_cores()
+    jobs = recipes.available_cores()
     kind = f"CUDA {recipe.gpu.cuda_version} and NCCL" if recipe.gpu else "CPU"
     print(
         f"Horovod {HOROVOD_VERSION}: building for torch {recipe.torch.version}, {kind}, {recipe.mpi.version},"
