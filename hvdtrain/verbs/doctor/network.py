@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from hvdtrain.verbs.doctor.facts import RankFacts, existing_parent, interface_mbit, interface_towards
+from hvdtrain.verbs.phase_clock import seconds_of
 from hvdtrain.world import World
 from hvdtrain.world.inspect import plain_mpi
 
@@ -117,8 +118,6 @@ def _all_reduces(world: World) -> Iterator[AllReduce]:
 
         def reduce(tensor: torch.Tensor = tensor) -> None:
             world.all_reduce(tensor, "sum", f"doctor.{tensor.numel()}")
-            if tensor.is_cuda:
-                torch.cuda.synchronize()
 
         horovod_s = _time(world, reduce)
         mpi_s = _time(world, lambda size=num_bytes: mpi(size)) if mpi else None  # type: ignore[misc]
@@ -130,16 +129,10 @@ def _time(world: World, call: Callable[[], None]) -> float:
     """Return the seconds of one call: the median of each rank's, of these the largest. Collective."""
     call()
     world.barrier("doctor.time")
-    first = _seconds(call)
+    first = seconds_of(call, world.device)
     slowest = max(world.all_gather_object(first, "doctor.first"))
-    times = [_seconds(call) for _ in range(max(2, min(50, int(_SECONDS_A_SIZE / slowest))))]
+    times = [seconds_of(call, world.device) for _ in range(max(2, min(50, int(_SECONDS_A_SIZE / slowest))))]
     return max(world.all_gather_object(sorted(times)[len(times) // 2], "doctor.median"))
-
-
-def _seconds(call: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def _pairs(world: World, everyone: Sequence[RankFacts]) -> Iterator[Pair]:
