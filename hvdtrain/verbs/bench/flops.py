@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from hvdtrain.models.linear import linear
 from hvdtrain.settings import Precision
 from hvdtrain.trainer import Job
-from hvdtrain.trainer.loop import forward_sums
 from hvdtrain.trainer.state import Training
+from hvdtrain.trainer.step import forward_sums
 
 # Dense peak in FLOP/s of 16-bit matrix products without sparsity, from the makers' data sheets.
 PEAKS_16_BIT = {
@@ -21,7 +21,7 @@ PEAKS_16_BIT = {
     "V100": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
-if torch._C._has_mkldnn:
+if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *rest: object, **more: object) -> int:

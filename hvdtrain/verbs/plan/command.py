@@ -7,7 +7,6 @@ import math
 import socket
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from hvdtrain import __version__
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale, noise_scale
 from hvdtrain.rundir.environment import describe_environment, describe_rank
-from hvdtrain.rundir.log import MetricLog
-from hvdtrain.trainer import Job, Recipe, Task, settle
+from hvdtrain.trainer import Job, Recipe, Task
 from hvdtrain.trainer.memory import RESERVE, available, estimate
+from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import start_training
 from hvdtrain.verbs.options import PlanOptions
 from hvdtrain.verbs.plan import measure
@@ -75,9 +74,7 @@ def _with_noise(facts: Facts, noise: NoiseScale | None) -> Facts:
 
 
 def _job(recipe: Recipe, task: Task, world: World) -> Job:
-    steps = dataclasses.replace(recipe.train, steps=recipe.train.steps or 1000, epochs=None, max_time=None)
-    settings = dataclasses.replace(recipe, train=steps)
-    return settle(task, settings, world, Path("hvdtrain-plan-has-no-run-directory"), MetricLog(None, []))
+    return rehearse(task, recipe, world, num_steps=recipe.train.steps or 1000, only_full_batches=True)
 
 
 def _measure(

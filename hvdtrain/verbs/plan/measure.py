@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.data.order import SampleOrder
 from hvdtrain.optim.noise import Norms
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Phase, Progress
-from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan
 from hvdtrain.trainer import Job, Recipe, Task, train_step
+from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
+from hvdtrain.trainer.step import forward_sums
 from hvdtrain.verbs.plan.network import Layout, Timing
 from hvdtrain.verbs.plan.step import Bucket, Compute
 from hvdtrain.world import SoloWorld, World, in_buckets
 from hvdtrain.world.inspect import plain_mpi
 
-_NO_RUN = Path("hvdtrain-plan-has-no-run-directory")
 SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
 _SECONDS_A_SIZE = 0.3
 # A machine is unsteady when the middle half of its steps differs by more than this share; it is measured longer then.
@@ -76,9 +72,7 @@ def own_job(recipe: Recipe, task: Task, device: torch.device, micro_batch_size: 
     world = SoloWorld(device, Launch("none"))
     world.progress = PhaseClock(device)
     plan = BatchPlan(micro_batch_size, micro_batch_size, 1, 1)
-    task = dataclasses.replace(task, model=copy.deepcopy(task.model))
-    order = SampleOrder(len(task.train_data), plan, recipe.train.seed)
-    job = Job(task, recipe, world, _NO_RUN, MetricLog(None, []), plan, order, num_steps=1_000_000)
+    job = rehearse(task, recipe, world, plan=plan, only_full_batches=True)
     return job, start_training(job)
 
 
@@ -88,12 +82,12 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     assert isinstance(clock, PhaseClock)
     parts: list[dict[str, float]] = []
     for _ in range(warmup):
-        _step(job, training)
+        train_step(job, training)
     for _ in range(_MOST_ROUNDS):
         for _ in range(steps):
             clock.turn("rest")
             clock.seconds = {}
-            _step(job, training)
+            train_step(job, training)
             clock.turn("rest")
             parts.append(dict(clock.seconds))
         spread = _spread([sum(part.values()) for part in parts])
@@ -102,11 +96,6 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     forward, backward = (statistics.median(p.get(name, 0.0) for p in parts) for name in ("forward", "backward"))
     total = statistics.median(sum(part.values()) for part in parts)
     return Measured(Compute(forward, backward, max(0.0, total - forward - backward)), spread, len(parts))
-
-
-def _step(job: Job, training: Training) -> None:
-    training.step %= max(1, job.order.steps_per_epoch - 1)
-    train_step(job, training)
 
 
 def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize: int | None) -> list[Bucket]:
@@ -131,7 +120,7 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize
     for _ in range(3):
         for times in seen.values():
             times.clear()
-        _step(job, training)
+        train_step(job, training)
         began = clock.began["backward"]
         last = max(times[-1] for times in seen.values() if times)
         for parameter, times in seen.items():
@@ -232,8 +221,7 @@ def gradient_norms(job: Job, training: Training, world: World, steps: int) -> tu
         group["lr"] = job.config.optim.peak_lr
     norms = []
     for step in range(steps):
-        place = (step * size + world.rank) % max(1, job.order.steps_per_epoch - 1)
-        samples = job.order.global_batch(place)[: small * parts]
+        samples = job.order.global_batch(step * size + world.rank)[: small * parts]
         own = [_gradient(job, training, samples[i * small : (i + 1) * small]) for i in range(parts)]
         mean = torch.stack(own).mean(0)
         squares = torch.stack([gradient.double().square().sum() for gradient in own]).mean()
@@ -247,8 +235,6 @@ def gradient_norms(job: Job, training: Training, world: World, steps: int) -> tu
 
 def _gradient(job: Job, training: Training, samples: Tensor) -> Tensor:
     """Return the gradient of the mean loss of `samples`, flat."""
-    from hvdtrain.trainer.loop import forward_sums
-
     training.optimizer.zero_grad()
     positions = torch.arange(len(samples))
     targets = max(1, job.task.train_data.num_targets(samples))
@@ -281,7 +267,7 @@ def whole_steps(job: Job, training: Training, *, warmup: int, steps: int) -> lis
     for i in range(warmup + steps):
         world.barrier("plan.step")
         started = time.perf_counter()
-        _step(job, training)
+        train_step(job, training)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         if i >= warmup:

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.errors import DivergedError
-from hvdtrain.trainer.loop import forward_sums, train_step
+from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.saver import Saver
+from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.state import replicated_tensors, start_training
+from hvdtrain.trainer.step import forward_sums, train_step
 from hvdtrain.verbs.verify.compare import Difference, between, movement, worst_of
 from hvdtrain.verbs.verify.table import Row, Status
 from hvdtrain.verbs.verify.trial import Run, Trial, smallest_divisor
@@ -202,7 +204,8 @@ def check_average(nature: Nature) -> list[Row]:
         hang(lambda p, key=key: local.__setitem__(key, p.grad.detach().to_dense().clone()))  # type: ignore[no-untyped-call]
     training = start_training(job)
     train_step(job, training)
-    scale = training.scaler.get_scale() if training.scaler.is_enabled() else 1.0
+    scaler = training.component(LossScaler)
+    scale = scaler.scale if scaler else 1.0
     ours, theirs, witness = {}, {}, "mpi4py"
     for key, parameter in training.model.named_parameters():
         own = local.get(key, torch.zeros_like(parameter, dtype=torch.float64)).double() / world.size / scale
@@ -286,8 +289,8 @@ def check_dangers(nature: Nature, whole: Run) -> list[Row]:
     rows.append(_warn("two identical runs are identical", difference, advice, _bits(difference)))
     if nature.depends_on_batch:
         rows.append(_batch_dependence(nature))
-    buffers = whole.training.buffers.names
-    if buffers:
+    changing = whole.training.component(ChangingBuffers)
+    if changing and (buffers := changing.names):
         shown = ", ".join(buffers[:2]) + (f" and {len(buffers) - 2} more" if len(buffers) > 2 else "")
         rows.append(Row(8, "buffers that steps change", "pass", f"{len(buffers)}, averaged over ranks", "", "", 0.0))
         rows[-1] = dataclasses.replace(rows[-1], advice=f"{shown}: equal on all ranks after every step")
