@@ -39,6 +39,8 @@ class Saver:
             DivergedError: as `train_step`.
         """
         job = self._job
+        if job.run_dir is None:
+            raise ValueError("a rehearsal has no directory to save to")
         started = time.perf_counter()
         job.world.progress.enter("saving")
         with training.strategy.made_equal(job.world, training):
@@ -104,7 +106,7 @@ class Saver:
 
     def _write(self, arguments: dict[str, Any]) -> None:
         self._error = None
-        assert self._job.run_dir is not None, "a rehearsal saves nothing"
+        assert self._job.run_dir is not None
         try:
             save_checkpoint(self._job.run_dir, **arguments)
         except CheckpointError as error:
