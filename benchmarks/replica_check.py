@@ -27,7 +27,8 @@ import hvdtrain  # noqa: E402
 from hvdtrain.recipes.lm import lm  # noqa: E402
 from hvdtrain.rundir.log import MetricLog  # noqa: E402
 from hvdtrain.trainer import settle, train_step  # noqa: E402
-from hvdtrain.trainer.state import model_tensors, start_training  # noqa: E402
+from hvdtrain.trainer.state import start_training  # noqa: E402
+from hvdtrain.trainer.strategy import model_tensors  # noqa: E402
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvdtrain.models.private_torch import is_transformed
+
 Library = Literal["auto", "torch", "onednn"]
 # Below so many multiplications oneDNN's and autograd's ways of being called cost more than the product (measured).
 _FEWEST_PRODUCTS = 4_000_000
@@ -27,9 +29,11 @@ def takes_onednn(library: Library, device: torch.device) -> bool:
 
     It is not measured: ranks would decide one way or the other, and runs could not be repeated bit by bit.
     """
-    if library == "torch" or device.type != "cpu" or not torch._C._has_mkldnn:
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if library == "torch" or device.type != "cpu" or not has_onednn:
         return False
-    return library == "onednn" or (torch._C.has_mkl and is_slow_for_mkl(platform.machine(), _cpuinfo()))
+    has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    return library == "onednn" or (has_mkl and is_slow_for_mkl(platform.machine(), _cpuinfo()))
 
 
 def is_slow_for_mkl(machine: str, cpuinfo: str) -> bool:
@@ -71,7 +75,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     is_plain = type(x) is Tensor and x.ndim > 1 and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     if not is_plain or x.numel() * weight.shape[0] < _FEWEST_PRODUCTS:
         return False
-    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    is_traced = torch.compiler.is_compiling() or is_transformed()
     return not is_traced and not torch.is_autocast_enabled("cpu")
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import CheckpointError, ResumeError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _LATEST = "latest"
 _BEST = "best"
 _TEMPORARY = ".writing-"

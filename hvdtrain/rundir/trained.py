@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hvdtrain.errors import CheckpointError, DataError
 from hvdtrain.models.interchange import read_weights
-from hvdtrain.rundir.checkpoint import list_checkpoints, load_checkpoint
+from hvdtrain.rundir.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Trained:
     weights: dict[str, Tensor]
     source: str
     """What a person calls it."""
+    about: str = ""
+    """What the weights are, if they are not those of the last step."""
 
 
 def open_trained(path: Path, which: str) -> Trained:
@@ -40,9 +42,20 @@ def open_trained(path: Path, which: str) -> Trained:
         )
     checkpoint = _find(path, which)
     try:
-        return Trained(folder, load_checkpoint(checkpoint).weights, str(checkpoint))
+        weights, about = _exported(load_checkpoint(checkpoint))
     except CheckpointError as error:
         raise DataError(f"{error}; choose another one with --checkpoint") from error
+    return Trained(folder, weights, str(checkpoint), about)
+
+
+def _exported(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
+    """Return the weights that were evaluated, such as a moving average, in the model's types, and what they are."""
+    exported = checkpoint.state.get("exported")
+    if not exported:
+        return checkpoint.weights, ""
+    instead = checkpoint.state["components"][exported["component"]]["weights"]
+    own = checkpoint.weights
+    return {name: instead.get(name, tensor).to(tensor.dtype) for name, tensor in own.items()}, exported["about"]
 
 
 def _find(path: Path, which: str) -> Path:

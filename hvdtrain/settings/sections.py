@@ -39,6 +39,8 @@ class TrainConfig:
     """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient's Euclidean norm to this. None: no clipping."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, such as 0.999, that is evaluated and exported. None: no average."""
 
     @property
     def max_time_s(self) -> float | None:
@@ -50,6 +52,7 @@ class TrainConfig:
             parse_duration(self.max_time)
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("give --train.steps or --train.epochs, not both")
+        check(self, "ema", lambda value: 0 <= value < 1, "must be at least 0 and below 1")
         for name in ("steps", "epochs", "global_batch_size", "micro_batch_size", "accum_steps", "max_grad_norm"):
             check(self, name, lambda value: value > 0, "must be greater than 0")
 

@@ -3,33 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.trainer.component import Component, Step
+from hvdtrain.trainer.job import Job
 from hvdtrain.world import ReduceOp, World, digest_of
 
+if TYPE_CHECKING:
+    from hvdtrain.trainer.state import Training
 
-class ChangingBuffers:
+
+class ChangingBuffers(Component):
     """Averages, after each step, the buffers that a step changes on any rank; found out in the first one.
 
     Each rank has moved them by its own samples. The mean is what their averages over all samples are; counts take the
     largest. Then all ranks are equal at the end of every step, and it matters not at which step a run is saved.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    name = "buffers"
+
+    def __init__(self, job: Job) -> None:
+        self._world = job.world
         self.names: list[str] | None = None
         """Of the buffers that change; None before the first step."""
-        self._before = self._digests()
+        self._model: nn.Module | None = None
+        self._before: dict[str, Tensor] = {}
+
+    def begin(self, model: nn.Module) -> None:
+        """Remember what the buffers hold: what has changed them so far does not count."""
+        self._model, self._before = model, _digests(model)
+
+    def after_backward(self, training: Training, step: Step) -> None:
+        """Average, where ranks are to be equal after this step."""
+        if training.strategy.is_equal_after(step.number):
+            self.average(self._world)
 
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
-        if world.size == 1 or not self._before:
+        if world.size == 1 or not self._before or self._model is None:
             return
         if self.names is None:
-            now = self._digests()
-            changed = [name for name, digest in now.items() if digest != self._before.get(name)]
+            now = _digests(self._model)
+            changed = [name for name, digest in now.items() if not self._before[name].equal(digest)]
             everyone = world.all_gather_object(changed, "buffers.changed")
             self.names = [name for name in now if any(name in names for names in everyone)]
         buffers = dict(self._model.named_buffers())
@@ -46,9 +64,10 @@ class ChangingBuffers:
                 for tensor, value in zip(part, values, strict=True):
                     tensor.copy_(value.view(tensor.shape))
 
-    def _digests(self) -> dict[str, int]:
-        """Return what changes when a buffer does; its version counter does not tell: batch_norm leaves it alone."""
-        return {name: int(digest_of(buffer)) for name, buffer in self._model.named_buffers()}
+
+def _digests(model: nn.Module) -> dict[str, Tensor]:
+    """Return what changes when a buffer does; its version counter does not tell: batch_norm leaves it alone."""
+    return {name: digest_of(buffer) for name, buffer in model.named_buffers()}
 
 
 def _start(world: World, tensors: list[Tensor], op: ReduceOp) -> Callable[[], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvdtrain.data.order import SampleOrder
@@ -11,6 +11,7 @@ from hvdtrain.optim.schedule import check_schedule, lr_factor
 from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
+from hvdtrain.trainer.strategy import EveryStep, Strategy
 from hvdtrain.trainer.task import Task
 from hvdtrain.world import World
 
@@ -22,7 +23,8 @@ class Job:
     task: Task
     config: Config
     world: World
-    run_dir: Path
+    run_dir: Path | None
+    """None: a rehearsal, which leaves no trace."""
     log: MetricLog
     plan: BatchPlan
     order: SampleOrder
@@ -30,6 +32,8 @@ class Job:
     """Optimizer steps of the whole run."""
     allowed_changes: tuple[str, ...] = ()
     """Settings that may differ from those of the checkpoint that the run goes on from."""
+    strategy: Strategy = field(default_factory=EveryStep)
+    """What ranks share, and when they are equal."""
 
     @property
     def lr_factor(self) -> float:

@@ -1,31 +1,22 @@
-"""The loop: `fit` decides when to log, evaluate, save and stop; `train_step` takes one optimizer step.
+"""The loop: `fit` decides when to log, evaluate, save and stop; `step.train_step` takes one optimizer step.
 
-The loss of a step is the mean over the *global* batch, exactly: each rank sums over its own part, and every rank knows
-how many terms the whole batch has without asking, since that is a function of the sample indices. Steps drive the loop
-and every collective is reached by every rank.
+Steps drive the loop and every collective is reached by every rank.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-from hvdtrain.data.loader import Loader
-from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.errors import StopRequested
-from hvdtrain.optim.noise import Norms, agreement, estimate
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.rundir.log import Stopwatch
-from hvdtrain.settings import Precision
+from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.saver import Saver
-from hvdtrain.trainer.state import Training, model_tensors, start_training
-from hvdtrain.trainer.task import Batch, Evaluation
-from hvdtrain.trainer.update import hear, update
+from hvdtrain.trainer.state import Training, replicated_tensors, start_training
+from hvdtrain.trainer.step import train_step
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,8 @@ class _Run:
 def fit(job: Job) -> dict[str, float]:
     """Train to the last step, from `run_dir`'s newest checkpoint on, and return the last evaluation. Collective.
 
+    The model is left with the weights that were evaluated.
+
     Raises:
         UsageError: on all ranks alike, before the first step: settings, data and checkpoint do not fit together.
         StopRequested: on all ranks alike, after saving: a signal reached any rank, or the time is used up.
@@ -50,11 +43,15 @@ def fit(job: Job) -> dict[str, float]:
         CheckpointError: on all ranks alike: the last save failed.
     """
     training = start_training(job)
+    for line in (component.about for component in training.components if component.about):
+        job.log.say(line)
     stopwatch, evaluated = Stopwatch(training.step), {}
     job.log.begin(training.step, job.num_steps)
     if training.step >= job.num_steps and not training.is_evaluation_due:
         job.log.say(f"this run has finished before, at step {training.step}")
-        return evaluate(job, training.model)
+        evaluated = evaluate(job, training)
+        training.use_evaluated_weights()
+        return evaluated
     with training.reader, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
@@ -65,40 +62,54 @@ def fit(job: Job) -> dict[str, float]:
             train_step(job, training)
             is_stop = bool(agree())
             if training.step == job.num_steps or is_due(training.step, job.config.log.every):
-                job.log.write(training.step, {**window_metrics(job, training, stopwatch), **saver.metrics()})
+                job.log.write(training.step, {**step_metrics(job, training, stopwatch), **saver.metrics()})
             evaluated = _evaluate_and_save(run, is_stop)
         saver.finish()
         job.world.progress.leave()
     last = {**evaluated, **saver.metrics(), "time/train_s": stopwatch.seconds}
     job.log.write(training.step, last, "finished")
+    training.use_evaluated_weights()
     return evaluated
 
 
 def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     """Do after a step what is due; returns the evaluation, empty if there was none. Collective.
 
-    A request to stop cuts an evaluation short. It is then due when the run goes on, before the next step.
+    The order is what makes a stop cheap and a checkpoint worth its name. Evaluation comes first, so that the save knows
+    what its weights reached; a request to stop cuts it short, because whoever asked may not wait, and the checkpoint
+    then says that it is still due: the run makes up for it when it goes on, before its next step. The check that ranks
+    are equal comes before the save, so that what is saved is never one rank's own. Nothing here is asked of one rank
+    alone: `is_stop` is what all have agreed on.
     """
     job, training = run.job, run.training
     step, is_last = training.step, training.step == job.num_steps
     evaluated: dict[str, float] = {}
     with run.stopwatch.paused():
         if is_last or is_due(step, job.config.eval.every):
-            evaluated = {} if is_stop else evaluate(job, training.model, run.request)
+            evaluated = {} if is_stop else evaluate(job, training, run.request)
             training.is_evaluation_due = not evaluated
             is_stop = is_stop or not evaluated
         if evaluated and not is_last:
             job.log.write(step, evaluated)
         is_saving = is_last or is_stop or is_due(step, job.config.checkpoint.every)
-        every = job.config.health.replica_check_every
-        if every is not None and (is_saving or is_due(step, every)):
-            job.world.check_replicas(model_tensors(training.model), "training")
+        _check_replicas(job, training, is_saving)
         if is_saving:
             run.saver.save(training, evaluated)
     if is_stop and (not is_last or training.is_evaluation_due):
         run.saver.finish()
         raise stopped(job, step, run.request)
     return evaluated
+
+
+def _check_replicas(job: Job, training: Training, is_saving: bool) -> None:
+    """Make sure that ranks which should be equal now are: before each save, and every so many steps. Collective.
+
+    Raises:
+        DivergedError: they are not.
+    """
+    every = job.config.health.replica_check_every
+    if every is not None and (is_saving or is_due(training.step, every)):
+        job.world.check_replicas(replicated_tensors(training, with_optimizer=False), "training")
 
 
 def stopped(job: Job, step: int, request: StopRequest) -> StopRequested:
@@ -116,169 +127,18 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def train_step(job: Job, training: Training) -> None:
-    """Take one optimizer step along the gradient of the mean loss over the global batch. Collective.
-
-    Where the loss or the gradient of any rank is not finite, no rank updates its weights; that is told in the step
-    after, or by `hear`.
-
-    Raises:
-        DivergedError: that has happened `--health.max-skipped-steps` times in a row.
-    """
-    world, step = job.world, training.step
-    world.progress.begin_step(step)
-    training.optimizer.zero_grad()
-    samples = job.order.global_batch(step)
-    num_targets = job.task.train_data.num_targets(samples)
-    sums = torch.zeros_like(training.window)
-    micro_batches = job.order.micro_batches(step, world.rank, training.runs_in_step)
-    for place, positions in enumerate(micro_batches):
-        sums += _micro_batch(job, training, place, positions, num_targets)
-    training.optimizer.synchronize()
-    training.buffers.average(world)
-    world.progress.enter("update")
-    update(job, training, sums, num_targets, len(samples))
-
-
-def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, num_targets: int) -> Tensor:
-    """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`.
-
-    Args:
-        job: what is trained.
-        training: what changes.
-        place: the micro-batch's number in the step.
-        positions: where its samples stand in the global batch.
-        num_targets: those of the global batch.
-    """
-    task, world, train = job.task, job.world, job.config.train
-
-    def forward() -> dict[str, Tensor]:
-        world.progress.enter("data")
-        return forward_batch(job, training.model, training.reader.read(training.step, place))
-
-    def backward(sums: dict[str, Tensor]) -> None:
-        world.progress.enter("backward")
-        # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks. Adding 0 x loss makes the
-        # gradient of a loss that is not finite not finite either, which all ranks then see in the average.
-        loss = sums["loss"] * (world.size / num_targets + 0 * sums["loss"].detach())
-        training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-
-    sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
-    return torch.stack([sums[name].detach().double() for name in task.metrics])
-
-
-def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
-    """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
-    job.world.progress.enter("data")
-    return forward_batch(job, model, job.task.train_data.batch(samples))
-
-
-def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Move a batch to the device and return its sums of `Task.metrics`."""
-    world, precision = job.world, job.config.train.precision
-    batch = _to_device(batch, world.device, precision)
-    world.progress.enter("forward")
-    with _autocast(precision, world.device):
-        return job.task.loss_sums(model, batch)
-
-
-def noise_metrics(job: Job, training: Training) -> dict[str, float]:
-    """Return the gradient noise scale of the window, and how far the ranks' gradients agree, if asked for."""
-    small, large, count = training.norms.tolist()
-    if count == 0:
-        return {}
-    norms, size = Norms(small / count, large / count), job.world.size
-    batch = job.plan.global_batch_size
-    signal, variance = estimate([norms], batch / size, batch)
-    noise = variance / signal if signal > 0 else math.inf
-    return {"train/noise_scale": noise, "train/gradient_agreement": agreement(norms, size)}
-
-
-def evaluate(job: Job, model: nn.Module, request: StopRequest | None = None) -> dict[str, float]:
-    """Return `val/...`: means over all held-out targets, each counted once at any number of ranks. Collective.
-
-    Returns nothing if a rank has a request to stop before the end.
-    """
-    task = job.task
-    held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics)
-    means: dict[str, float] = {}
-    for number, part in enumerate((held_out, *task.evaluations)):
-        found = _means(job, model, part, request, f"evaluate.{number}")
-        if found is None:
-            return {}
-        means.update(found)
-    return {f"val/{name}": value for name, value in task.summarize(means).items()}
-
-
-def _means(
-    job: Job, model: nn.Module, part: Evaluation, request: StopRequest | None, name: str
-) -> dict[str, float] | None:
-    """Return means over all targets; None if a rank has a request to stop before the end. Collective."""
-    world, precision = job.world, job.config.train.precision
-    batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
-    order = EvaluationOrder(len(part.data), batch_size, world.size, job.config.train.seed)
-    batches = order.batches(0, world.rank)
-    # Sums of the metrics, then the number of targets.
-    totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)
-    model.eval()
-    with torch.no_grad(), Loader(part.data, order, world.rank, pin_memory=world.device.type == "cuda") as loader:
-        for i in range(order.most_batches):
-            has_request = torch.tensor(float(request is not None and request.reason is not None))
-            agree = world.start_all_reduce(has_request, "max", f"{name}.stop")
-            world.progress.enter("evaluation")
-            for indices in batches[i : i + 1]:  # a rank may have one batch less than others
-                batch = _to_device(loader.read(0, i), world.device, precision)
-                with _autocast(precision, world.device):
-                    sums = part.loss_sums(model, batch)
-                totals[:-1] += torch.stack([sums[key].double() for key in part.metrics])
-                totals[-1] += part.data.num_targets(indices)
-            if agree():
-                model.train()
-                return None
-    model.train()
-    *sums_of_all, num_targets = world.all_reduce(totals, "sum", name).tolist()
-    return {key: total / num_targets for key, total in zip(part.metrics, sums_of_all, strict=True)}
-
-
-def window_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:
-    """Return the means since the last logged step, and begin a new window. Collective.
+def step_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:
+    """Return the components' figures of the steps since the last call, and how fast they were. Collective.
 
     Raises:
         DivergedError: as `train_step`.
     """
-    hear(job, training)
-    sums = job.world.all_reduce(training.window, "sum", "train.metrics").tolist()
     metrics: dict[str, float] = {}
-    if training.window_targets:
-        means = {name: total / training.window_targets for name, total in zip(job.task.metrics, sums, strict=True)}
-        metrics = {f"train/{name}": mean for name, mean in means.items()}
-    metrics["train/lr"] = training.optimizer.param_groups[0]["lr"]
-    if training.grad_norm is not None:
-        metrics["train/grad_norm"] = float(training.grad_norm)
-    metrics.update(noise_metrics(job, training))
-    if training.skipped:
-        metrics["train/skipped_steps"] = training.skipped
+    for component in training.components:
+        metrics.update(component.metrics(training))
     step_s = stopwatch.lap(training.step)
-    metrics[f"throughput/{job.task.unit}_per_s"] = (
-        job.task.train_data.num_targets(job.order.global_batch(training.step - 1)) / step_s
-    )
+    num_targets = job.task.train_data.num_targets(job.order.global_batch(training.step - 1))
+    metrics[f"throughput/{job.task.unit}_per_s"] = num_targets / step_s
     metrics["time/step_s"] = step_s
     metrics["time/left_s"] = step_s * (job.num_steps - training.step)
-    training.window.zero_()
-    training.norms.zero_()
-    training.window_targets = training.skipped = 0
     return metrics
-
-
-def _to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
-    """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
-    dtype = own_type(precision)
-    return tuple(
-        tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=device.type == "cuda")
-        for tensor in batch
-    )
-
-
-def _autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -17,19 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.optim.build import build_optimizer
 from hvdtrain.settings import Config
 from hvdtrain.settings.units import in_units
+from hvdtrain.trainer.component import nested_tensors
+from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.loop import forward_batch
 from hvdtrain.trainer.model import own_type, prepare_blocks
+from hvdtrain.trainer.step import forward_batch
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
 RESERVE = 0.1
+# Tensors of fewer elements are counters.
+_SMALL = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Memory:
     gradients: int
     """Those that backward writes and, between several ranks, the buckets that are sent."""
     optimizer: int
+    """The optimizer's state, and components' such as a moving average of the weights."""
     activations: int | None
     """What one micro-batch keeps for its backward pass; None: the model cannot be run on fake tensors."""
     micro_batch_size: int
@@ -90,7 +95,8 @@ def estimate(job: Job) -> Memory:
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     if job.world.size > 1:
         gradients += wire_bytes(job)
-    return Memory(weights, gradients, _optimizer_bytes(job, model), activations, job.plan.micro_batch_size)
+    kept = _optimizer_bytes(job, model) + _component_bytes(job, model, mode)
+    return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size)
 
 
 def wire_bytes(job: Job) -> int:
@@ -172,14 +178,24 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> int:
     return total
 
 
+def _component_bytes(job: Job, model: nn.Module, mode: FakeTensorMode) -> int:
+    with mode:
+        components = build_components(job)
+        for component in components:
+            component.begin(model)
+        states = [component.state_dict() for component in components]
+    return _bytes([t for state in states for t in nested_tensors(state).values() if t.numel() > _SMALL])
+
+
 def _activations(job: Job, model: nn.Module, mode: FakeTensorMode) -> int | None:
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    # Held, so that none takes the place of another that is gone.
+    own = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
+    kept: set[torch.UntypedStorage] = set()
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+        if storage not in own:
+            kept.add(storage)
         return tensor
 
     samples = job.order.global_batch(0)[: job.plan.micro_batch_size]
@@ -190,7 +206,7 @@ def _activations(job: Job, model: nn.Module, mode: FakeTensorMode) -> int | None
         del sums
     except Exception:  # whatever a user's model does that a fake tensor cannot
         return None
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept)
 
 
 def available(job: Job) -> tuple[int | None, str]:

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hvdtrain.models.private_torch import run_backward
+
 T = TypeVar("T")
 
 
@@ -191,16 +193,12 @@ def _backward(
 ) -> None:
     """Stay entered: a mode is off inside the function that it answers, but activation checkpoints recompute there.
 
-    Hence the engine itself, as torch 2.13's `torch.autograd.backward` calls it, which is such a function too.
+    Hence the engine itself, which `torch.autograd.backward`, such a function too, calls.
     """
     gradient = torch.ones_like(tensor) if gradient is None else gradient
-    engine: Any = torch.autograd.Variable._execution_engine
     keep_graph = create_graph if retain_graph is None else retain_graph
     with self:
-        engine.run_backward(
-            (tensor,), (gradient,), keep_graph, create_graph, tuple(inputs or ()),
-            allow_unreachable=True, accumulate_grad=True,
-        )  # fmt: skip
+        run_backward(tensor, gradient, keep_graph, create_graph, tuple(inputs or ()))
 
 
 def _multi_head_attention(self: SampleRandomness, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,6 @@ from hvdtrain.errors import CheckpointError
 from hvdtrain.rundir.checkpoint import Retention, model_weights, save_checkpoint
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training, training_state
-from hvdtrain.trainer.update import hear
 
 
 class Saver:
@@ -39,26 +38,29 @@ class Saver:
         Raises:
             DivergedError: as `train_step`.
         """
-        hear(self._job, training)
+        job = self._job
+        if job.run_dir is None:
+            raise ValueError("a rehearsal has no directory to save to")
         started = time.perf_counter()
-        self._job.world.progress.enter("saving")
-        windows = torch.stack(self._job.world.all_gather_object(training.window.cpu(), "save.window"))
-        if self._job.world.rank == 0:
-            self._wait()
-            config = self._job.config.checkpoint
-            arguments = {
-                "weights": _to_host(model_weights(training.model)),
-                "state": _to_host(training_state(self._job, training, windows)),
-                "step": training.step,
-                "samples": self._job.order.samples_before(training.step),
-                "world_size": self._job.world.size,
-                "global_batch_size": self._job.plan.global_batch_size,
-                "micro_batch_size": self._job.plan.micro_batch_size,
-                "val_loss": evaluated.get("val/loss"),
-                "retention": Retention(config.keep_last, config.keep_every),
-            }
-            self._thread = threading.Thread(target=self._write, args=(arguments,), name="hvdtrain-save")
-            self._thread.start()
+        job.world.progress.enter("saving")
+        with training.strategy.made_equal(job.world, training):
+            state = training_state(job, training)
+            if job.world.rank == 0:
+                self._wait()
+                config = job.config.checkpoint
+                arguments = {
+                    "weights": _to_host(model_weights(training.model)),
+                    "state": _to_host(state),
+                    "step": training.step,
+                    "samples": job.order.samples_before(training.step),
+                    "world_size": job.world.size,
+                    "global_batch_size": job.plan.global_batch_size,
+                    "micro_batch_size": job.plan.micro_batch_size,
+                    "val_loss": evaluated.get("val/loss"),
+                    "retention": Retention(config.keep_last, config.keep_every),
+                }
+                self._thread = threading.Thread(target=self._write, args=(arguments,), name="hvdtrain-save")
+                self._thread.start()
         self._stall_s += time.perf_counter() - started
         self._has_saved = True
 
@@ -104,6 +106,7 @@ class Saver:
 
     def _write(self, arguments: dict[str, Any]) -> None:
         self._error = None
+        assert self._job.run_dir is not None
         try:
             save_checkpoint(self._job.run_dir, **arguments)
         except CheckpointError as error:

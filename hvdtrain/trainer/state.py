@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,15 @@ from torch import Tensor, nn
 from hvdtrain.data.loader import Loader
 from hvdtrain.errors import ResumeError
 from hvdtrain.optim.build import build_optimizer
-from hvdtrain.rundir.checkpoint import load_model_weights, load_newest
+from hvdtrain.rundir.checkpoint import load_model_weights, load_newest, model_weights
 from hvdtrain.settings import to_dict
-from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.component import Component, Step, nested_tensors
+from hvdtrain.trainer.components import build_components
+from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.randomness import MicroBatchRandomness
+from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
 
 # Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
@@ -28,52 +33,76 @@ FREE_TO_CHANGE = (
     *("optim.kernel", "comm.bucket_mib"),
 )
 
-_COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a step's gradient was finite, and what counts if it was."""
-
-    step: int
-    is_finite: Tensor
-    """On its way to the host, bool, a scalar."""
-    arrived: torch.cuda.Event | None
-    sums: Tensor
-    """This rank's, of `Task.metrics`, float64 `(len(metrics),)`."""
-    num_targets: int
+C = TypeVar("C", bound=Component)
 
 
 @dataclass
 class Training:
-    """Model, optimizer and counters."""
+    """Model, optimizer and components: what a step changes."""
 
     model: nn.Module
+    """On its device, in its type."""
     optimizer: WrappedOptimizer
-    scaler: torch.amp.GradScaler
+    """Over the model's trainable parameters; its gradients are averaged as the strategy has it."""
+    components: list[Component]
+    """In the order in which they are called."""
+    strategy: Strategy
+    """Says whether the ranks are equal."""
     randomness: MicroBatchRandomness
+    """Gives each sample its own random numbers."""
     reader: Loader
-    buffers: ChangingBuffers
+    """Reads this rank's micro-batches."""
     runs_in_step: bool
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
-    window: Tensor
-    """This rank's sums of `Task.metrics` since the last logged step, float64 `(len(metrics),)`."""
-    norms: Tensor
-    """Sums since the last logged step: mean squared norm of the ranks' own gradients, squared norm of their mean, and 1
-    for each step that counts; float64 `(3,)`."""
-    window_targets: int = 0
-    """Targets of all ranks in the window."""
     step: int = 0
     """Optimizer steps completed."""
-    grad_norm: Tensor | None = None
-    """Euclidean norm of the last step's global gradient, before clipping."""
-    skipped: int = 0
-    """Steps of the window whose loss or gradient was not finite."""
-    skipped_in_a_row: int = 0
-    verdict: Verdict | None = None
-    """On the last step, which is counted when it is heard."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
+
+    def component(self, kind: type[C]) -> C | None:
+        """Return the component of a class, if the job has one."""
+        return next((component for component in self.components if isinstance(component, kind)), None)
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Return what is differentiated for a micro-batch's loss, a scalar."""
+        for component in self.components:
+            loss = component.before_backward(loss)
+        return loss
+
+    def after_backward(self, step: Step) -> None:
+        """Let the components act on the averaged gradients. Collective."""
+        for component in self.components:
+            component.after_backward(self, step)
+
+    def evaluated_component(self) -> Component | None:
+        """Return the component whose weights are evaluated instead of the model's."""
+        return next((item for item in self.components if item.evaluated_weights() is not None), None)
+
+    def use_evaluated_weights(self) -> None:
+        """Put the weights that are evaluated into the model, for good."""
+        component = self.evaluated_component()
+        weights = component.evaluated_weights() if component else None
+        own = model_weights(self.model)
+        with torch.no_grad():
+            for name, tensor in (weights or {}).items():
+                own[name].copy_(tensor)
+
+    @contextmanager
+    def with_evaluated_weights(self) -> Iterator[None]:
+        """Have the weights that are evaluated in the model for a while."""
+        component = self.evaluated_component()
+        if component is None:
+            yield
+            return
+        own = model_weights(self.model)
+        kept = {name: own[name].clone() for name in component.evaluated_weights() or {}}
+        self.use_evaluated_weights()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    own[name].copy_(tensor)
 
 
 def start_training(job: Job) -> Training:
@@ -83,80 +112,105 @@ def start_training(job: Job) -> Training:
         ConfigError: the model, the optimizer or the ranks cannot do what the settings ask.
         ResumeError: the checkpoint belongs to another model, other data or other settings.
     """
-    world, train, comm = job.world, job.config.train, job.config.comm
+    world = job.world
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
-    optimizer = world.together(lambda: build_optimizer(job.config.optim, model), "optimizer")
-    accum_steps, compression = job.plan.accum_steps, comm.compression
+    components = build_components(job)
     in_step = has_synchronized_layers(model)
     training = Training(
         model=model,
-        optimizer=world.together(
-            lambda: world.wrap(
-                optimizer,
-                model,
-                accum_steps=accum_steps,
-                compression=compression,
-                op=comm.op,
-                bucket_bytes=comm.bucket_mib << 20,
-                has_square=job.config.health.noise_scale,
-            ),
-            "wrap",
-        ),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=train.precision == "fp16"),
+        optimizer=world.together(lambda: _optimizer(job, model, components), "optimizer"),
+        components=components,
+        strategy=job.strategy,
         randomness=MicroBatchRandomness(world.device),
-        buffers=ChangingBuffers(model),
         reader=Loader(
             job.task.train_data, job.order, world.rank, in_step=in_step, pin_memory=world.device.type == "cuda"
         ),
         runs_in_step=in_step,
-        window=torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device),
-        norms=torch.zeros(3, dtype=torch.float64, device=world.device),
     )
     found = world.together(lambda: _read_latest(job, model) if world.rank == 0 else None, "resume")
     state = world.broadcast_object(found, "resume.state")
     if state is not None:
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.scaler.load_state_dict(state["scaler"])
-        for name in _COUNTERS:
-            setattr(training, name, state[name])
-        training.window.copy_(_own_window(state["windows"], world.rank, world.size))
-        if "norms" in state:
-            training.norms.copy_(state["norms"])
+        training.step, training.is_evaluation_due = state["step"], state["is_evaluation_due"]
+        job.strategy.load_optimizer_state(world, training, state["optimizer"])
     world.broadcast_state(model, training.optimizer)
-    training.buffers = ChangingBuffers(model)  # all that has changed them so far does not count
+    for component in components:
+        component.begin(model)
+        if state is not None:
+            _restore(job, component, state["components"])
     world.check_replicas(replicated_tensors(training), "start")
     return training
 
 
-def _own_window(windows: Tensor, rank: int, size: int) -> Tensor:
-    """Return what a rank had summed, so that the next mean is bitwise the same; on other ranks, rank 0 has it all."""
-    if len(windows) == size:
-        return windows[rank]
-    return windows.sum(0) * (rank == 0)
+def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> WrappedOptimizer:
+    comm = job.config.comm
+    options: dict[str, Any] = {
+        "accum_steps": job.plan.accum_steps,
+        "compression": comm.compression,
+        "op": comm.op,
+        "bucket_bytes": comm.bucket_mib << 20,
+    }
+    for component in components:
+        options.update(component.wrap_options)
+    return job.strategy.wrap(job.world, build_optimizer(job.config.optim, model), model, **options)
 
 
-def training_state(job: Job, training: Training, windows: Tensor) -> dict[str, Any]:
-    """Return all but the weights; `windows` are those of the ranks, float64 `(world size, len(metrics))`."""
+def _restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
+    """Give a component its part of what was saved; one that was not there then begins anew."""
+    saved = states.get(component.name)
+    if saved is not None and not component.is_replicated:
+        rank, size = job.world.rank, job.world.size
+        saved = saved[rank] if len(saved) == size else component.redistribute(saved, rank)
+    if saved is not None:
+        component.load_state_dict(saved)
+
+
+def training_state(job: Job, training: Training) -> dict[str, Any]:
+    """Return all but the weights, as `state.pt` holds it; what is whole on rank 0 alone may be less on others.
+
+    Collective.
+    """
+    exported = training.evaluated_component()
     return {
-        **{name: getattr(training, name) for name in _COUNTERS},
-        "optimizer": training.optimizer.state_dict(),
-        "scaler": training.scaler.state_dict(),
-        "windows": windows,
-        "norms": training.norms,
+        "step": training.step,
+        "is_evaluation_due": training.is_evaluation_due,
+        "optimizer": training.strategy.optimizer_state(job.world, training),
+        "components": _component_states(job, training.components),
+        "exported": exported and {"component": exported.name, "about": exported.about},
         "config": to_dict(job.config),
         "global_batch_size": job.plan.global_batch_size,
         "fingerprint": job.task.fingerprint,
     }
 
 
+def _component_states(job: Job, components: list[Component]) -> dict[str, Any]:
+    """Return the states of components that have any by name; a list of all ranks' where they differ. Collective."""
+    states: dict[str, Any] = {}
+    for component in components:
+        state: Any = component.state_dict()
+        if state and not component.is_replicated:
+            state = job.world.all_gather_object(_in_host_memory(state), f"save.{component.name}")
+        if state:
+            states[component.name] = state
+    return states
+
+
+def _in_host_memory(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: _in_host_memory(item) for key, item in value.items()}
+    return [_in_host_memory(item) for item in value] if isinstance(value, list) else value
+
+
 def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
     """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
-    checkpoint = load_newest(job.run_dir, job.log.say)
+    checkpoint = load_newest(job.run_dir, job.log.say) if job.run_dir is not None else None
     if checkpoint is None:
         return None
-    _check_fits(job, checkpoint.state)
+    state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
+    _check_fits(job, state)
     load_model_weights(model, checkpoint.weights)
-    return checkpoint.state
+    return state
 
 
 def _check_fits(job: Job, state: dict[str, Any]) -> None:
@@ -171,6 +225,7 @@ def _check_fits(job: Job, state: dict[str, Any]) -> None:
     if state["fingerprint"] != job.task.fingerprint and "data" not in job.allowed_changes:
         problems.append("the training data is not the same (data)")
     if problems:
+        assert job.run_dir is not None
         raise ResumeError(
             f"{job.run_dir} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"
             f" (--config {job.run_dir / 'config.toml'}), choose another --run-dir, or allow a change of what is not"
@@ -182,19 +237,15 @@ def _is_in(name: str, settings: tuple[str, ...]) -> bool:
     return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def replicated_tensors(training: Training, with_optimizer: bool = True) -> dict[str, Tensor]:
+    """Return what must be equal on all ranks now, by name: model, components and, unless left out, optimizer.
 
-
-def replicated_tensors(training: Training) -> dict[str, Tensor]:
-    """Return all that must be equal on all ranks."""
-    tensors = model_tensors(training.model)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
-    for parameter, entries in training.optimizer.state.items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer's {key} of {names.get(parameter, '?')}"] = value
+    Collective.
+    """
+    tensors = training.strategy.replicated_tensors(training, with_optimizer)
+    for component in training.components:
+        if component.is_replicated:
+            tensors.update(nested_tensors(component.state_dict(), component.name))
     return tensors
 
 

@@ -36,6 +36,8 @@ def export(options: ExportOptions) -> int:
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
     count = sum(tensor.numel() for tensor in weights.values())
+    if trained.about:
+        sys.stdout.write(f"{trained.about}\n")
     sys.stdout.write(
         f"exported {trained.source} ({count:,} parameters, {num_bytes / 1e6:.1f} MB)\n"
         f"to {output}: transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})\n"

@@ -24,6 +24,8 @@ def generate(options: GenerateOptions) -> int:
     """Answer `generate DIR`: text to standard output, how fast to standard error; returns the exit code."""
     how = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     trained = open_trained(options.run_dir, options.checkpoint)
+    if trained.about:
+        sys.stderr.write(f"{trained.about}\n")
     shape = read_shape(trained.folder)
     if not (trained.folder / "tokenizer.json").is_file():
         raise DataError(f"{trained.source} has no tokenizer.json: it was trained on tokens whose text nobody knows")

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from hvdtrain.models.private_torch import BatchNorm
 from hvdtrain.world.world import World
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(BatchNorm):
     """Normalises by mean and variance over the samples of all ranks; running statistics are then equal everywhere.
 
     In training mode every rank must run it equally often (a rank without samples, with an empty batch). Collective.
@@ -25,7 +25,7 @@ class SyncBatchNorm(_BatchNorm):
         name: of the layer, alike on all ranks.
     """
 
-    def __init__(self, like: _BatchNorm, world: World, name: str) -> None:
+    def __init__(self, like: BatchNorm, world: World, name: str) -> None:
         super().__init__(like.num_features, like.eps, like.momentum, affine=False, track_running_stats=False)
         self.affine, self.track_running_stats = like.affine, like.track_running_stats
         self.weight, self.bias = like.weight, like.bias
@@ -118,9 +118,9 @@ def synchronize_batch_norm(model: nn.Module, world: World) -> nn.Module:
     """Replace every `nn.BatchNorm` layer in place by one over all ranks; returns the model."""
     for prefix, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
+            if isinstance(child, BatchNorm) and not isinstance(child, SyncBatchNorm):
                 setattr(parent, name, SyncBatchNorm(child, world, f"{prefix}.{name}"))
-    return SyncBatchNorm(model, world, "model") if isinstance(model, _BatchNorm) else model
+    return SyncBatchNorm(model, world, "model") if isinstance(model, BatchNorm) else model
 
 
 def has_synchronized_layers(model: nn.Module) -> bool:

@@ -265,8 +265,8 @@ class TestPlanted:
     def test_moments_missing_from_the_checkpoint(self, world, shared_dir, recipe, monkeypatch):
         right = trainer_state.training_state
 
-        def bug(job, training, windows):
-            state = right(job, training, windows)
+        def bug(job, training):
+            state = right(job, training)
             return {**state, "optimizer": {**state["optimizer"], "state": {}}}
 
         monkeypatch.setattr("hvdtrain.trainer.saver.training_state", bug)

@@ -17,9 +17,9 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CommConfig, Config, HealthConfig, ModelConfig, OptimConfig, TrainConfig
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Task, settle
-from hvdtrain.trainer.loop import forward_sums
 from hvdtrain.trainer.memory import Memory, check_fits, estimate, wire_bytes, without_storage
 from hvdtrain.trainer.model import own_type
+from hvdtrain.trainer.step import forward_sums
 from hvdtrain.world import SoloWorld
 
 DECODER = DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2)

@@ -13,8 +13,9 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.log import MetricLog, Stopwatch
 from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
-from hvdtrain.trainer.loop import window_metrics
-from hvdtrain.trainer.state import model_tensors, start_training
+from hvdtrain.trainer.loop import step_metrics
+from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.strategy import model_tensors
 from hvdtrain.world import SoloWorld
 
 ADAMW, LOOP, SGD = OptimConfig(), OptimConfig(kernel="loop"), OptimConfig(name="sgd")
@@ -64,7 +65,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, optim):
         after = {**model_tensors(training.model), **states(training)}
         assert (step in (3, 4)) == (before.keys() == after.keys() and all(before[n].equal(after[n]) for n in before))
     assert [line.split(":")[1].split(" is")[0] for line in job.log.lines] == [" step 4", " step 5"]
-    metrics = window_metrics(job, training, stopwatch)
+    metrics = step_metrics(job, training, stopwatch)
     assert math.isfinite(metrics["train/loss"])
     assert metrics["train/skipped_steps"] == 2
 
@@ -81,7 +82,7 @@ def test_the_last_step_is_heard_before_anything_is_logged(tmp_path):
     train_step(job, training)
     train_step(job, training)
     with pytest.raises(DivergedError, match="2 steps in a row were skipped, up to step 2: the loss on rank 0"):
-        window_metrics(job, training, Stopwatch(0))
+        step_metrics(job, training, Stopwatch(0))
 
 
 class Questions(TorchDispatchMode):

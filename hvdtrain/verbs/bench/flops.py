@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from hvdtrain.models.linear import linear
 from hvdtrain.settings import Precision
 from hvdtrain.trainer import Job
-from hvdtrain.trainer.loop import forward_sums
 from hvdtrain.trainer.state import Training
+from hvdtrain.trainer.step import forward_sums
 from hvdtrain.verbs.phase_clock import finish, seconds_of
 
 # Dense peak in FLOP/s of 16-bit matrix products without sparsity, from the makers' data sheets.

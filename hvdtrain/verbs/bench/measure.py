@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.linear import takes_onednn
-from hvdtrain.rundir.log import MetricLog
-from hvdtrain.trainer import Job, Recipe, Task, settle, train_step
+from hvdtrain.trainer import Job, Recipe, Task, train_step
+from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.phase_clock import PhaseClock, finish
 from hvdtrain.world import World
-
-_NO_RUN = Path("hvdtrain-bench-has-no-run-directory")
 
 # What a person calls the phases that the training loop notes.
 PARTS = ("data", "forward", "backward", "communication", "update", "rest")
@@ -81,10 +77,7 @@ class Variant:
         Raises:
             ConfigError: it does not fit this model or these ranks.
         """
-        task = dataclasses.replace(task, model=copy.deepcopy(task.model))
-        steps = dataclasses.replace(recipe.train, steps=1_000_000, epochs=None, max_time=None)
-        recipe = dataclasses.replace(recipe, train=steps)
-        job = world.together(lambda: settle(task, recipe, world, _NO_RUN, MetricLog(None, [])), "bench.settle")
+        job = world.together(lambda: rehearse(task, recipe, world, only_full_batches=True), "bench.settle")
         training = start_training(job)
         samples = job.order.global_batch(0)
         return Variant(name, job, training, len(samples), job.task.train_data.num_targets(samples))
@@ -98,8 +91,6 @@ class Variant:
         progress.take()
         started = time.perf_counter()
         for _ in range(steps):
-            # Always a full batch: the order is asked for steps of the first epoch only.
-            self.training.step %= max(1, self.job.order.steps_per_epoch - 1)
             train_step(self.job, self.training)
         finish(world.device)
         seconds = (time.perf_counter() - started) / steps

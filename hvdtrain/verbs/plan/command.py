@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.rundir.environment import describe_environment, describe_rank
-from hvdtrain.rundir.log import MetricLog
-from hvdtrain.trainer import Job, Recipe, Task, settle
+from hvdtrain.trainer import Job, Recipe, Task
+from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.verbs.kit import Speaker, counted, head_line
 from hvdtrain.verbs.options import PlanOptions
 from hvdtrain.verbs.plan.all_reduce import groups_of
@@ -75,9 +74,7 @@ def _with_noise(facts: Facts, noise: NoiseScale | None) -> Facts:
 
 
 def _job(recipe: Recipe, task: Task, world: World) -> Job:
-    steps = dataclasses.replace(recipe.train, steps=recipe.train.steps or 1000, epochs=None, max_time=None)
-    settings = dataclasses.replace(recipe, train=steps)
-    return settle(task, settings, world, Path("hvdtrain-plan-has-no-run-directory"), MetricLog(None, []))
+    return rehearse(task, recipe, world, num_steps=recipe.train.steps or 1000, only_full_batches=True)
 
 
 def _ask(facts: Facts, options: PlanOptions, size: int = 1) -> Answer:

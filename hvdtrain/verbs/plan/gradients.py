@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hvdtrain.optim.noise import Norms
 from hvdtrain.trainer import Job
-from hvdtrain.trainer.loop import forward_sums
 from hvdtrain.trainer.state import Training
+from hvdtrain.trainer.step import forward_sums
 from hvdtrain.world import World
 
 
@@ -31,8 +31,7 @@ def gradient_norms(job: Job, training: Training, world: World, steps: int) -> tu
         group["lr"] = job.config.optim.peak_lr
     norms = []
     for step in range(steps):
-        position = (step * size + world.rank) % max(1, job.order.steps_per_epoch - 1)
-        samples = job.order.global_batch(position)[: small * parts]
+        samples = job.order.global_batch(step * size + world.rank)[: small * parts]
         own = [_gradient(job, training, samples[i * small : (i + 1) * small]) for i in range(parts)]
         mean = torch.stack(own).mean(0)
         squares = torch.stack([gradient.double().square().sum() for gradient in own]).mean()

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hvdtrain.data.order import SampleOrder
 from hvdtrain.process.launch import Launch
-from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan
 from hvdtrain.trainer import Job, Recipe, Task, train_step
+from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.kit import spread
 from hvdtrain.verbs.phase_clock import PhaseClock, finish
 from hvdtrain.verbs.plan.step import Bucket, Compute
 from hvdtrain.world import SoloWorld, in_buckets
 
-_NO_RUN = Path("hvdtrain-plan-has-no-run-directory")
 # A machine is unsteady when the middle half of its steps differs by more than this share; it is measured longer then.
 UNSTEADY = 0.1
 _MOST_ROUNDS = 4
@@ -45,9 +40,7 @@ def own_job(recipe: Recipe, task: Task, device: torch.device, micro_batch_size: 
     world = SoloWorld(device, Launch("none"))
     world.progress = PhaseClock(device)
     plan = BatchPlan(micro_batch_size, micro_batch_size, 1, 1)
-    task = dataclasses.replace(task, model=copy.deepcopy(task.model))
-    order = SampleOrder(len(task.train_data), plan, recipe.train.seed)
-    job = Job(task, recipe, world, _NO_RUN, MetricLog(None, []), plan, order, num_steps=1_000_000)
+    job = rehearse(task, recipe, world, plan=plan, only_full_batches=True)
     return job, start_training(job)
 
 
@@ -57,11 +50,11 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     assert isinstance(clock, PhaseClock)
     parts: list[dict[str, float]] = []
     for _ in range(warmup):
-        _step(job, training)
+        train_step(job, training)
     for _ in range(_MOST_ROUNDS):
         for _ in range(steps):
             clock.take()
-            _step(job, training)
+            train_step(job, training)
             parts.append(clock.take())
         differ_by = spread([sum(part.values()) for part in parts])
         if differ_by < UNSTEADY:
@@ -69,11 +62,6 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     forward, backward = (statistics.median(p.get(name, 0.0) for p in parts) for name in ("forward", "backward"))
     total = statistics.median(sum(part.values()) for part in parts)
     return Measured(Compute(forward, backward, max(0.0, total - forward - backward)), differ_by, len(parts))
-
-
-def _step(job: Job, training: Training) -> None:
-    training.step %= max(1, job.order.steps_per_epoch - 1)
-    train_step(job, training)
 
 
 def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize: int | None) -> list[Bucket]:
@@ -98,7 +86,7 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize
     for _ in range(3):
         for times in seen.values():
             times.clear()
-        _step(job, training)
+        train_step(job, training)
         began = clock.began["backward"]
         last = max(times[-1] for times in seen.values() if times)
         for parameter, times in seen.items():
@@ -122,7 +110,7 @@ def whole_steps(job: Job, training: Training, *, warmup: int, steps: int) -> lis
     for i in range(warmup + steps):
         world.barrier("plan.step")
         started = time.perf_counter()
-        _step(job, training)
+        train_step(job, training)
         finish(world.device)
         if i >= warmup:
             times.append(time.perf_counter() - started)

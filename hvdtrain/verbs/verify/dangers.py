@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.state import replicated_tensors
 from hvdtrain.verbs.kit import listed
 from hvdtrain.verbs.verify.compare import between, bitwise, in_bits, movement, worst_of
@@ -22,8 +23,8 @@ def check_dangers(nature: Nature, whole: Run) -> list[Row]:
     rows.append(warned("two identical runs are identical", difference, advice, in_bits(difference)))
     if nature.depends_on_batch:
         rows.append(_batch_dependence(nature))
-    buffers = whole.training.buffers.names
-    if buffers:
+    changing = whole.training.component(ChangingBuffers)
+    if changing and (buffers := changing.names):
         advice = f"{listed(buffers, most=2)}: equal on all ranks after every step"
         name, figure = "buffers that steps change", f"{len(buffers)}, averaged over ranks"
         rows.append(Row(8, name, "pass", figure, "", advice, 0.0))

@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hvdtrain.trainer.loop import train_step
+from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.step import train_step
 from hvdtrain.verbs.verify.compare import between, movement, worst_of
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row, judged
@@ -63,7 +64,8 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
         hang(lambda p, key=key: local.__setitem__(key, p.grad.detach().to_dense().clone()))  # type: ignore[no-untyped-call]
     training = start_training(job)
     train_step(job, training)
-    scale = training.scaler.get_scale() if training.scaler.is_enabled() else 1.0
+    scaler = training.component(LossScaler)
+    scale = scaler.scale if scaler else 1.0
     averaged, expected, witness = {}, {}, "mpi4py"
     for key, parameter in training.model.named_parameters():
         own = local.get(key, torch.zeros_like(parameter, dtype=torch.float64)).double() / world.size / scale

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hvdtrain.trainer.loop import forward_sums, train_step
 from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.step import forward_sums, train_step
 from hvdtrain.verbs.verify.trial import Trial
 from hvdtrain.world import has_synchronized_layers
 

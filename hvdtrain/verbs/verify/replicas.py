@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from hvdtrain.errors import DivergedError
-from hvdtrain.trainer.loop import train_step
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import replicated_tensors, start_training
+from hvdtrain.trainer.step import train_step
 from hvdtrain.verbs.verify.compare import Difference, bitwise, in_bits, worst_of
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row, judged

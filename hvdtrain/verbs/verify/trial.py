@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import Tensor
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.process.launch import Launch
-from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Precision
 from hvdtrain.trainer import Job, Recipe, Task
-from hvdtrain.trainer.loop import train_step
+from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
+from hvdtrain.trainer.step import train_step
 from hvdtrain.world import SoloWorld, World
 
 
@@ -81,15 +80,12 @@ class Trial:
     def job(self, world: World, order: SampleOrder | None = None, precision: Precision | None = None) -> Job:
         """Return a job with a copy of the weights, whose steps are `steps` long and leave no trace."""
         few = min(len(self.task.train_data), 2 * self.plan.global_batch_size + short_batch(self.plan))
-        task = dataclasses.replace(
-            self.task, model=copy.deepcopy(self.task.model), train_data=FewSamples(self.task.train_data, few)
-        )
+        task = dataclasses.replace(self.task, train_data=FewSamples(self.task.train_data, few))
         train = dataclasses.replace(self.recipe.train, precision=precision or self.recipe.train.precision)
         config = dataclasses.replace(self.recipe, train=train)
         order = order or SampleOrder(few, self.plan, train.seed)
         order = dataclasses.replace(order, num_samples=few)
-        log = MetricLog(None, [])
-        return Job(task, config, world, self.folder / "trial", log, self.plan, order, num_steps=10 * self.steps)
+        return rehearse(task, config, world, plan=self.plan, order=order, num_steps=10 * self.steps)
 
     def together(self, precision: Precision | None = None) -> Run:
         """Train on all ranks. Collective."""

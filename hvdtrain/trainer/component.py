@@ -1,0 +1,129 @@
+"""`Component`: a part with state that takes part in every step. `components.py` has the table of them.
+
+A new one is one file, one line in that table and, where a person can choose it, one setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hvdtrain.trainer.job import Job
+    from hvdtrain.trainer.state import Training
+
+
+@dataclass
+class Step:
+    """One optimizer step while it is taken: what components see of it."""
+
+    number: int
+    """Optimizer steps completed when it ends; the first step is number 1."""
+    sums: Tensor
+    """This rank's sums of `Task.metrics`, float64 `(len(metrics),)`."""
+    num_targets: int
+    """Terms that the loss of the global batch sums over."""
+    num_samples: int
+    """Samples of the global batch; fewer than usual at the end of an epoch."""
+    loss_scale: Tensor | float = 1.0
+    """What the loss was multiplied by before it was differentiated."""
+    grad_norm: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    """Euclidean norm of the averaged gradient before clipping, a scalar on the device; known after the update."""
+    is_finite: Tensor = field(default_factory=lambda: torch.tensor(True))
+    """Whether the step counts, bool, a scalar on the device, alike on all ranks; known after the update. Where it is
+    False the weights were left as they were."""
+
+
+class Component:
+    """A part of training with state of its own; every method may be left as it is here.
+
+    Methods are called on every rank in the same order, so all of them may make collectives. Between ranks, the state is
+    either replicated (computed alike everywhere, saved once, compared by the checks that ranks are equal) or per rank
+    (gathered for the save, and given back to the same rank when the run goes on).
+
+    Example: a component that logs how far the weights are from where they began.
+
+        class Distance(Component):
+            name = "distance"
+
+            def begin(self, model):
+                self.start = [p.detach().clone() for p in model.parameters()]
+
+            def metrics(self, training):
+                gaps = [(p - s).norm() for p, s in zip(training.model.parameters(), self.start)]
+                return {"train/distance": float(torch.stack(gaps).norm())}
+
+            def state_dict(self):
+                return {"start": self.start}
+
+            def load_state_dict(self, state):
+                for own, saved in zip(self.start, state["start"]):
+                    own.copy_(saved)
+    """
+
+    name: str
+    """Key of its state in a checkpoint: unique, and the same in later versions."""
+    is_replicated: bool = True
+    """Whether the state is the same on every rank."""
+    wrap_options: Mapping[str, Any] = {}
+    """Arguments that it needs of `World.wrap`."""
+    about: str = ""
+    """A line for the person who starts the run, if there is something to know."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Get ready: called once, with the weights of the first step in the model, before `load_state_dict`."""
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Return what is differentiated instead of a micro-batch's loss, a scalar."""
+        return loss
+
+    def after_backward(self, training: Training, step: Step) -> None:
+        """Act on the averaged gradients, before they are clipped."""
+
+    def after_update(self, training: Training, step: Step) -> None:
+        """Act on the updated weights. On a GPU, read no tensor's value here: that would wait for the device."""
+
+    def note_on_skip(self) -> str:
+        """Return what to add to the message that the last step was skipped."""
+        return ""
+
+    def metrics(self, training: Training) -> dict[str, float]:
+        """Return figures of the steps since the last call, the same on every rank: called when logging is due."""
+        return {}
+
+    def evaluated_weights(self) -> Mapping[str, Tensor] | None:
+        """Return tensors, by their names in the model, that are evaluated and exported instead of the model's own.
+
+        They must be what `state_dict()["weights"]` holds. None: the model's own are.
+        """
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on needs: tensors and plain values, nested in dicts and lists."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` returned."""
+
+    def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
+        """Return what this rank gets of per-rank states that another number of ranks saved; None: it begins anew."""
+        return None
+
+
+ComponentFactory = Callable[["Job"], Component | None]
+"""Builds a component for a job, or returns None where its settings do not ask for one."""
+
+
+def nested_tensors(value: Any, name: str = "") -> dict[str, Tensor]:
+    """Return the tensors in nested dicts and lists, by the keys that lead to them, joined by dots."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    items: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, Tensor] = {}
+    for key, item in items:
+        found.update(nested_tensors(item, f"{name}.{key}" if name else str(key)))
+    return found

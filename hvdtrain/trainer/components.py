@@ -1,0 +1,27 @@
+"""The table of components, in the order in which they are called."""
+
+from __future__ import annotations
+
+from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.component import Component, ComponentFactory
+from hvdtrain.trainer.ema import WeightAverage
+from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.noise import NoiseScale
+from hvdtrain.trainer.scaler import LossScaler
+from hvdtrain.trainer.skipped import SkippedSteps
+from hvdtrain.trainer.window import MetricWindow
+
+# The loss scaler comes first: after it, gradients have their own size.
+COMPONENTS: tuple[ComponentFactory, ...] = (
+    LossScaler.of,
+    ChangingBuffers,
+    MetricWindow,
+    NoiseScale.of,
+    WeightAverage.of,
+    SkippedSteps,
+)
+
+
+def build_components(job: Job) -> list[Component]:
+    """Return the components that the job's settings ask for."""
+    return [component for build in COMPONENTS if (component := build(job)) is not None]

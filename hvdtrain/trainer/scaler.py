@@ -1,0 +1,61 @@
+"""Loss scaling for fp16, whose small gradients would be rounded to zero otherwise (arXiv:1710.03740, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hvdtrain.trainer.component import Component, Step
+from hvdtrain.trainer.job import Job
+
+if TYPE_CHECKING:
+    from hvdtrain.trainer.state import Training
+
+
+class LossScaler(Component):
+    """Multiplies the loss, divides the gradients, and moves the factor by whether they were finite: torch's own."""
+
+    name = "loss_scaler"
+
+    def __init__(self, device: torch.device) -> None:
+        self._scaler = torch.amp.GradScaler(device.type)
+        self._one = torch.ones((), device=device)
+
+    @classmethod
+    def of(cls, job: Job) -> LossScaler | None:
+        """Return one for `--train.precision fp16`."""
+        return cls(job.world.device) if job.config.train.precision == "fp16" else None
+
+    @property
+    def scale(self) -> float:
+        """Return the factor; on a GPU, this waits for it."""
+        return self._scaler.get_scale()
+
+    def before_backward(self, loss: Tensor) -> Tensor:
+        """Return the scaled loss."""
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def after_backward(self, training: Training, step: Step) -> None:
+        """Divide the averaged gradients by the factor."""
+        step.loss_scale = self._scaler.scale(self._one)
+        self._scaler.unscale_(training.optimizer)
+
+    def after_update(self, training: Training, step: Step) -> None:
+        """Move the factor."""
+        self._scaler.update()
+
+    def note_on_skip(self) -> str:
+        """Say the new factor."""
+        return f"; the loss scale is now {self.scale:g}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's own state."""
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load torch's own state."""
+        self._scaler.load_state_dict(dict(state))

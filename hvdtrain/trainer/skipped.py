@@ -1,0 +1,110 @@
+"""Steps that were skipped because their loss or gradient was not finite: counted, said, and too many end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hvdtrain.errors import DivergedError
+from hvdtrain.trainer.component import Component, Step
+from hvdtrain.trainer.job import Job
+
+if TYPE_CHECKING:
+    from hvdtrain.trainer.state import Training
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step of which the host does not know yet whether it counts."""
+
+    step: Step
+    is_finite: Tensor
+    """On its way to the host, bool, a scalar."""
+    arrived: torch.cuda.Event | None
+
+
+class SkippedSteps(Component):
+    """Learns of each step whether it counts while the next one is computed, so that none waits for the device."""
+
+    name = "skipped_steps"
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._in_window = 0
+        self._in_a_row = 0
+        self._pending: _Pending | None = None
+        self._training: Training | None = None
+
+    def after_backward(self, training: Training, step: Step) -> None:
+        """Count the step before.
+
+        Raises:
+            DivergedError: as many steps in a row as `--health.max-skipped-steps` were skipped.
+        """
+        self._training = training
+        self._settle()
+
+    def after_update(self, training: Training, step: Step) -> None:
+        """Send for whether the step counts."""
+        is_finite, arrived = step.is_finite, None
+        if is_finite.is_cuda:
+            is_finite, arrived = is_finite.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._pending = _Pending(step, is_finite, arrived)
+
+    def metrics(self, training: Training) -> dict[str, float]:
+        """Return how many steps were skipped, if any.
+
+        Raises:
+            DivergedError: as `after_backward`.
+        """
+        self._settle()
+        skipped, self._in_window = self._in_window, 0
+        return {"train/skipped_steps": skipped} if skipped else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both counts, with the last step counted.
+
+        Raises:
+            DivergedError: as `after_backward`.
+        """
+        self._settle()
+        return {"in_window": self._in_window, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on."""
+        self._in_window, self._in_a_row = state["in_window"], state["in_a_row"]
+
+    def _settle(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        if pending.is_finite:
+            self._in_a_row = 0
+        else:
+            self._skip(pending.step)
+
+    def _skip(self, step: Step) -> None:
+        """Count a skipped step and say whose loss it was."""
+        job = self._job
+        self._in_window += 1
+        self._in_a_row += 1
+        loss = float(step.sums[job.task.metrics.index("loss")])
+        losses = job.world.all_gather_object(loss, "skip")
+        ranks = [str(rank) for rank, loss in enumerate(losses) if not torch.tensor(loss).isfinite()]
+        who = f"the loss on rank {', '.join(ranks)}" if ranks else "the gradient"
+        assert self._training is not None
+        notes = "".join(component.note_on_skip() for component in self._training.components)
+        job.log.say(f"WARNING: step {step.number} is skipped on all ranks: {who} is not finite{notes}")
+        if self._in_a_row >= job.config.health.max_skipped_steps:
+            raise DivergedError(
+                f"{self._in_a_row} steps in a row were skipped, up to step {step.number}: {who} is not finite."
+                f" The checkpoints in {job.run_dir} are good; try a lower --optim.peak-lr, a longer"
+                " --optim.warmup-steps or --train.precision fp32, and look at the data of these steps"
+            )

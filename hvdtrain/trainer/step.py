@@ -1,0 +1,100 @@
+"""What a step is: micro-batches forward and backward, the average over the ranks, one update.
+
+The loss of a step is the mean over the *global* batch, exactly: each rank sums over its own part, and every rank knows
+how many terms the whole batch has without asking, since that is a function of the sample indices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.settings import Precision
+from hvdtrain.trainer.component import Step
+from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.model import own_type
+from hvdtrain.trainer.state import Training
+from hvdtrain.trainer.task import Batch
+from hvdtrain.trainer.update import update
+
+
+def train_step(job: Job, training: Training) -> None:
+    """Take one optimizer step along the gradient of the mean loss over the global batch. Collective.
+
+    Where the loss or the gradient of any rank is not finite, no rank updates its weights; that is said in the step
+    after, or when metrics or state are asked for.
+
+    Raises:
+        DivergedError: that has happened `--health.max-skipped-steps` times in a row.
+    """
+    world, number = job.world, training.step
+    world.progress.begin_step(number)
+    training.optimizer.zero_grad()
+    samples = job.order.global_batch(number)
+    num_targets = job.task.train_data.num_targets(samples)
+    sums = torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device)
+    micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
+    for place, positions in enumerate(micro_batches):
+        sums += _micro_batch(job, training, place, positions, num_targets)
+    training.optimizer.synchronize()
+    step = Step(number + 1, sums, num_targets, len(samples))
+    training.after_backward(step)
+    world.progress.enter("update")
+    update(job, training, step)
+
+
+def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, num_targets: int) -> Tensor:
+    """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`.
+
+    Args:
+        job: what is trained.
+        training: what changes.
+        place: the micro-batch's number in the step.
+        positions: where its samples stand in the global batch.
+        num_targets: those of the global batch.
+    """
+    task, world, train = job.task, job.world, job.config.train
+
+    def forward() -> dict[str, Tensor]:
+        world.progress.enter("data")
+        return forward_batch(job, training.model, training.reader.read(training.step, place))
+
+    def backward(sums: dict[str, Tensor]) -> None:
+        world.progress.enter("backward")
+        # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks. Adding 0 x loss makes the
+        # gradient of a loss that is not finite not finite either, which all ranks then see in the average.
+        loss = sums["loss"] * (world.size / num_targets + 0 * sums["loss"].detach())
+        training.before_backward(loss).backward()  # type: ignore[no-untyped-call]
+
+    sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
+    return torch.stack([sums[name].detach().double() for name in task.metrics])
+
+
+def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
+    """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
+    job.world.progress.enter("data")
+    return forward_batch(job, model, job.task.train_data.batch(samples))
+
+
+def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Move a batch to the device and return its sums of `Task.metrics`."""
+    world, precision = job.world, job.config.train.precision
+    batch = to_device(batch, world.device, precision)
+    world.progress.enter("forward")
+    with autocast(precision, world.device):
+        return job.task.loss_sums(model, batch)
+
+
+def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
+    """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
+    dtype = own_type(precision)
+    return tuple(
+        tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=device.type == "cuda")
+        for tensor in batch
+    )
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the context in which the model runs."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)

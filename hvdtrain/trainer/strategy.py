@@ -1,0 +1,118 @@
+"""How far the ranks agree: are they equal now, what must be equal, and what makes them so.
+
+Who checks replicas, saves, evaluates or averages buffers asks the strategy of the job, so that training whose ranks
+drift apart between averages (local SGD, arXiv:1805.09767), or that spreads the optimizer's state over them (ZeRO,
+arXiv:1910.02054), is one more class here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.world import World, WrappedOptimizer
+
+if TYPE_CHECKING:
+    from hvdtrain.trainer.state import Training
+
+
+class Strategy(ABC):
+    """What is shared between ranks, and when. Every method is called by every rank."""
+
+    @abstractmethod
+    def wrap(
+        self, world: World, optimizer: torch.optim.Optimizer, model: nn.Module, **options: Any
+    ) -> WrappedOptimizer:
+        """Return the optimizer, with gradients averaged as the strategy has it. Collective.
+
+        Raises:
+            ConfigError: as `World.wrap`.
+        """
+
+    @abstractmethod
+    def is_equal_after(self, step: int) -> bool:
+        """Tell whether all ranks hold the same weights and buffers when `step` optimizer steps are completed."""
+
+    @abstractmethod
+    def agree(self, world: World, is_finite: Tensor) -> Tensor:
+        """Return whether a step counts, bool, a scalar, alike on all ranks, from this rank's averaged gradient."""
+
+    @abstractmethod
+    def after_update(self, world: World, training: Training) -> None:
+        """Do what the strategy does after an update, such as to average weights. Collective."""
+
+    @abstractmethod
+    def made_equal(self, world: World, training: Training) -> AbstractContextManager[None]:
+        """Return a context in which every rank's model holds the weights to save and to evaluate. Collective."""
+
+    @abstractmethod
+    def replicated_tensors(self, training: Training, with_optimizer: bool) -> dict[str, Tensor]:
+        """Return the tensors of the model, and perhaps of the optimizer, that must be equal on all ranks now."""
+
+    @abstractmethod
+    def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
+        """Return the whole state of the optimizer on rank 0, as its `state_dict` has it. Collective."""
+
+    @abstractmethod
+    def load_optimizer_state(self, world: World, training: Training, state: Mapping[str, Any]) -> None:
+        """Take from the optimizer's whole state what this rank needs. Collective."""
+
+
+class EveryStep(Strategy):
+    """Gradients are averaged in every step: all ranks are equal after each, in everything."""
+
+    def wrap(
+        self, world: World, optimizer: torch.optim.Optimizer, model: nn.Module, **options: Any
+    ) -> WrappedOptimizer:
+        """Average over the world."""
+        return world.wrap(optimizer, model, **options)
+
+    def is_equal_after(self, step: int) -> bool:
+        """Return True."""
+        return True
+
+    def agree(self, world: World, is_finite: Tensor) -> Tensor:
+        """Return this rank's answer: every rank has looked at the same averaged gradient."""
+        return is_finite
+
+    def after_update(self, world: World, training: Training) -> None:
+        """Do nothing."""
+
+    def made_equal(self, world: World, training: Training) -> AbstractContextManager[None]:
+        """Change nothing."""
+        return contextlib.nullcontext()
+
+    def replicated_tensors(self, training: Training, with_optimizer: bool) -> dict[str, Tensor]:
+        """Return all of both."""
+        tensors = model_tensors(training.model)
+        return {**tensors, **optimizer_tensors(training)} if with_optimizer else tensors
+
+    def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
+        """Return the optimizer's own."""
+        return training.optimizer.state_dict()
+
+    def load_optimizer_state(self, world: World, training: Training, state: Mapping[str, Any]) -> None:
+        """Load it whole."""
+        training.optimizer.load_state_dict(dict(state))
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def optimizer_tensors(training: Training) -> dict[str, Tensor]:
+    """Return the tensors of the optimizer's state by what they are."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
+    return {
+        f"optimizer's {key} of {names.get(parameter, '?')}": value
+        for parameter, entries in training.optimizer.state.items()
+        for key, value in entries.items()
+        if isinstance(value, Tensor)
+    }
