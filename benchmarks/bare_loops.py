@@ -20,7 +20,8 @@ import torch
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.data.text.stream import PreparedText, TextConfig, prepare_text
 from hvdtrain.data.text.windows import TokenWindows
-from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.loss import next_token_loss
 from hvdtrain.settings import BatchPlan
 

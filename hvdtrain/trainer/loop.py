@@ -8,7 +8,9 @@ and every collective is reached by every rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from hvdtrain.optim.noise import Norms, agreement, estimate
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.rundir.log import Stopwatch
 from hvdtrain.settings import Precision
+from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.saver import Saver
@@ -54,10 +57,13 @@ def fit(job: Job) -> dict[str, float]:
     if training.step >= job.num_steps and not training.is_evaluation_due:
         job.log.say(f"this run has finished before, at step {training.step}")
         return evaluate(job, training.model)
+    if job.world.size == 1 and job.config.health.noise_scale:
+        job.log.say("--health.noise-scale logs nothing here: it compares the gradients of several ranks")
     with Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
             evaluated = _evaluate_and_save(run, is_stop=False)
+        training.is_unchecked = training.step == 0
         while training.step < job.num_steps:
             has_request = torch.tensor(float(request.reason is not None))
             agree = job.world.start_all_reduce(has_request, "max", "stop")
@@ -153,7 +159,9 @@ def _micro_batch(job: Job, training: Training, place: tuple[int, int], positions
 
     def forward() -> dict[str, Tensor]:
         world.progress.enter("data")
-        return forward_batch(job, training.model, training.reader.read(training.step, *place))
+        read = partial(training.reader.read, training.step, *place)
+        batch = _checked_batch(job, training, positions, read) if training.is_unchecked else read()
+        return forward_batch(job, training.model, batch)
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -164,6 +172,13 @@ def _micro_batch(job: Job, training: Training, place: tuple[int, int], positions
 
     sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
     return torch.stack([sums[name].detach().double() for name in task.metrics])
+
+
+def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callable[[], Batch]) -> Batch:
+    """Return the run's first micro-batch, the recipe's contract checked on it. Collective."""
+    training.is_unchecked = False
+    samples = job.order.global_batch(training.step)[positions]
+    return first_batch(job, training.model, samples, read, partial(forward_batch, job, training.model))
 
 
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:

@@ -9,24 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ResumeError
-from hvdtrain.optim.build import build_optimizer
 from hvdtrain.rundir.checkpoint import load_model_weights, load_newest
-from hvdtrain.settings import to_dict
+from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.reading import BatchReader
 from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
-
-# Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
-# step computes. The data is compared by its fingerprint instead, the batch by the settled global batch size.
-FREE_TO_CHANGE = (
-    *("log", "eval", "checkpoint", "health", "data", "train.steps", "train.epochs", "train.max_time"),
-    *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
-    *("model.compile", "model.linear", "model.checkpoint_blocks", "model.loss_chunk"),
-    *("optim.kernel", "comm.bucket_mib"),
-)
 
 _COUNTERS = ("step", "window_targets", "skipped", "skipped_in_a_row", "is_evaluation_due")
 
@@ -72,6 +62,8 @@ class Training:
     skipped_in_a_row: int = 0
     verdict: Verdict | None = None
     """On the last step, which is counted when it is heard."""
+    is_unchecked: bool = False
+    """The recipe's contract is still to be checked, on the first micro-batch."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
 
@@ -85,7 +77,7 @@ def start_training(job: Job) -> Training:
     """
     world, train, comm = job.world, job.config.train, job.config.comm
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
-    optimizer = world.together(lambda: build_optimizer(job.config.optim, model), "optimizer")
+    optimizer = world.together(lambda: job.task.build_optimizer(job.config.optim, model), "optimizer")
     accum_steps, compression = job.plan.accum_steps, comm.compression
     in_step = has_synchronized_layers(model)
     training = Training(
@@ -159,10 +151,11 @@ def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
 
 def _check_fits(job: Job, state: dict[str, Any]) -> None:
     then, now = _flatten(state["config"]), _flatten(to_dict(job.config))
+    free = (*changeable_settings(job.config), *job.allowed_changes)
     problems = [
         f"{name} was {then.get(name)} and is {now.get(name)} now"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not _is_in(name, (*FREE_TO_CHANGE, *job.allowed_changes))
+        if then.get(name) != now.get(name) and not _is_in(name, free)
     ]
     if state["global_batch_size"] != job.plan.global_batch_size:
         problems.append(f"the global batch was {state['global_batch_size']} and is {job.plan.global_batch_size} now")

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import DivergedError
+from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.log import MetricLog, Stopwatch
 from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
@@ -17,7 +18,7 @@ from hvdtrain.trainer.loop import window_metrics
 from hvdtrain.trainer.state import model_tensors, start_training
 from hvdtrain.world import SoloWorld
 
-ADAMW, LOOP, SGD = OptimConfig(), OptimConfig(kernel="loop"), OptimConfig(name="sgd")
+ADAMW, LOOP, SGD = OptimConfig(), AdamWConfig(kernel="loop"), OptimConfig(name="sgd")
 
 
 class Said(MetricLog):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdtrain.data.config import CorpusConfig, TextConfig
 from hvdtrain.data.text.corpus import (
     Document,
     check_single_file,
@@ -31,41 +32,12 @@ from hvdtrain.data.text.corpus import (
     standard_library,
 )
 from hvdtrain.data.text.tokenizer import ByteTokenizer, Tokenizer, load_bpe, load_tokenizer, train_bpe
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import DataError
 from hvdtrain.settings.files import locked, written_whole
 
 FORMAT_VERSION = 2
 _BATCH_PIECES = 32
 _SAY_EVERY_S = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """Text to train on."""
-
-    path: str | None = None
-    """UTF-8 text file, directory or glob, or a .bin file of uint16 tokens as nanoGPT writes it. None: the source code
-    of the running Python's standard library."""
-    val_path: str | None = None
-    """Held-out text, or .bin file. None: part of --data.path, split by file."""
-    tokenizer: str = "byte"
-    """byte; bpe: a byte-level BPE trained on the training text; or the path of a tokenizer.json."""
-    vocab_size: int = 4096
-    """Tokens of a bpe that is trained, or of the .bin files."""
-    sequence_length: int = 256
-    """Tokens of a sample."""
-    val_fraction: float = 0.05
-    """Share of the files (of a single file: of its bytes, at the end) that is held out."""
-    cache_dir: str | None = None
-    """Where prepared tokens are kept. None: hvdtrain/tokens in the user's cache directory."""
-
-    def __post_init__(self) -> None:
-        if self.sequence_length < 1:
-            raise ConfigError(f"sequence_length = {self.sequence_length} must be greater than 0")
-        if not 0 < self.val_fraction < 1:
-            raise ConfigError(f"val_fraction = {self.val_fraction} must be between 0 and 1")
-        if not 257 <= self.vocab_size <= 2**31:
-            raise ConfigError(f"vocab_size = {self.vocab_size} must be at least 257: the bytes and the end of text")
 
 
 @dataclass(frozen=True)
@@ -122,7 +94,7 @@ def _prepare_documents(config: TextConfig, say: Callable[[str], None]) -> Prepar
         ) from error
 
 
-def find_splits(config: TextConfig, say: Callable[[str], None]) -> tuple[dict[Document, str], dict[Document, str]]:
+def find_splits(config: CorpusConfig, say: Callable[[str], None]) -> tuple[dict[Document, str], dict[Document, str]]:
     """Return the training and the held-out documents with their hashes, only those that hold UTF-8 text.
 
     Raises:
@@ -173,7 +145,7 @@ def _read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def cache_dir(config: TextConfig) -> Path:
+def cache_dir(config: CorpusConfig) -> Path:
     """Return where prepared tokens are kept."""
     if config.cache_dir:
         return Path(config.cache_dir).expanduser()
