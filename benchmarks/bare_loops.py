@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from hvdtrain.data.config import TextConfig
 from hvdtrain.data.order import SampleOrder
-from hvdtrain.data.text.settings import TextConfig
 from hvdtrain.data.text.stream import PreparedText, prepare_text
 from hvdtrain.data.text.windows import TokenWindows
-from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.loss import next_token_loss
 from hvdtrain.settings import BatchPlan
 

@@ -28,7 +28,7 @@ prepare_process()  # threads, before torch starts
 import machine  # noqa: E402
 
 import hvdtrain  # noqa: E402
-from hvdtrain.models.decoder import DecoderConfig  # noqa: E402
+from hvdtrain.models.config import DecoderConfig  # noqa: E402
 from hvdtrain.recipes.lm import StreamConfig, lm  # noqa: E402
 from hvdtrain.rundir.checkpoint import list_checkpoints  # noqa: E402
 from hvdtrain.rundir.log import MetricLog  # noqa: E402

@@ -18,7 +18,8 @@ def main() -> None:
     """Measure in turns, print and write down."""
     import machine
 
-    from hvdtrain.models.decoder import Decoder, DecoderConfig
+    from hvdtrain.models.config import DecoderConfig
+    from hvdtrain.models.decoder import Decoder
     from hvdtrain.models.sampling import Sampling, sample
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

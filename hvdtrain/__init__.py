@@ -15,7 +15,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hvdtrain.data.dataset import Dataset, TensorSamples
-    from hvdtrain.errors import HvdtrainError, UsageError
+    from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
+    from hvdtrain.optim.adamw import AdamWConfig
+    from hvdtrain.optim.muon import MuonConfig
+    from hvdtrain.optim.sgd import SgdConfig
     from hvdtrain.settings import (
         CheckpointConfig,
         CommConfig,
@@ -25,7 +28,9 @@ if TYPE_CHECKING:
         LogConfig,
         ModelConfig,
         OptimConfig,
+        Section,
         TrainConfig,
+        setting,
     )  # fmt: skip
     from hvdtrain.trainer import Recipe, Task
     from hvdtrain.world import World, init
@@ -34,32 +39,41 @@ if TYPE_CHECKING:
 _HOMES = {
     "hvdtrain.settings": (
         "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "HealthConfig", "LogConfig", "ModelConfig",
-        "OptimConfig", "TrainConfig",
+        "OptimConfig", "Section", "TrainConfig", "setting",
     ),
+    "hvdtrain.optim.adamw": ("AdamWConfig",),
+    "hvdtrain.optim.muon": ("MuonConfig",),
+    "hvdtrain.optim.sgd": ("SgdConfig",),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
     "hvdtrain.world": ("World", "init"),
-    "hvdtrain.errors": ("HvdtrainError", "UsageError"),
+    "hvdtrain.errors": ("ConfigError", "HvdtrainError", "UsageError"),
     "hvdtrain.trainer": ("Recipe", "Task"),
 }  # fmt: skip
 
 __all__ = [
+    "AdamWConfig",
     "CheckpointConfig",
     "CommConfig",
     "Config",
+    "ConfigError",
     "Dataset",
     "EvalConfig",
     "HealthConfig",
     "HvdtrainError",
     "LogConfig",
     "ModelConfig",
+    "MuonConfig",
     "OptimConfig",
     "Recipe",
+    "Section",
+    "SgdConfig",
     "Task",
     "TensorSamples",
     "TrainConfig",
     "UsageError",
     "World",
     "init",
+    "setting",
 ]
 
 

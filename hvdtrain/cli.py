@@ -13,18 +13,20 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, prepare_process
-from hvdtrain.settings import merge, nearest, to_dict
+from hvdtrain.settings import nearest, to_dict
+from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
+from hvdtrain.settings.help import help_of
+from hvdtrain.settings.values import Source, Words, nested
 from hvdtrain.verbs.options import (
     BenchOptions,
     DoctorOptions,
     ExportOptions,
     GenerateOptions,
     PlanOptions,
-    RecipeOptions,
     TrainOptions,
     VerifyOptions,
 )
@@ -33,36 +35,65 @@ if TYPE_CHECKING:
     from hvdtrain.trainer import Recipe
 
 PROGRAM = "python -m hvdtrain"
-T = TypeVar("T")
 
-_USAGE = f"""\
-usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
 
-  train RECIPE    train, or go on with the run in --run-dir; without a verb and a recipe: train lm
-  verify RECIPE   prove that training it on these ranks is the same as on one
-  bench RECIPE    measure where a step's time goes, and what would make it shorter
-  plan RECIPE     measure, and say how many workers to use
-  doctor          look at the machine, the ranks and the network, and say what to mend
-  generate DIR    continue prompts with a trained language model, of a run or exported
-  export DIR      write a run's model as transformers reads it
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb of the command line."""
 
-recipes: {{recipes}}, or the path of your own .py file
-all settings: {PROGRAM} VERB [RECIPE] --help
-several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]"""
+    answer: str
+    """Module and function that answers it."""
+    options: type[Any]
+    """What it is asked, besides the settings of a recipe."""
+    takes: str
+    """The word after it: "RECIPE", the flag whose value it is, such as "run-dir", or nothing."""
+    about: str
+    """What it does, for the overview."""
 
-# Verb -> module and function that runs it, and what it is asked besides a recipe's settings.
-_VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
-    "train": ("hvdtrain.verbs.train", "train", TrainOptions),
-    "verify": ("hvdtrain.verbs.verify", "verify", VerifyOptions),
-    "bench": ("hvdtrain.verbs.bench", "bench", BenchOptions),
-    "plan": ("hvdtrain.verbs.plan", "plan", PlanOptions),
-}
+    @property
+    def has_recipe(self) -> bool:
+        """Return whether the word after it is a recipe."""
+        return self.takes == "RECIPE"
 
-# Verbs without a recipe -> the same, and the flag whose value may be given as the word after the verb.
-_PLAIN_VERBS: dict[str, tuple[str, str, type[Any], str | None]] = {
-    "doctor": ("hvdtrain.verbs.doctor", "doctor", DoctorOptions, None),
-    "export": ("hvdtrain.verbs.export", "export", ExportOptions, "run-dir"),
-    "generate": ("hvdtrain.verbs.generate", "generate", GenerateOptions, "run-dir"),
+
+VERBS = {
+    "train": Verb(
+        "hvdtrain.verbs.train:train",
+        TrainOptions,
+        "RECIPE",
+        "train, or go on with the run in --run-dir; without a verb and a recipe: train lm",
+    ),
+    "verify": Verb(
+        "hvdtrain.verbs.verify:verify",
+        VerifyOptions,
+        "RECIPE",
+        "prove that training it on these ranks is the same as on one",
+    ),
+    "bench": Verb(
+        "hvdtrain.verbs.bench:bench",
+        BenchOptions,
+        "RECIPE",
+        "measure where a step's time goes, and what would make it shorter",
+    ),
+    "plan": Verb("hvdtrain.verbs.plan:plan", PlanOptions, "RECIPE", "measure, and say how many workers to use"),
+    "doctor": Verb(
+        "hvdtrain.verbs.doctor:doctor",
+        DoctorOptions,
+        "",
+        "look at the machine, the ranks and the network, and say what to mend",
+    ),
+    "generate": Verb(
+        "hvdtrain.verbs.generate:generate",
+        GenerateOptions,
+        "run-dir",
+        "continue prompts with a trained language model, of a run or exported",
+    ),
+    "export": Verb(
+        "hvdtrain.verbs.export:export",
+        ExportOptions,
+        "run-dir",
+        "write a run's model as transformers reads it",
+    ),
 }
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
@@ -80,7 +111,7 @@ class Invocation:
 
     def run(self) -> int:
         """Do it; returns the exit code."""
-        module, function = (_VERBS[self.verb] if self.recipe else _PLAIN_VERBS[self.verb])[:2]
+        module, _, function = VERBS[self.verb].answer.partition(":")
         answer = getattr(importlib.import_module(module), function)
         return int(answer(self.recipe_name, self.recipe, self.options) if self.recipe else answer(self.options))
 
@@ -94,42 +125,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             invocation = parse(arguments)
     except UsageError as error:
         return _refuse(error, launch)
-    except SystemExit as stop:  # --help, or a value that does not parse
-        return _leave(stop.code if isinstance(stop.code, int) else 2, launch)
-    if invocation is None:
-        return _leave(0, launch)
+    if isinstance(invocation, str):
+        return _answer(invocation, launch)
     if invocation.recipe and invocation.options.print_config:
-        if launch.rank == 0:
-            sys.stdout.write(_toml(invocation.recipe))
-        return _leave(0, launch)
+        return _answer(_toml(invocation.recipe), launch)
     try:
         return invocation.run()
     except HvdtrainError as error:
         return _refuse(error, launch)
 
 
-def parse(arguments: list[str]) -> Invocation | None:
-    """Return what the command line asks for; None where it was a request for help, which is answered.
+def parse(arguments: list[str]) -> Invocation | str:
+    """Return what the command line asks for, or the text that answers it: help.
 
     Raises:
         UsageError: the message names what is wrong, and the nearest right thing.
-        SystemExit: tyro has printed help, or what is wrong with a value.
     """
-    if arguments[:1] and arguments[0] in _PLAIN_VERBS:
-        return _parse_plain(*_split(arguments))
-
-    from hvdtrain.recipes import RECIPES, load_recipe
-
     if arguments[:1] in (["--help"], ["-h"]):
-        print(_USAGE.format(recipes=", ".join(RECIPES)))  # noqa: T201
-        return None
+        return _overview()
     words, flags = _split(arguments)
-    verb, name = (*words, "train", "lm")[:2] if len(words) != 1 else (words[0], "lm")
-    if verb not in _VERBS:
-        raise ConfigError(f"there is no verb '{verb}'{nearest(verb, [*_VERBS, *_PLAIN_VERBS])}; see {PROGRAM} --help")
-    if len(words) > 2:
-        raise ConfigError(f"'{words[2]}' is one word too many: settings are written --section.setting VALUE")
-    return _parse_recipe(verb, name, load_recipe(name), flags)
+    name = words[0] if words else "train"
+    verb = VERBS.get(name)
+    if verb is None:
+        raise ConfigError(f"there is no verb '{name}'{nearest(name, VERBS)}; see {PROGRAM} --help")
+    following = words[1:2] or (["lm"] if verb.has_recipe else [])
+    if len(words) > 2 or (following and not verb.takes):
+        word = words[2] if len(words) > 2 else words[1]
+        raise ConfigError(f"'{word}' is one word too many: settings are written --section.setting VALUE")
+    if verb.has_recipe:
+        return _parse_recipe(name, following[0], flags)
+    return _parse_plain(name, following, flags)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -138,75 +163,76 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:first_flag], arguments[first_flag:]
 
 
-def _parse_plain(words: list[str], flags: list[str]) -> Invocation:
-    import tyro
-
-    verb, *more = words
-    _, _, options, positional = _PLAIN_VERBS[verb]
-    if len(more) > (positional is not None):
-        raise ConfigError(f"'{more[-1]}' is one word too many: {PROGRAM} {verb} --help")
-    flags = [*(f"--{positional}={word}" for word in more), *flags]
-    given: Any
-    given, unknown = tyro.cli(options, args=flags, prog=f"{PROGRAM} {verb}", return_unknown_args=True)
-    _refuse_unknown(unknown, _flags_of(options))
-    return Invocation(verb, given)
+def _asks_for_help(flags: list[str]) -> bool:
+    return "--help" in flags or "-h" in flags
 
 
-def _flags_of(options: type[Any]) -> list[str]:
-    return [f"--{item.name.rstrip('_').replace('_', '-')}" for item in dataclasses.fields(options)]
+def _parse_plain(name: str, words: list[str], flags: list[str]) -> Invocation | str:
+    verb = VERBS[name]
+    if _asks_for_help(flags):
+        return f"usage: {PROGRAM} {name} {verb.takes.upper()} [--option VALUE ...]\n{_help(verb)}\n"
+    given = [*((verb.takes.replace("-", "_"), Words((word,))) for word in words), *read_flags(flags)]
+    return Invocation(name, make_options(verb.options, settle_flags(given, known_flags(verb.options))))
 
 
-def _refuse_unknown(unknown: list[str], known: list[str]) -> None:
-    if unknown:
-        word = unknown[0].split("=")[0]
-        raise ConfigError(f"there is no flag '{word}'{nearest(word, known)}" if word.startswith("-") else _stray(word))
+def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation | str:
+    from hvdtrain.optim.table import all_settings, own_class
+    from hvdtrain.recipes import load_recipe
+    from hvdtrain.recipes.given import apply, read_toml
+
+    verb, recipe = VERBS[name], load_recipe(recipe_name)
+    if _asks_for_help(flags):
+        recipe = dataclasses.replace(recipe, optim=own_class(recipe.optim))
+        usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting VALUE ...]"
+        return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe)}\n"
+    of_verb = known_flags(verb.options)
+    of_recipe = {**all_settings("optim."), **known_flags(recipe)}
+    given = settle_flags(read_flags(flags), {**of_recipe, **of_verb})
+    options = make_options(verb.options, {flag: words for flag, words in given.items() if flag in of_verb})
+    for_recipe = {flag: words for flag, words in given.items() if flag not in of_verb}
+    layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
+    recipe = apply(recipe, [*layers, (nested(for_recipe), COMMAND_LINE)])
+    return Invocation(name, _with_changes_checked(options, recipe), recipe_name, recipe)
 
 
-def _parse_recipe(verb: str, name: str, recipe: Recipe, flags: list[str]) -> Invocation:
-    import tyro
-
-    file = _config_file(flags)
-    values = _read_toml(file) if file else {}
-    recipe = merge(_leave_batch_open(recipe, values, flags), values, str(file))
-    *_, options = _VERBS[verb]
-    hints = get_type_hints(options)
-    # tyro reads the docstrings of `options`; the recipe's sections become flags beside its own.
-    kind = dataclasses.make_dataclass(
-        verb,
-        [
-            ("settings", Annotated[type(recipe), tyro.conf.arg(name="")], dataclasses.field(default=recipe)),
-            # A field that is named after a word of Python's has an underscore that its flag has not.
-            *(
-                (item.name, Annotated[hints[item.name], tyro.conf.arg(name=item.name[:-1])], item)
-                for item in dataclasses.fields(options)
-                if item.name.endswith("_")
-            ),
-        ],
-        bases=(options,),
-        frozen=True,
-        kw_only=True,
-    )
-    parsed: Any
-    parsed, unknown = tyro.cli(
-        kind,
-        args=flags,
-        prog=f"{PROGRAM} {verb} {name}",
-        description=type(recipe).__doc__,
-        return_unknown_args=True,
-    )
-    _refuse_unknown(unknown, [*_flags_of(options), *(f"--{flag}" for flag in _flag_names(recipe))])
-    given = options(**{item.name: getattr(parsed, item.name) for item in dataclasses.fields(options)})
-    if isinstance(given, TrainOptions):
-        allowed = tuple(setting.replace("-", "_") for setting in given.allow_config_change)
-        for setting in allowed:
-            _check_changeable(setting, recipe)
-        given = dataclasses.replace(given, allow_config_change=allowed)
-    return Invocation(verb, given, name, parsed.settings.resolve())
+def _help(verb: Verb, recipe: Recipe | None = None) -> str:
+    about = "" if recipe else f"\n{(verb.options.__doc__ or '').strip()}\n"
+    return about + help_of(verb.options, recipe)
 
 
-def _check_changeable(setting: str, recipe: Recipe) -> None:
-    known = [name.replace("-", "_") for name in _flag_names(recipe)]
-    known += sorted({name.split(".")[0] for name in known if "." in name})
+def _overview() -> str:
+    from hvdtrain.recipes import RECIPES
+
+    titles = {name: f"{name} {verb.takes.upper().replace('-', '_')}".strip() for name, verb in VERBS.items()}
+    width = max(map(len, titles.values()))
+    verbs = "\n".join(f"  {titles[name]:{width}}  {verb.about}" for name, verb in VERBS.items())
+    return f"""\
+usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
+
+{verbs}
+
+recipes: {", ".join(RECIPES)}, or the path of your own .py file
+all settings: {PROGRAM} VERB [RECIPE] --help
+several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]
+"""
+
+
+def _with_changes_checked(options: Any, recipe: Recipe) -> Any:
+    """Return the options with the settings that may change written as they are named.
+
+    Raises:
+        ConfigError: there is no such setting, or it never may change.
+    """
+    if not isinstance(options, TrainOptions):
+        return options
+    allowed = tuple(name.replace("-", "_") for name in options.allow_config_change)
+    for name in allowed:
+        _check_changeable(name, [*known_flags(recipe)])
+    return dataclasses.replace(options, allow_config_change=allowed)
+
+
+def _check_changeable(setting: str, known: list[str]) -> None:
+    known = known + sorted({name.split(".")[0] for name in known if "." in name})
     if setting not in known:
         raise ConfigError(f"--allow-config-change: there is no setting '{setting}'{nearest(setting, known)}")
     if setting in ("model", "train") or setting.startswith("model.") or setting == "train.global_batch_size":
@@ -216,56 +242,21 @@ def _check_changeable(setting: str, recipe: Recipe) -> None:
         )
 
 
-def _stray(word: str) -> str:
-    return f"'{word}' belongs to no flag: settings are written --section.setting VALUE"
-
-
-def _leave_batch_open(recipe: Recipe, values: dict[str, Any], flags: list[str]) -> Recipe:
-    """Drop the recipe's own global batch size where the user gives the two settings that fix it."""
-    given = set(values.get("train", {})) | {flag.split("=")[0].removeprefix("--train.") for flag in flags}
-    given = {name.replace("-", "_") for name in given}
-    if {"micro_batch_size", "accum_steps"} <= given and "global_batch_size" not in given:
-        return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, global_batch_size=None))
-    return recipe
-
-
-def _config_file(flags: list[str]) -> Path | None:
-    """Return the value of --config: its settings are the defaults that the other flags change."""
-    for i, flag in enumerate(flags):
-        if flag == "--config" and i + 1 < len(flags):
-            return Path(flags[i + 1])
-        if flag.startswith("--config="):
-            return Path(flag.removeprefix("--config="))
-    return None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
-
-
 def _toml(recipe: Recipe) -> str:
     import tomli_w
 
     return tomli_w.dumps(to_dict(recipe))
 
 
-def _flag_names(config: Any, prefix: str = "") -> Iterator[str]:
-    for item in dataclasses.fields(config):
-        name = prefix + item.name.replace("_", "-")
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            yield from _flag_names(value, f"{name}.")
-        else:
-            yield name
+def _answer(text: str, launch: Launch) -> int:
+    """Print a text on rank 0, which a reader such as `head` may leave before its end."""
+    if launch.rank == 0:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
+    return _leave(0, launch)
 
 
 @contextlib.contextmanager

@@ -7,33 +7,19 @@ import hashlib
 import io
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvdtrain.data.config import DatasetName, VisionConfig
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import DataError
 from hvdtrain.settings.files import locked
 
-DatasetName = Literal["mnist", "fashion-mnist"]
-
 _CLASSES: dict[DatasetName, str] = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 _FILES = tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The images. The data set's own test images are the held-out data."""
-
-    dataset: DatasetName = "mnist"
-    """mnist: handwritten digits. fashion-mnist: pieces of clothing, same sizes and layout."""
-    root: str = "data"
-    """Directory of the data sets; the files lie in ROOT/MNIST/raw or ROOT/FashionMNIST/raw."""
-    download: bool = False
-    """Download what is missing, once per host."""
 
 
 class ImageTensors:

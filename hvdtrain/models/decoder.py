@@ -8,94 +8,17 @@ one to one (with tied embeddings, transformers stores `lm_head.weight` under `mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
-from hvdtrain.settings import ModelConfig
 
 _INIT_STD = 0.02
 _LOSS_BYTES = 2**28
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig(ModelConfig):
-    """The size and shape of the decoder. The size of the vocabulary comes from the tokenizer."""
-
-    num_layers: int = 6
-    """Transformer blocks."""
-    hidden_size: int = 256
-    """Width of the residual stream."""
-    num_heads: int = 4
-    """Query heads of each attention; each has hidden-size / num-heads channels."""
-    num_kv_heads: int | None = None
-    """Key and value heads, each shared by a group of query heads. None: as many as query heads."""
-    intermediate_size: int | None = None
-    """Inner width of the feed-forward layers. None: 8/3 of the hidden size, rounded up to a multiple of 64."""
-    rope_theta: float = 10000.0
-    """Base of the rotary wavelengths, which run from 2 pi to about 2 pi theta tokens."""
-    norm_eps: float = 1e-5
-    """Added to the mean square inside RMSNorm."""
-    tie_embeddings: bool = True
-    """One matrix embeds the tokens and predicts them."""
-    init_from: Path | None = None
-    """Begin with the weights in this directory, of a LlamaForCausalLM or an export; the model's shape comes from it."""
-    loss_chunk: int | None = None
-    """Positions whose logits exist at a time when the loss is computed. None: as many as take 256 MiB in fp32."""
-
-    def __post_init__(self) -> None:
-        sizes = (
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "num_kv_heads",
-            "intermediate_size",
-            "rope_theta",
-            "loss_chunk",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} = {value} must be greater than 0")
-        if self.norm_eps < 0:
-            raise ConfigError(f"norm_eps = {self.norm_eps} must not be negative")
-        unit = 2 * self.num_heads  # rotary positions turn pairs of channels
-        if self.hidden_size % unit:
-            above = -(-self.hidden_size // unit) * unit
-            raise ConfigError(
-                f"hidden_size = {self.hidden_size} must give each of {self.num_heads} heads an even number of channels:"
-                f" set it to a multiple of {unit}, such as {above}"
-            )
-        if self.num_heads % self.kv_heads:
-            fits = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.num_heads % n == 0)
-            raise ConfigError(
-                f"num_heads = {self.num_heads} does not divide into num_kv_heads = {self.kv_heads} equal groups:"
-                f" set num_kv_heads to one of {fits}"
-            )
-
-    @property
-    def head_size(self) -> int:
-        """Return D, the channels of one head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Return K, the key and value heads."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def feed_forward_size(self) -> int:
-        """Return the inner width of the feed-forward layers."""
-        if self.intermediate_size is not None:
-            return self.intermediate_size
-        return -(-8 * self.hidden_size // (3 * 64)) * 64
 
 
 class Decoder(nn.Module):

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hvdtrain.errors import DataError
-from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
 
 # What transformers' Llama can do and the native decoder cannot, and the values that mean "no".
 _UNSUPPORTED = {"attention_bias": (False, None), "mlp_bias": (False, None), "hidden_act": ("silu",)}

@@ -14,7 +14,7 @@ from typing import cast
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import nearest
-from hvdtrain.trainer import Recipe
+from hvdtrain.trainer.task import Recipe
 
 # Name on the command line -> module and function.
 RECIPES = {

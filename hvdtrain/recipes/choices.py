@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from hvdtrain.settings import EvalConfig, setting
+from hvdtrain.trainer.task import Evaluation
 
-from hvdtrain.data.text.choices import Choices, Encode, count_right
-from hvdtrain.trainer import Evaluation
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hvdtrain.data.text.choices import Encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageEvalConfig(EvalConfig):
+    """Evaluation on the held-out data, and of questions."""
+
+    choices: Path | None = setting(None, path="file", changeable=True)
+    """.jsonl file of questions, {"context": ..., "choices": [...], "answer": 0}, to answer as well."""
 
 
 def choice_evaluation(
@@ -30,6 +43,8 @@ def choice_evaluation(
     Raises:
         DataError: a line is no question.
     """
+    from hvdtrain.data.text.choices import Choices, count_right
+
     return (
         Evaluation(
             data=Choices(path, encode, begin, max_length),

@@ -23,16 +23,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.config import CorpusConfig, cache_dir
 from hvdtrain.data.text.chat import DocumentReader
 from hvdtrain.data.text.packed import PackedDocuments, same_document, write_packed
-from hvdtrain.data.text.settings import TextConfig, cache_dir
 from hvdtrain.data.text.splits import find_splits
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
-from hvdtrain.recipes.choices import choice_evaluation
-from hvdtrain.settings import CheckpointConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from hvdtrain.optim.adamw import AdamWConfig
+from hvdtrain.recipes.choices import LanguageEvalConfig, choice_evaluation
+from hvdtrain.settings import CheckpointConfig, ModelConfig, TrainConfig, setting
 from hvdtrain.trainer import Evaluation, Recipe, Task
 
 _LOSS_BYTES = 2**28
@@ -45,24 +46,24 @@ _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "
 class TransformersConfig(ModelConfig):
     """Which model of transformers."""
 
-    path: str | None = None
+    path: str | None = setting(None, path="name")
     """Directory or name on the hub of a model to begin with, and of its tokenizer."""
-    config: Path | None = None
+    config: Path | None = setting(None, path="file")
     """config.json of a model to train from scratch; its tokenizer is beside it, or --data.tokenizer."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """How transformers computes attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DocumentsConfig(TextConfig):
+class DocumentsConfig(CorpusConfig):
     """Documents to train on: text files, and .jsonl files of texts or conversations."""
 
-    path: str | None = None
+    path: str | None = setting(None, path="data")
     """Text file, .jsonl file, directory or glob. None: the source code of the running Python's standard library."""
-    val_path: str | None = None
+    val_path: str | None = setting(None, path="data")
     """Held-out files. None: part of --data.path, split by file."""
-    tokenizer: str = ""
-    """Directory or name of a tokenizer of transformers. Empty: that of the model."""
+    tokenizer: str | None = setting(None, path="name")
+    """Directory or name of a tokenizer of transformers. None: that of the model."""
     text_field: str = "text"
     """Field of a line of a .jsonl file that holds a text; lines with "messages" are conversations."""
 
@@ -73,6 +74,7 @@ class Transformers(Recipe):
 
     model: TransformersConfig = field(default_factory=TransformersConfig)
     data: DocumentsConfig = field(default_factory=DocumentsConfig)
+    eval: LanguageEvalConfig = field(default_factory=LanguageEvalConfig)
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Tokenise the documents, once per host, and load or make the model."""
@@ -151,6 +153,10 @@ class Transformers(Recipe):
 
     def _prepare(self, tokenizer: Any, say: Callable[[str], None]) -> Path:
         splits = dict(zip(("train", "val"), find_splits(self.data, say), strict=True))
+        if self.data.text_field != "text" and not any(
+            d.path.suffix == ".jsonl" for part in splits.values() for d in part
+        ):
+            raise ConfigError(f"--data.text-field has no effect: no file of {self.data.path} is a .jsonl file")
         reader = DocumentReader(tokenizer, self.data.text_field)
         digest = hashlib.sha256(json.dumps([self.data.text_field, _identity(tokenizer)]).encode())
         for documents in splits.values():
@@ -163,8 +169,8 @@ def hf() -> Transformers:
     """Return settings for fine-tuning; --model.path says what."""
     return Transformers(
         train=TrainConfig(epochs=1, global_batch_size=16),
-        optim=OptimConfig(peak_lr=2e-5, weight_decay=0.01),
-        eval=EvalConfig(every=200),
+        optim=AdamWConfig(peak_lr=2e-5, weight_decay=0.01),
+        eval=LanguageEvalConfig(every=200),
         checkpoint=CheckpointConfig(every=200),
         data=DocumentsConfig(sequence_length=512),
     )

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from hvdtrain.data.config import VisionConfig
+from hvdtrain.optim.sgd import SgdConfig
+from hvdtrain.settings import LogConfig, TrainConfig
+from hvdtrain.trainer.task import Recipe, Task
 
-from hvdtrain.data.vision import VisionConfig, load_images
-from hvdtrain.models.mlp import Mlp
-from hvdtrain.settings import LogConfig, OptimConfig, TrainConfig
-from hvdtrain.trainer import Recipe, Task
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class Digits(Recipe):
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Read the images into memory and build the network."""
+        from hvdtrain.data.vision import load_images
+        from hvdtrain.models.mlp import Mlp
+
         train, test = load_images(self.data, train=True), load_images(self.data, train=False)
         return Task(
             model=Mlp(seed=self.train.seed),
@@ -43,13 +47,15 @@ def mnist() -> Digits:
     """Return the textbook's settings: SGD 0.01 without momentum, batch 64, five epochs."""
     return Digits(
         train=TrainConfig(epochs=5, global_batch_size=64, max_grad_norm=None),
-        optim=OptimConfig(name="sgd", peak_lr=0.01, schedule="constant", weight_decay=0.0),
+        optim=SgdConfig(peak_lr=0.01, schedule="constant", weight_decay=0.0),
         log=LogConfig(every=100),
     )
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Return the summed negative log likelihood, and how many images were recognised."""
+    import torch.nn.functional as F
+
     images, labels = batch
     log_probabilities = model(images)
     return {

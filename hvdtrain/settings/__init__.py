@@ -1,6 +1,7 @@
 """Settings: frozen dataclasses, and their way to and from files and flags. Standard library only."""
 
 from hvdtrain.settings.batch import BatchPlan, keep_batch, plan_batch
+from hvdtrain.settings.fields import Section, changeable_settings, setting
 from hvdtrain.settings.sections import (
     CheckpointConfig,
     CommConfig,
@@ -26,10 +27,13 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Precision",
+    "Section",
     "TrainConfig",
+    "changeable_settings",
     "keep_batch",
     "merge",
     "nearest",
     "plan_batch",
+    "setting",
     "to_dict",
 ]

@@ -1,38 +1,74 @@
-"""Settings to and from plain values, such as TOML holds, and the words for what is wrong with one."""
+"""Settings to and from plain values, such as TOML and a command line hold, and the words for what is wrong with one."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.fields import alternatives, check_range, hints_of, is_optional, words_for
+from hvdtrain.settings.paths import expanded
 
 T = TypeVar("T")
 
 
+class Words(tuple[str, ...]):
+    """The words that follow a flag on a command line: a value whose type only its setting knows."""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where values come from, and how a setting is written there."""
+
+    file: str = ""
+    """Name of a file; empty for the command line."""
+    synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What people call a setting -> its name, for those who ask for one that there is not."""
+
+    def name(self, setting: str) -> str:
+        """Return how messages call a setting."""
+        return f"{self.file}: {setting}" if self.file else f"--{setting.replace('_', '-')}"
+
+    def unknown(self, setting: str, known: Iterable[str]) -> ConfigError:
+        """Return the error for a setting that there is not; names the nearest one."""
+        if not self.file:
+            flag = self.name(setting)
+            return ConfigError(f"there is no flag '{flag}'{nearest(flag, map(self.name, known))}")
+        return ConfigError(f"{self.file}: there is no setting '{setting}'{nearest(setting, known)}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a configuration into nested plain values that TOML can hold; `None` is left out."""
-    result: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if value is None:
-            continue
-        if dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        elif isinstance(value, Path):
-            value = str(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        result[item.name] = value
-    return result
+    return {
+        item.name: _plain(value)
+        for item in dataclasses.fields(config)
+        if (value := getattr(config, item.name)) is not None
+    }
 
 
-def merge(config: T, values: Mapping[str, Any], source: str = "the configuration", prefix: str = "") -> T:
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    # Subclasses such as numpy.float64 and enums of texts stand for what they are made of.
+    kinds: tuple[Any, ...] = (bool, int, float, str)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return value if type(value) is kind else kind.__new__(kind, value)
+    return value
+
+
+def merge(config: T, values: Mapping[str, Any], source: str | Source = "the configuration", prefix: str = "") -> T:
     """Return `config` with `values` (nested, as from TOML) in place of its own.
 
     Args:
@@ -42,59 +78,155 @@ def merge(config: T, values: Mapping[str, Any], source: str = "the configuration
         prefix: the section that `config` is, for messages.
 
     Raises:
-        ConfigError: an unknown key (names the nearest real one) or a value of the wrong type.
+        ConfigError: an unknown key (names the nearest real one), a value of the wrong type, or one out of its range.
     """
-    hints = typing.get_type_hints(type(config))
+    source = Source(source) if isinstance(source, str) else source
+    hints = hints_of(type(config))
+    items = {item.name: item for item in dataclasses.fields(config)}  # type: ignore[arg-type]
     changes: dict[str, Any] = {}
     for given, value in values.items():
-        key = given.replace("-", "_")
+        key, name = given.replace("-", "_"), f"{prefix}{given}"
         if key not in hints:
-            raise ConfigError(f"{source}: there is no setting '{prefix}{given}'{nearest(key, hints, prefix)}")
+            raise source.unknown(name, [f"{prefix}{known}" for known in hints])
         current = getattr(config, key)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{source}: '{prefix}{given}' is a section: write [{prefix}{given}] above its settings"
-                )
-            changes[key] = merge(current, value, source, f"{prefix}{given}.")
+        if not dataclasses.is_dataclass(current):
+            changes[key] = convert(value, hints[key], source.name(name))
+            check_range(items[key], source.name(name), changes[key])
+        elif isinstance(value, Mapping):
+            changes[key] = merge(current, value, source, f"{name}.")
         else:
-            changes[key] = _convert(value, hints[key], f"{source}: '{prefix}{given}'")
+            raise ConfigError(_says_section(source, name, value))
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
-def nearest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
-    """Say `; did you mean '...'?` for the known word most like `word`, or name them all."""
+def _says_section(source: Source, name: str, value: Any) -> str:
+    if not source.file:
+        return f"--{name} is a section: settings are written --{name}.setting VALUE"
+    what = f"[[{name}]] is a list of sections" if isinstance(value, list) else f"'{name}' is a section"
+    return f"{source.file}: {what}: write [{name}] above its settings"
+
+
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Say `; did you mean '...'?` for the known word most like `word`, or name them all if they are few."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{prefix}{close[0]}'?"
-    return f"; known are {', '.join(known)}"
+    return f"; known are {', '.join(known)}" if known else ""
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Check a plain value against a field's type; an int serves as a float, a string as a path."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-        return _convert(value, kinds[0], where)
+def convert(value: Any, hint: Any, name: str) -> Any:
+    """Return a plain value, or the words of a command line, as a field of type `hint` holds it.
+
+    An int serves as a float, a string as a path.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    if isinstance(value, Words):
+        return _from_words(value, hint, name)
+    if value is None and is_optional(hint):
+        return None
+    kind = alternatives(hint)[0]
+    origin = typing.get_origin(kind)
     if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ConfigError(f"{where} is {value!r}, but must be one of {', '.join(map(repr, choices))}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if origin is None and type(value) is not hint:
-        raise ConfigError(f"{where} is {value!r}, but must be of type {hint.__name__}")
+        return _choice(value, kind, name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} is {value!r}, but must be a list")
+        return tuple(convert(item, typing.get_args(kind)[0], name) for item in value)
+    if kind is float and type(value) is int:
+        return _float(value, name)
+    if kind is Path and isinstance(value, str | Path):
+        return _path(str(value), name)
+    if isinstance(kind, type) and (isinstance(value, bool) != (kind is bool) or not isinstance(value, kind)):
+        raise ConfigError(f"{name} is {_shown(value)}, but must be of type {kind.__name__}")
     return value
 
 
-def check(config: Any, name: str, holds: typing.Callable[[Any], bool], rule: str) -> None:
-    """Raise ConfigError where a field of `config` is given and breaks its rule."""
-    value = getattr(config, name)
-    if value is not None and not holds(value):
-        raise ConfigError(f"{name} = {value} {rule}")
+def _from_words(words: Words, hint: Any, name: str) -> Any:
+    kind = alternatives(hint)[0]
+    if typing.get_origin(kind) is tuple:
+        return tuple(_from_text(word, typing.get_args(kind)[0], name) for word in words)
+    if kind is bool and not words:
+        return True
+    if not words:
+        raise ConfigError(f"{name} needs a value: {words_for(hint)}")
+    if len(words) > 1:
+        raise ConfigError(f"'{words[1]}' belongs to no flag: {name} takes one value")
+    if is_optional(hint) and words[0] in ("None", "none"):
+        return None
+    return _from_text(words[0], kind, name)
+
+
+def _from_text(text: str, kind: Any, name: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        return _choice(text, kind, name)
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind is bool:
+        raise ConfigError(f"'{text}' belongs to no flag: {name} alone switches it on")
+    if kind is Path:
+        return _path(text, name)
+    parse: Callable[[str], Any] = kind
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} {_shown(text)} must be {words_for(kind)}") from error
+
+
+def _float(value: int, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(f"{name} must be a number that a float can hold") from error
+
+
+def _path(text: str, name: str) -> Path:
+    # Path("") is the present directory, which nobody means who writes nothing.
+    if not text:
+        raise ConfigError(f"{name} is empty: give a path, or leave it out")
+    return expanded(text, name)
+
+
+def _choice(value: Any, kind: Any, name: str) -> Any:
+    choices = typing.get_args(kind)
+    if value not in choices:
+        raise ConfigError(f"{name} is {_shown(value)}, but must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {int(value.bit_length() * math.log10(2)) + 1} digits"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{"train.steps": 5}` as `{"train": {"steps": 5}}`.
+
+    Raises:
+        ConfigError: a name is used as a setting and as a section.
+    """
+    result: dict[str, Any] = {}
+    for name, value in dotted.items():
+        *sections, last = name.split(".")
+        inner = result
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--{section} is a setting, not a section: --{name} means nothing")
+        if isinstance(inner.get(last), dict):
+            raise ConfigError(f"--{last} is a section: settings are written --{last}.setting VALUE")
+        inner[last] = value
+    return result
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"train": {"steps": 5}}` as `{"train.steps": 5}`; dashes become underscores."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key.replace("-", "_")
+        flat.update(flattened(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+    return flat

@@ -11,6 +11,7 @@ from hvdtrain.optim.schedule import check_schedule, lr_factor
 from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
+from hvdtrain.trainer.contract import check_task
 from hvdtrain.trainer.strategy import EveryStep, Strategy
 from hvdtrain.trainer.task import Task
 from hvdtrain.world import World
@@ -63,7 +64,9 @@ def settle(
 
     Raises:
         ConfigError: the settings do not fit together, the number of ranks or the data.
+        DataError: there is no data.
     """
+    check_task(task)
     plan = _plan(config, world.size, before)
     order = SampleOrder(len(task.train_data), plan, config.train.seed)
     num_steps = config.train.steps

@@ -52,10 +52,13 @@ def fit(job: Job) -> dict[str, float]:
         evaluated = evaluate(job, training)
         training.use_evaluated_weights()
         return evaluated
+    if job.world.size == 1 and job.config.health.noise_scale:
+        job.log.say("--health.noise-scale logs nothing here: it compares the gradients of several ranks")
     with training.reader, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
             evaluated = _evaluate_and_save(run, is_stop=False)
+        training.is_unchecked = training.step == 0
         while training.step < job.num_steps:
             has_request = torch.tensor(float(request.reason is not None))
             agree = job.world.start_all_reduce(has_request, "max", "stop")

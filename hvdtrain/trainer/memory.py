@@ -21,7 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import FakeTensorMode
-from hvdtrain.optim.build import build_optimizer
+from hvdtrain.optim.adamw import AdamWConfig
+from hvdtrain.optim.table import own_class
 from hvdtrain.settings import Config
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer.component import nested_tensors
@@ -141,8 +142,10 @@ def check_fits(job: Job, memory: Memory) -> None:
 def _plain(config: Config) -> Config:
     """Return the settings without what fake tensors cannot do, and what needs other ranks."""
     model = dataclasses.replace(config.model, compile="none", sync_batch_norm=False)
-    kernel: Any = "loop"
-    return dataclasses.replace(config, model=model, optim=dataclasses.replace(config.optim, kernel=kernel))
+    optim = own_class(config.optim)
+    if isinstance(optim, AdamWConfig):
+        optim = dataclasses.replace(optim, kernel="loop")
+    return dataclasses.replace(config, model=model, optim=optim)
 
 
 def _fake(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -164,7 +167,7 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> int:
     cut = copy.deepcopy(model, memo)
     for parameter in cut.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer = build_optimizer(_plain(job.config).optim, cut)
+    optimizer = job.task.build_optimizer(_plain(job.config).optim, cut)
     optimizer.step()
     total = 0
     for cut_parameter, entries in optimizer.state.items():

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from hvdtrain.data.loader import Loader
 from hvdtrain.errors import ResumeError
-from hvdtrain.optim.build import build_optimizer
 from hvdtrain.rundir.checkpoint import load_model_weights, load_newest, model_weights
-from hvdtrain.settings import to_dict
+from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.formats import upgraded
@@ -23,15 +22,6 @@ from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
-
-# Settings that may differ when a run goes on: they change when something happens, or where things lie, but not what a
-# step computes. The data is compared by its fingerprint instead, the batch by the settled global batch size.
-FREE_TO_CHANGE = (
-    *("log", "eval", "checkpoint", "health", "data", "train.steps", "train.epochs", "train.max_time"),
-    *("train.global_batch_size", "train.micro_batch_size", "train.accum_steps"),
-    *("model.compile", "model.linear", "model.checkpoint_blocks", "model.loss_chunk"),
-    *("optim.kernel", "comm.bucket_mib"),
-)
 
 C = TypeVar("C", bound=Component)
 
@@ -56,6 +46,8 @@ class Training:
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
     step: int = 0
     """Optimizer steps completed."""
+    is_unchecked: bool = False
+    """The recipe's contract is still to be checked, on the first micro-batch."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
 
@@ -151,7 +143,7 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     }
     for component in components:
         options.update(component.wrap_options)
-    return job.strategy.wrap(job.world, build_optimizer(job.config.optim, model), model, **options)
+    return job.strategy.wrap(job.world, job.task.build_optimizer(job.config.optim, model), model, **options)
 
 
 def _restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
@@ -215,10 +207,11 @@ def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
 
 def _check_fits(job: Job, state: dict[str, Any]) -> None:
     then, now = _flatten(state["config"]), _flatten(to_dict(job.config))
+    free = (*changeable_settings(job.config), *job.allowed_changes)
     problems = [
         f"{name} was {then.get(name)} and is {now.get(name)} now"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not _is_in(name, (*FREE_TO_CHANGE, *job.allowed_changes))
+        if then.get(name) != now.get(name) and not _is_in(name, free)
     ]
     if state["global_batch_size"] != job.plan.global_batch_size:
         problems.append(f"the global batch was {state['global_batch_size']} and is {job.plan.global_batch_size} now")

@@ -6,11 +6,15 @@ how many terms the whole batch has without asking, since that is a function of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.settings import Precision
 from hvdtrain.trainer.component import Step
+from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.state import Training
@@ -57,7 +61,9 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
 
     def forward() -> dict[str, Tensor]:
         world.progress.enter("data")
-        return forward_batch(job, training.model, training.reader.read(training.step, place))
+        read = partial(training.reader.read, training.step, place)
+        batch = _checked_batch(job, training, positions, read) if training.is_unchecked else read()
+        return forward_batch(job, training.model, batch)
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -68,6 +74,13 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
 
     sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
     return torch.stack([sums[name].detach().double() for name in task.metrics])
+
+
+def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callable[[], Batch]) -> Batch:
+    """Return the run's first micro-batch, the recipe's contract checked on it. Collective."""
+    training.is_unchecked = False
+    samples = job.order.global_batch(training.step)[positions]
+    return first_batch(job, training.model, samples, read, partial(forward_batch, job, training.model))
 
 
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:

@@ -1,21 +1,24 @@
-"""What is trained (`Task`), and one run of it with everything settled (`Job`)."""
+"""What is trained (`Task`), and the settings that build it (`Recipe`): neither needs torch before that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor, nn
-
-from hvdtrain.data.dataset import Dataset
+from hvdtrain.optim.table import build_optimizer
 from hvdtrain.settings import Config
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
     from typing_extensions import Self
 
-Batch = tuple[Tensor, ...]
+    from hvdtrain.data.dataset import Dataset
+    from hvdtrain.settings import OptimConfig
+
+Batch: TypeAlias = "tuple[Tensor, ...]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,13 @@ class Task:
     """What a person should read at the start about model and data."""
     fingerprint: str = ""
     """Changes when the data does; a run goes on only with the data it began with."""
+    build_optimizer: Callable[[OptimConfig, nn.Module], torch.optim.Optimizer] = build_optimizer
+    """Returns the optimizer over the model's trainable parameters. One of your own takes from the settings what it
+    needs; its learning rate is set before every step, in all groups, as the settings' schedule says."""
+    sinks: tuple[Any, ...] = ()
+    """Where metrics go besides the run directory, on rank 0: objects like those in rundir/."""
+    components: tuple[Any, ...] = ()
+    """What has a state beside the model and the optimizer: objects of classes like those in trainer/."""
 
 
 @dataclass(frozen=True, kw_only=True)

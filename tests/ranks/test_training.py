@@ -10,9 +10,10 @@ from digits import write_digits
 from test_optimizer import largest_difference
 from test_world import digest
 
-from hvdtrain.data.vision import VisionConfig
+from hvdtrain.data.config import VisionConfig
 from hvdtrain.errors import DivergedError
-from hvdtrain.models.decoder import DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.recipes.lm import LanguageModel, StreamConfig
 from hvdtrain.recipes.mnist import Digits
@@ -69,7 +70,7 @@ def images(world, shared_dir):
 def digits(images, **train):
     return Digits(
         train=TrainConfig(**{"steps": 20, "global_batch_size": 16, "precision": "fp64", **train}),
-        optim=OptimConfig(name="sgd", peak_lr=0.1, momentum=0.9, weight_decay=0.0),
+        optim=SgdConfig(peak_lr=0.1, momentum=0.9, weight_decay=0.0),
         data=VisionConfig(root=str(images)),
     )
 

@@ -18,6 +18,7 @@ from hvdtrain import (
     TrainConfig,
 )
 from hvdtrain.data.order import SampleOrder
+from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.settings import plan_batch
 from hvdtrain.trainer import state as trainer_state
 from hvdtrain.trainer.buffers import ChangingBuffers
@@ -35,7 +36,7 @@ CASES = {
     "accumulation": {"accum_steps": 3, "global_batch_size": 24},
     "accumulation and dropout": {"accum_steps": 4, "dropout": 0.5, "global_batch_size": 16},
     "odd batches": {"global_batch_size": 12, "micro_batch_size": 6 // 3},
-    "sgd": {"optim": OptimConfig(name="sgd", peak_lr=0.1, momentum=0.9)},
+    "sgd": {"optim": SgdConfig(peak_lr=0.1, momentum=0.9)},
     "muon": {"optim": OptimConfig(name="muon", peak_lr=0.01)},
     "NAdam": {"optim": OptimConfig(name="NAdam", peak_lr=0.01)},
     "RMSprop": {"optim": OptimConfig(name="RMSprop", peak_lr=0.01)},

@@ -7,7 +7,8 @@ import torch
 
 from hvdtrain.data.text.choices import Choices, count_right
 from hvdtrain.errors import DataError
-from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
 
 QUESTIONS = [
     {"context": "two and two is ", "choices": ["four", "five", "a very long answer"], "answer": 0},

@@ -332,8 +332,7 @@ def test_command_line(tmp_path):
         cli.parse(["doctor", "--timeout", "0"])
 
 
-def test_a_verb_without_a_recipe_may_take_a_word(monkeypatch):
-    monkeypatch.setitem(cli._PLAIN_VERBS, "generate", ("hvdtrain.verbs.doctor", "doctor", DoctorOptions, "run-dir"))
-    assert cli.parse(["generate", "runs/mine", "--timeout", "5"]).options.run_dir == cli.Path("runs/mine")
+def test_a_verb_without_a_recipe_may_take_a_word():
+    assert str(cli.parse(["generate", "runs/mine", "--max-tokens", "5"]).options.run_dir) == "runs/mine"
     with pytest.raises(ConfigError, match="'b' is one word too many"):
         cli.parse(["generate", "a", "b"])

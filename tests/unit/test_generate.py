@@ -9,7 +9,8 @@ from hugging import import_transformers
 
 from hvdtrain.data.text.tokenizer import ByteTokenizer, load_bpe, train_bpe, write_tokenizer
 from hvdtrain.errors import DataError
-from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
 from hvdtrain.rundir.checkpoint import model_weights, save_checkpoint
 from hvdtrain.rundir.trained import open_trained

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text import known
 from hvdtrain.data.text.known import KnownFiles
-from hvdtrain.data.text.settings import TextConfig
 from hvdtrain.data.text.stream import prepare_text
 
 

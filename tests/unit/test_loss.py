@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.loss import IGNORE_INDEX, chunked_loss
 
 V, C = 1000, 16

@@ -10,8 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.decoder import Decoder, DecoderConfig
-from hvdtrain.optim.build import build_optimizer
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.optim.sgd import SgdConfig
+from hvdtrain.optim.table import build_optimizer
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CommConfig, Config, HealthConfig, ModelConfig, OptimConfig, TrainConfig
@@ -61,9 +63,13 @@ def test_what_is_estimated_is_what_is_taken(precision):
     assert memory.activations == pytest.approx(kept_for_backward(job), rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "Adafactor", "RMSprop"])
-def test_the_state_of_optimizers(name):
-    job = job_of(Decoder(DECODER, 50, seed=0), optim=OptimConfig(name=name, momentum=0.9))
+@pytest.mark.parametrize(
+    "optim",
+    [OptimConfig(), SgdConfig(momentum=0.9), *(OptimConfig(name=name) for name in ("muon", "Adafactor", "RMSprop"))],
+    ids=lambda optim: optim.name,
+)
+def test_the_state_of_optimizers(optim):
+    job = job_of(Decoder(DECODER, 50, seed=0), optim=optim)
     model = job.task.model
     optimizer = build_optimizer(job.config.optim, model)
     for parameter in model.parameters():

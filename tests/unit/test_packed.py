@@ -13,7 +13,7 @@ from hvdtrain.data.text.corpus import Document
 from hvdtrain.data.text.packed import PackedDocuments, TokenizedDocument, same_document, write_packed
 from hvdtrain.data.text.windows import IGNORED
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.models.decoder import DecoderConfig
+from hvdtrain.models.config import DecoderConfig
 
 
 def packed(folder, documents, length, digest="x"):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.decoder import Decoder, DecoderConfig
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.sampling import Sampling, sample
 
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])

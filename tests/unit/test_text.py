@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
-from hvdtrain.data.text.settings import TextConfig
 from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenizer import ByteTokenizer
 from hvdtrain.data.text.windows import IGNORED, TokenWindows
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.recipes import lm
+from hvdtrain.recipes import lm_task
 
 
 @pytest.fixture
@@ -312,13 +312,13 @@ def test_tokens_do_not_depend_on_the_batches(tmp_path, monkeypatch):
 
 def test_the_baseline_is_fitted_to_a_part_of_a_large_text_and_says_so(corpus, tmp_path, monkeypatch):
     text = prepare_text(config(corpus, tmp_path))
-    whole = lm._compare({"val/bits_per_byte": 2.0}, text)
+    whole = lm_task._compare({"val/bits_per_byte": 2.0}, text)
     assert "MB" not in whole
     assert re.search(r"this model +2\.000 +1\.386\n", whole)
-    monkeypatch.setattr(lm, "_TRIGRAM_SYMBOLS", text.num_val_tokens)
-    assert whole.splitlines()[-1] != lm._compare({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
-    assert "(fitted to the first 0 of 0 MB)" in lm._compare({"val/bits_per_byte": 2.0}, text)
-    monkeypatch.setattr(lm, "_TRIGRAM_SYMBOLS", 50)
-    assert "(fitted to the first 0 of 0 MB, tested on the first 0 of 0 MB)" in lm._compare(
+    monkeypatch.setattr(lm_task, "_TRIGRAM_SYMBOLS", text.num_val_tokens)
+    assert whole.splitlines()[-1] != lm_task._compare({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
+    assert "(fitted to the first 0 of 0 MB)" in lm_task._compare({"val/bits_per_byte": 2.0}, text)
+    monkeypatch.setattr(lm_task, "_TRIGRAM_SYMBOLS", 50)
+    assert "(fitted to the first 0 of 0 MB, tested on the first 0 of 0 MB)" in lm_task._compare(
         {"val/bits_per_byte": 2.0}, text
     )

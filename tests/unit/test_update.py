@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import DivergedError
+from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.log import MetricLog, Stopwatch
 from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
@@ -18,7 +19,7 @@ from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.strategy import model_tensors
 from hvdtrain.world import SoloWorld
 
-ADAMW, LOOP, SGD = OptimConfig(), OptimConfig(kernel="loop"), OptimConfig(name="sgd")
+ADAMW, LOOP, SGD = OptimConfig(), AdamWConfig(kernel="loop"), OptimConfig(name="sgd")
 
 
 class Said(MetricLog):

@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hvdtrain.data.config import CorpusConfig, cache_dir
 from hvdtrain.data.text.corpus import (
     Document,
     check_single_file,
@@ -14,13 +15,12 @@ from hvdtrain.data.text.corpus import (
     standard_library,
 )
 from hvdtrain.data.text.known import KnownFiles
-from hvdtrain.data.text.settings import TextConfig, cache_dir
 from hvdtrain.errors import DataError
 
 Hashed = dict[Document, str]
 
 
-def find_splits(config: TextConfig, say: Callable[[str], None]) -> tuple[Hashed, Hashed]:
+def find_splits(config: CorpusConfig, say: Callable[[str], None]) -> tuple[Hashed, Hashed]:
     """Return the training and the held-out documents with their hashes, only those that hold UTF-8 text.
 
     Text is read once per host, and again only where a file has changed.
@@ -38,7 +38,7 @@ def find_splits(config: TextConfig, say: Callable[[str], None]) -> tuple[Hashed,
     return {part: hashes[part] or "" for part in train}, {part: hashes[part] or "" for part in held_out}
 
 
-def _usable(config: TextConfig, path: str | None, say: Callable[[str], None]) -> Hashed:
+def _usable(config: CorpusConfig, path: str | None, say: Callable[[str], None]) -> Hashed:
     """Return the documents that hold text, each with its hash."""
     documents = find_documents(path) if path else standard_library()
     hashes = _hashes(config, f"files of {_full(path)}", documents)
@@ -53,7 +53,7 @@ def _usable(config: TextConfig, path: str | None, say: Callable[[str], None]) ->
     return usable
 
 
-def _hashes(config: TextConfig, corpus: str, documents: Sequence[Document]) -> dict[Document, str | None]:
+def _hashes(config: CorpusConfig, corpus: str, documents: Sequence[Document]) -> dict[Document, str | None]:
     """Return each document's hash, None where it holds no UTF-8 text."""
     named = {f"{document.name} {document.start} {document.stop}": document for document in documents}
     known = KnownFiles(cache_dir(config), corpus)

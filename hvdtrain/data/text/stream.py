@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain.data.config import TextConfig, cache_dir
 from hvdtrain.data.text.corpus import Document, read_all
-from hvdtrain.data.text.settings import TextConfig, cache_dir
 from hvdtrain.data.text.splits import Hashed, find_splits
 from hvdtrain.data.text.token_files import read_token_files
 from hvdtrain.data.text.tokenize import Meter, token_dtype, write_tokens

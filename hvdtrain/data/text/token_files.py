@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hvdtrain.data.config import TextConfig, cache_dir
 from hvdtrain.data.text.known import KnownFiles
-from hvdtrain.data.text.settings import TextConfig, cache_dir
 from hvdtrain.errors import DataError
 
 FORMAT_VERSION = 3

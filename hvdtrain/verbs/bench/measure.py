@@ -39,7 +39,7 @@ def variants(recipe: Recipe, size: int, device: torch.device) -> Iterator[tuple[
     yield "as it is", recipe
     for section, setting, values in _KNOBS:
         part: Any = getattr(recipe, section)
-        is_idle = (section == "comm" and size == 1) or (setting == "kernel" and recipe.optim.name != "adamw")
+        is_idle = section == "comm" and size == 1
         if is_idle or not hasattr(part, setting):
             continue
         for value in values:

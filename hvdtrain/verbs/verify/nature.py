@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from hvdtrain.optim.table import with_name
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.step import forward_sums, train_step
 from hvdtrain.verbs.verify.trial import Trial
@@ -41,7 +42,7 @@ class Nature:
 def find_nature(own: Trial) -> Nature:
     """Find out in what precision the model can be compared, and whether its loss is a sum over samples. Collective."""
     precision, optim, tolerance = own.recipe.train.precision, own.recipe.optim, _FP64_TOLERANCE
-    sgd = dataclasses.replace(optim, name="sgd", momentum=0.0)
+    sgd = dataclasses.replace(with_name(optim, "sgd"), momentum=0.0)  # type: ignore[call-arg]
     if optim.name in _ROUGH:
         optim = sgd
     if all(own.world.all_gather_object(_runs_in_fp64(own), "verify.fp64")):

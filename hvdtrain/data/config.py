@@ -1,0 +1,82 @@
+"""The settings of data. Standard library only: the command line reads them before torch is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hvdtrain.settings import Section, setting
+
+DatasetName = Literal["mnist", "fashion-mnist"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(Section):
+    """Text files, and which part of them is held out."""
+
+    path: str | None = setting(None, path="data")
+    """UTF-8 text file, directory or glob. None: the source code of the running Python's standard library."""
+    val_path: str | None = setting(None, path="data")
+    """Held-out text. None: part of --data.path, split by file."""
+    sequence_length: int = setting(256, above=0)
+    """Tokens of a sample."""
+    val_fraction: float = setting(0.05, above=0, below=1)
+    """Share of the files (of a single file: of its bytes, at the end) that is held out."""
+    cache_dir: str | None = setting(None, path="new directory")
+    """Where prepared tokens are kept. None: hvdtrain/tokens in the user's cache directory."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield the share that is held out where it has files of its own."""
+        if self.val_path is not None:
+            yield "val_fraction", "--data.val-path says what is held out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(CorpusConfig):
+    """Text to train on."""
+
+    path: str | None = setting(None, path="data")
+    """UTF-8 text file, directory or glob, or a .bin file of uint16 tokens as nanoGPT writes it. None: the source code
+    of the running Python's standard library."""
+    val_path: str | None = setting(None, path="data")
+    """Held-out text, or .bin file. None: part of --data.path, split by file."""
+    tokenizer: str = setting("byte", path="name")
+    """byte; bpe: a byte-level BPE trained on the training text; or the path of a tokenizer.json."""
+    vocab_size: int = setting(4096, minimum=257, maximum=2**31)
+    """Tokens of a bpe that is trained, or of the .bin files; at least the 256 bytes and the end of text."""
+
+    @property
+    def is_tokens(self) -> bool:
+        """Return whether the data is a file of tokens, not of text."""
+        return (self.path or "").endswith(".bin")
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield what only texts, or only other tokenizers, need."""
+        yield from super().unused()
+        if self.is_tokens:
+            yield "tokenizer", f"{self.path} holds tokens, not text"
+        elif self.tokenizer != "bpe":
+            yield "vocab_size", f"it is for --data.tokenizer bpe and .bin files; the tokenizer is {self.tokenizer}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(Section):
+    """The images. The data set's own test images are the held-out data."""
+
+    dataset: DatasetName = "mnist"
+    """mnist: handwritten digits. fashion-mnist: pieces of clothing, same sizes and layout."""
+    root: str = setting("data", path="name")
+    """Directory of the data sets; the files lie in ROOT/MNIST/raw or ROOT/FashionMNIST/raw."""
+    download: bool = False
+    """Download what is missing, once per host."""
+
+
+def cache_dir(config: CorpusConfig) -> Path:
+    """Return where prepared tokens are kept."""
+    if config.cache_dir:
+        return Path(config.cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "hvdtrain" / "tokens"

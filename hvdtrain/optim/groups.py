@@ -1,0 +1,28 @@
+"""Which of a model's parameters are trained, and which of them decay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups for a torch optimizer: matrices decayed, vectors not.
+
+    Norm gains and biases (fewer than two dimensions) are left out of weight decay, as is usual for transformers, and
+    so are embeddings with sparse gradients, which torch cannot decay.
+    """
+    sparse = {id(module.weight) for module in model.modules() if getattr(module, "sparse", False) is True}
+    decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in sparse]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if all(p is not other for other in decayed)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,58 @@
+"""Muon for the matrices of hidden layers, AdamW for all the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.adamw import AdamWConfig, build_adamw
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig(AdamWConfig):
+    """Muon and its learning-rate schedule; the settings of AdamW are for embeddings, the output layer and vectors."""
+
+    name: str = "muon"
+    """The optimizer; see --optim.name of any recipe for the others."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return Muon for the matrices of hidden layers, and AdamW for embeddings, the output layer and vectors.
+
+        Muon's update is scaled to the size of AdamW's (arXiv:2502.16982, section 2.2): one learning rate serves both.
+
+        Raises:
+            ConfigError: this torch has no Muon.
+        """
+        import torch
+
+        from hvdtrain.optim.composite import Composite
+        from hvdtrain.optim.groups import trainable
+
+        muon = getattr(torch.optim, "Muon", None)
+        if muon is None:
+            raise ConfigError(f"--optim.name muon needs torch 2.9, this is {torch.__version__}: use adamw")
+        hidden = _hidden_matrices(model)
+        rest = [p for p in trainable(model) if all(p is not other for other in hidden)]
+        parts: list[torch.optim.Optimizer] = []
+        if hidden:
+            parts.append(muon(hidden, lr=self.peak_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            parts.append(build_adamw(self, model, rest))
+        return Composite([group for part in parts for group in part.param_groups], parts)
+
+
+def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return all trainable matrices but embeddings and the last linear layer's."""
+    from torch import nn
+
+    from hvdtrain.optim.groups import trainable
+
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    ends = {*embeddings, *(linear.weight for linear in linears[-1:])}
+    return [p for p in trainable(model) if p.ndim == 2 and all(p is not end for end in ends)]

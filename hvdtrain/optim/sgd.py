@@ -1,0 +1,31 @@
+"""Stochastic gradient descent, with momentum if it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hvdtrain.settings import OptimConfig, setting
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdConfig(OptimConfig):
+    """SGD and its learning-rate schedule."""
+
+    name: str = "sgd"
+    """The optimizer; see --optim.name of any recipe for the others."""
+    momentum: float = setting(0.0, minimum=0, below=1)
+    """SGD: momentum."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer over the model's trainable parameters."""
+        import torch
+
+        from hvdtrain.optim.groups import decay_groups, trainable
+
+        groups = decay_groups(model, trainable(model), self.weight_decay)
+        return torch.optim.SGD(groups, lr=self.peak_lr, momentum=self.momentum)

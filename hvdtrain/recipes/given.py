@@ -1,0 +1,150 @@
+"""What the user gives, by files, flags or a program, put into a recipe's settings: the one way in for all three."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.table import own_class, owners, with_name
+from hvdtrain.settings import Config, OptimConfig, merge
+from hvdtrain.settings.paths import check_path
+from hvdtrain.settings.values import Source, Words, flattened
+from hvdtrain.trainer.task import Recipe
+
+Layer = tuple[Mapping[str, Any], Source]
+"""Values, nested as in TOML, and where they come from."""
+
+
+def apply(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+    """Return the recipe with the values of all layers, the later ones over the earlier, and what follows from them.
+
+    Raises:
+        ConfigError: a setting that there is not, a wrong value, values that do not fit together, or a setting that has
+            no effect beside the others.
+        UsageError: what the settings name cannot be read.
+    """
+    defaults = recipe = dataclasses.replace(recipe, optim=own_class(recipe.optim))
+    for number, (values, source) in enumerate(layers):
+        recipe = _with_optimizer(recipe, values, source, layers[:number])
+        recipe = merge(_without_replaced(recipe, values), values, source)
+    resolved = recipe.resolve()
+    for values, source in layers:
+        _refuse_without_effect(values, source, (defaults, recipe, resolved))
+    return resolved
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    check_path(str(path), "file", "--config")
+    try:
+        return tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not TOML that can be read: brackets within brackets without end") from error
+
+
+def _with_optimizer(recipe: Recipe, values: Mapping[str, Any], source: Source, before: Sequence[Layer]) -> Recipe:
+    """Return the recipe with the class of settings that the optimizer named in `values` has.
+
+    Raises:
+        ConfigError: there is no such optimizer, or a setting that was given belongs to another one.
+    """
+    section = values.get("optim")
+    if not isinstance(section, Mapping):
+        return recipe
+    optim = recipe.optim
+    name = section.get("name")
+    name = name[-1] if isinstance(name, Words) and name else name
+    if isinstance(name, str):
+        try:
+            optim = with_name(optim, name)
+        except ConfigError as error:
+            raise ConfigError(f"{source.name('optim.name')}: {error}") from error
+    for earlier, its_source in before:
+        _refuse_others(
+            optim, {key: v for key, v in _section(earlier).items() if _is_set(recipe.optim, key)}, its_source
+        )
+    _refuse_others(optim, section, source)
+    return dataclasses.replace(recipe, optim=optim)
+
+
+def _section(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    section = values.get("optim")
+    return section if isinstance(section, Mapping) else {}
+
+
+def _is_set(optim: OptimConfig, key: str) -> bool:
+    """Tell whether a setting has another value than its default."""
+    items = {item.name: item for item in dataclasses.fields(optim)}
+    name = key.replace("-", "_")
+    return name in items and getattr(optim, name) != items[name].default
+
+
+def _refuse_others(optim: OptimConfig, given: Mapping[str, Any], source: Source) -> None:
+    own = {item.name for item in dataclasses.fields(optim)}
+    for key in given:
+        others = [] if key.replace("-", "_") in own else [*owners(key.replace("-", "_"))]
+        if others:
+            raise ConfigError(
+                f"{source.name(f'optim.{key}')} is a setting of {' and '.join(others)}, and the optimizer is"
+                f" {optim.name}: leave it out, or give --optim.name {others[0]}"
+            )
+
+
+def _without_replaced(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """Return the recipe without its own settings that those of the user stand in for.
+
+    Of the three batch settings two are enough: with two or one of the user's, the third of the recipe is left open.
+    """
+    section = values.get("train")
+    if not isinstance(section, Mapping):
+        return recipe
+    given = {name.replace("-", "_") for name in section}
+    batch = ("accum_steps", "micro_batch_size", "global_batch_size")
+    left_open: list[str] = []
+    is_settled = all(name in given or getattr(recipe.train, name) is not None for name in batch)
+    if is_settled and given & {*batch}:
+        left_open += [name for name in batch if name not in given][:1]
+    changes: Any = dict.fromkeys(left_open)
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **changes))
+
+
+def _refuse_without_effect(values: Mapping[str, Any], source: Source, stages: tuple[Config, Config, Config]) -> None:
+    """Raise ConfigError where a setting that was given has no effect.
+
+    A file may hold what is the default anyway: the resolved settings of every run are such a file.
+    """
+    defaults, recipe, resolved = (flattened_settings(config) for config in stages)
+    unused = dict(stages[1].unused())
+    for name in flattened(values):
+        if name in unused and (not source.file or recipe.get(name) != defaults.get(name)):
+            raise ConfigError(f"{source.name(name)} has no effect: {unused[name]}")
+        if recipe.get(name) != resolved.get(name):
+            raise ConfigError(
+                f"{source.name(name)} has no effect: it is {resolved.get(name)} in the model that the training begins"
+                " with"
+            )
+
+
+def flattened_settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the value of every setting by its name, such as `train.steps`."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{prefix}{item.name}"
+        flat.update(flattened_settings(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value})
+    return flat

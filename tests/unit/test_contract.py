@@ -1,0 +1,224 @@
+"""A recipe's contract: broken ones are told in one sentence at their first batch, healthy ones notice nothing."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hvdtrain import Recipe, Task, TensorSamples, TrainConfig
+from hvdtrain.errors import UsageError
+from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.settings import Config, LogConfig
+from hvdtrain.trainer import fit, settle, step
+from hvdtrain.trainer.contract import check_loss
+from hvdtrain.world import SoloWorld
+
+SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
+
+
+def samples(n=32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 6, generator=generator)
+    return TensorSamples(x, (x.sum(1) > 0).long())
+
+
+def network(*, norm=None, dropout=0.0):
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 8), *([norm] if norm else []), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2)]
+    return nn.Sequential(*layers)
+
+
+def cross_entropy(model, batch):
+    x, y = batch
+    return {"loss": F.cross_entropy(model(x), y, reduction="sum")}
+
+
+def task(loss=cross_entropy, model=None, data=None, **more):
+    held_out = samples(8) if data is None or len(data) == 0 else data
+    data = samples() if data is None else data
+    return Task(model=model or network(), train_data=data, val_data=held_out, loss_sums=loss, **more)
+
+
+def train(made, tmp_path, steps=2, **settings):
+    config = Config(train=TrainConfig(steps=steps, global_batch_size=8), log=LogConfig(every=1), **settings)
+    job = settle(made, config, SOLO, tmp_path, MetricLog(None, []))
+    fit(job)
+    return [parameter.detach().clone() for parameter in made.model.parameters()]
+
+
+class Padded(TensorSamples):
+    """Texts of different length, padded to the longest of a batch, one target a token that is none of padding."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        super().__init__(
+            torch.randint(1, 9, (32, 7), generator=generator), torch.randint(1, 8, (32,), generator=generator)
+        )
+
+    def batch(self, indices):
+        tokens, lengths = super().batch(indices)
+        width = int(lengths.max())
+        mask = torch.arange(width) < lengths[:, None]
+        return tokens[:, :width] * mask, mask
+
+    def num_targets(self, indices):
+        return int(self.tensors[1][indices].sum())
+
+
+def padded_sum(model, batch):
+    tokens, mask = batch
+    return {"loss": (F.cross_entropy(model(tokens).transpose(1, 2), tokens, reduction="none") * mask).sum()}
+
+
+def padded_mean(model, batch):
+    return {"loss": padded_sum(model, batch)["loss"] / batch[1].sum()}
+
+
+def language():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9))
+
+
+def with_accuracy(model, batch):
+    x, y = batch
+    scores = model(x)
+    return {"loss": F.cross_entropy(scores, y, reduction="sum"), "accuracy": (scores.argmax(1) == y).sum()}
+
+
+def contrastive(model, batch):
+    x, _ = batch
+    z = F.normalize(model(x), dim=1)
+    return {"loss": F.cross_entropy(z @ z.T, torch.arange(len(z)), reduction="sum")}
+
+
+def pairs(model, batch):
+    x, _ = batch
+    left, right = model(x).view(-1, 2, 2).unbind(1)
+    return {"loss": (left - right).square().sum()}
+
+
+HEALTHY = {
+    "plain": task,
+    "dropout": lambda: task(model=network(dropout=0.5)),
+    "batch norm": lambda: task(model=network(norm=nn.BatchNorm1d(8))),
+    "batch norm without statistics": lambda: task(model=network(norm=nn.BatchNorm1d(8, track_running_stats=False))),
+    "layer norm": lambda: task(model=network(norm=nn.LayerNorm(8))),
+    "padding": lambda: task(padded_sum, language(), Padded(), unit="tokens"),
+    "accuracy": lambda: task(with_accuracy, metrics=("loss", "accuracy")),
+    "contrastive": lambda: task(contrastive),
+    "pairs": lambda: task(pairs),
+    "zero": lambda: task(lambda model, batch: {"loss": 0 * model(batch[0]).sum()}),
+    "negative": lambda: task(lambda model, batch: {"loss": -model(batch[0]).log_softmax(1).exp().sum()}),
+    "random": lambda: task(lambda model, batch: {"loss": model(batch[0] + torch.randn_like(batch[0])).square().sum()}),
+    "squared": lambda: task(lambda model, batch: {"loss": model(batch[0]).square().sum() * 1e-30}),
+    "one element": lambda: task(lambda model, batch: {"loss": cross_entropy(model, batch)["loss"][None]}),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in HEALTHY if name != "one element"])
+def test_healthy_recipes_train_bitwise_as_without_the_check(name, tmp_path, monkeypatch):
+    with_check = train(HEALTHY[name](), tmp_path / "a")
+    calls = []
+    monkeypatch.setattr(step, "first_batch", lambda job, model, samples, read, forward: calls.append(1) or read())
+    without = train(HEALTHY[name](), tmp_path / "b")
+    assert calls == [1]
+    assert all(torch.equal(a, b) for a, b in zip(with_check, without, strict=True))
+
+
+def ragged():
+    class Ragged(TensorSamples):
+        def batch(self, indices):
+            return (torch.stack([torch.zeros(3 + int(i) % 2) for i in indices]),)
+
+    return Ragged(torch.zeros(32))
+
+
+def returning(make):
+    class Odd(TensorSamples):
+        def batch(self, indices):
+            return make(super().batch(indices))
+
+    return Odd(*samples().tensors)
+
+
+def mean(model, batch):
+    return {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+
+
+def half_mean(model, batch):
+    x, y = batch
+    scores = model(x)
+    return {"loss": F.cross_entropy(scores, y, reduction="sum"), "accuracy": (scores.argmax(1) == y).float().mean()}
+
+
+BROKEN = {
+    "a tensor": (lambda: task(lambda m, b: cross_entropy(m, b)["loss"]), "loss_sums returned a Tensor: return a dict"),
+    "nothing": (lambda: task(lambda m, b: None), "loss_sums returned a NoneType"),
+    "missing": (lambda: task(metrics=("loss", "accuracy")), "names 'accuracy' too"),
+    "no loss": (lambda: task(metrics=("accuracy",)), "one of them must be 'loss'"),
+    "a number": (lambda: task(lambda m, b: {"loss": cross_entropy(m, b)["loss"].item()}), "without .item()"),
+    "a vector": (lambda: task(lambda m, b: {"loss": m(b[0]).sum(1)}), r"of shape \(\d+,\) as 'loss': return one"),
+    "detached": (lambda: task(lambda m, b: {"loss": cross_entropy(m, b)["loss"].detach()}), "depend on the weights"),
+    "mean": (lambda: task(mean), "returns a mean as 'loss'"),
+    "mean with dropout": (lambda: task(mean, network(dropout=0.5)), "returns a mean as 'loss'"),
+    "mean with batch norm": (lambda: task(mean, network(norm=nn.BatchNorm1d(8))), "returns a mean as 'loss'"),
+    "mean over padding": (lambda: task(padded_mean, language(), Padded()), "returns a mean as 'loss'"),
+    "mean accuracy": (lambda: task(half_mean, metrics=("loss", "accuracy")), "returns a mean as 'accuracy'"),
+    "empty": (lambda: task(data=samples(0)), "train_data is empty"),
+    "ragged": (lambda: task(data=ragged()), r"samples \d+ and \d+ differ in shape"),
+    "a list": (lambda: task(data=returning(list)), "returned a list: return a tuple"),
+    "a dictionary": (lambda: task(data=returning(lambda b: {"x": b[0]})), "returned a dict: return a tuple"),
+    "arrays": (lambda: task(data=returning(lambda b: (b[0].numpy(), b[1]))), "a tuple of ndarray, Tensor"),
+    "other rows": (lambda: task(data=returning(lambda b: (b[0].T, b[1]))), "its first dimension must be"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_recipes_are_told_before_the_first_step(name, tmp_path):
+    make, says = BROKEN[name]
+    with pytest.raises(UsageError, match=says) as caught:
+        train(make(), tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_nothing_is_disturbed():
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2))
+    model[1].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def forward(batch):
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        model[0].running_mean += 1
+        return cross_entropy(model, batch)
+
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    check_loss(task(model=model), model, samples().batch(torch.arange(5)), forward)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_optimizer_of_the_recipes_own(tmp_path):
+    built = []
+
+    def build(optim, model):
+        built.append(torch.optim.Adagrad(model.parameters(), lr=optim.peak_lr))
+        return built[0]
+
+    train(task(build_optimizer=build), tmp_path)
+    assert len(built) == 1
+    assert all(state["step"] == 2 for state in built[0].state.values())
+
+
+def test_a_recipe_names_what_it_lacks():
+    with pytest.raises(NotImplementedError, match="has no method build"):
+        Recipe().build(print)

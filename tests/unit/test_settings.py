@@ -1,0 +1,234 @@
+"""Every setting is declared once, is read somewhere or refused, and says itself what it may be."""
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hvdtrain
+from hvdtrain import cli
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim import table
+from hvdtrain.recipes import RECIPES, load_recipe
+from hvdtrain.recipes.given import apply
+from hvdtrain.settings import Config, OptimConfig, changeable_settings, to_dict
+from hvdtrain.settings.fields import fields_of
+from hvdtrain.settings.flags import COMMAND_LINE
+from hvdtrain.settings.help import docs_of
+from hvdtrain.settings.values import Source, Words, nested
+
+PACKAGE = Path(hvdtrain.__file__).parent
+RECIPE_CLASSES = ("lm", "hf", "mnist")
+
+# Command lines whose setting has no effect beside the others: each is refused.
+WITHOUT_EFFECT = [
+    "lm --optim.reference-batch 8",
+    "lm --optim.decay-fraction 0.3",
+    "mnist --optim.final-lr-fraction 0.2",
+    "lm --optim.schedule constant --optim.final-lr-fraction 0.2",
+    "lm --data.vocab-size 300",
+    "lm --data.val-path {file} --data.val-fraction 0.2",
+    "lm --data.path {file}.bin --data.val-path {file}.bin --data.tokenizer bpe",
+    "lm --checkpoint.keep-every 5 --checkpoint.keep-last none",
+    "lm --model.linear onednn --train.precision bf16",
+    "lm --optim.name Rprop --optim.weight-decay 0.3",
+    "hf --data.vocab-size 300",
+    "hf --data.packing stream",
+    "mnist --eval.choices {file}",
+    "mnist --data.path {file}",
+    "mnist --optim.beta1 0.5",
+    "mnist --optim.kernel loop",
+    "lm --optim.momentum 0.5",
+    "lm --optim.name NAdam --optim.beta2 0.5",
+    "mnist --optim.name muon --optim.momentum 0.5",
+]
+
+
+def parse(line, **values):
+    return cli.parse(["train", *line.format(**values).split()]).recipe
+
+
+def all_settings():
+    found = {}
+    for name in RECIPE_CLASSES:
+        recipe = load_recipe(name)
+        for optimizer in table.OPTIMIZERS:
+            chosen = dataclasses.replace(recipe, optim=table.with_name(recipe.optim, optimizer))
+            found.update({setting: (item, section) for setting, item, section in fields_of(chosen)})
+    return found
+
+
+def test_every_setting_is_read():
+    """By name, anywhere but where settings go to files and back; that it has an effect is for the tests of its room."""
+    texts = [path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "values.py"]
+    unread = [
+        setting for setting in all_settings() if not any(re.search(rf"\.{setting.split('.')[-1]}\b", t) for t in texts)
+    ]
+    assert unread == []
+
+
+def test_every_setting_has_its_help():
+    for setting, (item, section) in all_settings().items():
+        assert docs_of(type(section)).get(item.name), setting
+
+
+@pytest.mark.parametrize("line", WITHOUT_EFFECT)
+def test_a_setting_without_effect_is_refused(line, tmp_path):
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ConfigError) as caught:
+        parse(line, file=tmp_path / "text")
+    assert re.search(r"has no effect|is a setting of|there is no flag", str(caught.value)), caught.value
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_error_says_whose_setting_it_is():
+    with pytest.raises(ConfigError, match=r"--optim.momentum is a setting of sgd, and the optimizer is adamw"):
+        parse("lm --optim.momentum 0.5")
+    with pytest.raises(ConfigError, match=r"adamw and muon, and the optimizer is sgd.*--optim.name adamw"):
+        parse("mnist --optim.kernel loop")
+
+
+def test_the_same_settings_with_what_they_need_are_taken(tmp_path):
+    recipe = parse("lm --optim.schedule wsd --optim.decay-fraction 0.3 --optim.lr-rule sqrt --optim.reference-batch 8")
+    assert (recipe.optim.decay_fraction, recipe.optim.reference_batch) == (0.3, 8)
+    assert parse("lm --data.tokenizer bpe --data.vocab-size 300").data.vocab_size == 300
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_resolved_settings_load_back(name):
+    """A file of resolved settings names every default; none of them counts as a wish without effect."""
+    recipe = cli.parse(["train", name]).recipe
+    assert apply(load_recipe(name), [(to_dict(recipe), Source("saved.toml"))]) == recipe
+
+
+def test_the_name_chooses_the_class_and_common_values_are_kept():
+    recipe = parse("lm --optim.name sgd --optim.momentum 0.9")
+    assert type(recipe.optim).__name__ == "SgdConfig"
+    assert (recipe.optim.peak_lr, recipe.optim.momentum) == (load_recipe("lm").optim.peak_lr, 0.9)
+    assert type(parse("mnist --optim.name RMSprop").optim).__name__ == "TorchOptimConfig"
+    assert parse("lm --optim.name muon --optim.beta1 0.8").optim.beta1 == 0.8
+
+
+def test_a_file_that_chose_another_optimizer_is_not_forgotten():
+    file = ({"optim": {"name": "sgd", "momentum": 0.9}}, Source("a.toml"))
+    assert apply(load_recipe("lm"), [file]).optim.momentum == 0.9
+    with pytest.raises(ConfigError, match=r"a.toml: optim.momentum is a setting of sgd, and the optimizer is adamw"):
+        apply(load_recipe("lm"), [file, (nested({"optim.name": Words(("adamw",))}), COMMAND_LINE)])
+
+
+def test_a_recipe_that_says_optimconfig_means_adamw():
+    assert type(table.own_class(OptimConfig(peak_lr=0.5))).__name__ == "AdamWConfig"
+    assert table.own_class(OptimConfig(peak_lr=0.5)).peak_lr == 0.5
+
+
+def test_every_optimizer_builds():
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    names = {name: type(table.build_optimizer(OptimConfig(name=name), model)).__name__ for name in table.OPTIMIZERS}
+    assert names == {"adamw": "AdamW", "sgd": "SGD", "muon": "Composite"}
+    with pytest.raises(ConfigError, match="there is no optimizer 'Adan'; did you mean"):
+        table.build_optimizer(OptimConfig(name="Adan"), model)
+    with pytest.raises(ConfigError, match=r"known are adamw, sgd, muon and the classes of torch\.optim"):
+        table.build_optimizer(OptimConfig(name="adamv"), model)
+
+
+def test_what_a_resumed_run_may_change():
+    free = changeable_settings(table_config("lm"))
+    assert {"log.every", "train.steps", "data.path", "model.compile", "optim.kernel", "comm.bucket_mib"} <= free
+    assert not {"train.seed", "optim.peak_lr", "model.num_layers", "train.precision", "comm.compression"} & free
+    assert {"eval.choices", "checkpoint.every", "health.noise_scale", "model.loss_chunk"} <= free
+
+
+def table_config(name):
+    recipe = load_recipe(name)
+    return dataclasses.replace(recipe, optim=table.own_class(recipe.optim))
+
+
+def limits():
+    for setting, (item, section) in all_settings().items():
+        for rule, limit in item.metadata.get("limits", {}).items():
+            yield pytest.param(section, item, rule, limit, id=f"{setting}-{rule}")
+
+
+@pytest.mark.parametrize(("section", "item", "rule", "limit"), list(limits()))
+def test_ranges_end_where_they_say(section, item, rule, limit):
+    is_whole = "int" in str(item.type)
+    step = 1 if is_whole else 1e-6 * max(1.0, abs(limit))
+    outside = {"above": limit, "below": limit, "minimum": limit - step, "maximum": limit + step}[rule]
+    inside = {"above": limit + step, "below": limit - step, "minimum": limit, "maximum": limit}[rule]
+    # The one field by itself: other rules of the section are not what is tested here.
+    kind = dataclasses.make_dataclass("One", [(item.name, item.type, dataclasses.field(**_copied(item)))], frozen=True)
+    for value, is_good in ((inside, True), (outside, False)):
+        value = int(value) if is_whole else float(value)
+        one = kind(**{item.name: value})
+        if is_good:
+            hvdtrain.settings.fields.check_range(dataclasses.fields(one)[0], item.name, value)
+        else:
+            with pytest.raises(ConfigError, match=rf"{item.name} = \S+ must (be|not be)"):
+                hvdtrain.settings.fields.check_range(dataclasses.fields(one)[0], item.name, value)
+
+
+def _copied(item):
+    return {"default": None, "metadata": item.metadata}
+
+
+class Choice(str, Enum):
+    COSINE = "cosine"
+
+
+def test_values_of_other_libraries_are_taken_for_what_they_are_or_refused():
+    config = Config(optim=OptimConfig(peak_lr=np.sqrt(1e-4), schedule=Choice.COSINE))
+    assert type(to_dict(config)["optim"]["peak_lr"]) is float
+    assert type(to_dict(config)["optim"]["schedule"]) is str
+    for wrong in ({"warmup_steps": np.int64(3)}, {"peak_lr": "0.1"}, {"warmup_steps": True}, {"peak_lr": math.nan}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} = "):
+            OptimConfig(**wrong)
+
+
+def test_flags_as_people_write_them():
+    recipe = parse("lm --train.steps=7 --health.no-memory-check --optim.peak_lr 1e-2 --eval.every none")
+    assert (recipe.train.steps, recipe.health.memory_check) == (7, False)
+    assert (recipe.optim.peak_lr, recipe.eval.every) == (0.01, None)
+    assert parse("lm --train.steps 5 --train.steps 6").train.steps == 6
+    options = cli.parse(["train", "lm", "--allow-config-change", "optim.peak-lr", "train.seed", "--dry-run"]).options
+    assert options.allow_config_change == ("optim.peak_lr", "train.seed")
+    prompts = cli.parse(["generate", "--run-dir", str(PACKAGE), "--prompt", "-1", "b", "--prompt=--c"]).options.prompt
+    assert prompts == ("-1", "b", "--c")
+
+
+@pytest.mark.parametrize("line", ["--help", "train lm --help", "train mnist --help", "plan lm -h", "generate --help"])
+def test_help_needs_no_torch_and_half_a_second(line):
+    code = (
+        "import sys, time; started = time.process_time(); from hvdtrain.cli import main; code = main(sys.argv[1:]);"
+        "print('TORCH' if 'torch' in sys.modules else 'none', time.process_time() - started); sys.exit(code)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, timeout=60)
+    wall = time.perf_counter() - started
+    last = done.stdout.splitlines()[-1].split()
+    assert done.returncode == 0, done.stderr
+    assert last[0] == "none"
+    assert float(last[1]) < 0.5, f"{wall:.2f} s on the clock"
+
+
+def test_help_says_range_and_default():
+    text = " ".join(cli.parse(["train", "lm", "--help"]).split())
+    assert "--optim.warmup-steps N Steps of linear warm-up from 0 to the peak. [at least 0; default: 50]" in text
+    assert "--comm.compression none|fp16" in text
+    assert "--eval.choices PATH" in text
+
+
+def test_help_into_a_pipe_that_closes():
+    command = f"{sys.executable} -m hvdtrain train lm --help | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("usage:")
+    assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
