@@ -58,7 +58,7 @@ def _means(
 
 
 def _totals(job: Job, model: nn.Module, part: Evaluation, batch: Batch, indices: Tensor) -> Tensor:
-    """Return the sums of `part.metrics` and the number of targets of a batch, float64 `(len(metrics) + 1,)`."""
+    """Return a batch's sums of `part.metrics` and its number of targets, float64 `(len(metrics) + 1,)`."""
     device, precision = job.world.device, job.config.train.precision
     batch = to_device(batch, device, precision)
     with autocast(precision, device):

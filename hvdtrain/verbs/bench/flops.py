@@ -21,7 +21,7 @@ PEAKS_16_BIT = {
     "V100": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
-if torch._C._has_mkldnn:
+if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _linear_flops(x_shape: torch.Size, weight_shape: torch.Size, *rest: object, **more: object) -> int:
