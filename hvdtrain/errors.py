@@ -6,6 +6,7 @@ HvdtrainError                 exit code 1, a run that failed
 │   ├── DataError             missing, empty or unreadable data
 │   ├── ResumeError           a run directory that does not fit this command
 │   └── LaunchError           ranks, devices or launcher that do not fit together
+├── WorkerError               a process that reads data has died or hangs
 ├── CheckpointError           a checkpoint that cannot be written or read
 ├── DivergedError             losses or gradients that are not finite, or ranks that are no longer equal
 └── StopRequested             exit code 75, stopped on request after saving: start the same command again
@@ -43,6 +44,10 @@ class ResumeError(UsageError):
 
 class LaunchError(UsageError):
     """Ranks, devices or launcher that do not fit together."""
+
+
+class WorkerError(HvdtrainError):
+    """A process that reads data has died or hangs."""
 
 
 class CheckpointError(HvdtrainError):

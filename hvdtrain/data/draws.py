@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,20 +44,36 @@ class Draws:
         """Return a new generator for the batch's sample number `i`."""
         return torch.Generator().manual_seed(self.seed_of(i))
 
-    @contextlib.contextmanager
-    def of_sample(self, i: int) -> Iterator[None]:
-        """Seed the generators of torch (on the CPU), numpy and Python for sample number `i`; put them back afterwards.
+    def seed_generators(self, i: int) -> None:
+        """Seed the generators of torch (on the CPU), numpy and Python for sample number `i`.
 
         They belong to the whole process: no other thread may draw meanwhile.
         """
         seed = self.seed_of(i)
-        before = torch.get_rng_state(), np.random.get_state(), random.getstate()
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        try:
-            yield
-        finally:
-            torch.set_rng_state(before[0])
-            np.random.set_state(before[1])
-            random.setstate(before[2])
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Put the generators of torch (on the CPU), numpy and Python back as they were."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])
+        random.setstate(before[2])
+
+
+def random_state() -> tuple[Tensor, Any, Any]:
+    """Return the state of the generators of torch (on the CPU), numpy and Python."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def is_same_state(one: tuple[Tensor, Any, Any], other: tuple[Tensor, Any, Any]) -> bool:
+    """Tell whether nothing was drawn between two states."""
+    (kind, key, *rest), (other_kind, other_key, *other_rest) = one[1], other[1]
+    is_same_numpy = kind == other_kind and rest == other_rest and np.array_equal(key, other_key)
+    return torch.equal(one[0], other[0]) and is_same_numpy and one[2] == other[2]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-import queue
-import threading
-import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.draws import Draws
-
-Batch = tuple[Tensor, ...]
+from hvdtrain.data.nested import map_tensors
+from hvdtrain.data.readers import BatchSource, Inline, Reader, Request, Threaded, says_it_reads_ahead
+from hvdtrain.data.workers import WorkerPool
 
 _Place = tuple[int, int]
 """A step and the number of a micro-batch in it."""
@@ -43,11 +39,32 @@ class Order(Protocol):
         ...
 
 
-class Loader:
-    """Reads a rank's micro-batches in their order.
+@dataclass(frozen=True)
+class Reading:
+    """By whom batches are read, and how far ahead."""
 
-    Where the data says that its `batch` may be called by another thread (`Dataset.reads_ahead`), a thread reads those
-    that follow. It ends with `close`, or with the loader.
+    workers: int = 0
+    """Processes of each rank."""
+    ahead: int | None = None
+    """Batches beyond the one that is needed. None: two a process, or one where a thread reads."""
+    patience_s: float = 150.0
+    """A worker that takes longer for a batch is taken to hang."""
+
+    def reader_of(self, data: Dataset, owner: str) -> Reader:
+        """Return what reads `data`."""
+        if self.workers and not getattr(data, "is_sequential", False):
+            depth = 2 * self.workers if self.ahead is None else self.ahead
+            return WorkerPool(data, self.workers, depth, owner, self.patience_s)
+        depth = 1 if self.ahead is None else self.ahead
+        return Threaded(BatchSource(data), depth) if depth and says_it_reads_ahead(data) else Inline(BatchSource(data))
+
+
+class Loader:
+    """Reads a rank's micro-batches in their order, those that follow while the present one is computed.
+
+    Who reads them: processes, where there are to be some (`workers`); else a thread, where the data says that its
+    `batch` may be called by another thread (`Dataset.reads_ahead`); else the caller, when it needs them. They end with
+    `close`, or with the loader.
 
     Args:
         data: what is read.
@@ -55,7 +72,7 @@ class Loader:
         rank: whose part of them.
         in_step: every rank has equally many micro-batches, empty ones if need be.
         pin_memory: put batches into page-locked memory, from which a GPU copies while it computes.
-        depth: how many micro-batches are read ahead.
+        reading: by whom, and how far ahead.
     """
 
     def __init__(
@@ -66,14 +83,11 @@ class Loader:
         *,
         in_step: bool = False,
         pin_memory: bool = False,
-        depth: int = 1,
+        reading: Reading = Reading(),
     ) -> None:
-        self._data, self._order, self._rank, self._in_step = data, order, rank, in_step
-        self._pin_memory, self._depth = pin_memory, depth
-        self._takes_draws = "draws" in inspect.signature(data.batch).parameters
-        self._thread = _Thread() if depth and _may_read_ahead(data) else None
-        self._end = weakref.finalize(self, self._thread.end) if self._thread else None
-        self._ahead: deque[tuple[_Place, Callable[[], Batch]]] = deque()
+        self._order, self._rank, self._in_step, self._pin_memory = order, rank, in_step, pin_memory
+        self._reader = reading.reader_of(data, f"rank {rank}")
+        self._ahead: deque[tuple[_Place, Callable[[], Any]]] = deque()
         self._known: tuple[int, list[Tensor]] = (-1, [])
 
     def __enter__(self) -> Loader:
@@ -83,35 +97,38 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Let the thread end, after what it is reading; whatever is read afterwards is not read ahead."""
+        """End the thread, as soon as it has read what it is reading, and the processes at once."""
         self._ahead.clear()
-        self._thread = None
-        if self._end is not None:
-            self._end()
+        self._reader.close()
 
-    def read(self, step: int, place: int) -> Batch:
+    def read(self, step: int, place: int) -> Any:
         """Return micro-batch number `place` of the step that follows `step` completed ones, on the CPU.
 
         Micro-batches may be asked for in any order; those that are asked for in turn have been read ahead.
 
         Raises:
-            Exception: whatever the data raises, here and not in the other thread.
+            WorkerError: a process that reads has died or hangs.
+            Exception: whatever the data raises, here and not where it is read.
         """
         wanted = (step, place)
         if self._ahead and self._ahead[0][0] != wanted:
             self._ahead.clear()
-        batch = self._ahead.popleft()[1]() if self._ahead else self._load(wanted)
-        self._read_ahead(wanted)
-        return batch
+        if not self._ahead:
+            self._start(wanted)
+        self._read_ahead()
+        batch = self._ahead.popleft()[1]()
+        return map_tensors(Tensor.pin_memory, batch) if self._pin_memory else batch
 
-    def _read_ahead(self, present: _Place) -> None:
-        """Have the thread read what follows, up to `depth` micro-batches."""
-        if self._thread is None:
-            return
-        last = self._ahead[-1][0] if self._ahead else present
-        while len(self._ahead) < self._depth and (following := self._after(last)) is not None:
-            self._ahead.append((following, self._thread.start_call(partial(self._fetch, *self._request(following)))))
-            last = following
+    def _start(self, place: _Place) -> None:
+        step, number = place
+        samples = self._batches(step)[number]
+        request = Request(samples, Draws(self._order.seed, self._order.epoch(step), samples))
+        self._ahead.append((place, self._reader.start(request)))
+
+    def _read_ahead(self) -> None:
+        """Start to read what follows the batch that is needed, as many as the reader has room for."""
+        while len(self._ahead) <= self._reader.depth and (following := self._after(self._ahead[-1][0])) is not None:
+            self._start(following)
 
     def _after(self, place: _Place) -> _Place | None:
         """Return the micro-batch after this one; None at the end of the order."""
@@ -125,59 +142,3 @@ class Loader:
         if self._known[0] != step:
             self._known = step, self._order.batches(step, self._rank, self._in_step)
         return self._known[1]
-
-    def _request(self, place: _Place) -> tuple[Tensor, Draws]:
-        """Return what a micro-batch holds, and what its samples draw."""
-        step, number = place
-        samples = self._batches(step)[number]
-        return samples, Draws(self._order.seed, self._order.epoch(step), samples)
-
-    def _load(self, place: _Place) -> Batch:
-        return self._fetch(*self._request(place))
-
-    def _fetch(self, samples: Tensor, draws: Draws) -> Batch:
-        read: Callable[..., Batch] = self._data.batch
-        batch = read(samples, draws=draws) if self._takes_draws else read(samples)
-        return tuple(tensor.pin_memory() for tensor in batch) if self._pin_memory else batch
-
-
-def _may_read_ahead(data: Dataset) -> bool:
-    """Return whether the class that defines the data's `batch` says so: what a subclass does instead, nobody knows."""
-    owner = next(kind for kind in type(data).__mro__ if "batch" in vars(kind))
-    return bool(vars(owner).get("reads_ahead", False))
-
-
-class _Thread:
-    """One thread that makes calls in turn. It ends when asked to, or with the process, also while a call hangs."""
-
-    def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._calls,), name="hvdtrain-data", daemon=True).start()
-
-    def start_call(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """Have `call` made; returns a function that waits for its answer, or raises what it raised."""
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._calls.put((call, answers))
-
-        def wait() -> Any:
-            answer, error = answers.get()
-            if error is not None:
-                raise error
-            return answer
-
-        return wait
-
-    def end(self) -> None:
-        """Let the thread end after the calls that were started."""
-        self._calls.put(None)
-
-
-def _work(calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None]) -> None:
-    torch.set_num_threads(1)
-    while (job := calls.get()) is not None:
-        call, answers = job
-        try:
-            answers.put((call(), None))
-        except BaseException as error:
-            answers.put((None, error))
-        del job, call, answers  # or the last batch stays in memory while the thread waits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -80,7 +82,7 @@ def standard_library() -> list[Document]:
     """Return the source code of the running Python's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return [document for document in _below(root, "*.py") if not left_out & set(Path(document.name).parts[:-1])]
+    return [document for document in _below(root, ".py") if not left_out & set(Path(document.name).parts[:-1])]
 
 
 def find_documents(path: str) -> list[Document]:
@@ -93,7 +95,7 @@ def find_documents(path: str) -> list[Document]:
     if place.is_file():
         return [Document(place.name, place)]
     if place.is_dir():
-        found = _below(place, "*")
+        found = _below(place)
         if not found:
             raise DataError(
                 f"the directory {path} holds no files: --data.path takes a text file, a directory or a glob"
@@ -138,13 +140,22 @@ def check_single_file(document: Document) -> None:
         pass
 
 
-def _below(root: Path, pattern: str) -> list[Document]:
-    files = (path for path in root.rglob(pattern) if path.is_file())
-    found = [Document(path.relative_to(root).as_posix(), path) for path in files]
-    return sorted(
-        (item for item in found if not any(part.startswith(".") for part in item.name.split("/"))),
-        key=lambda item: item.name,
-    )
+def _below(root: Path, suffix: str = "") -> list[Document]:
+    """Return the files in a directory and those below it, sorted by name; hidden ones are left out."""
+    found = [Document(name, root / name) for name in _names(str(root), "") if name.endswith(suffix)]
+    return sorted(found, key=lambda document: document.name)
+
+
+def _names(folder: str, prefix: str) -> Iterator[str]:
+    """Yield the paths of files below `folder`; a directory that may not be read has none."""
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _names(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield f"{prefix}{entry.name}"
 
 
 def _common(paths: list[Path]) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def _usable(config: CorpusConfig, path: str | None, say: Callable[[str], None]) 
         if len(documents) == 1:
             check_single_file(documents[0])
         raise DataError(f"{path} holds no UTF-8 text: its files are empty, or something else")
-    left_out = sum(document.path.stat().st_size > 0 for document in documents) - len(usable)
+    left_out = sum(document.path.stat().st_size > 0 for document, found in hashes.items() if not found)
     if left_out and path:
         say(f"left out {left_out} of {len(documents)} files of {path}: they are not UTF-8 text")
     return usable

@@ -1,0 +1,172 @@
+"""Streams: data that comes one sample after another, such as torch's `IterableDataset`, resumed where it was left.
+
+Every rank runs through the whole stream and keeps its part of each global batch, so what a step sees depends neither on
+the number of ranks nor on the stream's cooperation. A stream that ends begins again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvdtrain.data.draws import Draws, kept_random_state
+from hvdtrain.errors import DataError
+
+ENDLESS = 1 << 48
+"""Number of samples of a stream that does not say how many it has."""
+# So many batches may be read ahead of the step whose state is saved.
+_SNAPSHOTS = 256
+_PLAIN = (bool, int, float, str, bytes, Tensor, type(None))
+
+
+@dataclass
+class _Place:
+    """How far a stream has been read."""
+
+    position: int = 0
+    """Samples that came so far, over all passes."""
+    passes: int = 0
+    """Passes that have ended."""
+    pass_began: int = 0
+    """Position at which the present pass began."""
+    stream: Any = None
+    """What the stream's `state_dict` returned; None where it has none."""
+
+
+class StreamSamples:
+    """A `Dataset` of what an iterable yields: sample i is the one that comes after i others.
+
+    What the next sample draws by torch (on the CPU), numpy or Python is a function of (seed, its number).
+
+    Args:
+        stream: can be iterated, alike on every rank and every time. Where it has `state_dict` and `load_state_dict`, a
+            resumed run takes its state back; else as many samples as were seen are read and dropped. Where it has
+            `set_epoch`, that is called with the number of each pass.
+        collate: makes a batch of a list of samples.
+    """
+
+    is_sequential = True
+
+    def __init__(self, stream: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.stream = stream
+        self._collate = collate
+        self._samples: Iterator[Any] | None = None
+        self._place = _Place()
+        self._snapshots: deque[_Place] = deque(maxlen=_SNAPSHOTS)
+
+    def __len__(self) -> int:
+        return len(self.stream) if hasattr(self.stream, "__len__") else ENDLESS
+
+    def batch(self, indices: Tensor, draws: Draws | None = None) -> Any:
+        """Return the collated samples `indices`, int64 `(n,)`, ascending; only those that follow are quick to reach.
+
+        Raises:
+            DataError: the stream is empty, or ends elsewhere than it says.
+        """
+        if len(indices) == 0:
+            raise DataError(
+                "a rank has no samples in a short batch, and layers that work over all ranks need some: give the stream"
+                " no length, or one that is a multiple of the global batch"
+            )
+        draws = draws or Draws(0, 0, indices)
+        with kept_random_state():
+            self._reach(draws.epoch * len(self) + int(indices[0]), draws.seed)
+            self._note_place()
+            samples = []
+            for index in indices.tolist():
+                self._reach(draws.epoch * len(self) + index, draws.seed)
+                samples.append(self._next(draws.seed))
+            return self._collate(samples)
+
+    def num_targets(self, indices: Tensor) -> int:
+        """Return what the stream itself counts, by a method of this name; else one a sample."""
+        count = getattr(self.stream, "num_targets", None)
+        return len(indices) if count is None else int(count(indices))
+
+    def state_at(self, position: int) -> dict[str, Any]:
+        """Return what `go_on` needs to begin with the sample that comes after `position` others.
+
+        Raises:
+            DataError: the stream's own state is nothing that a checkpoint can hold.
+        """
+        known = [place for place in self._snapshots if place.position <= position]
+        place = known[-1] if known and known[-1].stream is not None else _Place()
+        _check_plain(place.stream, type(self.stream).__name__)
+        return dict(vars(place))
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Take up a state that `state_at` returned."""
+        self._place = _Place(**state)
+        self._snapshots.clear()
+        if self._place.stream is not None:
+            self.stream.load_state_dict(copy.deepcopy(self._place.stream))
+            self._samples = iter(self.stream)
+
+    def _note_place(self) -> None:
+        own = copy.deepcopy(self.stream.state_dict()) if hasattr(self.stream, "state_dict") else None
+        place = self._place
+        self._snapshots.append(_Place(place.position, place.passes, place.pass_began, own))
+
+    def _reach(self, position: int, seed: int) -> None:
+        """Read and drop what comes before the sample that follows `position` others."""
+        if position < self._place.position:
+            self._place, self._samples = _Place(), None
+            self._snapshots.clear()
+        while self._place.position < position:
+            self._next(seed)
+
+    def _next(self, seed: int) -> Any:
+        """Return the next sample, from the next pass if this one has ended."""
+        place = self._place
+        Draws(seed, 0, torch.tensor([place.position])).seed_generators(0)
+        if self._samples is None:
+            self._samples = self._begin()
+        if place.position - place.pass_began == len(self):
+            self._end_pass()
+        try:
+            sample = next(self._samples)
+        except StopIteration:
+            self._check_end()
+            self._end_pass()
+            sample = next(self._samples)
+        place.position += 1
+        return sample
+
+    def _begin(self) -> Iterator[Any]:
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(self._place.passes)
+        return iter(self.stream)
+
+    def _end_pass(self) -> None:
+        self._place.passes += 1
+        self._place.pass_began = self._place.position
+        self._samples = self._begin()
+
+    def _check_end(self) -> None:
+        came = self._place.position - self._place.pass_began
+        if came == 0 or len(self) != ENDLESS:
+            says = f", but its length is {len(self)}" if len(self) != ENDLESS else ""
+            raise DataError(f"the stream {type(self.stream).__name__} has ended after {came} samples{says}")
+
+
+def _check_plain(state: Any, name: str) -> None:
+    """Raise DataError where a stream's state holds what a checkpoint cannot."""
+    if isinstance(state, dict):
+        values = [*state.keys(), *state.values()]
+    elif isinstance(state, (list, tuple)):
+        values = list(state)
+    elif type(state) in _PLAIN:
+        return
+    else:
+        raise DataError(
+            f"state_dict() of the stream {name} holds a {type(state).__module__}.{type(state).__qualname__}, which no"
+            " checkpoint can hold: return numbers, text, tensors, and lists and dictionaries of them"
+        )
+    for value in values:
+        _check_plain(value, name)

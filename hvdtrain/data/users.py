@@ -1,0 +1,98 @@
+"""Users' own data: map-style data sets of torch, read sample by sample and collated into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from hvdtrain.data.dataset import Dataset
+from hvdtrain.data.draws import Draws, kept_random_state
+from hvdtrain.data.nested import map_tensors
+from hvdtrain.data.stream import StreamSamples
+from hvdtrain.errors import DataError
+
+Collate = Callable[[list[Any]], Any]
+
+
+class MapSamples:
+    """A `Dataset` of whatever has `__getitem__` and `__len__`, such as torch's map-style data sets.
+
+    What a sample draws by torch (on the CPU), numpy or Python is a function of (seed, epoch, sample): random transforms
+    work as they are, alike on any number of ranks and workers.
+
+    Args:
+        samples: returns sample i for an index i.
+        collate: makes a batch of a list of samples; None for torch's `default_collate`.
+    """
+
+    def __init__(self, samples: Any, collate: Collate | None = None) -> None:
+        self.samples = samples
+        self._collate = collate or default_collate
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, indices: Tensor, draws: Draws | None = None) -> Any:
+        """Return the collated samples `indices`, int64 `(n,)`; with n = 0, a batch of the usual form without samples.
+
+        Raises:
+            DataError: the samples make no batch.
+        """
+        draws = draws or Draws(0, 0, indices)
+        if len(indices) == 0:
+            first = torch.zeros(1, dtype=torch.int64)
+            whole = self.batch(first, Draws(draws.seed, draws.epoch, first))
+            return map_tensors(lambda tensor: tensor[:0], whole)
+        samples = []
+        with kept_random_state():
+            for i, index in enumerate(indices.tolist()):
+                draws.seed_generators(i)
+                samples.append(self.samples[index])
+            return self._collated(samples)
+
+    def num_targets(self, indices: Tensor) -> int:
+        """Return what the data set itself counts, by a method of this name; else one a sample."""
+        count = getattr(self.samples, "num_targets", None)
+        return len(indices) if count is None else int(count(indices))
+
+    def _collated(self, samples: list[Any]) -> Any:
+        try:
+            return self._collate(samples)
+        except (TypeError, RuntimeError) as error:
+            if self._collate is not default_collate:
+                raise
+            kind = f"{type(self.samples).__module__}.{type(self.samples).__qualname__}"
+            raise DataError(
+                f"torch's default_collate makes no batch of the samples of {kind} ({str(error).splitlines()[0]}):"
+                " give Task(collate=...) a function that makes a batch of a list of samples, such as one that pads them"
+            ) from error
+
+
+def as_dataset(data: Any, collate: Collate | None = None) -> Dataset:
+    """Return users' data as a `Dataset`: hvdtrain's own as they are, torch's and other sequences adapted.
+
+    Raises:
+        DataError: it is nothing that can be read.
+    """
+    if isinstance(data, DataLoader):
+        raise DataError(
+            "a DataLoader decides itself which samples a batch holds: give the data set that it reads"
+            " (train_data=loader.dataset, collate=loader.collate_fn); ranks, order and workers are hvdtrain's"
+        )
+    if hasattr(data, "batch") and hasattr(data, "num_targets"):
+        if collate is not None:
+            raise DataError(f"{type(data).__name__} makes its batches itself: leave Task(collate=...) out")
+        dataset: Dataset = data
+        return dataset
+    if isinstance(data, IterableDataset) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
+        return StreamSamples(data, collate or default_collate)
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return MapSamples(data, collate)
+    raise DataError(
+        f"{type(data).__name__} cannot be read as data: give a map-style data set (__getitem__ and __len__), one that"
+        " can be iterated, or hvdtrain's own kind (batch, num_targets and __len__)"
+    )
