@@ -52,7 +52,7 @@ several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]"""
 
 # Verb -> module and function that runs it, and what it is asked besides a recipe's settings.
 _VERBS: dict[str, tuple[str, str, type[RecipeOptions]]] = {
-    "train": ("hvdtrain.verbs.train", "train", TrainOptions),
+    "train": ("hvdtrain.verbs.train", "answer", TrainOptions),
     "verify": ("hvdtrain.verbs.verify", "verify", VerifyOptions),
     "bench": ("hvdtrain.verbs.bench", "bench", BenchOptions),
     "plan": ("hvdtrain.verbs.plan", "plan", PlanOptions),
@@ -166,8 +166,11 @@ def _parse_recipe(verb: str, name: str, recipe: Recipe, flags: list[str]) -> Inv
     import tyro
 
     file = _config_file(flags)
-    values = _read_toml(file) if file else {}
-    recipe = merge(_leave_batch_open(recipe, values, flags), values, str(file))
+    from hvdtrain.verbs.given import leave_batch_open, names_in_train, read_toml
+
+    values = read_toml(file) if file else {}
+    in_flags = {flag.split("=")[0].removeprefix("--train.") for flag in flags}
+    recipe = merge(leave_batch_open(recipe, names_in_train(values) | in_flags), values, str(file))
     *_, options = _VERBS[verb]
     hints = get_type_hints(options)
     # tyro reads the docstrings of `options`; the recipe's sections become flags beside its own.
@@ -220,15 +223,6 @@ def _stray(word: str) -> str:
     return f"'{word}' belongs to no flag: settings are written --section.setting VALUE"
 
 
-def _leave_batch_open(recipe: Recipe, values: dict[str, Any], flags: list[str]) -> Recipe:
-    """Drop the recipe's own global batch size where the user gives the two settings that fix it."""
-    given = set(values.get("train", {})) | {flag.split("=")[0].removeprefix("--train.") for flag in flags}
-    given = {name.replace("-", "_") for name in given}
-    if {"micro_batch_size", "accum_steps"} <= given and "global_batch_size" not in given:
-        return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, global_batch_size=None))
-    return recipe
-
-
 def _config_file(flags: list[str]) -> Path | None:
     """Return the value of --config: its settings are the defaults that the other flags change."""
     for i, flag in enumerate(flags):
@@ -237,19 +231,6 @@ def _config_file(flags: list[str]) -> Path | None:
         if flag.startswith("--config="):
             return Path(flag.removeprefix("--config="))
     return None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
 def _toml(recipe: Recipe) -> str:

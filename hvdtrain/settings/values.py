@@ -74,6 +74,8 @@ def nearest(word: str, known: typing.Iterable[str], prefix: str = "") -> str:
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Check a plain value against a field's type; an int serves as a float, a string as a path."""
     origin = typing.get_origin(hint)
+    if value is None and types.NoneType in typing.get_args(hint):
+        return None
     if origin in (typing.Union, types.UnionType):
         kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
         return _convert(value, kinds[0], where)

@@ -9,6 +9,7 @@ from hvdtrain.data.order import SampleOrder
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.schedule import check_schedule, lr_factor
 from hvdtrain.rundir.checkpoint import Manifest
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
 from hvdtrain.trainer.task import Task
@@ -22,7 +23,7 @@ class Job:
     task: Task
     config: Config
     world: World
-    run_dir: Path
+    run: RunDirectory
     log: MetricLog
     plan: BatchPlan
     order: SampleOrder
@@ -30,6 +31,11 @@ class Job:
     """Optimizer steps of the whole run."""
     allowed_changes: tuple[str, ...] = ()
     """Settings that may differ from those of the checkpoint that the run goes on from."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Return the path of the run's directory."""
+        return self.run.path
 
     @property
     def lr_factor(self) -> float:
@@ -68,7 +74,7 @@ def settle(
             raise ConfigError("give --train.steps or --train.epochs")
         num_steps = max(1, round(config.train.epochs * order.steps_per_epoch))
     check_schedule(config.optim, num_steps)
-    return Job(task, config, world, run_dir, log, plan, order, num_steps, allowed_changes)
+    return Job(task, config, world, RunDirectory(run_dir), log, plan, order, num_steps, allowed_changes)
 
 
 def _plan(config: Config, world_size: int, before: Manifest | None) -> BatchPlan:

@@ -8,6 +8,7 @@ and every collective is reached by every rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,12 @@ from hvdtrain.data.dataset import contiguous_share, in_batches
 from hvdtrain.errors import StopRequested
 from hvdtrain.optim.noise import Norms, agreement, estimate
 from hvdtrain.process.stop import StopRequest
-from hvdtrain.rundir.log import Stopwatch
 from hvdtrain.settings import Precision
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, model_tensors, start_training
+from hvdtrain.trainer.stopwatch import Stopwatch
 from hvdtrain.trainer.task import Batch, Evaluation
 from hvdtrain.trainer.update import hear, update
 
@@ -38,8 +39,10 @@ class _Run:
     request: StopRequest
 
 
-def fit(job: Job) -> dict[str, float]:
+def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Train to the last step, from `run_dir`'s newest checkpoint on, and return the last evaluation. Collective.
+
+    `begin` is called on every rank when nothing is refused any more, before the first step.
 
     Raises:
         UsageError: on all ranks alike, before the first step: settings, data and checkpoint do not fit together.
@@ -50,6 +53,7 @@ def fit(job: Job) -> dict[str, float]:
     """
     training = start_training(job)
     stopwatch, evaluated = Stopwatch(training.step), {}
+    begin()
     job.log.begin(training.step, job.num_steps)
     if training.step >= job.num_steps and not training.is_evaluation_due:
         job.log.say(f"this run has finished before, at step {training.step}")

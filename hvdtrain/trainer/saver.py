@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
-from hvdtrain.rundir.checkpoint import Retention, model_weights, save_checkpoint
+from hvdtrain.rundir.checkpoint import Manifest, model_weights
+from hvdtrain.rundir.checkpoints import Retention
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training, training_state
 from hvdtrain.trainer.update import hear
@@ -46,15 +47,18 @@ class Saver:
         if self._job.world.rank == 0:
             self._wait()
             config = self._job.config.checkpoint
+            manifest = Manifest(
+                step=training.step,
+                samples=self._job.order.samples_before(training.step),
+                world_size=self._job.world.size,
+                global_batch_size=self._job.plan.global_batch_size,
+                micro_batch_size=self._job.plan.micro_batch_size,
+                val_loss=evaluated.get("val/loss"),
+            )
             arguments = {
+                "manifest": manifest,
                 "weights": _to_host(model_weights(training.model)),
                 "state": _to_host(training_state(self._job, training, windows)),
-                "step": training.step,
-                "samples": self._job.order.samples_before(training.step),
-                "world_size": self._job.world.size,
-                "global_batch_size": self._job.plan.global_batch_size,
-                "micro_batch_size": self._job.plan.micro_batch_size,
-                "val_loss": evaluated.get("val/loss"),
                 "retention": Retention(config.keep_last, config.keep_every),
             }
             self._thread = threading.Thread(target=self._write, args=(arguments,), name="hvdtrain-save")
@@ -105,7 +109,7 @@ class Saver:
     def _write(self, arguments: dict[str, Any]) -> None:
         self._error = None
         try:
-            save_checkpoint(self._job.run_dir, **arguments)
+            self._job.run.checkpoints.save(**arguments)
         except CheckpointError as error:
             self._error = str(error)
             self._num_failed += 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ResumeError
 from hvdtrain.optim.build import build_optimizer
-from hvdtrain.rundir.checkpoint import load_model_weights, load_newest
+from hvdtrain.rundir.checkpoint import load_model_weights
 from hvdtrain.settings import to_dict
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.job import Job
@@ -149,7 +149,7 @@ def training_state(job: Job, training: Training, windows: Tensor) -> dict[str, A
 
 def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
     """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
-    checkpoint = load_newest(job.run_dir, job.log.say)
+    checkpoint = job.run.checkpoints.load_newest(job.log.say)
     if checkpoint is None:
         return None
     _check_fits(job, checkpoint.state)
@@ -171,7 +171,7 @@ def _check_fits(job: Job, state: dict[str, Any]) -> None:
     if problems:
         raise ResumeError(
             f"{job.run_dir} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"
-            f" (--config {job.run_dir / 'config.toml'}), choose another --run-dir, or allow a change of what is not"
+            f" (--config {job.run.config}), choose another --run-dir, or allow a change of what is not"
             " the batch or the model with --allow-config-change SECTION.SETTING"
         )
 

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import DivergedError
 from hvdtrain.process.launch import Launch
-from hvdtrain.rundir.log import MetricLog, Stopwatch
+from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
 from hvdtrain.trainer.loop import window_metrics
 from hvdtrain.trainer.state import model_tensors, start_training
+from hvdtrain.trainer.stopwatch import Stopwatch
 from hvdtrain.world import SoloWorld
 
 ADAMW, LOOP, SGD = OptimConfig(), OptimConfig(kernel="loop"), OptimConfig(name="sgd")

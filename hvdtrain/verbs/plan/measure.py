@@ -18,6 +18,7 @@ from hvdtrain.data.order import SampleOrder
 from hvdtrain.optim.noise import Norms
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Phase, Progress
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan
 from hvdtrain.trainer import Job, Recipe, Task, train_step
@@ -78,7 +79,7 @@ def own_job(recipe: Recipe, task: Task, device: torch.device, micro_batch_size: 
     plan = BatchPlan(micro_batch_size, micro_batch_size, 1, 1)
     task = dataclasses.replace(task, model=copy.deepcopy(task.model))
     order = SampleOrder(len(task.train_data), plan, recipe.train.seed)
-    job = Job(task, recipe, world, _NO_RUN, MetricLog(None, []), plan, order, num_steps=1_000_000)
+    job = Job(task, recipe, world, RunDirectory(_NO_RUN), MetricLog(None, []), plan, order, num_steps=1_000_000)
     return job, start_training(job)
 
 

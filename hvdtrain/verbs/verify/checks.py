@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.errors import DivergedError
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer.loop import forward_sums, train_step
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import replicated_tensors, start_training
@@ -246,13 +247,13 @@ def check_resume(nature: Nature) -> tuple[list[Row], Run]:
     own, name = nature.own, "save, load, go on = not stopping"
     whole = own.together()
     job = own.job(own.world)
-    job = dataclasses.replace(job, run_dir=own.folder / "resume")
+    job = dataclasses.replace(job, run=RunDirectory(own.folder / "resume"))
     training = start_training(job)
     train_step(job, training)
     with Saver(job) as saver:
         saver.save(training, {})
         saver.finish()
-    job = dataclasses.replace(own.job(own.world), run_dir=own.folder / "resume")
+    job = dataclasses.replace(own.job(own.world), run=RunDirectory(own.folder / "resume"))
     resumed = start_training(job)
     for _ in range(resumed.step, own.steps):
         train_step(job, resumed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Precision
 from hvdtrain.trainer import Job, Recipe, Task
@@ -90,7 +91,9 @@ class Trial:
         order = order or SampleOrder(few, self.plan, train.seed)
         order = dataclasses.replace(order, num_samples=few)
         log = MetricLog(None, [])
-        return Job(task, config, world, self.folder / "trial", log, self.plan, order, num_steps=10 * self.steps)
+        return Job(
+            task, config, world, RunDirectory(self.folder / "trial"), log, self.plan, order, num_steps=10 * self.steps
+        )
 
     def together(self, precision: Precision | None = None) -> Run:
         """Train on all ranks. Collective."""
