@@ -30,7 +30,8 @@ import machine  # noqa: E402
 import hvdtrain  # noqa: E402
 from hvdtrain.models.config import DecoderConfig  # noqa: E402
 from hvdtrain.recipes.lm import StreamConfig, lm  # noqa: E402
-from hvdtrain.rundir.checkpoint import list_checkpoints  # noqa: E402
+from hvdtrain.rundir.checkpoints import Checkpoints  # noqa: E402
+from hvdtrain.rundir.directory import RunDirectory  # noqa: E402
 from hvdtrain.rundir.log import MetricLog  # noqa: E402
 from hvdtrain.settings import CheckpointConfig, TrainConfig  # noqa: E402
 from hvdtrain.trainer import settle, train_step  # noqa: E402
@@ -52,7 +53,7 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
         checkpoint=CheckpointConfig(keep_last=1),
     )
     task = recipe.build(lambda text: None)
-    job = settle(task, recipe, world, folder, MetricLog(None, []))
+    job = settle(task, recipe, world, RunDirectory(folder), MetricLog(None, []))
     training = start_training(job)
     stalls: dict[str, list[float]] = {mode: [] for mode in MODES}
     blocks: dict[str, list[float]] = {mode: [] for mode in MODES}
@@ -77,7 +78,8 @@ def measure(given: argparse.Namespace, folder: Path) -> str:
                     stalls[mode].append(stall)
                 saver.finish()
     plain = statistics.median(blocks["no save"])
-    size = sum(file.stat().st_size for file in list_checkpoints(folder)[-1].iterdir()) if world.rank == 0 else 0
+    saved = Checkpoints(folder / "checkpoints").by_step() if world.rank == 0 else {}
+    size = sum(file.stat().st_size for file in saved[max(saved)].iterdir()) if saved else 0
     rows = []
     for mode in MODES[1:]:
         longer = [100 * (block / none - 1) for block, none in zip(blocks[mode], blocks["no save"], strict=True)]

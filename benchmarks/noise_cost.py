@@ -27,6 +27,7 @@ import machine  # noqa: E402
 
 import hvdtrain  # noqa: E402
 from hvdtrain.recipes.lm import lm  # noqa: E402
+from hvdtrain.rundir.directory import RunDirectory  # noqa: E402
 from hvdtrain.rundir.log import MetricLog  # noqa: E402
 from hvdtrain.trainer import settle, train_step  # noqa: E402
 from hvdtrain.trainer.state import start_training  # noqa: E402
@@ -54,7 +55,7 @@ def main() -> None:
             health = dataclasses.replace(recipe.health, noise_scale=is_measured)
             config = dataclasses.replace(recipe, health=health)
             task = config.build(lambda text: None)
-            job = settle(task, config, world, run_dir, MetricLog(None, []))
+            job = settle(task, config, world, RunDirectory(run_dir), MetricLog(None, []))
             trainings.append((job, start_training(job)))
         turns: tuple[list[float], list[float]] = ([], [])
         for turn in range(given.turns + 1):  # the first is a warm-up

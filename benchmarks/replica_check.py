@@ -25,6 +25,7 @@ import machine  # noqa: E402
 
 import hvdtrain  # noqa: E402
 from hvdtrain.recipes.lm import lm  # noqa: E402
+from hvdtrain.rundir.directory import RunDirectory  # noqa: E402
 from hvdtrain.rundir.log import MetricLog  # noqa: E402
 from hvdtrain.trainer import settle, train_step  # noqa: E402
 from hvdtrain.trainer.state import start_training  # noqa: E402
@@ -42,7 +43,9 @@ def main() -> None:
     task = recipe.build(lambda text: None)
     steps, checks = [], []
     with tempfile.TemporaryDirectory() as folder:
-        job = settle(task, recipe, world, world.broadcast_object(Path(folder), "folder"), MetricLog(None, []))
+        job = settle(
+            task, recipe, world, RunDirectory(world.broadcast_object(Path(folder), "folder")), MetricLog(None, [])
+        )
         training = start_training(job)
         for repeat in range(given.repeats + 1):  # the first is a warm-up
             for _ in range(5):

@@ -3,7 +3,8 @@
     python -m hvdtrain                                train a small language model, one process
     horovodrun -np 4 python -m hvdtrain               the same on four ranks
 
-In a program of your own: `world = hvdtrain.init()`, then `world.wrap(optimizer, model)`.
+In a program of your own: `hvdtrain.train("lm", train={"steps": 100})` trains a recipe and returns its metrics;
+for your own loop, `world = hvdtrain.init()`, then `world.wrap(optimizer, model)`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hvdtrain.data.dataset import Dataset, TensorSamples
-    from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
+    from hvdtrain.errors import (
+        CheckpointError,
+        ConfigError,
+        DivergedError,
+        HvdtrainError,
+        StopRequested,
+        UsageError,
+    )  # fmt: skip
     from hvdtrain.optim.adamw import AdamWConfig
     from hvdtrain.optim.muon import MuonConfig
     from hvdtrain.optim.sgd import SgdConfig
@@ -33,6 +41,7 @@ if TYPE_CHECKING:
         setting,
     )  # fmt: skip
     from hvdtrain.trainer import Recipe, Task
+    from hvdtrain.verbs.train import TrainResult, train
     from hvdtrain.world import World, init
 
 # Imported on first use: the command line must set the number of threads before torch starts.
@@ -46,17 +55,22 @@ _HOMES = {
     "hvdtrain.optim.sgd": ("SgdConfig",),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
     "hvdtrain.world": ("World", "init"),
-    "hvdtrain.errors": ("ConfigError", "HvdtrainError", "UsageError"),
+    "hvdtrain.errors": (
+        "CheckpointError", "ConfigError", "DivergedError", "HvdtrainError", "StopRequested", "UsageError",
+    ),
     "hvdtrain.trainer": ("Recipe", "Task"),
+    "hvdtrain.verbs.train": ("TrainResult", "train"),
 }  # fmt: skip
 
 __all__ = [
     "AdamWConfig",
     "CheckpointConfig",
+    "CheckpointError",
     "CommConfig",
     "Config",
     "ConfigError",
     "Dataset",
+    "DivergedError",
     "EvalConfig",
     "HealthConfig",
     "HvdtrainError",
@@ -67,13 +81,16 @@ __all__ = [
     "Recipe",
     "Section",
     "SgdConfig",
+    "StopRequested",
     "Task",
     "TensorSamples",
     "TrainConfig",
+    "TrainResult",
     "UsageError",
     "World",
     "init",
     "setting",
+    "train",
 ]
 
 

@@ -58,7 +58,7 @@ class Verb:
 
 VERBS = {
     "train": Verb(
-        "hvdtrain.verbs.train:train",
+        "hvdtrain.verbs.train:answer",
         TrainOptions,
         "RECIPE",
         "train, or go on with the run in --run-dir; without a verb and a recipe: train lm",

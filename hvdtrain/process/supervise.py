@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.process.run_files import named_checkpoint
 
 MARK = "HVDTRAIN_SUPERVISED"
 _HOSTS = ("-H", "--host", "--hosts", "-host")
@@ -147,9 +148,9 @@ class Supervisor:
         with self._passing_signals_on():
             while True:
                 command = self._fit_for(hosts)
-                before = _newest(run_dir)
+                before = named_checkpoint(run_dir)
                 code = self._attempt(command) if command else 1
-                has_progressed = _newest(run_dir) != before
+                has_progressed = named_checkpoint(run_dir) != before
                 if code in (0, 2) or self._signals:
                     return _exit_code(code)
                 if code == 75:
@@ -224,12 +225,6 @@ class Supervisor:
 
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def _newest(run_dir: Path) -> str:
-    with contextlib.suppress(OSError):
-        return (run_dir / "checkpoints" / "latest").read_text()
-    return ""
 
 
 def marked_processes(mark: str) -> list[int]:

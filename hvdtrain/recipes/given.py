@@ -30,7 +30,7 @@ def apply(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     defaults = recipe = dataclasses.replace(recipe, optim=own_class(recipe.optim))
     for number, (values, source) in enumerate(layers):
         recipe = _with_optimizer(recipe, values, source, layers[:number])
-        recipe = merge(_without_replaced(recipe, values), values, source)
+        recipe = merge(_without_replaced(recipe, layers[: number + 1]), values, source)
     resolved = recipe.resolve()
     for values, source in layers:
         _refuse_without_effect(values, source, (defaults, recipe, resolved))
@@ -106,15 +106,13 @@ def _refuse_others(optim: OptimConfig, given: Mapping[str, Any], source: Source)
             )
 
 
-def _without_replaced(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+def _without_replaced(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     """Return the recipe without its own settings that those of the user stand in for.
 
     Of the three batch settings two are enough: with two or one of the user's, the third of the recipe is left open.
     """
-    section = values.get("train")
-    if not isinstance(section, Mapping):
-        return recipe
-    given = {name.replace("-", "_") for name in section}
+    sections = [values.get("train") for values, _ in layers]
+    given = {name.replace("-", "_") for section in sections if isinstance(section, Mapping) for name in section}
     batch = ("accum_steps", "micro_batch_size", "global_batch_size")
     left_open: list[str] = []
     is_settled = all(name in given or getattr(recipe.train, name) is not None for name in batch)

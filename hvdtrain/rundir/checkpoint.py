@@ -1,25 +1,20 @@
-"""Checkpoints: saved atomically, verified when loaded. Knows no ranks: rank 0 calls it.
+"""One checkpoint: written whole, verified when it is read. Nothing in it can run code.
 
-    RUN_DIR/checkpoints/step-00000200/model.safetensors   weights, by parameter name
-                                     /state.pt            everything else; loads with `weights_only=True`
-                                     /manifest.json       format version, step, samples, world size, file hashes
-    RUN_DIR/checkpoints/latest, best                      names of the newest, and of the best by held-out loss
-
-A checkpoint is written under a temporary name, flushed to disk and renamed, and `latest` is replaced last: at any
-moment `latest` names a complete checkpoint.
+model.safetensors   weights, by parameter name
+state.pt            everything else; loads with `weights_only=True`
+manifest.json       format version, step, samples, world size, file hashes
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import math
 import os
 import pickle
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +26,7 @@ from torch import Tensor, nn
 from hvdtrain.errors import CheckpointError, ResumeError
 
 FORMAT_VERSION = 2
-_LATEST = "latest"
-_BEST = "best"
-_TEMPORARY = ".writing-"
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -41,22 +34,17 @@ class Manifest:
     """What a checkpoint says of itself."""
 
     step: int
+    """Optimizer steps completed."""
     samples: int
+    """Samples that these steps have seen, of all ranks."""
     world_size: int
-    sha256: dict[str, str]
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Of each file; filled in when they are written."""
     val_loss: float | None = None
     """Held-out loss of these weights, if they were evaluated when they were saved."""
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
     format_version: int = FORMAT_VERSION
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints are kept besides the newest and the best: the last few, and every so many steps one."""
-
-    keep_last: int | None = None
-    keep_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,95 +88,49 @@ def load_model_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
-def save_checkpoint(
-    run_dir: Path,
-    *,
-    weights: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    step: int,
-    samples: int,
-    world_size: int,
-    global_batch_size: int | None = None,
-    micro_batch_size: int | None = None,
-    val_loss: float | None = None,
-    retention: Retention | None = None,
-) -> Path:
-    """Write one checkpoint, then point `latest` (and `best`) to it, then delete what `retention` does not keep.
+def write_checkpoint(folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write the files of a checkpoint to an empty folder and flush them to disk.
 
     Raises:
-        CheckpointError: the files could not be written; what was there before is still good.
+        CheckpointError: they could not be written.
     """
-    folder = run_dir / "checkpoints"
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        temporary.mkdir()
-        safetensors.torch.save_file({n: t.contiguous() for n, t in weights.items()}, temporary / "model.safetensors")
-        torch.save(dict(state), temporary / "state.pt")
-        hashes = {name: _flush_and_hash(temporary / name) for name in ("model.safetensors", "state.pt")}
-        manifest = Manifest(step, samples, world_size, hashes, val_loss, global_batch_size, micro_batch_size)
-        _write_text(temporary / "manifest.json", json.dumps(asdict(manifest), indent=2) + "\n")
-        _flush_folder(temporary)
-        _remove(final)
-        temporary.rename(final)
-        _point(folder, _LATEST, final)
-        best = _best(folder)
-        if best is not None:
-            _point(folder, _BEST, best)
-        _flush_folder(folder)
-        _prune(folder, retention or Retention(), best)
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+        torch.save(dict(state), folder / STATE)
+        hashes = {name: _flush_and_hash(folder / name) for name in (WEIGHTS, STATE)}
+        manifest = dataclasses.replace(manifest, sha256=hashes)
+        write_text(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+        flush_folder(folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
-        raise CheckpointError(f"checkpoint {final} could not be written ({error}); earlier ones are intact") from error
-    return final
+        raise CheckpointError(str(error)) from error
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first. One that was half written has no name yet."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
-
-
-def newest_manifest(run_dir: Path) -> Manifest | None:
-    """Return what the newest checkpoint whose manifest is readable says of itself; None without any."""
-    for path in reversed(list_checkpoints(run_dir)):
-        with suppress(CheckpointError), _reading(path):
-            return Manifest(**json.loads((path / "manifest.json").read_text()))
-    return None
-
-
-def load_newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Read the newest checkpoint that is good, and warn of each damaged one that is passed over; None without any.
+def read_manifest(path: Path) -> Manifest:
+    """Read what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is good.
+        CheckpointError: it is missing, damaged, or of a newer format.
     """
-    paths = list_checkpoints(run_dir)
-    for path in reversed(paths):
-        try:
-            return load_checkpoint(path)
-        except CheckpointError as error:
-            warn(f"warning: {error}; trying the one before it")
-    if paths:
-        raise CheckpointError(f"none of the {len(paths)} checkpoints in {run_dir} is good: choose another --run-dir")
-    return None
+    with _reading(path):
+        manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
+        if manifest.format_version > FORMAT_VERSION:
+            raise CheckpointError(f"{path} was written by a newer hvdtrain (format {manifest.format_version}): update")
+        return manifest
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint to host memory and verify it against its manifest. Nothing in it can run code.
+    """Read a checkpoint to host memory and verify it against its manifest.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a newer format; names the file.
     """
+    manifest = read_manifest(path)
     with _reading(path):
-        manifest = Manifest(**json.loads((path / "manifest.json").read_text()))
-        if manifest.format_version > FORMAT_VERSION:
-            raise CheckpointError(f"{path} was written by a newer hvdtrain (format {manifest.format_version}): update")
         for name, expected in manifest.sha256.items():
             if _hash(path / name) != expected:
-                raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in manifest.json")
-        weights = safetensors.torch.load_file(path / "model.safetensors")
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+                raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+        weights = safetensors.torch.load_file(path / WEIGHTS)
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     return Checkpoint(manifest, weights, state)
 
 
@@ -200,49 +142,8 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
 
 
-def _best(folder: Path) -> Path | None:
-    """Return the checkpoint with the lowest held-out loss, of those that were evaluated when they were saved."""
-    losses = {}
-    for path in list_checkpoints(folder.parent):
-        try:
-            loss = json.loads((path / "manifest.json").read_text()).get("val_loss")
-        except (OSError, ValueError):  # damaged: loading will say so
-            continue
-        if loss is not None and math.isfinite(loss):
-            losses[path] = loss
-    return min(losses, key=lambda path: losses[path]) if losses else None
-
-
-def _prune(folder: Path, retention: Retention, best: Path | None) -> None:
-    """Delete what need not be kept, the oldest first, and what an interrupted save left behind."""
-    complete = list_checkpoints(folder.parent)
-    last = complete[-retention.keep_last :] if retention.keep_last else complete
-    for path in complete:
-        step = int(path.name.removeprefix("step-"))
-        is_kept = retention.keep_every is not None and step % retention.keep_every == 0
-        if path not in last and path != best and not is_kept:
-            _remove(path)
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        _remove(path)
-
-
-def _point(folder: Path, name: str, target: Path) -> None:
-    """Make the file `name` hold the name of a checkpoint, in one step."""
-    temporary = folder / f"{_TEMPORARY}{name}"
-    _write_text(temporary, target.name + "\n")
-    temporary.replace(folder / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        # Out of the way first: a half-deleted folder must not carry a checkpoint's name.
-        doomed = path if path.name.startswith(_TEMPORARY) else path.rename(path.parent / f"{_TEMPORARY}old-{path.name}")
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file and flush it to disk."""
     with path.open("w") as file:
         file.write(text)
         file.flush()
@@ -263,7 +164,7 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     """Make renames in a folder durable; some file systems refuse, which is no error."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from hvdtrain.errors import CheckpointError, DataError
 from hvdtrain.models.interchange import read_weights
-from hvdtrain.rundir.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from hvdtrain.process.run_files import BEST, LATEST
+from hvdtrain.rundir.checkpoint import Checkpoint, load_checkpoint
+from hvdtrain.rundir.directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,21 @@ def open_trained(path: Path, which: str) -> Trained:
     Raises:
         DataError: there is no trained model in `path`, or no such checkpoint; names those that there are.
     """
-    if not (path / "checkpoints").is_dir():
+    run = RunDirectory(path)
+    if not run.checkpoints.folder.is_dir():
         if (path / "config.json").is_file():
             return Trained(path, read_weights(path), str(path))
         raise DataError(f"{path} is neither a run's directory (with checkpoints/) nor an export (with config.json)")
-    folder = path / "model"
-    if not (folder / "config.json").is_file():
+    if not (run.model / "config.json").is_file():
         raise DataError(
             f"{path} does not say what its weights are (no model/config.json): it is no run of a language model"
         )
-    checkpoint = _find(path, which)
+    checkpoint = _find(run, which)
     try:
         weights, about = _exported(load_checkpoint(checkpoint))
     except CheckpointError as error:
         raise DataError(f"{error}; choose another one with --checkpoint") from error
-    return Trained(folder, weights, str(checkpoint), about)
+    return Trained(run.model, weights, str(checkpoint), about)
 
 
 def _exported(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
@@ -58,13 +60,12 @@ def _exported(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
     return {name: instead.get(name, tensor).to(tensor.dtype) for name, tensor in own.items()}, exported["about"]
 
 
-def _find(path: Path, which: str) -> Path:
-    found = {int(folder.name.removeprefix("step-")): folder for folder in list_checkpoints(path)}
-    if which in ("latest", "best"):
-        pointer = path / "checkpoints" / which
-        if pointer.is_file():
-            return path / "checkpoints" / pointer.read_text().strip()
-    elif which.isdecimal() and int(which) in found:
+def _find(run: RunDirectory, which: str) -> Path:
+    found = run.checkpoints.by_step()
+    pointed = run.checkpoints.named(which) if which in (LATEST, BEST) else None
+    if pointed is not None:
+        return pointed
+    if which.isdecimal() and int(which) in found:
         return found[int(which)]
     there = f"of steps {', '.join(map(str, found))}" if found else "none"
-    raise DataError(f"{path} has no checkpoint '{which}': there are {there}; say latest, best or a step")
+    raise DataError(f"{run} has no checkpoint '{which}': there are {there}; say latest, best or a step")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.schedule import check_schedule, lr_factor
 from hvdtrain.rundir.checkpoint import Manifest
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
 from hvdtrain.trainer.contract import check_task
@@ -24,7 +24,7 @@ class Job:
     task: Task
     config: Config
     world: World
-    run_dir: Path | None
+    directory: RunDirectory | None
     """None: a rehearsal, which leaves no trace."""
     log: MetricLog
     plan: BatchPlan
@@ -37,6 +37,17 @@ class Job:
     """What ranks share, and when they are equal."""
 
     @property
+    def run(self) -> RunDirectory:
+        """Return the run's directory.
+
+        Raises:
+            ValueError: it is a rehearsal.
+        """
+        if self.directory is None:
+            raise ValueError("a rehearsal has no directory")
+        return self.directory
+
+    @property
     def lr_factor(self) -> float:
         """Return by what `--optim.lr-rule` multiplies the learning rate."""
         return lr_factor(self.config.optim, self.plan.global_batch_size)
@@ -46,7 +57,7 @@ def settle(
     task: Task,
     config: Config,
     world: World,
-    run_dir: Path,
+    run: RunDirectory,
     log: MetricLog,
     allowed_changes: tuple[str, ...] = (),
     before: Manifest | None = None,
@@ -57,7 +68,7 @@ def settle(
         task: what is trained.
         config: its settings.
         world: the ranks.
-        run_dir: the directory of the run.
+        run: the directory of the run.
         log: where metrics go.
         allowed_changes: settings that may differ from those of the checkpoint that the run goes on from.
         before: that checkpoint; on another number of ranks the run keeps its global batch.
@@ -75,7 +86,7 @@ def settle(
             raise ConfigError("give --train.steps or --train.epochs")
         num_steps = max(1, round(config.train.epochs * order.steps_per_epoch))
     check_schedule(config.optim, num_steps)
-    return Job(task, config, world, run_dir, log, plan, order, num_steps, allowed_changes)
+    return Job(task, config, world, run, log, plan, order, num_steps, allowed_changes)
 
 
 def _plan(config: Config, world_size: int, before: Manifest | None) -> BatchPlan:

@@ -5,18 +5,19 @@ Steps drive the loop and every collective is reached by every rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.stop import StopRequest
-from hvdtrain.rundir.log import Stopwatch
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
+from hvdtrain.trainer.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class _Run:
     request: StopRequest
 
 
-def fit(job: Job) -> dict[str, float]:
+def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Train to the last step, from `run_dir`'s newest checkpoint on, and return the last evaluation. Collective.
 
     The model is left with the weights that were evaluated.
+
+    `begin` is called on every rank when nothing is refused any more, before the first step.
 
     Raises:
         UsageError: on all ranks alike, before the first step: settings, data and checkpoint do not fit together.
@@ -46,6 +49,7 @@ def fit(job: Job) -> dict[str, float]:
     for line in (component.about for component in training.components if component.about):
         job.log.say(line)
     stopwatch, evaluated = Stopwatch(training.step), {}
+    begin()
     job.log.begin(training.step, job.num_steps)
     if training.step >= job.num_steps and not training.is_evaluation_due:
         job.log.say(f"this run has finished before, at step {training.step}")
@@ -120,7 +124,7 @@ def stopped(job: Job, step: int, request: StopRequest) -> StopRequested:
     reasons = job.world.all_gather_object(request.reason, "stop.reason")
     rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
     return StopRequested(
-        f"stopped at step {step} of {job.num_steps} on request ({reason}, rank {rank}) and saved in {job.run_dir}:"
+        f"stopped at step {step} of {job.num_steps} on request ({reason}, rank {rank}) and saved in {job.run}:"
         " the same command with this --run-dir goes on"
     )
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
-from hvdtrain.rundir.checkpoint import Retention, model_weights, save_checkpoint
+from hvdtrain.rundir.checkpoint import Manifest, model_weights
+from hvdtrain.rundir.checkpoints import Retention
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training, training_state
 
@@ -38,9 +40,7 @@ class Saver:
         Raises:
             DivergedError: as `train_step`.
         """
-        job = self._job
-        if job.run_dir is None:
-            raise ValueError("a rehearsal has no directory to save to")
+        job, run = self._job, self._job.run
         started = time.perf_counter()
         job.world.progress.enter("saving")
         with training.strategy.made_equal(job.world, training):
@@ -48,18 +48,21 @@ class Saver:
             if job.world.rank == 0:
                 self._wait()
                 config = job.config.checkpoint
+                manifest = Manifest(
+                    step=training.step,
+                    samples=job.order.samples_before(training.step),
+                    world_size=job.world.size,
+                    global_batch_size=job.plan.global_batch_size,
+                    micro_batch_size=job.plan.micro_batch_size,
+                    val_loss=evaluated.get("val/loss"),
+                )
                 arguments = {
+                    "manifest": manifest,
                     "weights": _to_host(model_weights(training.model)),
                     "state": _to_host(state),
-                    "step": training.step,
-                    "samples": job.order.samples_before(training.step),
-                    "world_size": job.world.size,
-                    "global_batch_size": job.plan.global_batch_size,
-                    "micro_batch_size": job.plan.micro_batch_size,
-                    "val_loss": evaluated.get("val/loss"),
                     "retention": Retention(config.keep_last, config.keep_every),
                 }
-                self._thread = threading.Thread(target=self._write, args=(arguments,), name="hvdtrain-save")
+                self._thread = threading.Thread(target=self._write, args=(run, arguments), name="hvdtrain-save")
                 self._thread.start()
         self._stall_s += time.perf_counter() - started
         self._has_saved = True
@@ -104,11 +107,10 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, arguments: dict[str, Any]) -> None:
+    def _write(self, run: RunDirectory, arguments: dict[str, Any]) -> None:
         self._error = None
-        assert self._job.run_dir is not None
         try:
-            save_checkpoint(self._job.run_dir, **arguments)
+            run.checkpoints.save(**arguments)
         except CheckpointError as error:
             self._error = str(error)
             self._num_failed += 1

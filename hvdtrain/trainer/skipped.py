@@ -105,6 +105,6 @@ class SkippedSteps(Component):
         if self._in_a_row >= job.config.health.max_skipped_steps:
             raise DivergedError(
                 f"{self._in_a_row} steps in a row were skipped, up to step {step.number}: {who} is not finite."
-                f" The checkpoints in {job.run_dir} are good; try a lower --optim.peak-lr, a longer"
+                f" The checkpoints in {job.run} are good; try a lower --optim.peak-lr, a longer"
                 " --optim.warmup-steps or --train.precision fp32, and look at the data of these steps"
             )

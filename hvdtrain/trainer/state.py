@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hvdtrain.data.loader import Loader
 from hvdtrain.errors import ResumeError
-from hvdtrain.rundir.checkpoint import load_model_weights, load_newest, model_weights
+from hvdtrain.rundir.checkpoint import load_model_weights, model_weights
 from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
 from hvdtrain.trainer.components import build_components
@@ -196,7 +196,7 @@ def _in_host_memory(value: Any) -> Any:
 
 def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
     """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
-    checkpoint = load_newest(job.run_dir, job.log.say) if job.run_dir is not None else None
+    checkpoint = job.run.checkpoints.load_newest(job.log.say) if job.directory is not None else None
     if checkpoint is None:
         return None
     state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
@@ -218,10 +218,9 @@ def _check_fits(job: Job, state: dict[str, Any]) -> None:
     if state["fingerprint"] != job.task.fingerprint and "data" not in job.allowed_changes:
         problems.append("the training data is not the same (data)")
     if problems:
-        assert job.run_dir is not None
         raise ResumeError(
-            f"{job.run_dir} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"
-            f" (--config {job.run_dir / 'config.toml'}), choose another --run-dir, or allow a change of what is not"
+            f"{job.run} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"
+            f" (--config {job.run.config}), choose another --run-dir, or allow a change of what is not"
             " the batch or the model with --allow-config-change SECTION.SETTING"
         )
 

@@ -22,15 +22,24 @@ def watched(
     config: Config,
     work: Callable[[World, Heartbeat, list[int]], T],
     groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: (),
+    *,
+    leaves: bool = True,
 ) -> T:
     """Run `work` on all ranks, which watch over each other meanwhile. Collective.
 
-    It is given the world, the heartbeat, and the ranks that cannot be watched; `groups` is for `init`. An exception on
-    any rank ends the job: it is told once, and no rank returns.
+    An exception on one rank alone ends the job: it is reported once, and no rank returns. One process of a program
+    that does not want to be left (`leaves=False`) gets it as it is.
+
+    Args:
+        config: the settings; all ranks must have the same.
+        work: is given the world, the heartbeat, and the ranks that cannot be watched.
+        groups: for `init`.
+        leaves: as a command does, print an error that all ranks have and leave the process. False: raise it.
 
     Raises:
         LaunchError: there is no world.
-        SystemExit: on all ranks alike, with the exit code of what rank 0 has told.
+        SystemExit: with `leaves`, on all ranks alike, with the exit code of what rank 0 has printed.
+        HvdtrainError: without, on all ranks alike.
     """
     world = init(groups)
     heartbeat = Heartbeat(world, config.health.stall_limit_s)
@@ -38,26 +47,40 @@ def watched(
     try:
         _check_same_settings(config, world)
         result = work(world, heartbeat, unwatched)
-    except HvdtrainError as error:
-        if not error.is_on_all_ranks:
-            heartbeat.fail(f"hvdtrain: rank {world.rank} on {socket.gethostname()}: {error}", error.exit_code)
-        if world.rank == 0:
-            sys.stderr.write(f"hvdtrain: {error}\n")
-            sys.stderr.flush()
-        world.barrier("farewell")
+    except (Exception, KeyboardInterrupt) as error:
+        if leaves or world.launch.is_parallel:
+            _end_job_if_alone(error, world, heartbeat)
+        if leaves and isinstance(error, HvdtrainError):
+            _print_once(error, world)
         heartbeat.close()
-        raise SystemExit(error.exit_code) from error
-    except KeyboardInterrupt:
-        heartbeat.fail(f"hvdtrain: interrupted at once, at {world.progress.read()}")
-    except Exception as error:
-        if world.has_lost_contact(error):
-            heartbeat.lose(str(error))
-        place = world.progress.read()
-        heartbeat.fail(
-            f"hvdtrain: rank {world.rank} on {socket.gethostname()} failed at {place}\n{traceback.format_exc()}"
-        )
+        if leaves and isinstance(error, HvdtrainError):
+            raise SystemExit(error.exit_code) from error
+        raise
     heartbeat.close()
     return result
+
+
+def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) -> None:
+    """End the job with the reason, unless every rank raises this error at the same place."""
+    where = f"rank {world.rank} on {socket.gethostname()}"
+    if isinstance(error, HvdtrainError):
+        if not error.is_on_all_ranks:
+            heartbeat.fail(f"hvdtrain: {where}: {error}", error.exit_code)
+    elif isinstance(error, KeyboardInterrupt):
+        heartbeat.fail(f"hvdtrain: interrupted at once, at {world.progress.read()}")
+    elif isinstance(error, Exception):
+        if world.has_lost_contact(error):
+            heartbeat.lose(str(error))
+        stack = "".join(traceback.format_exception(error))
+        heartbeat.fail(f"hvdtrain: {where} failed at {world.progress.read()}\n{stack}")
+
+
+def _print_once(error: HvdtrainError, world: World) -> None:
+    """Print an error on rank 0; a launcher ends the job as soon as any rank leaves, so the others wait. Collective."""
+    if world.rank == 0:
+        sys.stderr.write(f"hvdtrain: {error}\n")
+        sys.stderr.flush()
+    world.barrier("farewell")
 
 
 def _check_same_settings(config: Config, world: World) -> None:

@@ -57,13 +57,14 @@ def language_model():
     """Return the settled job of the default recipe on this GPU."""
     from hvdtrain.process.launch import Launch
     from hvdtrain.recipes.lm import lm
+    from hvdtrain.rundir.directory import RunDirectory
     from hvdtrain.rundir.log import MetricLog
     from hvdtrain.trainer import settle
     from hvdtrain.world import SoloWorld
 
     recipe = lm()
     world = SoloWorld(torch.device("cuda", 0), Launch("none"))
-    return settle(recipe.build(lambda line: None), recipe, world, Path("none"), MetricLog(None, []))
+    return settle(recipe.build(lambda line: None), recipe, world, RunDirectory(Path("none")), MetricLog(None, []))
 
 
 def test_a_step_does_not_wait_for_the_gpu():

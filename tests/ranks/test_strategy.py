@@ -10,7 +10,8 @@ from torch import nn
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import DivergedError
 from hvdtrain.process.launch import Launch
-from hvdtrain.rundir.checkpoint import list_checkpoints, load_checkpoint
+from hvdtrain.rundir.checkpoint import load_checkpoint
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CheckpointConfig, Config, EvalConfig, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, fit, settle, train_step
@@ -18,6 +19,10 @@ from hvdtrain.trainer.ema import WeightAverage
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.strategy import EveryStep, model_tensors
 from hvdtrain.world import SoloWorld
+
+
+def list_checkpoints(run_dir):
+    return list(RunDirectory(run_dir).checkpoints.by_step().values())
 
 
 class LocalAveraging(EveryStep):
@@ -71,7 +76,7 @@ def job_of(world, run_dir, strategy, **train):
         health=HealthConfig(replica_check_every=1),
     )
     task = Task(model=model, train_data=data, val_data=data, loss_sums=loss)
-    job = settle(task, config, world, run_dir, MetricLog(None, []))
+    job = settle(task, config, world, RunDirectory(run_dir), MetricLog(None, []))
     return dataclasses.replace(job, strategy=strategy)
 
 

@@ -17,6 +17,7 @@ from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.recipes.lm import LanguageModel, StreamConfig
 from hvdtrain.recipes.mnist import Digits
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import (
     CheckpointConfig,
@@ -77,7 +78,7 @@ def digits(images, **train):
 
 def trained(recipe, world, run_dir):
     """Train a recipe in this process; returns the model and the last evaluation."""
-    job = settle(recipe.build(quiet), recipe, world, run_dir, MetricLog(None, []))
+    job = settle(recipe.build(quiet), recipe, world, RunDirectory(run_dir), MetricLog(None, []))
     return job.task.model, fit(job)
 
 

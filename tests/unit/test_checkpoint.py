@@ -6,27 +6,25 @@ import pytest
 import torch
 
 from hvdtrain.errors import CheckpointError, ResumeError
-from hvdtrain.rundir.checkpoint import (
-    Retention,
-    list_checkpoints,
-    load_checkpoint,
-    load_model_weights,
-    load_newest,
-    model_weights,
-    save_checkpoint,
-)
+from hvdtrain.rundir.checkpoint import Manifest, load_checkpoint, load_model_weights, model_weights
+from hvdtrain.rundir.checkpoints import Checkpoints, Retention
 
 
-def save(run_dir, step=1, weights=None, **more):
-    return save_checkpoint(
-        run_dir,
-        weights=weights or {"w": torch.arange(3.0)},
-        state={"step": step, "optimizer": {"state": {0: {"m": torch.ones(2)}}}},
-        step=step,
-        samples=10 * step,
-        world_size=2,
-        **more,
+def save(run_dir, step=1, weights=None, retention=None, **more):
+    return Checkpoints(run_dir / "checkpoints").save(
+        Manifest(step=step, samples=10 * step, world_size=2, **more),
+        weights or {"w": torch.arange(3.0)},
+        {"step": step, "optimizer": {"state": {0: {"m": torch.ones(2)}}}},
+        retention or Retention(),
     )
+
+
+def list_checkpoints(run_dir):
+    return [*Checkpoints(run_dir / "checkpoints").by_step().values()]
+
+
+def load_newest(run_dir, warn):
+    return Checkpoints(run_dir / "checkpoints").load_newest(warn)
 
 
 def test_what_was_saved_is_loaded(tmp_path):

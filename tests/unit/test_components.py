@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.launch import Launch
-from hvdtrain.rundir.checkpoint import list_checkpoints, load_checkpoint
+from hvdtrain.rundir.checkpoint import load_checkpoint
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.settings import CheckpointConfig, Config, EvalConfig, LogConfig, OptimConfig, TrainConfig
@@ -24,6 +25,10 @@ from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.world import SoloWorld
 
 SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
+
+
+def list_checkpoints(run_dir):
+    return list(RunDirectory(run_dir).checkpoints.by_step().values())
 
 
 class StoppedError(Exception):
@@ -67,7 +72,7 @@ def job_of(run_dir, log=None, bad=(), **train):
         eval=EvalConfig(every=4),
         checkpoint=CheckpointConfig(every=4, keep_last=None),
     )
-    return settle(task, config, SOLO, run_dir, log or Lines())
+    return settle(task, config, SOLO, RunDirectory(run_dir), log or Lines())
 
 
 @pytest.mark.parametrize("bad", [(), (2, 11)], ids=["", "skipped steps"])

@@ -11,6 +11,7 @@ from torch import nn
 from hvdtrain import Recipe, Task, TensorSamples, TrainConfig
 from hvdtrain.errors import UsageError
 from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, LogConfig
 from hvdtrain.trainer import fit, settle, step
@@ -45,7 +46,7 @@ def task(loss=cross_entropy, model=None, data=None, **more):
 
 def train(made, tmp_path, steps=2, **settings):
     config = Config(train=TrainConfig(steps=steps, global_batch_size=8), log=LogConfig(every=1), **settings)
-    job = settle(made, config, SOLO, tmp_path, MetricLog(None, []))
+    job = settle(made, config, SOLO, RunDirectory(tmp_path), MetricLog(None, []))
     fit(job)
     return [parameter.detach().clone() for parameter in made.model.parameters()]
 

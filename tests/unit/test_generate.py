@@ -12,7 +12,9 @@ from hvdtrain.errors import DataError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
-from hvdtrain.rundir.checkpoint import model_weights, save_checkpoint
+from hvdtrain.rundir.checkpoint import Manifest, model_weights
+from hvdtrain.rundir.checkpoints import Retention
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.verbs.export import write_model
 from hvdtrain.verbs.generate import Continuation, load_model
@@ -74,6 +76,11 @@ def write_files(folder, model, vocab_size):
     write_tokenizer(ByteTokenizer(), folder, 32)
 
 
+def save(run_dir, model, **about):
+    manifest = Manifest(samples=0, world_size=1, **about)
+    RunDirectory(run_dir).checkpoints.save(manifest, model_weights(model), {}, Retention())
+
+
 CONFIGS = [
     DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, rope_theta=500.0),
     DecoderConfig(num_layers=1, hidden_size=32, num_heads=2, tie_embeddings=False, intermediate_size=48, norm_eps=1e-6),
@@ -85,7 +92,7 @@ def test_there_and_back(tmp_path, config):
     model = Decoder(config, 257, seed=3)
     run_dir = tmp_path / "run"
     write_files(run_dir / "model", model, 257)
-    save_checkpoint(run_dir, weights=model_weights(model), state={}, step=5, samples=0, world_size=1)
+    save(run_dir, model, step=5)
     trained = open_trained(run_dir, "latest")
     write_model(trained.folder, trained.weights, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -123,9 +130,8 @@ def test_transformers_computes_the_same(tmp_path):
 def test_checkpoints_by_name(tmp_path):
     model = Decoder(CONFIGS[0], 257)
     write_files(tmp_path / "run" / "model", model, 257)
-    weights = model_weights(model)
     for step, loss in ((5, 1.0), (10, 2.0)):
-        save_checkpoint(tmp_path / "run", weights=weights, state={}, step=step, samples=0, world_size=1, val_loss=loss)
+        save(tmp_path / "run", model, step=step, val_loss=loss)
     names = {which: open_trained(tmp_path / "run", which).source[-8:] for which in ("latest", "best", "5", "10")}
     assert names == {"latest": "00000010", "best": "00000005", "5": "00000005", "10": "00000010"}
     with pytest.raises(DataError, match="no checkpoint '7': there are of steps 5, 10; say latest, best or a step"):

@@ -15,6 +15,7 @@ from hvdtrain.models.decoder import Decoder
 from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.optim.table import build_optimizer
 from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CommConfig, Config, HealthConfig, ModelConfig, OptimConfig, TrainConfig
 from hvdtrain.settings.units import in_units
@@ -34,7 +35,9 @@ def job_of(model, /, **sections):
         model=model, train_data=data, val_data=data, loss_sums=lambda m, batch: {"loss": m(*batch)}, unit="tokens"
     )
     config = Config(**{"train": TrainConfig(steps=3, global_batch_size=4), **sections})
-    return settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), Path("none"), MetricLog(None, []))
+    return settle(
+        task, config, SoloWorld(torch.device("cpu"), Launch("none")), RunDirectory(Path("none")), MetricLog(None, [])
+    )
 
 
 def kept_for_backward(job):

@@ -7,12 +7,15 @@ import sys
 import pytest
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.rundir.log import Console, JsonLines, MetricLog, Stopwatch, TensorBoard, describe
+from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.rundir.sinks import Console, JsonLines, TensorBoard, describe
 from hvdtrain.settings.units import duration
+from hvdtrain.trainer.stopwatch import Stopwatch
 
 
 def test_json_lines(tmp_path):
-    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink = JsonLines(RunDirectory(tmp_path))
     sink.begin(0, 20)
     sink.write(10, {"train/loss": 2.5}, None)
     sink.write(20, {"val/loss": 2.0}, "finished")
@@ -24,7 +27,7 @@ def test_json_lines(tmp_path):
 def test_resuming_drops_later_and_broken_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 5}\n{"step": 10, "event": "finished"}\n{"step": 15}\n{"step": 2')
-    sink = JsonLines(path)
+    sink = JsonLines(RunDirectory(tmp_path))
     sink.begin(10, 40)
     sink.write(20, {}, None)
     sink.close()
@@ -34,7 +37,7 @@ def test_resuming_drops_later_and_broken_lines(tmp_path):
 def test_a_finished_run_stays_finished(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "event": "finished"}\n')
-    sink = JsonLines(path)
+    sink = JsonLines(RunDirectory(tmp_path))
     sink.begin(10, 10)
     sink.close()
     assert json.loads(path.read_text())["event"] == "finished"
@@ -82,7 +85,7 @@ def test_describe_and_duration():
 
 def test_stopwatch_does_not_count_pauses(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("hvdtrain.rundir.log.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hvdtrain.trainer.stopwatch.time.perf_counter", lambda: now[0])
     watch = Stopwatch(step=10)
     now[0] = 4.0
     with watch.paused():
@@ -98,12 +101,12 @@ def test_tensorboard_writes_each_metric(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    sink = TensorBoard(tmp_path)
+    sink = TensorBoard(RunDirectory(tmp_path))
     sink.begin(0, 20)
     sink.write(10, {"train/loss": 2.5}, None)
     sink.write(20, {"train/loss": 2.0, "val/loss": 2.25}, "finished")
     sink.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.5), (20, 2.0)]
     assert [event.value for event in events.Scalars("val/loss")] == [2.25]
 
@@ -111,4 +114,4 @@ def test_tensorboard_writes_each_metric(tmp_path):
 def test_tensorboard_missing_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
-        TensorBoard(tmp_path)
+        TensorBoard(RunDirectory(tmp_path))

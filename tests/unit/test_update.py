@@ -11,11 +11,13 @@ from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import DivergedError
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.process.launch import Launch
-from hvdtrain.rundir.log import MetricLog, Stopwatch
+from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
 from hvdtrain.trainer.loop import step_metrics
 from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.stopwatch import Stopwatch
 from hvdtrain.trainer.strategy import model_tensors
 from hvdtrain.world import SoloWorld
 
@@ -46,7 +48,7 @@ def start(tmp_path, optim, bad=(), most=20):
     task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss_sums=loss)
     train, health = TrainConfig(steps=8, global_batch_size=1), HealthConfig(max_skipped_steps=most)
     config = Config(train=train, optim=optim, health=health)
-    job = settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), tmp_path, Said())
+    job = settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), RunDirectory(tmp_path), Said())
     return job, start_training(job)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale, noise_of_training
-from hvdtrain.rundir.checkpoint import newest_manifest
+from hvdtrain.rundir.directory import RunDirectory
 
 
 def noise_of_run(run_dir: Path) -> NoiseScale:
@@ -17,7 +17,8 @@ def noise_of_run(run_dir: Path) -> NoiseScale:
     Raises:
         ConfigError: there is no such run, or it has logged none.
     """
-    file, manifest = run_dir / "metrics.jsonl", newest_manifest(run_dir)
+    run = RunDirectory(run_dir)
+    file, manifest = run.metrics, run.checkpoints.newest_manifest()
     try:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from hvdtrain.errors import DivergedError
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
@@ -35,13 +36,13 @@ def check_resume(nature: Nature) -> tuple[list[Row], Run]:
     own, name = nature.own, "save, load, go on = not stopping"
     whole = own.together()
     job = own.job(own.world)
-    job = dataclasses.replace(job, run_dir=own.folder / "resume")
+    job = dataclasses.replace(job, directory=RunDirectory(own.folder / "resume"))
     training = start_training(job)
     train_step(job, training)
     with Saver(job) as saver:
         saver.save(training, {})
         saver.finish()
-    job = dataclasses.replace(own.job(own.world), run_dir=own.folder / "resume")
+    job = dataclasses.replace(own.job(own.world), directory=RunDirectory(own.folder / "resume"))
     resumed = start_training(job)
     for _ in range(resumed.step, own.steps):
         train_step(job, resumed)

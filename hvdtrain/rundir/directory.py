@@ -1,0 +1,106 @@
+"""The directory of a run: every path in it, and what is written there when training begins.
+
+config.toml         the resolved settings            metrics.jsonl     one line of metrics each
+environment.json    what the run ran on              logs/             a file for each rank
+model/              what a reader of the weights     tensorboard/      event files, if asked for
+                    needs beside them                checkpoints/      see `Checkpoints`
+lock                who is training in it
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from hvdtrain.process.run_files import CHECKPOINTS
+from hvdtrain.rundir.checkpoints import Checkpoints
+from hvdtrain.rundir.lock import Claim, claim
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """All files of one run, wherever it trains."""
+
+    path: Path
+
+    @classmethod
+    def new(cls, recipe: str) -> RunDirectory:
+        """Return where a run of this recipe goes that was given no directory; it is not made yet."""
+        name = Path(recipe).stem if recipe.endswith(".py") else recipe
+        return cls(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Path:
+        """Return the file of the resolved settings."""
+        return self.path / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        """Return the file that says what the run ran on."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Return the file of metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Return the folder of event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        """Return the folder of what a reader of the weights needs: config.json and the tokenizer."""
+        return self.path / "model"
+
+    @property
+    def export(self) -> Path:
+        """Return where an export goes that was given no directory."""
+        return self.path / "export"
+
+    def rank_log(self, rank: int) -> Path:
+        """Return the log file of a rank."""
+        return self.path / "logs" / f"rank-{rank:03d}.log"
+
+    @cached_property
+    def checkpoints(self) -> Checkpoints:
+        """Return the checkpoints."""
+        return Checkpoints(self.path / CHECKPOINTS)
+
+    def claim(self) -> Claim:
+        """Make the directory and lock it.
+
+        Raises:
+            ResumeError: another run holds it.
+            ConfigError: the directory cannot be made.
+        """
+        return claim(self.path)
+
+    def begin(
+        self,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        write_model_files: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """Write what says what is trained and on what; a run that goes on replaces it.
+
+        Args:
+            settings: resolved, as TOML can hold them.
+            environment: as from `describe_environment`.
+            write_model_files: writes to the folder `model` what a reader of the weights needs.
+        """
+        self.config.write_text(tomli_w.dumps(settings))
+        self.environment.write_text(json.dumps(environment, indent=2) + "\n")
+        self.model.mkdir(exist_ok=True)
+        write_model_files(self.model)

@@ -1,0 +1,78 @@
+"""One run at a time in a directory, and no directory left behind by a run that was refused."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from hvdtrain.errors import ConfigError, ResumeError
+
+
+@dataclass
+class Claim:
+    """A run directory that this process holds until `release`, or until it dies."""
+
+    folder: Path
+    file: TextIO
+    made: list[Path]
+    """Directories that were made for it, outermost first."""
+
+    def release(self) -> None:
+        """Let other runs have the directory."""
+        self.file.close()
+
+    def undo(self) -> None:
+        """Release it, and remove it if it was made for a run that never began. Files that others wrote stay."""
+        if self.folder in self.made:
+            logs = self.folder / "logs"
+            for path in [*logs.glob("rank-*.log"), self.folder / "lock"]:
+                path.unlink(missing_ok=True)
+            for path in [logs, *reversed(self.made)]:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+        self.release()
+
+
+def claim(folder: Path) -> Claim:
+    """Make a run directory and lock it. The manifests in it may be read once it is locked, not before.
+
+    A POSIX lock: the system frees it when its holder dies, and network file systems carry it between hosts.
+
+    Raises:
+        ResumeError: another run holds it.
+        ConfigError: the directory cannot be made.
+    """
+    try:
+        made = _make(folder)
+        file = (folder / "lock").open("a+")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{folder} cannot be made ({reason}): choose another --run-dir") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return Claim(folder, file, made)  # a file system without locks: nothing can be known
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ResumeError(
+            f"another run is training in {folder} ({holder}): wait for it to end, or choose another --run-dir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return Claim(folder, file, made)
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a directory and those above it; returns the ones that were not there, outermost first."""
+    missing = [path for path in (*reversed(folder.parents), folder) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing

@@ -1,0 +1,70 @@
+"""What a person should know before the first step."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from typing import Any
+
+from hvdtrain import __version__
+from hvdtrain.models.linear import takes_onednn
+from hvdtrain.settings.units import in_units
+from hvdtrain.trainer import Job
+from hvdtrain.trainer.memory import Memory, wire_bytes
+
+
+def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
+    """Return what a person should know before the first step."""
+    world, config, task = job.world, job.config, job.task
+    hosts = len({rank["host"] for rank in ranks})
+    parameters = sum(p.numel() for p in task.model.parameters())
+    lines = [
+        f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
+        f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
+        f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
+        f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
+        *(f"{line}" for line in task.description.splitlines()),
+        f"model:      {type(task.model).__name__}, {parameters:,} parameters",
+        f"batch:      {job.plan}",
+        f"steps:      {job.num_steps:,}, or {job.num_steps / job.order.steps_per_epoch:.3g} epochs of"
+        f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {_rate(job)},"
+        f" {config.optim.schedule}",
+        f"directory:  {job.run}",
+    ]
+    cores, machine = ranks[0]["cores"], os.cpu_count() or 1
+    if world.launch.launcher == "mpirun" and cores < machine // world.local_size:
+        lines.append(f"warning:    mpirun binds each rank to {cores} of {machine} cores: add --bind-to none to it")
+    return "\n".join(lines)
+
+
+def _rate(job: Job) -> str:
+    """Return the peak learning rate, and how a rule comes to it."""
+    optim = job.config.optim
+    if optim.lr_rule == "none":
+        return f"{optim.peak_lr:g}"
+    return (
+        f"{optim.peak_lr * job.lr_factor:g} ({optim.peak_lr:g} for a batch of {optim.reference_batch}, {optim.lr_rule}"
+        f" rule for {job.plan.global_batch_size})"
+    )
+
+
+def details(job: Job, memory: Memory | None) -> str:
+    """Return what a dry run adds: the parameters by shape, the memory of a rank, the bytes that it sends."""
+    named = job.task.model.named_parameters()
+    shapes = Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(parameter.shape)) for name, parameter in named)
+    lines = [f"  {count:>4} x {name} {shape}" for (name, shape), count in shapes.items()]
+    if memory is not None:
+        lines.append(f"memory:     {memory}")
+    size, gradients = job.world.size, wire_bytes(job)
+    sent = in_units(2 * (size - 1) / size * gradients)
+    lines.append(f"network:    {in_units(gradients)} of gradients; in a ring each rank sends {sent} a step")
+    return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _takes_onednn(job: Job) -> bool:
+    return job.config.train.precision == "fp32" and takes_onednn(job.config.model.linear, job.world.device)

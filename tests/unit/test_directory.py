@@ -1,0 +1,82 @@
+"""A run directory: one run at a time, nothing left by a run that was refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hvdtrain.errors import ConfigError, ResumeError
+from hvdtrain.process.run_files import named_checkpoint
+from hvdtrain.rundir.directory import RunDirectory
+
+HOLD = """
+import sys
+from pathlib import Path
+from hvdtrain.rundir.directory import RunDirectory
+held = RunDirectory(Path(sys.argv[1])).claim()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_run_at_a_time(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, run.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ResumeError, match=rf"another run is training in .*run \(process {other.pid} on"):
+        run.claim()
+    assert (run.path / "lock").exists()  # it is the other's
+    other.communicate("", timeout=30)
+    run.claim().release()
+
+
+def test_a_run_that_was_refused_leaves_no_new_directory(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "new")
+    claim = run.claim()
+    run.rank_log(0).parent.mkdir()
+    run.rank_log(0).write_text("x")
+    claim.undo()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_others_put_there_stays(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "new")
+    claim = run.claim()
+    (run.path / "notes.txt").write_text("mine")
+    claim.undo()
+    assert [path.name for path in run.path.iterdir()] == ["notes.txt"]
+    claim = run.claim()  # now it was there before
+    claim.undo()
+    assert (run.path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["file/run", "x" * 300, "a\0b"])
+def test_a_directory_that_cannot_be_made(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="choose another --run-dir"):
+        RunDirectory(tmp_path / name).claim()
+
+
+def test_what_is_written_when_training_begins(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.begin({"train": {"steps": 3}}, {"ranks": []}, lambda folder: (folder / "config.json").write_text("{}"))
+    run.begin({"train": {"steps": 5}}, {"ranks": [1]}, lambda folder: None)
+    assert run.config.read_text() == "[train]\nsteps = 5\n"
+    assert json.loads(run.environment.read_text()) == {"ranks": [1]}
+    assert (run.model / "config.json").exists()
+
+
+def test_odd_pointers_name_nothing(tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert named_checkpoint(tmp_path) == ""
+    folder.mkdir()
+    (folder / "latest").write_bytes(b"\xff\xfe" + b"x" * 1000)
+    assert len(named_checkpoint(tmp_path)) < 300
+    for odd in ("../../etc", "/etc/passwd", "step-good", "step-00000200.bak", "step-0200", ""):
+        (folder / "latest").write_text(odd)
+        assert RunDirectory(tmp_path).checkpoints.named("latest") is None
+    (folder / "latest").write_text("step-00000200\n")
+    assert RunDirectory(tmp_path).checkpoints.named("latest") == folder / "step-00000200"
