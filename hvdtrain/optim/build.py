@@ -95,7 +95,7 @@ class Composite(torch.optim.Optimizer):
 
     Args:
         groups: the parts' own parameter groups, in their order.
-        parts: the optimizers; Horovod builds the class anew without them, and puts them back.
+        parts: the optimizers.
     """
 
     def __init__(self, groups: list[dict[str, Any]], parts: Sequence[torch.optim.Optimizer] = ()) -> None:

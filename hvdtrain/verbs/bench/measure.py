@@ -19,7 +19,7 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.trainer import Job, Recipe, Task, settle, train_step
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.bench.stopwatch import TimedProgress
-from hvdtrain.world import World
+from hvdtrain.world import CODECS, World
 
 _NO_RUN = Path("hvdtrain-bench-has-no-run-directory")
 
@@ -31,7 +31,7 @@ _KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("train", "precision", ("bf16",)),
     ("optim", "kernel", ("fused", "foreach")),
     ("comm", "bucket_mib", (1, 4, 25, 100)),
-    ("comm", "compression", ("fp16",)),
+    ("comm", "compression", tuple(CODECS)),
 )
 
 

@@ -26,7 +26,7 @@ from hvdtrain.verbs.plan.answer import Answer, Facts, answer, predict
 from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
 from hvdtrain.verbs.plan.network import Controller, Network, fit, other_network
 from hvdtrain.verbs.plan.report import describe, load_json, save_html, save_json, table
-from hvdtrain.world import World, watched
+from hvdtrain.world import World, codec_of, watched
 
 # A rank this much slower than the median one is named.
 _STRAGGLER = 1.15
@@ -93,10 +93,10 @@ def _measure(
     mine = measure.own_steps(own, training, warmup=1, steps=5)
     of_ranks = world.all_gather_object(mine, "plan.own")
     slowest = max(of_ranks, key=lambda item: item.compute.total_s)
-    itemsize = 2 if recipe.comm.compression == "fp16" else None
-    buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20, itemsize)
+    codec = codec_of(recipe.comm.compression)
+    buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20, codec)
     buckets = world.broadcast_object(buckets, "plan.buckets")
-    network, fp16, plain = _network(world, hosts, buckets, recipe.comm.compression == "fp16")
+    network, fp16, plain = _network(world, hosts, buckets, codec.wire_bytes(1, torch.float32) == 2)
     norms, small, large = measure.gradient_norms(own, training, world, noise_steps)
     # The first steps of all have gradients of their own kind.
     noise = noise_scale(norms[len(norms) // 2 :], small, large) if norms else None

@@ -17,7 +17,7 @@ from hvdtrain.trainer.state import replicated_tensors, start_training
 from hvdtrain.verbs.verify.compare import Difference, between, movement, worst_of
 from hvdtrain.verbs.verify.table import Row, Status
 from hvdtrain.verbs.verify.trial import Run, Trial, smallest_divisor
-from hvdtrain.world import digest_of, has_synchronized_layers, plain_sum
+from hvdtrain.world import codec_of, digest_of, has_synchronized_layers, plain_sum
 
 # Adam divides by the gradient's size: where the true gradient is zero, as of a bias before batch normalisation, it
 # blows the last bits of fp64 up to about 1e-7 of a step. Every planted bug in the tests shows above 1e-4.
@@ -57,8 +57,9 @@ def find_nature(own: Trial) -> Nature:
     else:
         optim = sgd
         tolerance = 1e-4 if precision == "fp32" else 5e-2
-    if own.recipe.comm.compression == "fp16":
-        optim, tolerance = sgd, max(tolerance, 1e-2)
+    if own.recipe.comm.compression != "none":
+        kind = torch.float64 if precision == "fp64" else torch.float32
+        optim, tolerance = sgd, max(tolerance, codec_of(own.recipe.comm.compression).tolerance(kind))
     train = dataclasses.replace(own.recipe.train, precision=precision)
     trial = dataclasses.replace(own, recipe=dataclasses.replace(own.recipe, train=train, optim=optim))
     job = trial.job(trial.solo())
@@ -222,9 +223,8 @@ def check_average(nature: Nature) -> list[Row]:
 
 def _rounding(trial: Trial) -> float:
     """Return the relative error that sums over ranks may have, from the type that gradients travel in."""
-    if trial.recipe.comm.compression == "fp16" or trial.recipe.train.precision == "bf16-true":
-        return 1e-2
-    return 1e-12 if trial.recipe.train.precision == "fp64" else 1e-5
+    types: dict[str, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
+    return codec_of(trial.recipe.comm.compression).tolerance(types.get(trial.recipe.train.precision, torch.float32))
 
 
 def check_accumulation(nature: Nature) -> list[Row]:
