@@ -104,8 +104,9 @@ class OptimConfig(Section):
 class CommConfig(Section):
     """What travels between the ranks."""
 
-    compression: Literal["none", "fp16"] = "none"
-    """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits."""
+    compression: Literal["none", "fp16", "bf16"] = "none"
+    """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits; bf16 halves them too,
+    and rounds to 8 bits with the range of fp32."""
     bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True)
     """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
     op: Literal["average", "adasum"] = "average"

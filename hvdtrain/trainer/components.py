@@ -10,6 +10,7 @@ from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.window import MetricWindow
+from hvdtrain.trainer.wire import WireFormat
 
 # The loss scaler comes first: after it, gradients have their own size.
 COMPONENTS: tuple[ComponentFactory, ...] = (
@@ -19,6 +20,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     NoiseScale.of,
     WeightAverage.of,
     SkippedSteps,
+    WireFormat.of,
 )
 
 

@@ -30,6 +30,7 @@ from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.step import forward_batch
+from hvdtrain.world import codec_of
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
 RESERVE = 0.1
@@ -102,13 +103,11 @@ def estimate(job: Job) -> Memory:
 
 def wire_bytes(job: Job) -> int:
     """Return the bytes of all gradients as they are sent."""
-    own = own_type(job.config.train.precision)
+    own, codec = own_type(job.config.train.precision), codec_of(job.config.comm.compression)
     total = 0
     for parameter in job.task.model.parameters():
         if parameter.requires_grad:
-            size = (own or parameter.dtype).itemsize
-            size = 4 if size == 2 else size  # bfloat16 travels as fp32
-            total += parameter.numel() * (2 if job.config.comm.compression == "fp16" else size)
+            total += codec.wire_bytes(parameter.numel(), own or parameter.dtype)
     return total
 
 

@@ -137,7 +137,6 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     comm = job.config.comm
     options: dict[str, Any] = {
         "accum_steps": job.plan.accum_steps,
-        "compression": comm.compression,
         "op": comm.op,
         "bucket_bytes": comm.bucket_mib << 20,
     }

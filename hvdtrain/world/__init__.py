@@ -1,20 +1,27 @@
 """The ranks: who they are, what they exchange, how gradients are averaged. Horovod and MPI live in here only."""
 
+from hvdtrain.world.averaging import Averaging, WrappedOptimizer
 from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
 from hvdtrain.world.buckets import in_buckets
+from hvdtrain.world.codec import CODECS, Codec, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.plain_mpi import plain_sum
 from hvdtrain.world.replicas import digest_of
+from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.start import connect, init, pick_device, visible_gpus
 from hvdtrain.world.watch import watched
-from hvdtrain.world.world import ReduceOp, SoloWorld, World, WrappedOptimizer
+from hvdtrain.world.world import ReduceOp, World
 
 __all__ = [
+    "CODECS",
+    "Averaging",
+    "Codec",
     "Heartbeat",
     "ReduceOp",
     "SoloWorld",
     "World",
     "WrappedOptimizer",
+    "codec_of",
     "connect",
     "digest_of",
     "has_synchronized_layers",

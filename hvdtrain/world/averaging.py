@@ -1,115 +1,114 @@
-"""`hvd.DistributedOptimizer` with its traps closed (each seen in Horovod 0.28.1)."""
+"""The wrapped optimizer: the user's own object, whose gradients are the mean over the ranks when it steps."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.process.progress import Progress
+from hvdtrain.world.codec import Codec, codec_of
 from hvdtrain.world.exchange import GradientExchange
-from hvdtrain.world.world import Averaging, Compression, WrappedOptimizer, restore_types
+
+if TYPE_CHECKING:
+    from hvdtrain.world.world import World
 
 
-def wrap_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    accum_steps: int,
-    compression: Compression,
-    op: Averaging,
-    bucket_bytes: int,
-    size: int,
-    progress: Progress,
-    has_square: bool = False,
-) -> WrappedOptimizer:
-    """Wrap `optimizer` in `hvd.DistributedOptimizer`; the result averages gradients over `size` ranks.
+@dataclass(frozen=True, kw_only=True)
+class Averaging:
+    """How gradients are averaged over the ranks."""
 
-    Raises:
-        ConfigError: Adasum, or the squared norms, cannot be had here.
+    accum_steps: int = 1
+    """Backward passes in an optimizer step. They are summed before the average is taken: divide the loss by them."""
+    compression: str | Codec = "none"
+    """Format of the gradients on the wire: a name that `codec_of` knows, or a codec of your own."""
+    op: Literal["average", "adasum"] = "average"
+    """adasum combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging; no clipping may
+    follow, as that has no meaning across ranks then."""
+    bucket_bytes: int = 25 << 20
+    """Gradients travel in parts of this size, each as soon as backward has finished it."""
+    has_square: bool = False
+    """Also average the squared norms of the ranks' own gradients, for the gradient noise scale."""
+
+    def __post_init__(self) -> None:
+        for name in ("accum_steps", "bucket_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} = {value!r} must be a whole number greater than 0")
+        if self.op not in ("average", "adasum"):
+            raise ConfigError(f"op = {self.op!r} must be 'average' or 'adasum'")
+        is_compressed = self.codec().name != "none"
+        if self.op == "adasum" and is_compressed:
+            raise ConfigError("--comm.op adasum works on full gradients: leave out --comm.compression")
+        if self.has_square and (self.op == "adasum" or is_compressed):
+            raise ConfigError(_NO_SQUARE)
+
+    def codec(self) -> Codec:
+        """Return the codec, a new one where it was named."""
+        return codec_of(self.compression) if isinstance(self.compression, str) else self.compression
+
+
+_NO_SQUARE = (
+    "--health.noise-scale needs averaged, dense gradients in their own type: leave out --comm.op, --comm.compression"
+    " and sparse embeddings"
+)
+
+
+class WrappedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose gradients are averaged over all ranks; also an instance of its own class (`AdamW`, ...).
+
+    Made by `World.wrap` out of the user's optimizer, in place: schedulers, hooks and profilers that hold the object go
+    on working.
     """
-    if has_square and (op == "adasum" or compression != "none" or _sparse_parameters(model)):
-        raise ConfigError(
-            "--health.noise-scale needs averaged, dense gradients in their own type: leave out --comm.op,"
-            " --comm.compression and sparse embeddings"
-        )
-    if op == "adasum":
-        _check_adasum(size, compression)
-    inner = type(optimizer)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    wrapped = hvd.DistributedOptimizer(
-        optimizer,
-        named_parameters=[(names.get(p, f"parameter {i}"), p) for i, p in enumerate(owned)],
-        backward_passes_per_step=accum_steps,
-        op=hvd.Sum,
-    )
-    # Horovod builds the wrapped class anew from its parameters alone: defaults and state would be lost.
-    wrapped.__dict__.update(optimizer.__dict__)
-    # Horovod hangs its hooks on the graph's gradient accumulators, which live as long as this list: ours replace them.
-    wrapped._grad_accs.clear()
-    # Horovod's methods find the wrapped class by `super(self.__class__, self)`, which loops for ever in a subclass:
-    # the mixin must therefore answer every method that does so, and knows the wrapped class by itself.
-    wrapped.__class__ = type(inner.__name__, (_SafeMixin, type(wrapped)), {"_inner": inner})
-    order = {parameter: place for place, parameter in enumerate(names)}
-
-    def parameters() -> list[nn.Parameter]:
-        own = [parameter for group in wrapped.param_groups for parameter in group["params"]]
-        return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
-
-    wrapped._exchange = (
-        GradientExchange(
-            parameters,
-            names,
-            _sparse_parameters(model),
-            accum_steps,
-            torch.float16 if compression == "fp16" else None,
-            hvd.Adasum if op == "adasum" else hvd.Sum,
-            bucket_bytes,
-            size,
-            progress,
-            has_square,
-        )
-        if size > 1
-        else None
-    )
-    return cast(WrappedOptimizer, wrapped)
-
-
-def _sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of embeddings that were built with `sparse=True`."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    return {cast(nn.Parameter, module.weight) for module in embeddings if module.sparse}
-
-
-def _check_adasum(size: int, compression: Compression) -> None:
-    if not hvd.mpi_built() or not hvd.mpi_enabled():
-        raise ConfigError(
-            "--comm.op adasum needs MPI: Horovod's Gloo cannot do it. Start with mpirun or horovodrun --mpi, or use"
-            " --comm.op average"
-        )
-    if size & (size - 1):
-        raise ConfigError(
-            f"--comm.op adasum needs 2, 4, 8, ... ranks, not {size}: start as many, or use --comm.op average"
-        )
-    if compression != "none":
-        raise ConfigError("--comm.op adasum works on full gradients: leave out --comm.compression")
-
-
-class _SafeMixin:
-    """Replaces the methods of `hvd.DistributedOptimizer` that are wrong, or that break in a subclass."""
 
     _inner: type[torch.optim.Optimizer]
+    """The class that it had before."""
     _exchange: GradientExchange | None
+    """None where there is one rank."""
     _synchronized: bool
     _should_synchronize: bool
 
+    @property
+    def mean_square(self) -> Tensor | None:
+        """Return the mean over the ranks of the squared norm of each one's own gradient, a float64 scalar.
+
+        As of the last `synchronize`, in units of the loss that each rank has differentiated; None where it was not
+        asked for, or there is one rank only.
+        """
+        return None if self._exchange is None else self._exchange.mean_square
+
+    @property
+    def codec(self) -> Codec | None:
+        """Return what gradients become on the wire, with what it remembers; None where there is one rank."""
+        return None if self._exchange is None else self._exchange.codec
+
+    def synchronize(self) -> None:
+        """Finish averaging: afterwards every rank's `.grad` holds the mean over the ranks. Collective.
+
+        Call it before looking at gradients (clipping, unscaling); `step` does what is left, so it is optional
+        otherwise. Micro-batches that a rank did not have count as zero gradients. A second call before the next
+        backward pass does nothing.
+        """
+        if self._exchange is None or (self._synchronized and not self._exchange.has_news):
+            return
+        self._exchange.finish()
+        self._synchronized = True
+
+    @contextlib.contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Let `step()` within not average first; Horovod's optimizer has a context of this name."""
+        self._should_synchronize = False
+        try:
+            yield
+        finally:
+            self._should_synchronize = True
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; Horovod's own knows no `set_to_none`.
+        """Clear the gradients.
 
         Raises:
             RuntimeError: gradients are on the wire; clearing them now would lose them.
@@ -119,41 +118,83 @@ class _SafeMixin:
                 raise RuntimeError("zero_grad() between backward and step() loses gradients: call step() first")
             self._exchange.forget()
         self._synchronized = False
-        self._inner.zero_grad(cast(Any, self), set_to_none)
+        self._inner.zero_grad(self, set_to_none)
 
-    @property
-    def mean_square(self) -> Tensor | None:
-        """Return the mean over the ranks of the squared norms of their own gradients."""
-        return None if self._exchange is None or not self._exchange.has_square else self._exchange.mean_square
-
-    def synchronize(self) -> None:
-        """Finish averaging; a second call before the next backward pass does nothing."""
-        if self._exchange is None or (self._synchronized and not self._exchange.has_news):
-            return
-        self._exchange.finish()
-        self._synchronized = True
-
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Average what is not averaged yet, then update as the wrapped optimizer does."""
-        if self._should_synchronize:
-            self.synchronize()
-        self._synchronized = False
-        return self._inner.step(cast(Any, self), closure)
-
-    def add_param_group(self, group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its gradients are averaged from the next step on."""
-        self._inner.add_param_group(cast(Any, self), group)
+        self._inner.add_param_group(self, param_group)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the wrapped optimizer's state, every tensor in the type that it was saved in."""
-        self._inner.load_state_dict(cast(Any, self), state)
-        restore_types(cast(Any, self), state)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state, every tensor in the type that it was saved in."""
+        self._inner.load_state_dict(self, cast(Any, state_dict))
+        _restore_types(self, state_dict)
 
-    @contextlib.contextmanager
-    def skip_synchronize(self) -> Iterator[None]:
-        """Let `step()` within not average first: it comes after `synchronize()` and clipping."""
-        self._should_synchronize = False
-        try:
-            yield
-        finally:
-            self._should_synchronize = True
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a wrapped optimizer is tied to its ranks and cannot be copied or pickled: use its state_dict(), or copy"
+            " the optimizer first and wrap the copy"
+        )
+
+
+def wrap_optimizer(
+    world: World, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging
+) -> WrappedOptimizer:
+    """Turn `optimizer` itself into one that averages its gradients over the ranks of `world`, and return it.
+
+    Its class changes to one derived from what it was, and averaging hangs on torch's own hook before a step: whichever
+    way `step` is called, by the user, a scheduler's wrapper or a scaler, it averages, and step hooks run once.
+
+    Raises:
+        ConfigError: it is wrapped already, or the squared norms cannot be had here.
+    """
+    if isinstance(optimizer, WrappedOptimizer):
+        raise ConfigError("this optimizer is wrapped already: wrap() changes the optimizer that it is given")
+    sparse = _sparse_parameters(model)
+    if averaging.has_square and sparse:
+        raise ConfigError(_NO_SQUARE)
+    inner = type(optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    base, attributes = world.optimizer_type(inner, averaging)
+    optimizer.__dict__.update(attributes, _synchronized=False, _should_synchronize=True, _exchange=None)
+    # `step` is named again, as it is: a library's class may have another, and torch would hang its hooks on that too.
+    members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__}
+    optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
+    wrapped = cast(WrappedOptimizer, optimizer)
+    if world.size == 1:
+        return wrapped
+    order = {parameter: place for place, parameter in enumerate(names)}
+
+    def parameters() -> list[nn.Parameter]:
+        own = [parameter for group in wrapped.param_groups for parameter in group["params"]]
+        return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
+
+    wrapped._exchange = GradientExchange(world, parameters, names, sparse, averaging, averaging.codec())
+    hook = wrapped.register_step_pre_hook(_before_step)
+    # The user's own hooks shall see the mean.
+    cast(Any, wrapped)._optimizer_step_pre_hooks.move_to_end(hook.id, last=False)
+    return wrapped
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if optimizer._should_synchronize:
+        optimizer.synchronize()
+    optimizer._synchronized = False
+
+
+def _sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights of embeddings that were built with `sparse=True`."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    return {cast(nn.Parameter, module.weight) for module in embeddings if module.sparse}
+
+
+def _restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Give loaded entries back the type that they were saved in: torch's `load_state_dict` casts to the parameter's.
+
+    NAdam's running product, for one, is fp32 beside fp64 parameters, and would go on with other last bits.
+    """
+    saved = state["state"]
+    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, parameter in enumerate(owned):
+        for name, value in saved.get(place, {}).items():
+            if isinstance(value, Tensor) and optimizer.state[parameter][name].dtype != value.dtype:
+                optimizer.state[parameter][name] = value.detach().clone().to(optimizer.state[parameter][name].device)

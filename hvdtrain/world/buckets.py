@@ -1,10 +1,17 @@
-"""Which gradients travel together."""
+"""Which gradients travel together, and how they get into and out of the buffer that is sent."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.world.codec import Codec
+
+if TYPE_CHECKING:
+    from hvdtrain.world.world import World
 
 # As in PyTorch DDP: the first bucket is ready soon after backward has begun.
 FIRST_BUCKET_BYTES = 1 << 20
@@ -26,3 +33,142 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
         buckets[-1].append(parameter)
         room -= parameter.nbytes
     return buckets
+
+
+class Bucket:
+    """Parameters of one type whose gradients travel as one flat tensor.
+
+    Behind the gradients lies one number a parameter: the share of ranks that have a gradient for it.
+
+    Args:
+        name: of the collective.
+        parameters: of one type and device.
+        codec: what the gradients become on the wire.
+        world: the ranks.
+        has_square: also send the squared norm of what this rank has computed.
+    """
+
+    square: Tensor
+    """After `receive`, the mean over the ranks of the squared norms of their own gradients, `(1,)`; or `(0,)`."""
+
+    def __init__(
+        self, name: str, parameters: Sequence[nn.Parameter], codec: Codec, world: World, has_square: bool = False
+    ) -> None:
+        self.name = name
+        self.parameters = tuple(parameters)
+        self.ready = 0
+        """How many of the parameters have their whole gradient."""
+        self._codec = codec
+        self._world = world
+        self._waits: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        """What is on the wire: the part of the buffer, and the function that waits for its mean."""
+        counts = [parameter.numel() for parameter in self.parameters]
+        lengths = [*counts, len(counts), int(has_square)]
+        device = self.parameters[0].device
+        self._wire = torch.zeros(sum(lengths), dtype=codec.buffer_type(self.parameters[0].dtype), device=device)
+        *flat, self._users, self.square = torch.split(self._wire, lengths)
+        self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(has_square)])
+        self._views = [view.view(p.shape) for view, p in zip(flat, self.parameters, strict=True)]
+
+    @property
+    def is_sent(self) -> bool:
+        """Return whether it is on the wire."""
+        return bool(self._waits)
+
+    def send(self) -> None:
+        """Put the gradients on the wire. Each rank divides its part first: the other way round, fp16 overflows."""
+        size = self._world.size
+        self._users.fill_(1 / size)
+        for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+            gradient = parameter.grad
+            if gradient is None:
+                view.zero_()
+                self._users[i] = 0
+            elif gradient.is_sparse:
+                view.copy_(gradient.to_dense()).div_(size)
+            elif gradient.dtype == torch.bfloat16:  # divided as fp32
+                view.copy_(gradient).div_(size)
+            else:
+                torch.div(gradient, size, out=view)
+        if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean
+            self.square.copy_(torch.dot(self._numbers, self._numbers) * size)
+        if self._codec.is_elementwise:
+            self._waits = [(self._wire, self._codec.start(self._world, self.name, self._wire))]
+        else:
+            counts = self._world.start_all_reduce_(self._counts, "sum", f"{self.name}.counts")
+            numbers = self._codec.start(self._world, self.name, self._numbers)
+            self._waits = [(self._counts, counts), (self._numbers, numbers)]
+
+    def receive(self) -> None:
+        """Wait for the mean and make it the parameters' `.grad`: parts of the buffer where they fit as they are."""
+        for part, wait in self._waits:
+            mean = wait()
+            if mean is not part:
+                part.copy_(mean)
+        self._waits, self.ready = [], 0
+        for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+            gradient = parameter.grad
+            if gradient is None and not self._users[i]:  # asked only where it is in doubt: on a GPU it waits
+                continue
+            if view.dtype == parameter.dtype and (gradient is None or gradient.is_contiguous()):
+                parameter.grad = view
+            elif gradient is None or gradient.is_sparse:
+                parameter.grad = torch.empty_like(parameter).copy_(view)
+            else:
+                gradient.copy_(view)
+
+
+class AdasumTensor(Bucket):
+    """One gradient that is combined by Adasum (arXiv:2006.02924): each rank gives its own mean, undivided."""
+
+    def send(self) -> None:
+        """Put the gradient on the wire, zeros where there is none."""
+        (parameter,) = self.parameters
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        (view,) = self._views
+        view.copy_(parameter.grad)
+        self._waits = [(view, self._world.start_all_reduce_(view, "adasum", self.name))]
+
+
+class SparseRows:
+    """A parameter whose gradient names its non-zero rows: every rank is sent all ranks' rows, in their own type.
+
+    Args:
+        name: of the collectives.
+        parameter: the weight of an embedding.
+        world: the ranks.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, world: World) -> None:
+        self.name = name
+        self.parameter = parameter
+        self._world = world
+        self._waits: list[Callable[[], Tensor]] = []
+
+    def send(self) -> None:
+        """Send the non-zero rows, none where there is no gradient."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            rows = torch.zeros(0, dtype=torch.int64, device=self.parameter.device)
+            values = torch.zeros(0, *self.parameter.shape[1:], dtype=self.parameter.dtype, device=rows.device)
+        else:
+            gradient = gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)
+            rows, values = gradient.indices()[0].contiguous(), gradient.values()
+        wire = values.float() if values.dtype == torch.bfloat16 else values
+        self._waits = [
+            self._world.start_all_gather(rows, f"{self.name}.rows"),
+            self._world.start_all_gather(wire.contiguous() / self._world.size, f"{self.name}.values"),
+        ]
+
+    def receive(self) -> None:
+        """Make the mean the parameter's `.grad`, None where no rank has a row."""
+        rows, values = (wait() for wait in self._waits)
+        self._waits = []
+        if len(rows) == 0:
+            self.parameter.grad = None
+            return
+        gradient = torch.sparse_coo_tensor(
+            rows[None], values.to(self.parameter.dtype), self.parameter.shape, check_invariants=False
+        )
+        self.parameter.grad = gradient.coalesce()

@@ -32,10 +32,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hvdtrain.process.progress import Place
+from hvdtrain.world.verdict import Report, judge
 from hvdtrain.world.world import World
 
-# Writing a large checkpoint takes longer than anything else that a healthy rank does without a sign of progress.
-_PATIENCE = {"saving": 6.0}
 _SECONDS_FOR_WRITERS = 30.0
 _SECONDS_FOR_VERDICT = 5.0
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
@@ -216,24 +215,16 @@ class Heartbeat:
         return self._world.rank == min(1, self._world.size - 1) or self._world.rank == 0
 
     def _judge(self) -> str | None:
-        """Return what is wrong, or None."""
-        peers = [peer for peer in self._peers.values() if peer.name and not peer.has_left]
+        """Return what is wrong with the ranks that this one is told of, or None."""
         now = time.monotonic()
-        for peer in peers:
-            if now - peer.heard > self._limit_s:
-                return (
-                    f"{peer.name} has given no sign of life for {now - peer.heard:.0f} s: its process is stopped, or"
-                    f" its host is gone. It was last seen at {peer.place}"
-                )
-        if self._world.rank != 0:
-            return None
-        places = {self._name: self._world.progress.read(), **{peer.name: peer.where() for peer in peers}}
-        if not all(self._is_stuck(place) for place in places.values()):
-            return None
-        return _describe_stall(places, self._limit_s)
-
-    def _is_stuck(self, place: Place) -> bool:
-        return place.step is not None and place.age_s > self._limit_s * _PATIENCE.get(place.phase, 1.0)
+        peers = [
+            Report(peer.name, peer.where(), now - peer.heard)
+            for peer in self._peers.values()
+            if peer.name and not peer.has_left
+        ]
+        # Rank 0 alone is told by all: only it can say that no rank makes progress.
+        here = Report(self._name, self._world.progress.read(), 0.0) if self._world.rank == 0 else None
+        return judge(peers, here, self._limit_s)
 
     def _end(self, reason: str, exit_code: int, is_speaker: bool) -> NoReturn:
         """Leave together with the others. Never returns; a second thread that comes here waits for the first."""
@@ -258,17 +249,6 @@ class Heartbeat:
             file.write(f"{reason.rstrip()}\nat {self._world.progress.read()}; the stacks of all threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-
-
-def _describe_stall(places: dict[str, Place], limit_s: float) -> str:
-    stuck = {name: place for name, place in places.items() if place.phase != "communication"}
-    shown = [f"{name} has been at {place} for {place.age_s:.0f} s" for name, place in (stuck or places).items()]
-    more = f"; and {len(shown) - 8} more" if len(shown) > 8 else ""
-    waiting = "; the others wait" if 0 < len(stuck) < len(places) else ""
-    return (
-        f"no rank has got on for {limit_s:.0f} s (--health.stall-limit): {'; '.join(shown[:8])}{more}{waiting}."
-        " The stacks are in RUN_DIR/logs"
-    )
 
 
 def _wait_for_writers() -> None:

@@ -9,21 +9,21 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
-from hvdtrain.errors import LaunchError
+from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
-from hvdtrain.world.averaging import wrap_optimizer
-from hvdtrain.world.world import Averaging, Compression, ReduceOp, World, WrappedOptimizer
+from hvdtrain.world.averaging import Averaging
+from hvdtrain.world.world import ReduceOp, World
 
 T = TypeVar("T")
-_OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max}
+_OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max, "adasum": hvd.Adasum}
 # Horovod's torch binding cannot carry these; the bits travel as an integer type of the same width.
 _CARRIER = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
 
@@ -39,21 +39,41 @@ class HorovodWorld(World):
         self.device = torch.device("cpu")
         self.progress = Progress()
 
-    def wrap(
-        self,
-        optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        accum_steps: int = 1,
-        compression: Compression = "none",
-        op: Averaging = "average",
-        bucket_bytes: int = 25 << 20,
-        has_square: bool = False,
-    ) -> WrappedOptimizer:
-        """Wrap in `hvd.DistributedOptimizer`, its traps closed."""
-        return wrap_optimizer(
-            optimizer, model, accum_steps, compression, op, bucket_bytes, self.size, self.progress, has_square
+    def check_averaging(self, averaging: Averaging) -> None:
+        """Refuse Adasum where Horovod's cannot be had: under Gloo it hangs after an error."""
+        if averaging.op != "adasum":
+            return
+        if not hvd.mpi_built() or not hvd.mpi_enabled():
+            raise ConfigError(
+                "--comm.op adasum needs MPI: Horovod's Gloo cannot do it. Start with mpirun or horovodrun --mpi, or use"
+                " --comm.op average"
+            )
+        if self.size & (self.size - 1):
+            raise ConfigError(
+                f"--comm.op adasum needs 2, 4, 8, ... ranks, not {self.size}: start as many, or use --comm.op average"
+            )
+
+    def optimizer_type(
+        self, inner: type[torch.optim.Optimizer], averaging: Averaging
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """Return the class that `hvd.DistributedOptimizer` makes, and what it sets.
+
+        Horovod makes it for a stand-in: given the user's optimizer, it would build that anew from its parameters alone,
+        without its defaults and state, and hang hooks of its own on the parameters.
+        """
+        parameter = nn.Parameter(torch.zeros(1))
+        stand_in = torch.optim.SGD([parameter])
+        made = hvd.DistributedOptimizer(
+            stand_in,
+            named_parameters=[("stand-in", parameter)],
+            backward_passes_per_step=averaging.accum_steps,
+            op=hvd.Sum,
         )
+        left_out = ("__dict__", "__weakref__", "step")
+        methods = {name: value for name, value in vars(type(made)).items() if name not in left_out}
+        attributes = {name: value for name, value in vars(made).items() if name not in vars(stand_in)}
+        attributes.update(_parameter_names={}, _allreduce_delay={}, _requires_update=set(), _grad_accs=[])
+        return type(inner.__name__, (inner,), methods), attributes
 
     def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Send the optimizer's state first and the tensors last, as nothing may touch them afterwards."""
@@ -64,14 +84,19 @@ class HorovodWorld(World):
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._broadcast_tensors({name: tensor.detach() for name, tensor in tensors.items()}, "model")
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
-        """Reduce in the tensor's own type."""
-        return self.start_all_reduce(tensor, op, name)()
-
-    def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
+    def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
         """Reduce in the background, in the tensor's own type."""
-        handle = hvd.allreduce_async(tensor.contiguous(), op=_OPS[op], name=name)
+        return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name))
 
+    def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Gather in the background."""
+        return self._waiting(hvd.allgather_async(tensor, name=name))
+
+    def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Exchange in the background."""
+        return self._waiting(hvd.alltoall_async(tensor, name=name))
+
+    def _waiting(self, handle: Any) -> Callable[[], Tensor]:
         def wait() -> Tensor:
             with self.progress.during("communication"):
                 return cast(Tensor, hvd.synchronize(handle))

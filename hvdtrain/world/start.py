@@ -11,7 +11,8 @@ import torch
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.process.launch import THREAD_VARIABLES, Launch, prepare_process
-from hvdtrain.world.world import SoloWorld, World
+from hvdtrain.world.solo import SoloWorld
+from hvdtrain.world.world import World
 
 
 def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: ()) -> World:

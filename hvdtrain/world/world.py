@@ -1,10 +1,10 @@
-"""`World`: all that training knows of other ranks. `SoloWorld` is one process, without Horovod."""
+"""`World`: all that training knows of other ranks. A further back end is one file with a class derived from it."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -13,36 +13,11 @@ from torch import Tensor, nn
 from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
+from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
 from hvdtrain.world.replicas import all_in_one, digest_of, first_difference
 
 T = TypeVar("T")
 ReduceOp = Literal["sum", "mean", "min", "max"]
-Compression = Literal["none", "fp16"]
-Averaging = Literal["average", "adasum"]
-
-
-class WrappedOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose gradients are averaged over all ranks.
-
-    What `World.wrap` returns has this shape: it is also an instance of the class that was wrapped (`AdamW`, ...).
-    """
-
-    @property
-    def mean_square(self) -> Tensor | None:
-        """Return the mean over the ranks of the squared norm of each one's own gradient, a float64 scalar.
-
-        As of the last `synchronize`, in units of the loss that each rank has differentiated; None where it was not
-        asked for, or there is one rank only.
-        """
-        raise NotImplementedError
-
-    def synchronize(self) -> None:
-        """Finish averaging: afterwards every rank's `.grad` holds the mean over the ranks. Collective.
-
-        Call it before looking at gradients (clipping, unscaling); `step` does what is left, so it is optional
-        otherwise. Micro-batches that a rank did not have count as zero gradients.
-        """
-        raise NotImplementedError
 
 
 class World(ABC):
@@ -60,37 +35,33 @@ class World(ABC):
     progress: Progress
     """Where this rank is; blocking collectives note themselves."""
 
-    @abstractmethod
     def wrap(
-        self,
-        optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        accum_steps: int = 1,
-        compression: Compression = "none",
-        op: Averaging = "average",
-        bucket_bytes: int = 25 << 20,
-        has_square: bool = False,
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
     ) -> WrappedOptimizer:
-        """Wrap an optimizer so that its gradients are averaged over the ranks while backward still runs. Collective.
-
-        With `accum_steps` > 1, that many backward passes are *summed* before the average is taken: divide the loss by
-        their number.
+        """Have an optimizer average its gradients over the ranks while backward still runs. Collective.
 
         Args:
-            optimizer: any torch optimizer over parameters of `model`; use the returned one afterwards.
+            optimizer: any torch optimizer over parameters of `model`. It is changed in place and returned.
             model: gives the parameters their names.
-            accum_steps: backward passes per optimizer step.
-            compression: format of the gradients on the wire.
-            op: "adasum" combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging; no
-                clipping may follow, as that has no meaning across ranks then.
-            bucket_bytes: gradients travel in parts of this size, each as soon as backward has finished it.
-            has_square: also average the squared norms of the ranks' own gradients, for the gradient noise scale.
+            averaging: how; None: the defaults.
+            fields: those of `Averaging`, by name: `wrap(optimizer, model, accum_steps=4)`.
 
         Raises:
             ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients; squared norms need dense
                 gradients, averaged in their own type.
         """
+        averaging = dataclasses.replace(averaging or Averaging(), **fields)
+        self.check_averaging(averaging)
+        return wrap_optimizer(self, optimizer, model, averaging)
+
+    def check_averaging(self, averaging: Averaging) -> None:  # noqa: B027  most can do all of it
+        """Raise ConfigError where this back end cannot average so."""
+
+    def optimizer_type(
+        self, inner: type[torch.optim.Optimizer], averaging: Averaging
+    ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """Return the class, derived from `inner`, that users of this back end's library expect, and its attributes."""
+        return inner, {}
 
     @abstractmethod
     def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -99,13 +70,34 @@ class World(ABC):
         The optimizer's state is sent as it is: a fresh optimizer takes no hidden step on any rank.
         """
 
-    @abstractmethod
     def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
         """Return the sum, mean, minimum or maximum of `tensor` over the ranks, same shape. Collective."""
+        return self.start_all_reduce(tensor, op, name)()
 
-    @abstractmethod
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
+        return self.start_all_reduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op, name)
+
+    @abstractmethod
+    def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
+        """Begin to reduce a contiguous tensor in place; returns the function that waits and returns it. Collective.
+
+        adasum (arXiv:2006.02924) only where `check_averaging` lets it pass.
+        """
+
+    @abstractmethod
+    def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Begin to join the ranks' tensors along their first dimension, whose length may differ. Collective.
+
+        Returns the function that waits for the result, rank 0's part first.
+        """
+
+    @abstractmethod
+    def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Begin to send part r of `tensor`, cut into as many equal parts as there are ranks, to rank r. Collective.
+
+        Returns the function that waits for what this rank is sent, in the order of the ranks; the shape of `tensor`.
+        """
 
     @abstractmethod
     def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
@@ -169,87 +161,3 @@ class World(ABC):
 
     def close(self) -> None:  # noqa: B027  one process has nothing to leave
         """Leave the world. Further collectives are an error."""
-
-
-def restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Give loaded entries back the type that they were saved in: torch's `load_state_dict` casts to the parameter's.
-
-    NAdam's running product, for one, is fp32 beside fp64 parameters, and would go on with other last bits.
-    """
-    saved = state["state"]
-    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, parameter in enumerate(owned):
-        for name, value in saved.get(place, {}).items():
-            if isinstance(value, Tensor) and optimizer.state[parameter][name].dtype != value.dtype:
-                optimizer.state[parameter][name] = value.detach().clone().to(optimizer.state[parameter][name].device)
-
-
-class SoloWorld(World):
-    """One process, on its own; Horovod need not be installed."""
-
-    def __init__(self, device: torch.device, launch: Launch) -> None:
-        self.device = device
-        self.launch = launch
-        self.progress = Progress()
-
-    def wrap(
-        self,
-        optimizer: torch.optim.Optimizer,
-        model: nn.Module,
-        *,
-        accum_steps: int = 1,
-        compression: Compression = "none",
-        op: Averaging = "average",
-        bucket_bytes: int = 25 << 20,
-        has_square: bool = False,
-    ) -> WrappedOptimizer:
-        """Return the optimizer with a `synchronize` that has nothing to do."""
-        inner = type(optimizer)
-        optimizer.__class__ = type(inner.__name__, (_SoloOptimizer, inner), {})
-        return cast(WrappedOptimizer, optimizer)
-
-    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Do nothing."""
-
-    def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
-        """Return a copy."""
-        return tensor.clone()
-
-    def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
-        """Return a function that returns a copy."""
-        result = tensor.clone()
-        return lambda: result
-
-    def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
-        """Return a copy."""
-        return tensor.clone()
-
-    def broadcast_object(self, value: T | None, name: str) -> T:
-        """Return `value`."""
-        return cast(T, value)
-
-    def all_gather_object(self, value: T, name: str) -> list[T]:
-        """Return `value` as the only one."""
-        return [value]
-
-
-class _SoloOptimizer:
-    """Mixed into the class of an optimizer that needs no averaging."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state, every tensor in the type that it was saved in."""
-        super().load_state_dict(state)  # type: ignore[misc]
-        restore_types(cast(Any, self), state)
-
-    @property
-    def mean_square(self) -> Tensor | None:
-        """Return None: there is one gradient."""
-        return None
-
-    def synchronize(self) -> None:
-        """Do nothing: there is one gradient."""
-
-    @contextlib.contextmanager
-    def skip_synchronize(self) -> Iterator[None]:
-        """Do nothing; Horovod's optimizer has a context of this name."""
-        yield

@@ -18,7 +18,7 @@ from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.kit import spread
 from hvdtrain.verbs.phase_clock import PhaseClock, finish
 from hvdtrain.verbs.plan.step import Bucket, Compute
-from hvdtrain.world import SoloWorld, in_buckets
+from hvdtrain.world import Codec, SoloWorld, in_buckets
 
 # A machine is unsteady when the middle half of its steps differs by more than this share; it is measured longer then.
 UNSTEADY = 0.1
@@ -64,14 +64,14 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     return Measured(Compute(forward, backward, max(0.0, total - forward - backward)), differ_by, len(parts))
 
 
-def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize: int | None) -> list[Bucket]:
+def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec) -> list[Bucket]:
     """Return the buckets that training would send, each with the share of the backward pass after which it is ready.
 
     Args:
         job: of this rank alone.
         training: its model.
         bucket_bytes: as `--comm.bucket-mib` says.
-        wire_itemsize: bytes of a number on the wire; None: as the gradient has, bfloat16 four.
+        codec: what they become on the wire.
     """
     parameters = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     groups = in_buckets(parameters, bucket_bytes)
@@ -98,8 +98,7 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, wire_itemsize
     for group in groups:
         ready = max(statistics.median(shares[parameter]) for parameter in group)
         numbers = sum(parameter.numel() for parameter in group) + len(group)
-        itemsize = wire_itemsize or max(group[0].element_size(), 4)
-        buckets.append(Bucket(min(1.0, ready), numbers * itemsize))
+        buckets.append(Bucket(min(1.0, ready), codec.wire_bytes(numbers, group[0].dtype)))
     return sorted(buckets, key=lambda bucket: bucket.ready)
 
 

@@ -14,7 +14,7 @@ from hvdtrain.verbs.verify.compare import between, movement, worst_of
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row, judged
 from hvdtrain.verbs.verify.trial import Trial, smallest_divisor
-from hvdtrain.world import plain_sum
+from hvdtrain.world import codec_of, plain_sum
 
 _NOT_AN_AVERAGE = "Adasum is no average: there is nothing to compare it with"
 
@@ -80,9 +80,8 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
 
 def _rounding(trial: Trial) -> float:
     """Return the relative error that sums over ranks may have, from the type that gradients travel in."""
-    if trial.recipe.comm.compression == "fp16" or trial.recipe.train.precision == "bf16-true":
-        return 1e-2
-    return 1e-12 if trial.recipe.train.precision == "fp64" else 1e-5
+    types: dict[str, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
+    return codec_of(trial.recipe.comm.compression).tolerance(types.get(trial.recipe.train.precision, torch.float32))
 
 
 def check_accumulation(nature: Nature) -> list[Row]:

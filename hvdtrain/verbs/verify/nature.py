@@ -11,7 +11,7 @@ from hvdtrain.optim.table import with_name
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.step import forward_sums, train_step
 from hvdtrain.verbs.verify.trial import Trial
-from hvdtrain.world import has_synchronized_layers
+from hvdtrain.world import codec_of, has_synchronized_layers
 
 # Adam divides by the gradient's size: where the true gradient is zero, as of a bias before batch normalisation, it
 # blows the last bits of fp64 up to about 1e-7 of a step. Every planted bug in the tests shows above 1e-4.
@@ -50,8 +50,9 @@ def find_nature(own: Trial) -> Nature:
     else:
         optim = sgd
         tolerance = 1e-4 if precision == "fp32" else 5e-2
-    if own.recipe.comm.compression == "fp16":
-        optim, tolerance = sgd, max(tolerance, 1e-2)
+    if own.recipe.comm.compression != "none":
+        kind = torch.float64 if precision == "fp64" else torch.float32
+        optim, tolerance = sgd, max(tolerance, codec_of(own.recipe.comm.compression).tolerance(kind))
     train = dataclasses.replace(own.recipe.train, precision=precision)
     trial = dataclasses.replace(own, recipe=dataclasses.replace(own.recipe, train=train, optim=optim))
     job = trial.job(trial.solo())

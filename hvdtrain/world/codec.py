@@ -1,0 +1,158 @@
+"""What a gradient becomes on the wire: one object knows a format's encoding, its size, its error and its memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hvdtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hvdtrain.world.world import World
+
+
+class Codec(ABC):
+    """A format of gradients on the wire.
+
+    A bucket of gradients is written into a flat buffer, each rank's divided by the number of ranks; `start` puts it on
+    the wire, and what it returns waits for the sum, which is the mean. A codec with one all-reduce defines `encode` and
+    `decode`; one with several rounds of collectives (low rank, quantised) replaces `start`. What it remembers of a
+    bucket, such as the error that rounding has left, is kept under the bucket's name and saved by `state_dict`.
+
+    One object serves one optimizer.
+    """
+
+    name: str
+    """As `--comm.compression` and `Averaging(compression=...)` say it."""
+    is_elementwise: bool = True
+    """Each number travels by itself, zero as zero: a bucket's counts can then travel behind its gradients."""
+
+    @abstractmethod
+    def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type of the flat buffer that gradients of type `dtype` are written into."""
+
+    @abstractmethod
+    def wire_bytes(self, count: int, dtype: torch.dtype) -> int:
+        """Return the bytes that one rank hands over for `count` gradients of type `dtype`."""
+
+    @abstractmethod
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Return how far a mean may be off for its format, relative to the largest gradient of a tensor."""
+
+    def encode(self, name: str, part: Tensor) -> Tensor:
+        """Return what is summed over the ranks for this rank's `part`, `(n,)`, of the bucket `name`."""
+        return part
+
+    def decode(self, name: str, total: Tensor) -> Tensor:
+        """Return the mean, `(n,)`, for the sum of what the ranks have encoded."""
+        return total
+
+    def start(self, world: World, name: str, part: Tensor) -> Callable[[], Tensor]:
+        """Begin to average the bucket `name`; returns the function that waits for the mean, `(n,)`. Collective.
+
+        `part` may be overwritten. The waiting functions of several buckets are called in the same order on all ranks,
+        and may themselves make further collectives, named after the bucket.
+        """
+        wait = world.start_all_reduce_(self.encode(name, part), "sum", name)
+        return lambda: self.decode(name, wait())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers: this rank's own, not alike on all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  most remember nothing
+        """Take over what `state_dict` returned."""
+
+
+class AsTheyAre(Codec):
+    """Gradients travel in their own type, bfloat16 as fp32: Horovod's torch binding cannot add bfloat16."""
+
+    name = "none"
+
+    def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type itself, fp32 for bfloat16."""
+        return torch.float32 if dtype == torch.bfloat16 else dtype
+
+    def wire_bytes(self, count: int, dtype: torch.dtype) -> int:
+        """Return the bytes of the buffer."""
+        return count * self.buffer_type(dtype).itemsize
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Return what sums in another order may differ by."""
+        return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+
+
+class Fp16(Codec):
+    """Gradients travel, and are added, as fp16: 11 bits, from 6e-8 to 65504."""
+
+    name = "fp16"
+
+    def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
+        """Return fp16: gradients are rounded as they are written into the buffer."""
+        return torch.float16
+
+    def wire_bytes(self, count: int, dtype: torch.dtype) -> int:
+        """Return two bytes a gradient."""
+        return 2 * count
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Return what rounding each part, and each partial sum, to 11 bits may come to."""
+        return 1e-2
+
+
+class Bf16(Codec):
+    """Gradients travel as bfloat16: 8 bits, with the range of fp32.
+
+    MPI and Gloo cannot add bfloat16, so the ranks do. Each rank is sent its part of the bucket by every other, as the
+    bits of bfloat16 (int16, all-to-all); it adds them as fp32 in the order of the ranks, rounds the mean to bfloat16,
+    and sends these bits to all (all-gather). On the wire that is half of an fp32 all-reduce, and each number is rounded
+    twice: as a rank's part, and as the mean.
+    """
+
+    name = "bf16"
+
+    def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
+        """Return fp32, or fp64 for fp64: the sum is taken in it."""
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def wire_bytes(self, count: int, dtype: torch.dtype) -> int:
+        """Return two bytes a gradient."""
+        return 2 * count
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Return what rounding to 8 bits twice may come to."""
+        return 1e-2
+
+    def start(self, world: World, name: str, part: Tensor) -> Callable[[], Tensor]:
+        """Send each rank its part of the bucket; the means are gathered while waiting."""
+        share = -(-len(part) // world.size)
+        wire = torch.zeros(share * world.size, dtype=torch.bfloat16, device=part.device)
+        wire[: len(part)] = part
+        wait = world.start_all_to_all(wire.view(torch.int16), f"{name}.parts")
+
+        def finish() -> Tensor:
+            parts = wait().view(torch.bfloat16).view(world.size, share)
+            mean = parts.to(part.dtype).sum(0).bfloat16()
+            means = world.start_all_gather(mean.view(torch.int16), f"{name}.means")()
+            return part.copy_(means.view(torch.bfloat16)[: len(part)])
+
+        return finish
+
+
+CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (AsTheyAre, Fp16, Bf16)}
+"""By the names that `--comm.compression` knows."""
+
+
+def codec_of(name: str) -> Codec:
+    """Return a new codec of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in CODECS:
+        raise ConfigError(f"there is no compression '{name}': choose {', '.join(CODECS)}, or give a Codec of your own")
+    return CODECS[name]()

@@ -1,0 +1,53 @@
+"""`SoloWorld`: one process on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.process.launch import Launch
+from hvdtrain.process.progress import Progress
+from hvdtrain.world.world import ReduceOp, World
+
+T = TypeVar("T")
+
+
+class SoloWorld(World):
+    """One process, on its own; Horovod need not be installed."""
+
+    def __init__(self, device: torch.device, launch: Launch) -> None:
+        self.device = device
+        self.launch = launch
+        self.progress = Progress()
+
+    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Do nothing."""
+
+    def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
+        """Return a function that returns `tensor`."""
+        return lambda: tensor
+
+    def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Return a function that returns a copy."""
+        result = tensor.clone()
+        return lambda: result
+
+    def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Return a function that returns a copy."""
+        result = tensor.clone()
+        return lambda: result
+
+    def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
+        """Return a copy."""
+        return tensor.clone()
+
+    def broadcast_object(self, value: T | None, name: str) -> T:
+        """Return `value`."""
+        return cast(T, value)
+
+    def all_gather_object(self, value: T, name: str) -> list[T]:
+        """Return `value` as the only one."""
+        return [value]
