@@ -14,6 +14,7 @@ from hvdtrain.errors import StopRequested
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.lone_samples import check_lone_samples
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
@@ -47,6 +48,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         CheckpointError: on all ranks alike: the last save failed.
     """
     training = start_training(job)
+    check_lone_samples(job, training)
     for line in (component.about for component in training.components if component.about):
         job.log.say(line)
     stopwatch, evaluated = Stopwatch(training.step), {}

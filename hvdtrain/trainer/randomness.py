@@ -46,6 +46,8 @@ class SampleRandomness(TorchFunctionMode):
         self._positions = positions
         self._source = torch.Generator().manual_seed(seed)
         self._salts: dict[int, int] = {}
+        self.own_draws: list[tuple[str, str]] | None = None
+        """Names and results of functions that were given a generator; None: not noted."""
 
     @property
     def num_draws(self) -> int:
@@ -56,6 +58,11 @@ class SampleRandomness(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Answer the functions that are named above; pass all others on."""
+        if self.own_draws is not None and (kwargs or {}).get("generator") is not None:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.own_draws.append((func.__name__, str(result.tolist())))
+            return result
         own = _ANSWERS.get(func)
         if own is not None:
             answer = own(self, *args, **(kwargs or {}))
@@ -104,7 +111,7 @@ class MicroBatchRandomness:
 
     Args:
         device: of the model.
-        is_observed: also find out whether numpy's or Python's numbers are drawn.
+        is_observed: find out what is drawn; slower.
     """
 
     def __init__(self, device: torch.device, is_observed: bool = False) -> None:
@@ -117,6 +124,8 @@ class MicroBatchRandomness:
         """Whether numbers were drawn that belong to samples."""
         self.by_micro_batch: set[str] = set()
         """Whose numbers were drawn that belong to micro-batches: torch, torch on the GPU, numpy, Python."""
+        self.own_draws: list[tuple[str, str]] = []
+        """Where it is observed: names and results of functions that were given a generator."""
 
     def run(
         self, positions: Tensor, place: Sequence[object], forward: Callable[[], T], backward: Callable[[T], None]
@@ -127,14 +136,14 @@ class MicroBatchRandomness:
         """
         seed = _seed_of(*place, *positions[:1].tolist())
         before = self._seed(seed)
-        if self._is_needed is False:
+        if self._is_needed is False and not self.is_observed:
             result = forward()
             if self._is_untouched(before):
-                self._observe(seed)
                 backward(result)
                 return result
             self._seed(seed)
         mode = SampleRandomness(positions, _seed_of(*place))
+        mode.own_draws = self.own_draws if self.is_observed else None
         with mode:
             result = forward()
             self._is_needed = not self._is_untouched(before)
@@ -155,6 +164,8 @@ class MicroBatchRandomness:
 
     def _note(self, mode: SampleRandomness, seed: int, before: dict[str, Tensor]) -> None:
         """Note what a forward pass has drawn from: of torch's generator on the CPU, more than what marks draws."""
+        if not self.is_observed:
+            return
         expected = torch.Generator().manual_seed(seed)
         for _ in range(mode.num_draws):
             torch.randint(2**62, (), generator=expected)
@@ -163,11 +174,6 @@ class MicroBatchRandomness:
         for name, generator in self._generators.items():
             if not generator.get_state().equal(unmarked[name]):
                 self.by_micro_batch.add(name)
-        self._observe(seed)
-
-    def _observe(self, seed: int) -> None:
-        if not self.is_observed:
-            return
         if random.getstate() != random.Random(seed).getstate():
             self.by_micro_batch.add("Python")
         fresh = np.random.RandomState(seed % 2**32).get_state(legacy=False)

@@ -27,8 +27,9 @@ def count_targets(data: Dataset, samples: Tensor) -> int:
     Raises:
         ConfigError: it is no number of targets.
     """
-    count = data.num_targets(samples)
-    value: Any = count.item() if isinstance(count, np.generic | Tensor) and count.size in (1, count.size) else count
+    count: Any = data.num_targets(samples)
+    size = count.numel() if isinstance(count, Tensor) else getattr(count, "size", None)
+    value: Any = count.item() if size == 1 else count  # of numpy or torch
     is_whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_whole or value != int(value) or value < 0:
         raise ConfigError(
