@@ -254,11 +254,8 @@ def test_a_step_without_targets_is_a_step_of_zeros(tmp_path):
         return {"loss": (model(batch[0]) * 0).sum()}
 
     task = dataclasses.replace(job.task, train_data=NoTargets(*job.task.train_data.tensors), loss_sums=loss)
-    job = dataclasses.replace(
-        job,
-        task=task,
-        config=dataclasses.replace(job.config, optim=OptimConfig(name="sgd", peak_lr=0.1, weight_decay=0.0)),
-    )
+    optim = OptimConfig(name="sgd", peak_lr=0.1, weight_decay=0.0)
+    job = dataclasses.replace(job, task=task, config=dataclasses.replace(job.config, optim=optim))
     training = start_training(job)
     before = [p.clone() for p in training.model.parameters()]
     train_step(job, training)

@@ -16,6 +16,8 @@ from hvdtrain.verbs.verify.table import Row, judged
 from hvdtrain.verbs.verify.trial import Trial, smallest_divisor
 from hvdtrain.world import plain_sum
 
+# From 65536 on, the loss scale is halved as often as the first gradients overflow.
+_MOST_BACK_OFFS = 17
 _NOT_AN_AVERAGE = "Adasum is no average: there is nothing to compare it with"
 
 
@@ -63,7 +65,11 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
         hang = parameter.register_post_accumulate_grad_hook  # before Horovod's: sees this rank's own gradient
         hang(lambda p, key=key: local.__setitem__(key, p.grad.detach().to_dense().clone()))  # type: ignore[no-untyped-call]
     training = start_training(job)
-    train_step(job, training)
+    for _ in range(_MOST_BACK_OFFS):
+        train_step(job, training)
+        gradients = [p.grad.to_dense() for p in training.model.parameters() if p.grad is not None]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            break  # else the loss scale is still too large
     scaler = training.component(LossScaler)
     scale = scaler.scale if scaler else 1.0
     averaged, expected, witness = {}, {}, "mpi4py"
