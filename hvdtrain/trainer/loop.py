@@ -59,8 +59,6 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         evaluated = evaluate(job, training)
         training.use_evaluated_weights()
         return evaluated
-    if job.world.size == 1 and job.config.health.noise_scale:
-        job.log.say("--health.noise-scale logs nothing here: it compares the gradients of several ranks")
     with training.reader, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
@@ -97,8 +95,8 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     is_evaluating = is_last or is_due(step, job.config.eval.every)
     evaluated: dict[str, float] = {}
     with run.stopwatch.paused():
-        training.is_evaluation_due = is_evaluating
-        if is_last:
+        was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
+        if is_last and not was_due:
             _save(run, evaluated)
         if is_evaluating and not is_stop:
             evaluated = evaluate(job, training, run.request)

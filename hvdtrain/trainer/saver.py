@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
+from hvdtrain.models.weights import model_weights
 from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.checkpoints import Retention
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.models.weights import model_weights
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training, training_state
 from hvdtrain.trainer.values import storable

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hvdtrain.errors import CheckpointError, ResumeError
+from hvdtrain.models.weights import load_model_weights, model_weights
 from hvdtrain.rundir.checkpoint import Manifest, load_checkpoint
 from hvdtrain.rundir.checkpoints import Checkpoints, Retention
-from hvdtrain.models.weights import load_model_weights, model_weights
 
 
 def save(run_dir, step=1, weights=None, retention=None, **more):

@@ -12,10 +12,10 @@ from hvdtrain.errors import DataError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
+from hvdtrain.models.weights import model_weights
 from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.checkpoints import Retention
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.models.weights import model_weights
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.verbs.export import write_model
 from hvdtrain.verbs.generate import Continuation, load_model

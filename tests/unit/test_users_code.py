@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_components import SOLO, Lines, StoppedError, job_of
+from test_components import SOLO, Lines, StoppedError, job_of, list_checkpoints
 from torch import nn
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
-from hvdtrain.rundir.checkpoint import list_checkpoints, load_checkpoint
+from hvdtrain.rundir.checkpoint import load_checkpoint
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CheckpointConfig, Config, EvalConfig, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Evaluation, Task, evaluate, fit, settle, train_step
@@ -236,7 +237,7 @@ def test_sets_without_names_do_not_replace_each_other(tmp_path):
     job = job_of(tmp_path)
     task = dataclasses.replace(job.task, evaluations=(other(job),))
     with pytest.raises(ConfigError, match="two evaluations report val/loss"):
-        settle(task, job.config, SOLO, tmp_path, MetricLog(None, []))
+        settle(task, job.config, SOLO, RunDirectory(tmp_path), MetricLog(None, []))
 
 
 # Nothing to take a mean of
@@ -313,7 +314,7 @@ def lone(tmp_path, model, num_samples=9, shape=(5,), **train):
     config = Config(
         train=TrainConfig(**{"steps": 5, "global_batch_size": 4, **train}), health=HealthConfig(memory_check=False)
     )
-    return settle(task, config, SOLO, tmp_path, MetricLog(None, []))
+    return settle(task, config, SOLO, RunDirectory(tmp_path), MetricLog(None, []))
 
 
 def test_a_lone_sample_before_batch_norm_is_refused_before_the_first_step(tmp_path):

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import start_training
@@ -19,7 +20,7 @@ from hvdtrain.world import digest_of
 def check_kept(nature: Nature) -> list[Row]:
     """10: an evaluation and a restart leave modes as they were; 11: `state_dict()` is what a checkpoint restores."""
     own = nature.own
-    job = dataclasses.replace(own.job(own.world), run_dir=own.folder / "kept")
+    job = dataclasses.replace(own.job(own.world), directory=RunDirectory(own.folder / "kept"))
     # The few samples of the trial, which are quickly evaluated.
     job = dataclasses.replace(job, task=dataclasses.replace(job.task, val_data=job.task.train_data, evaluations=()))
     training = start_training(job)
@@ -33,7 +34,7 @@ def check_kept(nature: Nature) -> list[Row]:
         saver.finish()
     saved = training.model.state_dict()
     again = own.job(own.world)
-    resumed = start_training(dataclasses.replace(again, run_dir=own.folder / "kept"))
+    resumed = start_training(dataclasses.replace(again, directory=RunDirectory(own.folder / "kept")))
     changed = _changed(trained, after) or _changed(after, _modes(resumed.model))
     when = "after an evaluation" if _changed(trained, after) else "after a restart"
     return [_modes_row(begun, changed, when), _state_row(saved, resumed.model.state_dict())]
