@@ -21,9 +21,9 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from hvdtrain.errors import CheckpointError, ResumeError
+from hvdtrain.errors import CheckpointError
 
 FORMAT_VERSION = 2
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -54,38 +54,6 @@ class Checkpoint:
     manifest: Manifest
     weights: dict[str, Tensor]
     state: dict[str, Any]
-
-
-def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return each parameter and persistent buffer once, by its first name: tied weights are stored once.
-
-    Names are those of the model as it was before `torch.compile`, which puts `_orig_mod.` before them.
-    """
-    first_names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items() if name in first_names}
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
-
-
-def load_model_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights`, as from `model_weights`, into the model.
-
-    Raises:
-        ResumeError: names or shapes differ; the message names the first few.
-    """
-    own = model_weights(model)
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)} in the checkpoint and {tuple(own[name].shape)} in this model"
-        for name in sorted(own.keys() & weights.keys())
-        if own[name].shape != weights[name].shape
-    ]
-    problems = [f"{n} is missing from it" for n in missing] + [f"{n} is not in this model" for n in unknown] + shapes
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ResumeError(f"the checkpoint is of another model: {'; '.join(problems[:3])}{more}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
 
 
 def write_checkpoint(folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

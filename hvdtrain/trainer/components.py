@@ -6,14 +6,16 @@ from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.component import Component, ComponentFactory
 from hvdtrain.trainer.ema import WeightAverage
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.modes import Modes
 from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.trainer.wire import WireFormat
 
-# The loss scaler comes first: after it, gradients have their own size.
+# The loss scaler comes before what looks at gradients: after it, gradients have their own size.
 COMPONENTS: tuple[ComponentFactory, ...] = (
+    Modes,
     LossScaler.of,
     ChangingBuffers,
     MetricWindow,
@@ -25,5 +27,6 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
 
 
 def build_components(job: Job) -> list[Component]:
-    """Return the components that the job's settings ask for."""
-    return [component for build in COMPONENTS if (component := build(job)) is not None]
+    """Return the components that the job's settings ask for, then those of the task."""
+    factories = (*COMPONENTS, *job.task.components)
+    return [component for build in factories if (component := build(job)) is not None]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.rundir.checkpoint import model_weights
+from hvdtrain.errors import ConfigError
+from hvdtrain.models.weights import has_plain_state, model_weights
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
 
@@ -42,7 +43,16 @@ class WeightAverage(Component):
         return None if job.config.train.ema is None else cls(job.config.train.ema)
 
     def begin(self, model: nn.Module) -> None:
-        """Begin with the weights as they are."""
+        """Begin with the weights as they are.
+
+        Raises:
+            ConfigError: the model's `state_dict()` is not that of its parameters and buffers alone.
+        """
+        if not has_plain_state(model):
+            raise ConfigError(
+                "--train.ema cannot average this model: its state_dict() renames or adds something (state-dict hooks,"
+                " get_extra_state)"
+            )
         self._weights = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in _real(model).items()}
         device = next((tensor.device for tensor in self._weights.values()), None)
         self._num_updates = torch.zeros((), dtype=torch.int64, device=device)

@@ -8,27 +8,31 @@ from torch import Tensor, nn
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.process.stop import StopRequest
-from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.job import Job, metric_names
+from hvdtrain.trainer.modes import in_eval_mode
+from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.step import autocast, to_device
-from hvdtrain.trainer.task import Batch, Evaluation
+from hvdtrain.trainer.task import Evaluation
+from hvdtrain.trainer.values import as_figure, as_sum, count_targets
 
 
 def evaluate(job: Job, training: Training, request: StopRequest | None = None) -> dict[str, float]:
     """Return `val/...` of the weights that are evaluated: the model's own, or their moving average. Collective.
 
-    Returns nothing if a rank has a request to stop before the end.
+    Returns nothing if a rank has a request to stop before the end. Means over no targets are not a number.
     """
     task = job.task
     held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics)
     means: dict[str, float] = {}
-    with training.strategy.made_equal(job.world, training), training.with_evaluated_weights():
+    weights = training.strategy.made_equal(job.world, training), training.with_evaluated_weights()
+    with weights[0], weights[1], in_eval_mode(training.model), torch.no_grad():
         for number, part in enumerate((held_out, *task.evaluations)):
             found = _means(job, training.model, part, request, f"evaluate.{number}")
             if found is None:
                 return {}
             means.update(found)
-    return {f"val/{name}": value for name, value in task.summarize(means).items()}
+    return {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
 
 
 def _means(
@@ -39,29 +43,45 @@ def _means(
     batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
     order = EvaluationOrder(len(part.data), batch_size, world.size, job.config.train.seed)
     batches = order.batches(0, world.rank)
+    randomness = MicroBatchRandomness(world.device)
     # Sums of the metrics, then the number of targets.
     totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)
-    model.eval()
-    with torch.no_grad(), Loader(part.data, order, world.rank, pin_memory=world.device.type == "cuda") as loader:
+    with Loader(part.data, order, world.rank, pin_memory=world.device.type == "cuda") as loader:
         for i in range(order.most_batches):
             has_request = torch.tensor(float(request is not None and request.reason is not None))
             agree = world.start_all_reduce(has_request, "max", f"{name}.stop")
             world.progress.enter("evaluation")
             for indices in batches[i : i + 1]:  # a rank may have one batch less than others
-                totals += _totals(job, model, part, loader.read(0, i), indices)
+                totals += _totals(job, model, part, loader, randomness, (i, indices))
             if agree():
-                model.train()
                 return None
-    model.train()
     *sums_of_all, num_targets = world.all_reduce(totals, "sum", name).tolist()
-    return {key: total / num_targets for key, total in zip(part.metrics, sums_of_all, strict=True)}
+    if not num_targets:
+        job.log.say(f"WARNING: {part.name or 'the held-out data'} has no targets: there is nothing to take a mean of")
+    means = [total / num_targets if num_targets else torch.nan for total in sums_of_all]
+    return dict(zip(metric_names(part), means, strict=True))
 
 
-def _totals(job: Job, model: nn.Module, part: Evaluation, batch: Batch, indices: Tensor) -> Tensor:
-    """Return a batch's sums of `part.metrics` and its number of targets, float64 `(len(metrics) + 1,)`."""
+def _totals(
+    job: Job,
+    model: nn.Module,
+    part: Evaluation,
+    loader: Loader,
+    randomness: MicroBatchRandomness,
+    wanted: tuple[int, Tensor],
+) -> Tensor:
+    """Return a batch's sums of `part.metrics` and its number of targets, float64 `(len(metrics) + 1,)`.
+
+    What is drawn at random belongs to samples, as in training, and is the same in every evaluation.
+    """
+    number, indices = wanted
     device, precision = job.world.device, job.config.train.precision
-    batch = to_device(batch, device, precision)
-    with autocast(precision, device):
-        sums = part.loss_sums(model, batch)
-    totals = [sums[key].double() for key in part.metrics]
-    return torch.stack([*totals, torch.full_like(totals[0], part.data.num_targets(indices))])
+    batch = loader.read(0, number)
+
+    def forward() -> dict[str, Tensor]:
+        with autocast(precision, device):
+            return part.loss_sums(model, to_device(batch, device, precision))
+
+    sums = randomness.run(indices, (job.config.train.seed, "evaluation"), forward, lambda sums: None)
+    totals = [as_sum(sums[key], key, device) for key in part.metrics]
+    return torch.stack([*totals, torch.full_like(totals[0], count_targets(part.data, indices))])

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 # Counts that format 1 kept beside each other.
+_NEW: dict[str, Any] = {"exported": None, "extra_state": {}}
 _FLAT = ("step", "is_evaluation_due", "optimizer", "config", "global_batch_size", "fingerprint")
 
 
 def upgraded(state: dict[str, Any], version: int) -> dict[str, Any]:
     """Return what `state.training_state` would save today, from a checkpoint's format version on."""
-    return _from_1(state) if version == 1 else state
+    return {**_NEW, **(_from_1(state) if version == 1 else state)}
 
 
 def _from_1(state: dict[str, Any]) -> dict[str, Any]:
@@ -28,4 +29,4 @@ def _from_1(state: dict[str, Any]) -> dict[str, Any]:
         components["loss_scaler"] = state["scaler"]
     if "norms" in state:
         components["noise_scale"] = {"sums": state["norms"]}
-    return {**{name: state[name] for name in _FLAT}, "components": components, "exported": None}
+    return {**{name: state[name] for name in _FLAT}, "components": components}

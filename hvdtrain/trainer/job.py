@@ -13,7 +13,7 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
 from hvdtrain.trainer.contract import check_task
 from hvdtrain.trainer.strategy import EveryStep, Strategy
-from hvdtrain.trainer.task import Task
+from hvdtrain.trainer.task import Evaluation, Task
 from hvdtrain.world import World
 
 
@@ -78,6 +78,7 @@ def settle(
         DataError: there is no data.
     """
     check_task(task)
+    check_names(task)
     plan = _plan(config, world.size, before)
     order = SampleOrder(len(task.train_data), plan, config.train.seed)
     num_steps = config.train.steps
@@ -95,3 +96,25 @@ def _plan(config: Config, world_size: int, before: Manifest | None) -> BatchPlan
     if config.train.global_batch_size not in (None, before.global_batch_size):
         return plan_batch(config.train, world_size)  # resuming will say that it must not change
     return keep_batch(config.train, world_size, before.global_batch_size, before.micro_batch_size)
+
+
+def check_names(task: Task) -> None:
+    """Make sure that no two evaluations report a metric of the same name.
+
+    Raises:
+        ConfigError: they do.
+    """
+    seen = set(task.metrics)
+    for part in task.evaluations:
+        for name in metric_names(part):
+            if name in seen:
+                raise ConfigError(
+                    f"two evaluations report val/{name}: give them names, Evaluation(name=...), and they report"
+                    f" val/<name>/{name}"
+                )
+            seen.add(name)
+
+
+def metric_names(part: Evaluation) -> list[str]:
+    """Return the names of an evaluation's metrics, with its own before them."""
+    return [f"{part.name}/{metric}" if part.name else metric for metric in part.metrics]

@@ -14,10 +14,12 @@ from hvdtrain.errors import StopRequested
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.lone_samples import check_lone_samples
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
 from hvdtrain.trainer.stopwatch import Stopwatch
+from hvdtrain.trainer.values import count_targets
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         CheckpointError: on all ranks alike: the last save failed.
     """
     training = start_training(job)
+    check_lone_samples(job, training)
     for line in (component.about for component in training.components if component.about):
         job.log.say(line)
     stopwatch, evaluated = Stopwatch(training.step), {}
@@ -56,8 +59,6 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         evaluated = evaluate(job, training)
         training.use_evaluated_weights()
         return evaluated
-    if job.world.size == 1 and job.config.health.noise_scale:
-        job.log.say("--health.noise-scale logs nothing here: it compares the gradients of several ranks")
     with training.reader, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
@@ -82,41 +83,51 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
 def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     """Do after a step what is due; returns the evaluation, empty if there was none. Collective.
 
-    The order is what makes a stop cheap and a checkpoint worth its name. Evaluation comes first, so that the save knows
-    what its weights reached; a request to stop cuts it short, because whoever asked may not wait, and the checkpoint
-    then says that it is still due: the run makes up for it when it goes on, before its next step. The check that ranks
-    are equal comes before the save, so that what is saved is never one rank's own. Nothing here is asked of one rank
-    alone: `is_stop` is what all have agreed on.
+    The order is what makes a stop cheap and a checkpoint worth its name. Evaluation comes before the save, so that the
+    save knows what its weights reached; a request to stop cuts it short, because whoever asked may not wait, and the
+    checkpoint then says that it is still due: the run makes up for it when it goes on, before its next step. At the end
+    the weights are saved before the evaluation too, with the evaluation due: one that raises must not cost the
+    training. The check that ranks are equal comes before each save, so that what is saved is never one rank's own.
+    Nothing here is asked of one rank alone: `is_stop` is what all have agreed on.
     """
     job, training = run.job, run.training
     step, is_last = training.step, training.step == job.num_steps
+    is_evaluating = is_last or is_due(step, job.config.eval.every)
     evaluated: dict[str, float] = {}
     with run.stopwatch.paused():
-        if is_last or is_due(step, job.config.eval.every):
-            evaluated = {} if is_stop else evaluate(job, training, run.request)
-            training.is_evaluation_due = not evaluated
-            is_stop = is_stop or not evaluated
+        was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
+        if is_last and not was_due:
+            _save(run, evaluated)
+        if is_evaluating and not is_stop:
+            evaluated = evaluate(job, training, run.request)
+        training.is_evaluation_due = is_evaluating and not evaluated
+        is_stop = is_stop or training.is_evaluation_due
         if evaluated and not is_last:
             job.log.write(step, evaluated)
-        is_saving = is_last or is_stop or is_due(step, job.config.checkpoint.every)
-        _check_replicas(job, training, is_saving)
-        if is_saving:
-            run.saver.save(training, evaluated)
+        is_saving = is_stop or is_due(step, job.config.checkpoint.every)
+        if evaluated if is_last else is_saving:
+            _save(run, evaluated)
+        elif is_due(step, job.config.health.replica_check_every):
+            _check_replicas(job, training)
     if is_stop and (not is_last or training.is_evaluation_due):
         run.saver.finish()
         raise stopped(job, step, run.request)
     return evaluated
 
 
-def _check_replicas(job: Job, training: Training, is_saving: bool) -> None:
-    """Make sure that ranks which should be equal now are: before each save, and every so many steps. Collective.
+def _save(run: _Run, evaluated: dict[str, float]) -> None:
+    if run.job.config.health.replica_check_every is not None:
+        _check_replicas(run.job, run.training)
+    run.saver.save(run.training, evaluated)
+
+
+def _check_replicas(job: Job, training: Training) -> None:
+    """Make sure that ranks which should be equal now are. Collective.
 
     Raises:
         DivergedError: they are not.
     """
-    every = job.config.health.replica_check_every
-    if every is not None and (is_saving or is_due(training.step, every)):
-        job.world.check_replicas(replicated_tensors(training, with_optimizer=False), "training")
+    job.world.check_replicas(replicated_tensors(training, with_optimizer=False), "training")
 
 
 def stopped(job: Job, step: int, request: StopRequest) -> StopRequested:
@@ -144,7 +155,7 @@ def step_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str
     for component in training.components:
         metrics.update(component.metrics(training))
     step_s = stopwatch.lap(training.step)
-    num_targets = job.task.train_data.num_targets(job.order.global_batch(training.step - 1))
+    num_targets = count_targets(job.task.train_data, job.order.global_batch(training.step - 1))
     metrics[f"throughput/{job.task.unit}_per_s"] = num_targets / step_s
     metrics["time/step_s"] = step_s
     metrics["time/left_s"] = step_s * (job.num_steps - training.step)

@@ -24,13 +24,15 @@ class NoiseScale(Component):
 
     def __init__(self, job: Job) -> None:
         self._size, self._batch = job.world.size, job.plan.global_batch_size
+        if self._size == 1:
+            self.about = "--health.noise-scale logs nothing here: it compares the gradients of several ranks"
         # Mean squared norm of the ranks' own gradients, squared norm of their mean, and the number of steps.
         self._sums = torch.zeros(3, dtype=torch.float64, device=job.world.device)
 
     @classmethod
     def of(cls, job: Job) -> NoiseScale | None:
-        """Return one where it is asked for; a single rank has nothing to compare."""
-        return cls(job) if job.config.health.noise_scale and job.world.size > 1 else None
+        """Return one where it is asked for."""
+        return cls(job) if job.config.health.noise_scale else None
 
     def after_update(self, training: Training, step: Step) -> None:
         """Add the norms of a full batch."""

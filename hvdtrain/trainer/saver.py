@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
-from hvdtrain.rundir.checkpoint import Manifest, model_weights
+from hvdtrain.models.weights import model_weights
+from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.checkpoints import Retention
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training, training_state
+from hvdtrain.trainer.values import storable
 
 
 class Saver:
@@ -58,8 +60,8 @@ class Saver:
                 )
                 arguments = {
                     "manifest": manifest,
-                    "weights": _to_host(model_weights(training.model)),
-                    "state": _to_host(state),
+                    "weights": storable(model_weights(training.model), "the model's weights", _to_host),
+                    "state": storable(state, "the state of the training", _to_host),
                     "retention": Retention(config.keep_last, config.keep_every),
                 }
                 self._thread = threading.Thread(target=self._write, args=(run, arguments), name="hvdtrain-save")
@@ -117,13 +119,7 @@ class Saver:
             self._job.log.say(f"WARNING: {error}; training goes on, the next save tries again")
 
 
-def _to_host(value: Any) -> Any:
-    """Return a copy of nested values whose tensors lie in host memory and change no more."""
-    if isinstance(value, Tensor):
-        copy = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
-        return copy.copy_(value.detach())
-    if isinstance(value, Mapping):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to_host(item) for item in value)
-    return value
+def _to_host(tensor: Tensor) -> Tensor:
+    """Return a copy that lies in host memory and changes no more."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach())

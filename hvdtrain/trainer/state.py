@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hvdtrain.data.loader import Loader
 from hvdtrain.errors import ResumeError
-from hvdtrain.rundir.checkpoint import load_model_weights, model_weights
+from hvdtrain.models.weights import check_can_be_saved, extra_state, load_model_weights, model_weights
 from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
 from hvdtrain.trainer.components import build_components
@@ -21,6 +21,7 @@ from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.strategy import Strategy
+from hvdtrain.trainer.values import storable
 from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
 
 C = TypeVar("C", bound=Component)
@@ -125,12 +126,24 @@ def start_training(job: Job) -> Training:
         training.step, training.is_evaluation_due = state["step"], state["is_evaluation_due"]
         job.strategy.load_optimizer_state(world, training, state["optimizer"])
     world.broadcast_state(model, training.optimizer)
-    for component in components:
-        component.begin(model)
-        if state is not None:
-            _restore(job, component, state["components"])
+    world.together(lambda: _begin(job, training, state), "begin")
     world.check_replicas(replicated_tensors(training), "start")
     return training
+
+
+def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> None:
+    """Let the components begin, and make sure that what there is now could be saved, and loaded again.
+
+    Raises:
+        ConfigError: a component cannot do what is asked of it, or a checkpoint could not hold the state.
+    """
+    for component in training.components:
+        component.begin(training.model)
+        if state is not None:
+            _restore(job, component, state["components"])
+    check_can_be_saved(training.model)
+    storable(extra_state(training.model), "the model's state_dict()")
+    storable(training.optimizer.state_dict(), "the optimizer's state")
 
 
 def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> WrappedOptimizer:
@@ -165,6 +178,7 @@ def training_state(job: Job, training: Training) -> dict[str, Any]:
         "step": training.step,
         "is_evaluation_due": training.is_evaluation_due,
         "optimizer": training.strategy.optimizer_state(job.world, training),
+        "extra_state": extra_state(training.model),
         "components": _component_states(job, training.components),
         "exported": exported and {"component": exported.name, "about": exported.about},
         "config": to_dict(job.config),
@@ -179,18 +193,11 @@ def _component_states(job: Job, components: list[Component]) -> dict[str, Any]:
     for component in components:
         state: Any = component.state_dict()
         if state and not component.is_replicated:
-            state = job.world.all_gather_object(_in_host_memory(state), f"save.{component.name}")
+            state = storable(state, f"the state of '{component.name}'", lambda tensor: tensor.detach().cpu())
+            state = job.world.all_gather_object(state, f"save.{component.name}")
         if state:
             states[component.name] = state
     return states
-
-
-def _in_host_memory(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: _in_host_memory(item) for key, item in value.items()}
-    return [_in_host_memory(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
@@ -200,7 +207,7 @@ def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
         return None
     state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
     _check_fits(job, state)
-    load_model_weights(model, checkpoint.weights)
+    load_model_weights(model, checkpoint.weights, state["extra_state"])
     return state
 
 

@@ -20,6 +20,7 @@ from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
+from hvdtrain.trainer.values import as_sum, count_targets
 
 
 def train_step(job: Job, training: Training) -> None:
@@ -35,7 +36,7 @@ def train_step(job: Job, training: Training) -> None:
     world.progress.begin_step(number)
     training.optimizer.zero_grad()
     samples = job.order.global_batch(number)
-    num_targets = job.task.train_data.num_targets(samples)
+    num_targets = count_targets(job.task.train_data, samples)
     sums = torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device)
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
     for place, positions in enumerate(micro_batches):
@@ -68,12 +69,14 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
         # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks. Adding 0 x loss makes the
-        # gradient of a loss that is not finite not finite either, which all ranks then see in the average.
-        loss = sums["loss"] * (world.size / num_targets + 0 * sums["loss"].detach())
+        # gradient of a loss that is not finite not finite either, which all ranks then see in the average. A batch
+        # without targets has a gradient of zeros.
+        share = world.size / num_targets if num_targets else 0.0
+        loss = sums["loss"] * (share + 0 * sums["loss"].detach())
         training.before_backward(loss).backward()  # type: ignore[no-untyped-call]
 
     sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
-    return torch.stack([sums[name].detach().double() for name in task.metrics])
+    return torch.stack([as_sum(sums[name], name, world.device) for name in task.metrics])
 
 
 def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callable[[], Batch]) -> Batch:

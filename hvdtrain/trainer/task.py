@@ -25,6 +25,8 @@ Batch: TypeAlias = "tuple[Tensor, ...]"
 class Evaluation:
     """Something to be evaluated beside the held-out data."""
 
+    name: str = ""
+    """Stands before its metrics: `val/<name>/loss`. Needed where its metrics have the names of others."""
     data: Dataset
     loss_sums: Callable[[nn.Module, Batch], dict[str, Tensor]]
     """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
@@ -64,7 +66,8 @@ class Task:
     sinks: tuple[Any, ...] = ()
     """Where metrics go besides the run directory, on rank 0: objects like those in rundir/."""
     components: tuple[Any, ...] = ()
-    """What has a state beside the model and the optimizer: objects of classes like those in trainer/."""
+    """What else takes part in every step: classes derived from `trainer.component.Component`, or functions, each of
+    which is given the job and returns a component."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hvdtrain.errors import CheckpointError, ResumeError
-from hvdtrain.rundir.checkpoint import Manifest, load_checkpoint, load_model_weights, model_weights
+from hvdtrain.models.weights import load_model_weights, model_weights
+from hvdtrain.rundir.checkpoint import Manifest, load_checkpoint
 from hvdtrain.rundir.checkpoints import Checkpoints, Retention
 
 

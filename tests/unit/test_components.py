@@ -241,7 +241,7 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path):
     assert new["components"]["loss_scaler"] == {"scale": 8.0}
     assert new["components"]["noise_scale"]["sums"].tolist() == [1.0, 2.0, 3.0]
     assert (new["step"], new["is_evaluation_due"], new["fingerprint"]) == (4, True, "f")
-    assert upgraded(new, 2) is new
+    assert upgraded(new, 2) == new
 
 
 def test_replicated_state_is_compared(tmp_path):

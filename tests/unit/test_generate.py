@@ -12,7 +12,8 @@ from hvdtrain.errors import DataError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
-from hvdtrain.rundir.checkpoint import Manifest, model_weights
+from hvdtrain.models.weights import model_weights
+from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.checkpoints import Retention
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.trained import open_trained

@@ -1,8 +1,13 @@
 """Random numbers belong to samples: they do not depend on how a global batch is cut into micro-batches."""
 
+import random
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -86,8 +91,116 @@ def test_a_model_that_draws_nothing_is_left_alone_until_it_does():
     assert calls == [True, False, False, True, True]  # the third is computed again, with its own numbers
 
 
-def test_tensors_without_the_samples_in_front_are_drawn_alike_for_all():
-    drawn = []
-    for positions in (torch.tensor([0, 1]), torch.tensor([2, 3])):
-        MicroBatchRandomness(CPU).run(positions, (5,), lambda: torch.rand(7), drawn.append)
-    assert torch.equal(*drawn)
+def by_parts(draw, sizes):
+    """Return what six samples draw, cut into micro-batches of these sizes."""
+    parts = []
+    for positions in torch.arange(6).split(sizes):
+        MicroBatchRandomness(CPU).run(positions, (5, 1), partial(draw, len(positions)), parts.append)
+    return torch.cat(parts)
+
+
+def gamma(n):
+    return torch.distributions.Gamma(torch.ones(n, 3), 1.0).sample()
+
+
+BY_SAMPLE = {
+    "randint": lambda n: torch.randint(0, 1000, (n,)),
+    "randint to a bound": lambda n: torch.randint(1000, (n, 2)),
+    "randint by names": lambda n: torch.randint(low=5, high=1000, size=(n,)),
+    "randint_like": lambda n: torch.randint_like(torch.zeros(n, 2), 1000),
+    "random_": lambda n: torch.empty(n, 3).random_(0, 1000),
+    "normal of tensors": lambda n: torch.normal(torch.zeros(n, 3), torch.ones(n, 3)),
+    "normal of a size": lambda n: torch.normal(0.0, 1.0, (n, 3)),
+    "exponential_": lambda n: torch.empty(n, 3).exponential_(),
+    "cauchy_": lambda n: torch.empty(n, 3).cauchy_(),
+    "log_normal_": lambda n: torch.empty(n, 3).log_normal_(),
+    "geometric_": lambda n: torch.empty(n, 9).geometric_(0.01),
+    "multinomial": lambda n: torch.multinomial(torch.ones(n, 500), 3),
+    "multinomial with replacement": lambda n: torch.ones(n, 500).multinomial(3, replacement=True),
+    "gumbel_softmax": lambda n: F.gumbel_softmax(torch.zeros(n, 5)),
+    "hard gumbel_softmax": lambda n: F.gumbel_softmax(torch.zeros(n, 500), hard=True).argmax(1),
+    "rrelu": lambda n: F.rrelu(-torch.ones(n, 5), training=True),
+    "alpha_dropout": lambda n: F.alpha_dropout(torch.ones(n, 99), 0.5, training=True),
+    "feature_alpha_dropout": lambda n: F.feature_alpha_dropout(torch.ones(n, 99, 2), 0.5, training=True),
+    "Normal": lambda n: torch.distributions.Normal(torch.zeros(n, 2), 1.0).rsample(),
+    "Categorical": lambda n: torch.distributions.Categorical(torch.ones(n, 9999)).sample(),
+    "Gumbel": lambda n: torch.distributions.Gumbel(torch.zeros(n, 2), 1.0).sample(),
+    "Exponential": lambda n: torch.distributions.Exponential(torch.ones(n, 2)).sample(),
+    "Laplace": lambda n: torch.distributions.Laplace(torch.zeros(n, 2), 1.0).sample(),
+}
+BY_MICRO_BATCH = {
+    "rand of no samples": lambda n: torch.rand(7)[None].expand(n, 7),
+    "randperm": lambda n: torch.randperm(1000)[:n],
+    "Gamma": gamma,
+    "LSTM": lambda n: nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True)(torch.ones(n, 3, 4))[0].detach(),
+    "numpy": lambda n: torch.from_numpy(np.random.rand(n, 2)),
+    "Python": lambda n: torch.tensor([random.random() for _ in range(n)]),
+    "a sample after the other": lambda n: torch.stack([torch.rand(9) for _ in range(n)]),
+}
+
+
+@pytest.mark.parametrize("name", BY_SAMPLE)
+def test_samples_draw_their_own_numbers_in_any_micro_batch(name):
+    whole = by_parts(BY_SAMPLE[name], SPLITS["whole"])
+    assert len({str(row) for row in whole.tolist()}) == 6
+    for sizes in SPLITS.values():
+        assert by_parts(BY_SAMPLE[name], sizes).equal(whole)
+
+
+@pytest.mark.parametrize("name", BY_MICRO_BATCH)
+def test_what_knows_no_samples_differs_in_every_micro_batch(name):
+    draw = BY_MICRO_BATCH[name]
+    torch.manual_seed(0)
+    drawn = by_parts(draw, SPLITS["single"])
+    assert len({str(row) for row in drawn.tolist()}) == 6
+    assert by_parts(draw, SPLITS["single"]).equal(drawn) or name == "LSTM"  # of other weights each time
+
+
+DISTRIBUTIONS = {
+    "randint": (lambda n: torch.randint(3, 8, (n, 2000)).double(), stats.randint(3, 8)),
+    "exponential_": (lambda n: torch.empty(n, 2000).exponential_(2.0), stats.expon(scale=0.5)),
+    "cauchy_": (lambda n: torch.empty(n, 2000).cauchy_(1.0, 2.0), stats.cauchy(1.0, 2.0)),
+    "log_normal_": (lambda n: torch.empty(n, 2000).log_normal_(0.5, 0.3), stats.lognorm(0.3, scale=np.exp(0.5))),
+    "geometric_": (lambda n: torch.empty(n, 2000).geometric_(0.3), stats.geom(0.3)),
+    "normal": (lambda n: torch.normal(1.0, 2.0, (n, 2000)), stats.norm(1.0, 2.0)),
+    "multinomial": (
+        lambda n: torch.multinomial(torch.tensor([0.2, 0.0, 0.5, 0.3]).expand(n, 4), 2000, True).double(),
+        stats.rv_discrete(values=([0, 1, 2, 3], [0.2, 0.0, 0.5, 0.3])),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_distributions_are_the_right_ones(name):
+    draw, expected = DISTRIBUTIONS[name]
+    values = by_parts(draw, [6]).flatten().double().numpy()
+    for q in np.unique(expected.ppf([0.1, 0.3, 0.5, 0.7, 0.9])):
+        assert (values <= q).mean() == pytest.approx(expected.cdf(q), abs=0.025)  # 5 sigma of 12,000
+
+
+def test_multinomial_without_replacement_draws_each_once_by_weight():
+    weights = torch.tensor([0.6, 0.3, 0.1, 0.0])
+    drawn = by_parts(lambda n: torch.multinomial(weights.expand(n * 1000, 4)[:n], 3), [6])
+    assert all(sorted(row) == [0, 1, 2] for row in drawn.tolist())
+    with SampleRandomness(torch.arange(3000)):
+        first = torch.multinomial(weights.expand(3000, 4), 2)[:, 0]
+    assert (first == 0).float().mean().item() == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_generator_that_is_given_is_asked():
+    with SampleRandomness(torch.arange(4)):
+        own = torch.randint(1000, (4,), generator=torch.Generator().manual_seed(3))
+    assert own.equal(torch.randint(1000, (4,), generator=torch.Generator().manual_seed(3)))
+
+
+def test_what_is_drawn_is_found_out():
+    def observed(draw):
+        randomness = MicroBatchRandomness(CPU, is_observed=True)
+        randomness.run(torch.arange(4), (0, 1), draw, lambda _: None)
+        return randomness.is_by_sample, randomness.by_micro_batch
+
+    assert observed(lambda: torch.ones(4)) == (False, set())
+    assert observed(lambda: torch.rand(4)) == (True, set())
+    assert observed(lambda: torch.rand(7)) == (False, {"torch"})
+    assert observed(lambda: (torch.rand(4), torch.randperm(7), random.random())) == (True, {"torch", "Python"})
+    assert observed(lambda: np.random.rand()) == (False, {"numpy"})

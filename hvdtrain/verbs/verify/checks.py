@@ -8,7 +8,9 @@ from functools import partial
 from hvdtrain.errors import DivergedError
 from hvdtrain.verbs.verify.dangers import check_dangers
 from hvdtrain.verbs.verify.exactness import check_accumulation, check_average, check_one_rank
+from hvdtrain.verbs.verify.kept import check_kept
 from hvdtrain.verbs.verify.nature import find_nature
+from hvdtrain.verbs.verify.random_numbers import check_random
 from hvdtrain.verbs.verify.replicas import check_end, check_resume, check_start
 from hvdtrain.verbs.verify.samples import check_epoch
 from hvdtrain.verbs.verify.table import Row
@@ -38,6 +40,8 @@ def all_checks(own: Trial, show: Callable[[Row], None]) -> list[Row]:
     if whole:
         add(_guarded(7, lambda: check_end(nature, whole[0])))
         add(_guarded(8, lambda: check_dangers(nature, whole[0])))
+    add(_guarded(9, lambda: check_random(nature)))
+    add(_guarded(10, lambda: check_kept(nature)))
     return rows
 
 
@@ -50,6 +54,8 @@ _NAMES = {
     6: "save, load, go on = not stopping",
     7: "ranks are equal at the end",
     8: "what the model does itself",
+    9: "random numbers",
+    10: "modules stay in their modes",
 }
 
 

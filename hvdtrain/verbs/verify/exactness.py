@@ -16,6 +16,8 @@ from hvdtrain.verbs.verify.table import Row, judged
 from hvdtrain.verbs.verify.trial import Trial, smallest_divisor
 from hvdtrain.world import codec_of, plain_sum
 
+# From 65536 on, the loss scale is halved as often as the first gradients overflow.
+_MOST_BACK_OFFS = 17
 _NOT_AN_AVERAGE = "Adasum is no average: there is nothing to compare it with"
 
 
@@ -25,7 +27,7 @@ def check_one_rank(nature: Nature) -> list[Row]:
     name = f"{trial.steps} steps on {size} ranks = on one rank"
     if not nature.is_average:
         return [Row(2, name, "not run", "", "", _NOT_AN_AVERAGE)]
-    apart = nature.depends_on_batch and not nature.in_step
+    apart = (nature.depends_on_batch or bool(nature.randomness.by_micro_batch)) and not nature.in_step
     run, alone = trial.together(), trial.alone(apart=apart)
     # Statistics that ranks gather apart are averaged, those of one rank follow each other: only weights must agree.
     ours = run.weights if apart else run.tensors
@@ -33,7 +35,7 @@ def check_one_rank(nature: Nature) -> list[Row]:
     where = f"largest in {difference.name} on rank {rank}; " if difference.name else ""
     advice = (
         f"{where}look for a loss that is a mean instead of a sum over its targets, num_targets() that does not count"
-        " them, data that differs between ranks, or random numbers that do not come from torch"
+        " them, data that differs between ranks, or random numbers of a generator of your own"
     )
     what = f"{difference} ({trial.recipe.train.precision})"
     return [judged(2, name, difference, nature.tolerance, advice, what)]
@@ -63,7 +65,11 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
         hang = parameter.register_post_accumulate_grad_hook  # before Horovod's: sees this rank's own gradient
         hang(lambda p, key=key: local.__setitem__(key, p.grad.detach().to_dense().clone()))  # type: ignore[no-untyped-call]
     training = start_training(job)
-    train_step(job, training)
+    for _ in range(_MOST_BACK_OFFS):
+        train_step(job, training)
+        gradients = [p.grad.to_dense() for p in training.model.parameters() if p.grad is not None]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            break  # else the loss scale is still too large
     scaler = training.component(LossScaler)
     scale = scaler.scale if scaler else 1.0
     averaged, expected, witness = {}, {}, "mpi4py"
@@ -91,6 +97,8 @@ def check_accumulation(nature: Nature) -> list[Row]:
     name = f"{k} micro-batches = one {k} times as large"
     if nature.depends_on_batch or nature.in_step:
         return [Row(5, name, "not run", "", "", "the model's output depends on the batch, see 8")]
+    if nature.randomness.by_micro_batch:
+        return [Row(5, name, "not run", "", "", "some random numbers belong to micro-batches, see 9")]
     one, several = trial.alone(accum_steps=1), trial.alone(accum_steps=k)
     difference = between(several.tensors, one.tensors, movement(one))
     difference, _ = worst_of(trial.world, difference, "accumulation")

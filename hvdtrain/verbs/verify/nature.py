@@ -21,6 +21,17 @@ _ROUGH = ("muon", "Rprop")
 
 
 @dataclasses.dataclass(frozen=True)
+class Randomness:
+    """What random numbers a model and its data draw."""
+
+    is_by_sample: bool
+    by_micro_batch: frozenset[str]
+    """Whose numbers belong to micro-batches: torch, torch on the GPU, numpy, Python."""
+    repeated: tuple[str, ...]
+    """Functions that drew the same numbers in several micro-batches, from a generator of the user's."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Nature:
     """What was found out about the model before the checks."""
 
@@ -32,6 +43,8 @@ class Nature:
     """Of relative differences."""
     depends_on_batch: bool
     in_step: bool
+    randomness: Randomness
+    """What is drawn at random in a few steps, on any rank."""
 
     @property
     def is_average(self) -> bool:
@@ -57,7 +70,28 @@ def find_nature(own: Trial) -> Nature:
     trial = dataclasses.replace(own, recipe=dataclasses.replace(own.recipe, train=train, optim=optim))
     job = trial.job(trial.solo())
     training = start_training(job)
-    return Nature(trial, own, tolerance, _depends_on_batch(trial), has_synchronized_layers(training.model))
+    in_step = has_synchronized_layers(training.model)
+    return Nature(trial, own, tolerance, _depends_on_batch(trial), in_step, _randomness(own))
+
+
+def _randomness(own: Trial) -> Randomness:
+    """Watch two steps of all ranks. Collective."""
+    job = own.job(own.world)
+    training = start_training(job)
+    training.randomness.is_observed = True
+    for _ in range(2):
+        train_step(job, training)
+    found = training.randomness
+    everyone = own.world.all_gather_object(
+        (found.is_by_sample, found.by_micro_batch, found.own_draws), "verify.randomness"
+    )
+    draws = [draw for _, _, draws in everyone for draw in draws]
+    repeated = sorted({name for name, digest in draws if draws.count((name, digest)) > 1})
+    return Randomness(
+        any(is_by_sample for is_by_sample, _, _ in everyone),
+        frozenset().union(*(sources for _, sources, _ in everyone)),
+        tuple(repeated),
+    )
 
 
 def _runs_in_fp64(trial: Trial) -> bool:
