@@ -9,6 +9,7 @@ from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
+from hvdtrain.trainer.stream_place import StreamPlace
 from hvdtrain.trainer.window import MetricWindow
 
 # The loss scaler comes first: after it, gradients have their own size.
@@ -19,6 +20,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     NoiseScale.of,
     WeightAverage.of,
     SkippedSteps,
+    StreamPlace.of,
 )
 
 
