@@ -6,6 +6,7 @@ Steps drive the loop and every collective is reached by every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         return evaluated
     if job.world.size == 1 and job.config.health.noise_scale:
         job.log.say("--health.noise-scale logs nothing here: it compares the gradients of several ranks")
-    with training.reader, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
+    with closing(training), Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
             evaluated = _evaluate_and_save(run, is_stop=False)
