@@ -7,6 +7,7 @@ the number of ranks nor on the stream's cooperation. A stream that ends begins a
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ class StreamSamples:
         self._place = _Place()
         self._snapshots: deque[_Place] = deque(maxlen=_SNAPSHOTS)
 
+    @property
+    def is_endless(self) -> bool:
+        """Return whether the stream does not say how many samples it has."""
+        return not hasattr(self.stream, "__len__")
+
     def __len__(self) -> int:
         return len(self.stream) if hasattr(self.stream, "__len__") else ENDLESS
 
@@ -76,11 +82,12 @@ class StreamSamples:
             )
         draws = draws or Draws(0, 0, indices)
         with kept_random_state():
-            self._reach(draws.epoch * len(self) + int(indices[0]), draws.seed)
-            self._note_place()
+            before = 0 if len(self) == ENDLESS else draws.epoch * len(self)
+            self._reach(before + int(indices[0]), draws.seed)
+            self._snapshots.append(self._observed())
             samples = []
             for index in indices.tolist():
-                self._reach(draws.epoch * len(self) + index, draws.seed)
+                self._reach(before + index, draws.seed)
                 samples.append(self._next(draws.seed))
             return self._collate(samples)
 
@@ -89,13 +96,18 @@ class StreamSamples:
         count = getattr(self.stream, "num_targets", None)
         return len(indices) if count is None else int(count(indices))
 
+    def check_state(self) -> None:
+        """Raise DataError where the stream's own state is nothing that a checkpoint can hold."""
+        if hasattr(self.stream, "state_dict"):
+            _check_plain(self.stream.state_dict(), type(self.stream).__name__)
+
     def state_at(self, position: int) -> dict[str, Any]:
         """Return what `go_on` needs to begin with the sample that comes after `position` others.
 
         Raises:
             DataError: the stream's own state is nothing that a checkpoint can hold.
         """
-        known = [place for place in self._snapshots if place.position <= position]
+        known = [place for place in (*self._snapshots, self._observed()) if place.position <= position]
         place = known[-1] if known and known[-1].stream is not None else _Place()
         _check_plain(place.stream, type(self.stream).__name__)
         return dict(vars(place))
@@ -108,10 +120,9 @@ class StreamSamples:
             self.stream.load_state_dict(copy.deepcopy(self._place.stream))
             self._samples = iter(self.stream)
 
-    def _note_place(self) -> None:
+    def _observed(self) -> _Place:
         own = copy.deepcopy(self.stream.state_dict()) if hasattr(self.stream, "state_dict") else None
-        place = self._place
-        self._snapshots.append(_Place(place.position, place.passes, place.pass_began, own))
+        return dataclasses.replace(self._place, stream=own)
 
     def _reach(self, position: int, seed: int) -> None:
         """Read and drop what comes before the sample that follows `position` others."""

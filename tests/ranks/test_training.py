@@ -127,7 +127,7 @@ def test_resuming_is_bitwise_the_same(world, text):
     settings = {"steps": 12, "precision": "fp32", "accum_steps": 2}
     whole, metrics = trained(language_model(text, **settings), world, text / "whole")
     halfway = dataclasses.replace(language_model(text, **settings), checkpoint=CheckpointConfig(every=7))
-    job = settle(halfway.build(quiet), halfway, world, text / "halves", MetricLog(None, []))
+    job = settle(halfway.build(quiet), halfway, world, RunDirectory(text / "halves"), MetricLog(None, []))
     with pytest.raises(StoppedError):
         fit(dataclasses.replace(job, log=StopAt(8)))
     torch.manual_seed(world.rank)  # whatever the random state was, it must not matter
@@ -279,7 +279,7 @@ def test_a_rank_that_drifts_is_named_before_the_next_save(world, text):
     recipe = dataclasses.replace(
         language_model(text, steps=9), health=HealthConfig(replica_check_every=5), checkpoint=CheckpointConfig(every=3)
     )
-    job = settle(recipe.build(quiet), recipe, world, text / "run", MetricLog(None, []))
+    job = settle(recipe.build(quiet), recipe, world, RunDirectory(text / "run"), MetricLog(None, []))
 
     class Bug(MetricLog):
         def write(self, step, metrics, event=None):
