@@ -14,10 +14,11 @@ and are the same when a run is repeated or resumed on as many ranks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from hvdtrain.trainer.random_functions import FUNCTIONS
 from hvdtrain.trainer.random_layers import LAYERS
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 _ANSWERS = {**FUNCTIONS, **LAYERS}
@@ -48,6 +50,16 @@ class SampleRandomness(TorchFunctionMode):
         self._salts: dict[int, int] = {}
         self.own_draws: list[tuple[str, str]] | None = None
         """Names and results of functions that were given a generator; None: not noted."""
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Do not count what is drawn within: the numbers drawn afterwards are those that would have come anyway."""
+        salts, source = dict(self._salts), self._source.get_state()
+        try:
+            yield
+        finally:
+            self._salts = salts
+            self._source.set_state(source)
 
     @property
     def num_draws(self) -> int:
@@ -119,6 +131,7 @@ class MicroBatchRandomness:
         if device.type == "cuda":
             self._generators["torch on the GPU"] = torch.cuda.default_generators[device.index or 0]
         self._is_needed: bool | None = None
+        self._mode: SampleRandomness | None = None
         self.is_observed = is_observed
         self.is_by_sample = False
         """Whether numbers were drawn that belong to samples."""
@@ -142,7 +155,7 @@ class MicroBatchRandomness:
                 backward(result)
                 return result
             self._seed(seed)
-        mode = SampleRandomness(positions, _seed_of(*place))
+        self._mode = mode = SampleRandomness(positions, _seed_of(*place))
         mode.own_draws = self.own_draws if self.is_observed else None
         with mode:
             result = forward()
@@ -150,6 +163,14 @@ class MicroBatchRandomness:
             self._note(mode, seed, before)
             backward(result)
         return result
+
+    def apart(self, function: Callable[[A], T], argument: A) -> T:
+        """Call a function within a micro-batch, and let it draw what it likes: the micro-batch draws the same after it.
+
+        torch's generators are for the caller to put back.
+        """
+        with self._mode.apart() if self._mode is not None else contextlib.nullcontext():
+            return function(argument)
 
     def _seed(self, seed: int) -> dict[str, Tensor]:
         """Seed the generators (`torch.manual_seed` takes 0.2 ms) and return the state of torch's."""

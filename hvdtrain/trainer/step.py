@@ -86,7 +86,8 @@ def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callab
     """Return the run's first micro-batch, the recipe's contract checked on it. Collective."""
     training.is_unchecked = False
     samples = job.order.global_batch(training.step)[positions]
-    return first_batch(job, training.model, samples, read, partial(forward_batch, job, training.model))
+    forward = partial(training.randomness.apart, partial(forward_batch, job, training.model))
+    return first_batch(job, training.model, samples, read, forward)
 
 
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:

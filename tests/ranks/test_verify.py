@@ -4,6 +4,7 @@ import dataclasses
 import random
 
 import horovod.torch as hvd
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.settings import plan_batch
 from hvdtrain.trainer import state as trainer_state
 from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.verbs.verify.checks import all_checks
 from hvdtrain.verbs.verify.trial import Trial
 from hvdtrain.world.exchange import GradientExchange
@@ -52,6 +54,7 @@ CASES = {
     "sparse embedding": {"kind": "words", "optim": OptimConfig(name="sgd", peak_lr=0.1)},
     "frozen and unused": {"kind": "partial"},
     "fp32 inside": {"kind": "fp32"},
+    "diffusion": {"kind": "diffusion", "accum_steps": 2},
 }
 
 
@@ -99,6 +102,11 @@ class Small(Recipe):
         x, y = torch.randn(200, 6, generator=generator), torch.randint(0, 3, (200,), generator=generator)
 
         def loss(model, batch):
+            if self.kind == "diffusion":  # a time and noise for each sample
+                times = torch.randint(0, 10, (len(batch[0]),))
+                batch = (batch[0] + 0.1 * times[:, None] * torch.randn_like(batch[0]), batch[1])
+            if self.kind == "mixed":  # one number for a whole micro-batch
+                batch = (batch[0] * (1 + torch.rand(()) + random.random() + np.random.rand()), batch[1])
             return {
                 "loss": F.cross_entropy(
                     model(batch[0]).float() if self.kind == "fp32" else model(batch[0]), batch[1], reduction="sum"
@@ -166,6 +174,23 @@ def test_adasum_is_not_compared(world, shared_dir):
     rows = verified(world, shared_dir, small(comm=CommConfig(op="adasum")))
     assert failures(rows) == []
     assert [row.number for row in rows if row.status == "not run"] == [2, 4]
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_numbers_of_micro_batches_are_a_warning_and_no_failure(world, shared_dir):
+    rows = verified(world, shared_dir, small(kind="mixed", accum_steps=2))
+    assert failures(rows) == []
+    (row,) = [row for row in rows if row.status == "warning"]
+    assert row.number == 9
+    assert "drawn from Python, numpy, torch" in row.advice
+
+
+@pytest.mark.ranks(2, 4)
+def test_numbers_that_are_the_same_on_all_ranks_are_found(world, shared_dir, monkeypatch):
+    right = MicroBatchRandomness._seed
+    monkeypatch.setattr(MicroBatchRandomness, "_seed", lambda self, seed: right(self, 1))
+    rows = verified(world, shared_dir, small(kind="mixed"))
+    assert 9 in failures(rows)
 
 
 def replace_on(world, rank, monkeypatch, owner, name, bug):

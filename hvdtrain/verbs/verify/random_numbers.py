@@ -20,14 +20,15 @@ def check_random(nature: Nature) -> list[Row]:
     """9: each sample draws its own numbers, the same however a batch is cut; what cannot, differs on every rank."""
     world = nature.own.world
     broken = world.all_gather_object(_broken_by_cuts(world.device), "verify.random.cuts")
-    drawn = world.all_gather_object(_draw(world.device, world.rank), "verify.random.ranks")
+    of_rank = [_draw(world.device, 2 * world.rank + place) for place in (0, 1)]
+    drawn = [draw for draws in world.all_gather_object(of_rank, "verify.random.ranks") for draw in draws]
     if any(broken):
         advice = "what a sample draws depends on its micro-batch: this is a bug of hvdtrain, please report it"
         return [Row(9, _NAME, "FAIL", "not those of samples", "", advice)]
     for source, values in zip(("torch", "numpy", "Python"), zip(*drawn, strict=True), strict=True):
         if len(set(values)) < len(values):
             advice = f"{source}'s generator is not seeded for each micro-batch: please report this bug of hvdtrain"
-            return [Row(9, _NAME, "FAIL", f"{source}'s are the same on all ranks", "", advice)]
+            return [Row(9, _NAME, "FAIL", f"{source}'s are the same everywhere", "", advice)]
     return [_case(nature)]
 
 
@@ -51,13 +52,13 @@ def _case(nature: Nature) -> Row:
     return Row(9, _NAME, "pass", figure, "", "", 0.0)
 
 
-def _draw(device: torch.device, rank: int) -> tuple[float, float, float]:
-    """Return what torch, numpy and Python draw for this rank's micro-batch, by functions that do not know samples."""
+def _draw(device: torch.device, number: int) -> tuple[float, float, float]:
+    """Return what torch, numpy and Python draw for a micro-batch, by functions that do not know samples."""
 
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(7)[0]), float(np.random.rand()), random.random()
 
-    positions = torch.arange(4 * rank, 4 * rank + 4)
+    positions = torch.arange(4 * number, 4 * number + 4)
     return MicroBatchRandomness(device).run(positions, (0, 0), draw, lambda _: None)
 
 
