@@ -28,16 +28,17 @@ class Draws:
     Args:
         seed: of the run.
         epoch: number of the pass over the data, from 0.
-        samples: int64 `(n,)`, the batch's samples.
+        keys: int64 `(n,)`, what tells the samples of an epoch apart: their numbers or, where a sample may come more
+            than once, their positions in the epoch.
     """
 
     seed: int
     epoch: int
-    samples: Tensor
+    keys: Tensor
 
     def seed_of(self, i: int) -> int:
         """Return the seed, 63 bits, of the batch's sample number `i`."""
-        place = f"hvdtrain draws {self.seed} {self.epoch} {int(self.samples[i])}"
+        place = f"hvdtrain draws {self.seed} {self.epoch} {int(self.keys[i])}"
         return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little") >> 1
 
     def generator(self, i: int) -> torch.Generator:
@@ -53,6 +54,15 @@ class Draws:
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch that is to be read."""
+
+    samples: Tensor
+    """int64 `(n,)`."""
+    draws: Draws
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hvdtrain.data.dataset import Dataset
-from hvdtrain.data.draws import Draws
+from hvdtrain.data.draws import Request
 from hvdtrain.data.nested import map_tensors
-from hvdtrain.data.readers import BatchSource, Inline, Reader, Request, Threaded, says_it_reads_ahead
+from hvdtrain.data.readers import BatchSource, Inline, Reader, Threaded, says_it_reads_ahead
 from hvdtrain.data.workers import WorkerPool
 
 _Place = tuple[int, int]
@@ -22,17 +22,8 @@ _Place = tuple[int, int]
 class Order(Protocol):
     """Which samples a rank takes in each step: a pure function of the step, so that training can begin at any."""
 
-    @property
-    def seed(self) -> int:
-        """Return the seed of what samples draw at random."""
-        ...
-
-    def epoch(self, step: int) -> int:
-        """Return the number of the pass over the data that the step after `step` completed ones belongs to."""
-        ...
-
-    def batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
-        """Return the samples, int64 `(n,)`, of each micro-batch of a rank; none in a step without samples for it.
+    def requests(self, step: int, rank: int, in_step: bool = False) -> list[Request]:
+        """Return a rank's micro-batches in the step after `step` completed ones; none where it has no samples.
 
         With `in_step`, every rank has equally many, empty ones if need be.
         """
@@ -72,7 +63,7 @@ class Loader:
         rank: whose part of them.
         in_step: every rank has equally many micro-batches, empty ones if need be.
         pin_memory: put batches into page-locked memory, from which a GPU copies while it computes.
-        reading: by whom, and how far ahead.
+        reading: by whom, and how far ahead; None: no processes, one batch ahead.
     """
 
     def __init__(
@@ -83,12 +74,12 @@ class Loader:
         *,
         in_step: bool = False,
         pin_memory: bool = False,
-        reading: Reading = Reading(),
+        reading: Reading | None = None,
     ) -> None:
         self._order, self._rank, self._in_step, self._pin_memory = order, rank, in_step, pin_memory
-        self._reader = reading.reader_of(data, f"rank {rank}")
+        self._reader = (reading or Reading()).reader_of(data, f"rank {rank}")
         self._ahead: deque[tuple[_Place, Callable[[], Any]]] = deque()
-        self._known: tuple[int, list[Tensor]] = (-1, [])
+        self._known: tuple[int, list[Request]] = (-1, [])
 
     def __enter__(self) -> Loader:
         return self
@@ -121,9 +112,7 @@ class Loader:
 
     def _start(self, place: _Place) -> None:
         step, number = place
-        samples = self._batches(step)[number]
-        request = Request(samples, Draws(self._order.seed, self._order.epoch(step), samples))
-        self._ahead.append((place, self._reader.start(request)))
+        self._ahead.append((place, self._reader.start(self._requests(step)[number])))
 
     def _read_ahead(self) -> None:
         """Start to read what follows the batch that is needed, as many as the reader has room for."""
@@ -133,12 +122,12 @@ class Loader:
     def _after(self, place: _Place) -> _Place | None:
         """Return the micro-batch after this one; None at the end of the order."""
         step, number = place
-        if number + 1 < len(self._batches(step)):
+        if number + 1 < len(self._requests(step)):
             return step, number + 1
         # A rank may have no sample in the short batch at the end of an epoch, but then it has in the next step.
-        return next(((later, 0) for later in (step + 1, step + 2) if self._batches(later)), None)
+        return next(((later, 0) for later in (step + 1, step + 2) if self._requests(later)), None)
 
-    def _batches(self, step: int) -> list[Tensor]:
+    def _requests(self, step: int) -> list[Request]:
         if self._known[0] != step:
-            self._known = step, self._order.batches(step, self._rank, self._in_step)
+            self._known = step, self._order.requests(step, self._rank, self._in_step)
         return self._known[1]

@@ -1,15 +1,12 @@
 """Which samples a step sees: a pure function of (seed, step) that does not depend on the number of ranks.
 
-Each epoch visits every sample exactly once, in the order of a pseudo-random permutation that is computed where it is
-needed (a Feistel network with cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA
-2002, methods 2 and 3), so it takes no memory and can start anywhere. Global batch k of an epoch is a slice of the
-permutation; a rank takes its part of the slice. The last slice of an epoch may be shorter.
+Global batch k of an epoch is a slice of the epoch's order (`samplers`); a rank takes its part of the slice. The last
+slice of an epoch may be shorter, or be left out.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.data.dataset import contiguous_share, in_batches
+from hvdtrain.data.draws import Draws, Request
+from hvdtrain.data.samplers import Sampler, Shuffled
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import BatchPlan
-
-_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,10 @@ class SampleOrder:
     num_samples: int
     plan: BatchPlan
     seed: int
+    sampler: Sampler = field(default_factory=Shuffled)
+    """Which sample stands where in an epoch."""
+    drop_last: bool = False
+    """Leave out what is left of an epoch after its last full batch."""
 
     def __post_init__(self) -> None:
         if self.num_samples < self.plan.global_batch_size:
@@ -46,12 +47,18 @@ class SampleOrder:
     @property
     def steps_per_epoch(self) -> int:
         """Return the optimizer steps of one pass over the data, the shorter last one included."""
-        return -(-self.num_samples // self.plan.global_batch_size)
+        full, rest = divmod(self.num_samples, self.plan.global_batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Return how many samples one pass over the data sees."""
+        return min(self.num_samples, self.steps_per_epoch * self.plan.global_batch_size)
 
     def samples_before(self, step: int) -> int:
         """Return how many samples `step` completed steps have seen, each as often as it was seen."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        return epoch * self.num_samples + k * self.plan.global_batch_size
+        return epoch * self.samples_per_epoch + k * self.plan.global_batch_size
 
     def epoch(self, step: int) -> int:
         """Return the number of the pass over the data, from 0, that the step after `step` completed ones is in."""
@@ -59,10 +66,13 @@ class SampleOrder:
 
     def global_batch(self, step: int) -> Tensor:
         """Return the samples, int64 `(n,)`, of the step that follows `step` completed ones, over all ranks."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        start = k * self.plan.global_batch_size
-        stop = min(start + self.plan.global_batch_size, self.num_samples)
-        return torch.from_numpy(permute(np.arange(start, stop), self.num_samples, self.seed, epoch))
+        positions, epoch = self._positions(step), self.epoch(step)
+        return torch.from_numpy(self.sampler.samples(positions, self.num_samples, self.seed, epoch))
+
+    def _positions(self, step: int) -> NDArray[np.int64]:
+        """Return where the samples of a step stand in its epoch."""
+        start = step % self.steps_per_epoch * self.plan.global_batch_size
+        return np.arange(start, min(start + self.plan.global_batch_size, self.num_samples))
 
     def micro_batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
         """Return the positions in `global_batch(step)`, int64 `(n,)`, of each of a rank's micro-batches.
@@ -80,10 +90,14 @@ class SampleOrder:
             batches += [share[:0]] * (most - len(batches))
         return batches
 
-    def batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
-        """Return the samples, int64 `(n,)`, of each of a rank's micro-batches, as `micro_batches` cuts the step."""
+    def requests(self, step: int, rank: int, in_step: bool = False) -> list[Request]:
+        """Return a rank's micro-batches, as `micro_batches` cuts the step."""
         samples = self.global_batch(step)
-        return [samples[positions] for positions in self.micro_batches(step, rank, in_step)]
+        keys = torch.from_numpy(self._positions(step)) if getattr(self.sampler, "repeats", False) else samples
+        return [
+            Request(samples[positions], Draws(self.seed, self.epoch(step), keys[positions]))
+            for positions in self.micro_batches(step, rank, in_step)
+        ]
 
 
 @dataclass(frozen=True)
@@ -101,43 +115,9 @@ class EvaluationOrder:
         largest_share = -(-self.num_samples // self.world_size)
         return -(-largest_share // self.batch_size)
 
-    def epoch(self, step: int) -> int:
-        """Return 0: a sample is evaluated alike every time."""
-        return 0
-
-    def batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
-        """Return the samples, int64 `(n,)`, of each of a rank's batches; there are none after step 0."""
+    def requests(self, step: int, rank: int, in_step: bool = False) -> list[Request]:
+        """Return a rank's batches; a sample is evaluated alike every time. There are none after step 0."""
         if step > 0:
             return []
-        return in_batches(contiguous_share(self.num_samples, rank, self.world_size), self.batch_size)
-
-
-def permute(positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Map positions in an epoch, each in `[0, num_samples)`, to samples; a bijection for each (seed, epoch).
-
-    A balanced Feistel network permutes `[0, 4**half_bits)`, at most four times `num_samples`; what falls outside goes
-    through it again until it falls inside.
-    """
-    half_bits = max(1, -(-max(1, num_samples - 1).bit_length() // 2))
-    keys = np.frombuffer(
-        hashlib.blake2b(f"hvdtrain order {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), dtype=np.uint64
-    )
-    samples = _feistel(positions.astype(np.uint64), keys, half_bits)
-    while (outside := samples >= num_samples).any():
-        samples[outside] = _feistel(samples[outside], keys, half_bits)
-    return samples.astype(np.int64)
-
-
-def _feistel(values: NDArray[np.uint64], keys: NDArray[np.uint64], half_bits: int) -> NDArray[np.uint64]:
-    bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> bits, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << bits) | right
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix 64 bits (the finalizer of SplitMix64: Steele, Lea and Flood, OOPSLA 2014, section 3)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+        share = contiguous_share(self.num_samples, rank, self.world_size)
+        return [Request(samples, Draws(self.seed, 0, samples)) for samples in in_batches(share, self.batch_size)]

@@ -7,7 +7,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,18 +14,9 @@ import torch
 from torch import Tensor
 
 from hvdtrain.data.dataset import Dataset
-from hvdtrain.data.draws import Draws, is_same_state, kept_random_state, random_state
+from hvdtrain.data.draws import Draws, Request, is_same_state, kept_random_state, random_state
 from hvdtrain.data.nested import map_tensors, tensors_in
 from hvdtrain.errors import DataError
-
-
-@dataclass(frozen=True)
-class Request:
-    """A batch that is to be read."""
-
-    samples: Tensor
-    """int64 `(n,)`."""
-    draws: Draws
 
 
 class BatchSource:
@@ -83,6 +73,11 @@ def _together(parts: list[Any]) -> Any:
     tensors = [list(tensors_in(part)) for part in parts]
     joined = iter([torch.cat(same) for same in zip(*tensors, strict=True)])
     return map_tensors(lambda tensor: next(joined), parts[0])
+
+
+def read_samples(data: Dataset, samples: Tensor) -> Any:
+    """Return the batch of `samples`, int64 `(n,)`, as they are in epoch 0 with seed 0: to look at, not to train on."""
+    return BatchSource(data).read(Request(samples, Draws(0, 0, samples)))
 
 
 class Reader(Protocol):

@@ -60,6 +60,11 @@ class StreamSamples:
         self._place = _Place()
         self._snapshots: deque[_Place] = deque(maxlen=_SNAPSHOTS)
 
+    @property
+    def is_endless(self) -> bool:
+        """Return whether the stream does not say how many samples it has."""
+        return not hasattr(self.stream, "__len__")
+
     def __len__(self) -> int:
         return len(self.stream) if hasattr(self.stream, "__len__") else ENDLESS
 
@@ -76,11 +81,12 @@ class StreamSamples:
             )
         draws = draws or Draws(0, 0, indices)
         with kept_random_state():
-            self._reach(draws.epoch * len(self) + int(indices[0]), draws.seed)
+            before = 0 if len(self) == ENDLESS else draws.epoch * len(self)
+            self._reach(before + int(indices[0]), draws.seed)
             self._note_place()
             samples = []
             for index in indices.tolist():
-                self._reach(draws.epoch * len(self) + index, draws.seed)
+                self._reach(before + index, draws.seed)
                 samples.append(self._next(draws.seed))
             return self._collate(samples)
 
@@ -88,6 +94,11 @@ class StreamSamples:
         """Return what the stream itself counts, by a method of this name; else one a sample."""
         count = getattr(self.stream, "num_targets", None)
         return len(indices) if count is None else int(count(indices))
+
+    def check_state(self) -> None:
+        """Raise DataError where the stream's own state is nothing that a checkpoint can hold."""
+        if hasattr(self.stream, "state_dict"):
+            _check_plain(self.stream.state_dict(), type(self.stream).__name__)
 
     def state_at(self, position: int) -> dict[str, Any]:
         """Return what `go_on` needs to begin with the sample that comes after `position` others.

@@ -84,8 +84,6 @@ def as_dataset(data: Any, collate: Collate | None = None) -> Dataset:
             " (train_data=loader.dataset, collate=loader.collate_fn); ranks, order and workers are hvdtrain's"
         )
     if hasattr(data, "batch") and hasattr(data, "num_targets"):
-        if collate is not None:
-            raise DataError(f"{type(data).__name__} makes its batches itself: leave Task(collate=...) out")
         dataset: Dataset = data
         return dataset
     if isinstance(data, IterableDataset) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):

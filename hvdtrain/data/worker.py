@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hvdtrain.data.draws import Request
 from hvdtrain.data.messages import receive, send, send_batch
-from hvdtrain.data.readers import BatchSource, Request
+from hvdtrain.data.readers import BatchSource
 
 _PR_SET_PDEATHSIG = 1
 

@@ -23,8 +23,8 @@ from functools import partial
 from typing import Any
 
 from hvdtrain.data.dataset import Dataset
+from hvdtrain.data.draws import Request
 from hvdtrain.data.messages import receive, receive_batch, send
-from hvdtrain.data.readers import Request
 from hvdtrain.data.worker import Failure, Setup
 from hvdtrain.errors import DataError, WorkerError
 

@@ -10,6 +10,7 @@ from hvdtrain.trainer.modes import Modes
 from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
+from hvdtrain.trainer.stream_place import StreamPlace
 from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.trainer.wire import WireFormat
 
@@ -23,6 +24,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     WeightAverage.of,
     SkippedSteps,
     WireFormat.of,
+    StreamPlace.of,
 )
 
 

@@ -42,7 +42,7 @@ def _means(
     world = job.world
     batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
     order = EvaluationOrder(len(part.data), batch_size, world.size, job.config.train.seed)
-    batches = order.batches(0, world.rank)
+    batches = [request.samples for request in order.requests(0, world.rank)]
     randomness = MicroBatchRandomness(world.device)
     # Sums of the metrics, then the number of targets.
     totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)

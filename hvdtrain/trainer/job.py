@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hvdtrain.data.order import SampleOrder
-from hvdtrain.errors import ConfigError
+from hvdtrain.data.samplers import InOrder, Shuffled, check_sampler
+from hvdtrain.data.stream import ENDLESS
+from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.optim.schedule import check_schedule, lr_factor
 from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.directory import RunDirectory
@@ -80,14 +82,31 @@ def settle(
     check_task(task)
     check_names(task)
     plan = _plan(config, world.size, before)
-    order = SampleOrder(len(task.train_data), plan, config.train.seed)
+    check_sampler(task.sampler, len(task.train_data))
+    order = order_of(task, plan, config.train.seed)
     num_steps = config.train.steps
     if num_steps is None:
         if config.train.epochs is None:
             raise ConfigError("give --train.steps or --train.epochs")
+        if order.num_samples >= ENDLESS:
+            raise ConfigError("give --train.steps: the stream does not say how many samples an epoch has")
         num_steps = max(1, round(config.train.epochs * order.steps_per_epoch))
     check_schedule(config.optim, num_steps)
     return Job(task, config, world, run, log, plan, order, num_steps, allowed_changes)
+
+
+def order_of(task: Task, plan: BatchPlan, seed: int) -> SampleOrder:
+    """Return which samples each step sees.
+
+    Raises:
+        DataError: a stream was given an order.
+        ConfigError: there are fewer samples than a global batch takes.
+    """
+    is_stream = getattr(task.train_data, "is_sequential", False)
+    sampler = task.sampler or (InOrder() if is_stream else Shuffled())
+    if is_stream and not isinstance(sampler, InOrder):
+        raise DataError("a stream has its own order: leave Task(sampler=...) out")
+    return SampleOrder(len(task.train_data), plan, seed, sampler, task.drop_last)
 
 
 def _plan(config: Config, world_size: int, before: Manifest | None) -> BatchPlan:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from hvdtrain.data.nested import map_tensors
+from hvdtrain.data.readers import read_samples
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.optim.adamw import AdamWConfig
@@ -202,7 +204,7 @@ def _activations(job: Job, model: nn.Module, mode: FakeTensorMode) -> int | None
 
     samples = job.order.global_batch(0)[: job.plan.micro_batch_size]
     try:
-        batch = tuple(mode.from_tensor(tensor) for tensor in job.task.train_data.batch(samples))
+        batch = map_tensors(mode.from_tensor, read_samples(job.task.train_data, samples))
         with mode, saved_tensors_hooks(note, lambda tensor: tensor):
             sums = forward_batch(job, model, batch)
         del sums

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Config, plan_batch
-from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.job import Job, order_of
 from hvdtrain.trainer.task import Task
 from hvdtrain.world import World
 
@@ -61,7 +61,8 @@ def rehearse(
         ConfigError: the settings do not fit together, the number of ranks or the data.
     """
     plan = plan or plan_batch(config.train, world.size)
-    kind = FullBatches if only_full_batches else SampleOrder
-    order = order or kind(len(task.train_data), plan, config.train.seed)
+    order = order or order_of(task, plan, config.train.seed)
+    if only_full_batches:
+        order = FullBatches(**vars(order))
     task = dataclasses.replace(task, model=copy.deepcopy(task.model))
     return Job(task, config, world, None, MetricLog(None, []), plan, order, num_steps)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.errors import ResumeError
 from hvdtrain.models.weights import check_can_be_saved, extra_state, load_model_weights, model_weights
@@ -20,6 +21,7 @@ from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.randomness import MicroBatchRandomness
+from hvdtrain.trainer.same_data import compare_data, explain_resume
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
 from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
@@ -45,6 +47,8 @@ class Training:
     """Reads this rank's micro-batches."""
     runs_in_step: bool
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
+    data: dict[str, Print] = field(default_factory=dict)
+    """What the data is known by; empty in a rehearsal."""
     step: int = 0
     """Optimizer steps completed."""
     is_unchecked: bool = False
@@ -106,6 +110,7 @@ def start_training(job: Job) -> Training:
         ResumeError: the checkpoint belongs to another model, other data or other settings.
     """
     world = job.world
+    data = compare_data(job) if job.run_dir is not None else {}
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
     components = build_components(job)
     in_step = has_synchronized_layers(model)
@@ -119,8 +124,9 @@ def start_training(job: Job) -> Training:
             job.task.train_data, job.order, world.rank, in_step=in_step, pin_memory=world.device.type == "cuda"
         ),
         runs_in_step=in_step,
+        data=data,
     )
-    found = world.together(lambda: _read_latest(job, model) if world.rank == 0 else None, "resume")
+    found = world.together(lambda: _read_latest(job, model, data) if world.rank == 0 else None, "resume")
     state = world.broadcast_object(found, "resume.state")
     if state is not None:
         training.step, training.is_evaluation_due = state["step"], state["is_evaluation_due"]
@@ -184,6 +190,7 @@ def training_state(job: Job, training: Training) -> dict[str, Any]:
         "config": to_dict(job.config),
         "global_batch_size": job.plan.global_batch_size,
         "fingerprint": job.task.fingerprint,
+        "data": training.data,
     }
 
 
@@ -200,18 +207,18 @@ def _component_states(job: Job, components: list[Component]) -> dict[str, Any]:
     return states
 
 
-def _read_latest(job: Job, model: nn.Module) -> dict[str, Any] | None:
+def _read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str, Any] | None:
     """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
     checkpoint = job.run.checkpoints.load_newest(job.log.say) if job.directory is not None else None
     if checkpoint is None:
         return None
     state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
-    _check_fits(job, state)
+    _check_fits(job, state, data)
     load_model_weights(model, checkpoint.weights, state["extra_state"])
     return state
 
 
-def _check_fits(job: Job, state: dict[str, Any]) -> None:
+def _check_fits(job: Job, state: dict[str, Any], data: dict[str, Print]) -> None:
     then, now = _flatten(state["config"]), _flatten(to_dict(job.config))
     free = (*changeable_settings(job.config), *job.allowed_changes)
     problems = [
@@ -221,8 +228,9 @@ def _check_fits(job: Job, state: dict[str, Any]) -> None:
     ]
     if state["global_batch_size"] != job.plan.global_batch_size:
         problems.append(f"the global batch was {state['global_batch_size']} and is {job.plan.global_batch_size} now")
-    if state["fingerprint"] != job.task.fingerprint and "data" not in job.allowed_changes:
-        problems.append("the training data is not the same (data)")
+    change = explain_resume(job, state, data)
+    if change:
+        problems.append(change)
     if problems:
         raise ResumeError(
             f"{job.run} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"

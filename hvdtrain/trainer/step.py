@@ -12,6 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.nested import map_tensors
+from hvdtrain.data.readers import read_samples
 from hvdtrain.settings import Precision
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.contract import first_batch
@@ -60,10 +62,11 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
     """
     task, world, train = job.task, job.world, job.config.train
 
+    world.progress.enter("data")
+    read = partial(training.reader.read, training.step, place)
+    batch = _checked_batch(job, training, positions, read) if training.is_unchecked else read()
+
     def forward() -> dict[str, Tensor]:
-        world.progress.enter("data")
-        read = partial(training.reader.read, training.step, place)
-        batch = _checked_batch(job, training, positions, read) if training.is_unchecked else read()
         return forward_batch(job, training.model, batch)
 
     def backward(sums: dict[str, Tensor]) -> None:
@@ -89,7 +92,7 @@ def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callab
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
     """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
     job.world.progress.enter("data")
-    return forward_batch(job, model, job.task.train_data.batch(samples))
+    return forward_batch(job, model, read_samples(job.task.train_data, samples))
 
 
 def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -104,10 +107,12 @@ def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]
 def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
     """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
     dtype = own_type(precision)
-    return tuple(
-        tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=device.type == "cuda")
-        for tensor in batch
-    )
+
+    def move(tensor: Tensor) -> Tensor:
+        own = dtype if tensor.is_floating_point() else None
+        return tensor.to(device, own, non_blocking=device.type == "cuda")
+
+    return map_tensors(move, batch)
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:

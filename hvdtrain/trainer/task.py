@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
+from hvdtrain.errors import DataError
 from hvdtrain.optim.table import build_optimizer
 from hvdtrain.settings import Config
 
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Self
 
-    from hvdtrain.data.dataset import Dataset
+    from hvdtrain.data.samplers import Sampler
     from hvdtrain.settings import OptimConfig
 
-Batch: TypeAlias = "tuple[Tensor, ...]"
+Batch = Any
+"""What a data set's `batch` returns: tensors in tuples, lists and dictionaries, as deep as one likes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +29,17 @@ class Evaluation:
 
     name: str = ""
     """Stands before its metrics: `val/<name>/loss`. Needed where its metrics have the names of others."""
-    data: Dataset
+    data: Any
+    """As `Task.val_data`."""
     loss_sums: Callable[[nn.Module, Batch], dict[str, Tensor]]
     """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
     metrics: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Adapt users' own data sets."""
+        from hvdtrain.data.users import as_dataset
+
+        object.__setattr__(self, "data", as_dataset(self.data))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +48,18 @@ class Task:
 
     model: nn.Module
     """On the CPU, built from the seed."""
-    train_data: Dataset
-    val_data: Dataset
+    train_data: Any
+    """hvdtrain's own kind of data set (`Dataset`), a map-style one of torch or of one's own (`__getitem__` and
+    `__len__`), or a stream that can be iterated."""
+    val_data: Any
+    """The held-out data, likewise; a stream must have a length."""
+    collate: Callable[[list[Any]], Any] | None = None
+    """Makes a batch of a list of samples of a map-style data set or a stream. None: torch's `default_collate`."""
+    sampler: Sampler | None = None
+    """Which sample stands where in an epoch: `Shuffled()`, `InOrder()`, `Weighted(weights)`, or a class of one's own
+    (`hvdtrain.data.samplers.Sampler`). None: shuffled; a stream has its own order."""
+    drop_last: bool = False
+    """Leave out what is left of an epoch after its last full global batch."""
     loss_sums: Callable[[nn.Module, Batch], dict[str, Tensor]]
     """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
     metrics: tuple[str, ...] = ("loss",)
@@ -68,6 +87,21 @@ class Task:
     components: tuple[Any, ...] = ()
     """What else takes part in every step: classes derived from `trainer.component.Component`, or functions, each of
     which is given the job and returns a component."""
+
+    def __post_init__(self) -> None:
+        """Adapt users' own data sets.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        from hvdtrain.data.users import as_dataset  # a recipe's settings are read before torch is there
+
+        # Frozen for whoever has a task; this is its making.
+        object.__setattr__(self, "train_data", as_dataset(self.train_data, self.collate))
+        object.__setattr__(self, "val_data", as_dataset(self.val_data, self.collate))
+        object.__setattr__(self, "collate", None)
+        if getattr(self.val_data, "is_endless", False):
+            raise DataError("the held-out stream must say how many samples it has: give it a method __len__")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,11 +59,15 @@ def order_of(num_samples=21, size=1, seed=0):
     return SampleOrder(num_samples, BatchPlan(8, 2, 4 // size, size), seed)
 
 
+def samples_of(order, step, rank, in_step=False):
+    return [request.samples for request in order.requests(step, rank, in_step)]
+
+
 def read(data, steps, depth=1, rank=0, size=1, in_step=False):
     order, seen = order_of(len(data), size), []
     with Loader(data, order, rank, in_step=in_step, reading=Reading(ahead=depth)) as loader:
         for step in steps:
-            for place, samples in enumerate(order.batches(step, rank, in_step)):
+            for place, samples in enumerate(samples_of(order, step, rank, in_step)):
                 batch = loader.read(step, place)
                 assert batch[-1].tolist() == samples.tolist()
                 seen.append([tensor.tolist() for tensor in batch])
@@ -100,7 +104,7 @@ def test_what_is_read_ahead_is_what_is_asked_for(depth, in_step):
 def test_a_step_without_samples_does_not_end_the_reading_ahead():
     """Of 9 samples and a batch of 8, rank 0 of 4 has none in every second step."""
     data = Numbers(size=9)
-    assert [len(order_of(9, 4).batches(step, 0)) for step in range(4)] == [1, 0, 1, 0]
+    assert [len(samples_of(order_of(9, 4), step, 0)) for step in range(4)] == [1, 0, 1, 0]
     assert len(read(data, range(6), rank=0, size=4)) == 3
     assert set(data.threads) == {"hvdtrain-data"}
 
@@ -117,7 +121,7 @@ def test_so_many_are_read_ahead(depth):
 
 def test_an_error_comes_where_the_batch_is_asked_for():
     order = order_of()
-    data = Numbers(bad=(int(order.batches(1, 0)[0][0]),))
+    data = Numbers(bad=(int(samples_of(order, 1, 0)[0][0]),))
     with Loader(data, order, 0) as loader:
         for place in range(4):
             loader.read(0, place)  # the thread has met it by the last
@@ -148,7 +152,7 @@ def test_evaluation_reads_every_sample_once():
     seen = []
     for rank in range(3):
         with Loader(data, order, rank) as loader:
-            seen += [int(i) for place in range(len(order.batches(0, rank))) for i in loader.read(0, place)[0]]
+            seen += [int(i) for place in range(len(order.requests(0, rank))) for i in loader.read(0, place)[0]]
     assert seen == list(range(10))
 
 
@@ -167,7 +171,7 @@ def drawn(size, epochs=2, seed=0, kind=Noisy):
         order = order_of(21, size, seed)
         with Loader(kind(), order, rank) as loader:
             for step in range(epochs * order.steps_per_epoch):
-                for place in range(len(order.batches(step, rank))):
+                for place in range(len(order.requests(step, rank))):
                     numbers, samples = loader.read(step, place)
                     for number, sample in zip(numbers.tolist(), samples.tolist(), strict=True):
                         assert (sample, order.epoch(step)) not in found

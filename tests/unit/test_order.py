@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hvdtrain.data.dataset import TensorSamples, contiguous_share, in_batches
-from hvdtrain.data.order import SampleOrder, permute
+from hvdtrain.data.order import SampleOrder
+from hvdtrain.data.samplers import permute
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import BatchPlan
 

@@ -31,7 +31,7 @@ def read(workers, size=1, steps=range(6)):
         order = order_of(21, size)
         with Loader(data, order, rank, reading=Reading(workers)) as loader:
             for step in steps:
-                for place, samples in enumerate(order.batches(step, rank)):
+                for place, samples in enumerate(item.samples for item in order.requests(step, rank)):
                     batch = loader.read(step, place)
                     assert type(batch["more"]) is Pair
                     assert batch["more"].label.tolist() == samples.tolist()

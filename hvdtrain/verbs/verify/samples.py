@@ -6,7 +6,9 @@ import dataclasses
 
 import torch
 
+from hvdtrain.data.nested import tensors_in
 from hvdtrain.data.order import SampleOrder
+from hvdtrain.data.readers import read_samples
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row
 from hvdtrain.verbs.verify.trial import Trial
@@ -53,7 +55,7 @@ def _first_different_sample(nature: Nature) -> int | None:
     trial = nature.own
     total = len(trial.task.train_data)
     some = sorted({int(i) for i in torch.linspace(0, total - 1, min(32, total))})
-    batches = [trial.task.train_data.batch(torch.tensor([index])) for index in some]
-    digests = [[int(digest_of(tensor)) for tensor in batch] for batch in batches]
+    batches = [read_samples(trial.task.train_data, torch.tensor([index])) for index in some]
+    digests = [[int(digest_of(tensor)) for tensor in tensors_in(batch)] for batch in batches]
     everyone = trial.world.all_gather_object(digests, "verify.samples")
     return next((some[i] for i in range(len(some)) if any(own[i] != everyone[0][i] for own in everyone)), None)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hvdtrain.data.dataset import Dataset
+from hvdtrain.data.draws import Draws, Request
 from hvdtrain.data.order import SampleOrder
+from hvdtrain.data.readers import BatchSource
 from hvdtrain.process.launch import Launch
 from hvdtrain.settings import BatchPlan, Precision
 from hvdtrain.trainer import Job, Recipe, Task
+from hvdtrain.trainer.job import order_of
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.trainer.step import train_step
@@ -24,17 +28,17 @@ class FewSamples:
     """The first samples of a data set, and a record of which were read."""
 
     def __init__(self, dataset: Dataset, num_samples: int) -> None:
-        self._dataset = dataset
+        self._dataset, self._source = dataset, BatchSource(dataset)
         self._num_samples = num_samples
         self.read: list[int] = []
 
     def __len__(self) -> int:
         return self._num_samples
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
+    def batch(self, indices: Tensor, draws: Draws) -> Any:
         """Read, and remember what."""
         self.read += indices.tolist()
-        return self._dataset.batch(indices)
+        return self._source.read(Request(indices, draws))
 
     def num_targets(self, indices: Tensor) -> int:
         """Return the data set's own count."""
@@ -51,7 +55,7 @@ class JointOrder(SampleOrder):
     def micro_batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
         """Return positions in the global batch of each micro-batch."""
         plan = dataclasses.replace(self.plan, world_size=self.as_size, micro_batch_size=self.plan.micro_batch_size)
-        order = SampleOrder(self.num_samples, plan, self.seed)
+        order = SampleOrder(self.num_samples, plan, self.seed, drop_last=self.drop_last)
         ranks = [order.micro_batches(step, rank, in_step=True) for rank in range(self.as_size)]
         if self.apart:
             return [positions for batches in ranks for positions in batches if len(positions)]
@@ -83,7 +87,7 @@ class Trial:
         task = dataclasses.replace(self.task, train_data=FewSamples(self.task.train_data, few))
         train = dataclasses.replace(self.recipe.train, precision=precision or self.recipe.train.precision)
         config = dataclasses.replace(self.recipe, train=train)
-        order = order or SampleOrder(few, self.plan, train.seed)
+        order = order or order_of(self.task, self.plan, train.seed)
         order = dataclasses.replace(order, num_samples=few)
         return rehearse(task, config, world, plan=self.plan, order=order, num_steps=10 * self.steps)
 

@@ -1,0 +1,129 @@
+"""Which sample stands where in an epoch: shuffled, in order, or drawn by weight.
+
+Each is a pure function of (seed, epoch, position): it takes no memory that grows with the data, begins anywhere, and
+knows no ranks. So whatever the sampler, a run goes on exactly, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvdtrain.errors import DataError
+
+_ROUNDS = 6
+
+
+class Sampler(Protocol):
+    """The order of an epoch. An own one is a class with this method.
+
+    Example: a curriculum, from the easiest sample to the hardest, in every epoch.
+
+        class EasyFirst:
+            def __init__(self, difficulty):
+                self.ranked = np.argsort(difficulty, kind="stable")
+
+            def samples(self, positions, num_samples, seed, epoch):
+                return self.ranked[positions]
+    """
+
+    def samples(self, positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the samples that stand at `positions` of an epoch.
+
+        Args:
+            positions: each in `[0, num_samples)`.
+            num_samples: of the data, and positions of an epoch.
+            seed: of the run.
+            epoch: number of the pass over the data, from 0.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every sample once an epoch, in a pseudo-random order, another one in each epoch."""
+
+    def samples(self, positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the samples at `positions`."""
+        return permute(positions, num_samples, seed, epoch)
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """Every sample once an epoch, in the order of the data."""
+
+    def samples(self, positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the samples at `positions`."""
+        return positions
+
+
+class Weighted:
+    """Samples drawn with replacement, each as often as its weight says: as many an epoch as there are samples.
+
+    Args:
+        weights: of all samples, not negative; only their ratios count.
+
+    Raises:
+        DataError: a weight is negative or not finite, or all are 0.
+    """
+
+    repeats = True
+    """A sample may come more than once in an epoch, and then draws other random numbers each time."""
+
+    def __init__(self, weights: Sequence[float] | NDArray[np.float64]) -> None:
+        self.weights = np.asarray(weights, np.float64)
+        if self.weights.ndim != 1 or not np.isfinite(self.weights).all() or not (self.weights >= 0).all():
+            raise DataError("weights must be numbers of at least 0, one a sample")
+        if self.weights.sum() == 0:
+            raise DataError("at least one weight must be greater than 0")
+
+    def samples(self, positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the samples at `positions`."""
+        bounds = np.cumsum(self.weights[:num_samples])
+        key = hashlib.blake2b(f"hvdtrain weights {seed} {epoch}".encode(), digest_size=8).digest()
+        mixed = _mix(_mix(positions.astype(np.uint64)) ^ np.frombuffer(key, np.uint64)[0])
+        uniform = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        drawn: NDArray[np.int64] = np.searchsorted(bounds, uniform * bounds[-1], side="right").astype(np.int64)
+        return drawn
+
+
+def check_sampler(sampler: Sampler | None, num_samples: int) -> None:
+    """Raise DataError where there is not one weight a sample."""
+    if isinstance(sampler, Weighted) and len(sampler.weights) != num_samples:
+        raise DataError(f"there are {len(sampler.weights):,} weights for {num_samples:,} samples")
+
+
+def permute(positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Map positions in an epoch, each in `[0, num_samples)`, to samples; a bijection for each (seed, epoch).
+
+    A balanced Feistel network permutes `[0, 4**half_bits)`, at most four times `num_samples`; what falls outside goes
+    through it again until it falls inside.
+    """
+    half_bits = max(1, -(-max(1, num_samples - 1).bit_length() // 2))
+    keys = np.frombuffer(
+        hashlib.blake2b(f"hvdtrain order {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest(), dtype=np.uint64
+    )
+    samples = _feistel(positions.astype(np.uint64), keys, half_bits)
+    while (outside := samples >= num_samples).any():
+        samples[outside] = _feistel(samples[outside], keys, half_bits)
+    return samples.astype(np.int64)
+
+
+def _feistel(values: NDArray[np.uint64], keys: NDArray[np.uint64], half_bits: int) -> NDArray[np.uint64]:
+    bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> bits, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << bits) | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Mix 64 bits (the finalizer of SplitMix64: Steele, Lea and Flood, OOPSLA 2014, section 3)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

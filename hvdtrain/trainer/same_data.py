@@ -1,0 +1,37 @@
+"""Ranks hold the same data, and a run goes on with the data that it began with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hvdtrain.data.fingerprint import Print, explain_change, explain_ranks, print_of
+from hvdtrain.errors import DataError
+from hvdtrain.trainer.job import Job
+
+
+def compare_data(job: Job) -> dict[str, Print]:
+    """Return what the data is known by, after it was compared between the ranks. Collective.
+
+    Raises:
+        DataError: on all ranks alike: ranks hold different data.
+    """
+    task, world = job.task, job.world
+    parts = {"training": task.train_data, "held-out": task.val_data}
+    parts.update({f"evaluation's ({number})": part.data for number, part in enumerate(task.evaluations, 1)})
+    prints = world.together(lambda: {name: print_of(data) for name, data in parts.items()}, "data")
+    problem = explain_ranks(world.all_gather_object(prints, "data.prints"))
+    if problem:
+        error = DataError(problem)
+        error.is_on_all_ranks = True
+        raise error
+    return prints
+
+
+def explain_resume(job: Job, state: dict[str, Any], now: dict[str, Print]) -> str | None:
+    """Return how the data differs from that of the run that was saved in `state`; None where it does not."""
+    if "data" in job.allowed_changes:
+        return None
+    change = explain_change(state.get("data") or {}, now)
+    if change is None and state["fingerprint"] != job.task.fingerprint:
+        change = "the training data is not the same"
+    return f"{change} (data)" if change else None
