@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hvdtrain.settings import Section, setting
+from hvdtrain.settings import DataConfig, setting
 
 DatasetName = Literal["mnist", "fashion-mnist"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig(Section):
+class CorpusConfig(DataConfig):
     """Text files, and which part of them is held out."""
 
     path: str | None = setting(None, path="data")
@@ -30,6 +30,7 @@ class CorpusConfig(Section):
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield the share that is held out where it has files of its own."""
+        yield from super().unused()
         if self.val_path is not None:
             yield "val_fraction", "--data.val-path says what is held out"
 
@@ -63,7 +64,7 @@ class TextConfig(CorpusConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig(Section):
+class VisionConfig(DataConfig):
     """The images. The data set's own test images are the held-out data."""
 
     dataset: DatasetName = "mnist"

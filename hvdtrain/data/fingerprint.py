@@ -54,8 +54,8 @@ def _explain(name: str, part: str, values: Sequence[Any]) -> str:
         what = f"{', '.join(f'{values[rank]:,}' for rank in others)} samples, and the others {usual:,}"
     return (
         f"the {name} data is not the same on all ranks: {ranks} {'has' if len(others) == 1 else 'have'} {what}."
-        " Look for a split or a choice of samples without a fixed seed, the order of a set or of a directory listing, or"
-        " files that are not the same on all hosts"
+        " Look for a split or a choice of samples without a fixed seed, the order of a set or of a directory listing,"
+        " or files that are not the same on all hosts"
     )
 
 

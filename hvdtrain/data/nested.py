@@ -21,13 +21,18 @@ def map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return batch
 
 
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Yield a batch's tensors, in the order of `map_tensors`."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
+def leaves_in(batch: Any) -> Iterator[Any]:
+    """Yield all that a batch holds but its tuples, lists and dictionaries themselves, in the order of `map_tensors`."""
+    if isinstance(batch, Mapping):
         for value in batch.values():
-            yield from tensors_in(value)
+            yield from leaves_in(value)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from tensors_in(value)
+            yield from leaves_in(value)
+    else:
+        yield batch
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Yield a batch's tensors, in the order of `map_tensors`."""
+    return (leaf for leaf in leaves_in(batch) if isinstance(leaf, Tensor))

@@ -7,6 +7,7 @@ the number of ranks nor on the stream's cooperation. A stream that ends begins a
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class StreamSamples:
         with kept_random_state():
             before = 0 if len(self) == ENDLESS else draws.epoch * len(self)
             self._reach(before + int(indices[0]), draws.seed)
-            self._note_place()
+            self._snapshots.append(self._observed())
             samples = []
             for index in indices.tolist():
                 self._reach(before + index, draws.seed)
@@ -106,7 +107,7 @@ class StreamSamples:
         Raises:
             DataError: the stream's own state is nothing that a checkpoint can hold.
         """
-        known = [place for place in self._snapshots if place.position <= position]
+        known = [place for place in (*self._snapshots, self._observed()) if place.position <= position]
         place = known[-1] if known and known[-1].stream is not None else _Place()
         _check_plain(place.stream, type(self.stream).__name__)
         return dict(vars(place))
@@ -119,10 +120,9 @@ class StreamSamples:
             self.stream.load_state_dict(copy.deepcopy(self._place.stream))
             self._samples = iter(self.stream)
 
-    def _note_place(self) -> None:
+    def _observed(self) -> _Place:
         own = copy.deepcopy(self.stream.state_dict()) if hasattr(self.stream, "state_dict") else None
-        place = self._place
-        self._snapshots.append(_Place(place.position, place.passes, place.pass_began, own))
+        return dataclasses.replace(self._place, stream=own)
 
     def _reach(self, position: int, seed: int) -> None:
         """Read and drop what comes before the sample that follows `position` others."""

@@ -192,6 +192,16 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """How data is read; a recipe adds what it reads."""
+
+    workers: int = setting(0, minimum=0, maximum=256, changeable=True)
+    """Processes of each rank that read batches, where decoding or augmenting takes long. 0: the rank itself reads."""
+    ahead: int | None = setting(None, minimum=0, changeable=True)
+    """Batches that are read before they are needed. None: two a worker; without workers, one where the data allows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings that every recipe shares; a recipe adds its own sections."""
 
@@ -203,6 +213,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)

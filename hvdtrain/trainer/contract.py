@@ -15,6 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.nested import leaves_in, map_tensors, tensors_in
+from hvdtrain.data.readers import read_samples
+from hvdtrain.data.stream import StreamSamples
+from hvdtrain.data.users import MapSamples
 from hvdtrain.errors import ConfigError, DataError, HvdtrainError
 from hvdtrain.trainer.task import Batch, Task
 
@@ -74,7 +78,7 @@ def read_first(task: Task, samples: Tensor, read: Callable[[], Any]) -> Batch:
         read: returns `task.train_data.batch(samples)`, perhaps by another thread.
 
     Raises:
-        DataError: it is no tuple of tensors with `n` rows each, or the samples differ in shape.
+        DataError: it holds no tensors with `n` rows each, or the samples differ in shape.
     """
     try:
         batch = read()
@@ -83,26 +87,39 @@ def read_first(task: Task, samples: Tensor, read: Callable[[], Any]) -> Batch:
     except (RuntimeError, ValueError) as error:
         _explain_shapes(task, samples, error)
         raise
-    kind = type(task.train_data).__name__
-    if not isinstance(batch, tuple) or not all(isinstance(item, Tensor) for item in batch):
-        what = f"a {type(batch).__name__}"
-        if isinstance(batch, tuple):
-            what = f"a tuple of {', '.join(type(item).__name__ for item in batch)}"
-        raise DataError(f"{kind}.batch returned {what}: return a tuple of tensors, as in `return inputs, targets`")
-    for i, tensor in enumerate(batch):
-        if tensor.ndim == 0 or len(tensor) != len(samples):
-            raise DataError(
-                f"{kind}.batch returned a tensor number {i} of shape {tuple(tensor.shape)} for {len(samples)} samples:"
-                f" its first dimension must be {len(samples)}"
-            )
+    _check_rows(task, batch, len(samples))
     return batch
+
+
+def _check_rows(task: Task, batch: Batch, num_samples: int) -> None:
+    """Raise DataError where a batch holds no tensors, or its data set's own tensors have other rows than samples."""
+    is_collated = isinstance(task.train_data, (MapSamples, StreamSamples))
+    name = "collate" if is_collated else f"{type(task.train_data).__name__}.batch"
+    tensors = list(tensors_in(batch))
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves_in(batch)):
+        raise DataError(f"{name} returned a numpy array among its values: make it a tensor with torch.from_numpy")
+    if not tensors:
+        raise DataError(
+            f"{name} returned a {type(batch).__name__} without tensors: return tensors, as in `return inputs, targets`,"
+            " or a list or dictionary of them"
+        )
+    for i, tensor in enumerate([] if is_collated else tensors):  # batches of graphs, say, have rows of another kind
+        if not _has_rows(tensor, num_samples):
+            raise DataError(
+                f"{name} returned a tensor number {i} of shape {tuple(tensor.shape)} for {num_samples} samples:"
+                f" its first dimension must be {num_samples}"
+            )
+
+
+def _has_rows(tensor: Tensor, number: int) -> bool:
+    return tensor.ndim > 0 and len(tensor) == number
 
 
 def _explain_shapes(task: Task, samples: Tensor, error: Exception) -> None:
     """Raise DataError where samples cannot be read together, but each alone, because their shapes differ."""
     try:
-        alone = [task.train_data.batch(samples[i : i + 1]) for i in range(len(samples))]
-        shapes = [[tuple(tensor.shape[1:]) for tensor in batch] for batch in alone]
+        alone = [read_samples(task.train_data, samples[i : i + 1]) for i in range(len(samples))]
+        shapes = [[tuple(tensor.shape[1:]) for tensor in tensors_in(batch)] for batch in alone]
     except Exception:
         return
     other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
@@ -127,16 +144,19 @@ def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> 
         ConfigError: it returns no dictionary of scalar tensors with all metrics, the loss does not depend on the
             weights, or a value is a mean.
     """
-    half = tuple(tensor[: -(-len(tensor) // 2)] for tensor in batch)
-    twice = tuple(torch.cat((tensor, tensor)) for tensor in half)
+    rows = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
+    can_halve = all(_has_rows(tensor, rows) for tensor in tensors_in(batch))
+    half = map_tensors(lambda tensor: tensor[: -(-rows // 2)], batch) if can_halve else batch
     with _undisturbed(model), torch.compiler.set_stance("force_eager"):
         once = _values(forward, half)
         if once is _FAILED:
             return
         _check_kinds(task, model, once)
         sums = {name: float(once[name].detach()) for name in task.metrics}
+        if not can_halve:
+            return
         with torch.no_grad():
-            again = _values(forward, twice)
+            again = _values(forward, map_tensors(lambda tensor: torch.cat((tensor, tensor)), half))
     for name in task.metrics if again is not _FAILED else ():
         doubled = float(again[name])
         if _is_mean(sums[name], doubled):

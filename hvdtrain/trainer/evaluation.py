@@ -28,33 +28,43 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
     weights = training.strategy.made_equal(job.world, training), training.with_evaluated_weights()
     with weights[0], weights[1], in_eval_mode(training.model), torch.no_grad():
         for number, part in enumerate((held_out, *task.evaluations)):
-            found = _means(job, training.model, part, request, f"evaluate.{number}")
+            name = f"evaluate.{number}"
+            if name not in training.held_out:
+                training.held_out[name] = _loader(job, part)
+            found = _means(job, training.model, part, training.held_out[name], request, name)
             if found is None:
                 return {}
             means.update(found)
     return {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
 
 
+def _order(job: Job, part: Evaluation) -> EvaluationOrder:
+    batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
+    return EvaluationOrder(len(part.data), batch_size, job.world.size, job.config.train.seed)
+
+
+def _loader(job: Job, part: Evaluation) -> Loader:
+    world = job.world
+    return Loader(part.data, _order(job, part), world.rank, pin_memory=world.device.type == "cuda", reading=job.reading)
+
+
 def _means(
-    job: Job, model: nn.Module, part: Evaluation, request: StopRequest | None, name: str
+    job: Job, model: nn.Module, part: Evaluation, loader: Loader, request: StopRequest | None, name: str
 ) -> dict[str, float] | None:
     """Return means over all targets; None if a rank has a request to stop before the end. Collective."""
-    world = job.world
-    batch_size = job.config.eval.batch_size or job.plan.micro_batch_size
-    order = EvaluationOrder(len(part.data), batch_size, world.size, job.config.train.seed)
+    world, order = job.world, _order(job, part)
     batches = [request.samples for request in order.requests(0, world.rank)]
     randomness = MicroBatchRandomness(world.device)
     # Sums of the metrics, then the number of targets.
     totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)
-    with Loader(part.data, order, world.rank, pin_memory=world.device.type == "cuda") as loader:
-        for i in range(order.most_batches):
-            has_request = torch.tensor(float(request is not None and request.reason is not None))
-            agree = world.start_all_reduce(has_request, "max", f"{name}.stop")
-            world.progress.enter("evaluation")
-            for indices in batches[i : i + 1]:  # a rank may have one batch less than others
-                totals += _totals(job, model, part, loader, randomness, (i, indices))
-            if agree():
-                return None
+    for i in range(order.most_batches):
+        has_request = torch.tensor(float(request is not None and request.reason is not None))
+        agree = world.start_all_reduce(has_request, "max", f"{name}.stop")
+        world.progress.enter("evaluation")
+        for indices in batches[i : i + 1]:  # a rank may have one batch less than others
+            totals += _totals(job, model, part, loader, randomness, (i, indices))
+        if agree():
+            return None
     *sums_of_all, num_targets = world.all_reduce(totals, "sum", name).tolist()
     if not num_targets:
         job.log.say(f"WARNING: {part.name or 'the held-out data'} has no targets: there is nothing to take a mean of")

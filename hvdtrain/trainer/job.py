@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hvdtrain.data.loader import Reading
 from hvdtrain.data.order import SampleOrder
 from hvdtrain.data.samplers import InOrder, Shuffled, check_sampler
 from hvdtrain.data.stream import ENDLESS
@@ -50,6 +51,14 @@ class Job:
         return self.directory
 
     @property
+    def reading(self) -> Reading:
+        """Return by whom batches are read; a worker that hangs is named before the whole rank is taken to hang."""
+        data = self.config.data
+        # A recipe's own section of this name may know nothing of them.
+        workers, ahead = getattr(data, "workers", 0), getattr(data, "ahead", None)
+        return Reading(workers, ahead, self.config.health.stall_limit_s / 2)
+
+    @property
     def lr_factor(self) -> float:
         """Return by what `--optim.lr-rule` multiplies the learning rate."""
         return lr_factor(self.config.optim, self.plan.global_batch_size)
@@ -82,8 +91,8 @@ def settle(
     check_task(task)
     check_names(task)
     plan = _plan(config, world.size, before)
-    check_sampler(task.sampler, len(task.train_data))
     order = order_of(task, plan, config.train.seed)
+    check_sampler(order.sampler, order.num_samples)
     num_steps = config.train.steps
     if num_steps is None:
         if config.train.epochs is None:

@@ -6,6 +6,7 @@ Steps drive the loop and every collective is reached by every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         evaluated = evaluate(job, training)
         training.use_evaluated_weights()
         return evaluated
-    with training.reader, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
+    with closing(training), Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
             evaluated = _evaluate_and_save(run, is_stop=False)

@@ -45,6 +45,8 @@ class Training:
     """Gives each sample its own random numbers."""
     reader: Loader
     """Reads this rank's micro-batches."""
+    held_out: dict[str, Loader] = field(default_factory=dict, init=False)
+    """Readers of what is evaluated, by name: their processes stay from one evaluation to the next."""
     runs_in_step: bool
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
     data: dict[str, Print] = field(default_factory=dict)
@@ -55,6 +57,11 @@ class Training:
     """The recipe's contract is still to be checked, on the first micro-batch."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
+
+    def close(self) -> None:
+        """End the threads and processes that read."""
+        for loader in (self.reader, *self.held_out.values()):
+            loader.close()
 
     def component(self, kind: type[C]) -> C | None:
         """Return the component of a class, if the job has one."""
@@ -110,7 +117,7 @@ def start_training(job: Job) -> Training:
         ResumeError: the checkpoint belongs to another model, other data or other settings.
     """
     world = job.world
-    data = compare_data(job) if job.run_dir is not None else {}
+    data = compare_data(job) if job.directory is not None else {}
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
     components = build_components(job)
     in_step = has_synchronized_layers(model)
@@ -121,7 +128,12 @@ def start_training(job: Job) -> Training:
         strategy=job.strategy,
         randomness=MicroBatchRandomness(world.device),
         reader=Loader(
-            job.task.train_data, job.order, world.rank, in_step=in_step, pin_memory=world.device.type == "cuda"
+            job.task.train_data,
+            job.order,
+            world.rank,
+            in_step=in_step,
+            pin_memory=world.device.type == "cuda",
+            reading=job.reading,
         ),
         runs_in_step=in_step,
         data=data,

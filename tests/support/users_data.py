@@ -87,10 +87,24 @@ class Counting(IterableDataset):
             yield i, torch.rand(())
 
 
+class Vectors(Dataset):
+    """Four numbers and what is to be predicted from them, with noise that each sample draws."""
+
+    def __init__(self, size=30, seed=0):
+        self.x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i] + random.random() + torch.randn(4), self.x[i].sum(0, keepdim=True)
+
+
 class Endless:
     """Yields ever more; says how far it is, and can go on from there."""
 
-    def __init__(self):
+    def __init__(self, vectors=False):
+        self.vectors = vectors
         self.next = 0
         self.yielded = 0
 
@@ -99,7 +113,11 @@ class Endless:
             value = self.next
             self.next += 1
             self.yielded += 1
-            yield value, torch.rand(())
+            if self.vectors:
+                x = torch.randn(4)
+                yield x, x.sum(0, keepdim=True) + value % 3
+            else:
+                yield value, torch.rand(())
 
     def state_dict(self):
         return {"next": self.next}

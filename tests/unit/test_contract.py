@@ -171,9 +171,9 @@ BROKEN = {
     "mean accuracy": (lambda: task(half_mean, metrics=("loss", "accuracy")), "returns a mean as 'accuracy'"),
     "empty": (lambda: task(data=samples(0)), "train_data is empty"),
     "ragged": (lambda: task(data=ragged()), r"samples \d+ and \d+ differ in shape"),
-    "a list": (lambda: task(data=returning(list)), "returned a list: return a tuple"),
-    "a dictionary": (lambda: task(data=returning(lambda b: {"x": b[0]})), "returned a dict: return a tuple"),
-    "arrays": (lambda: task(data=returning(lambda b: (b[0].numpy(), b[1]))), "a tuple of ndarray, Tensor"),
+    "text": (lambda: task(data=returning(lambda b: "text")), "returned a str without tensors"),
+    "numbers": (lambda: task(data=returning(lambda b: b[0].tolist())), "returned a list without tensors"),
+    "arrays": (lambda: task(data=returning(lambda b: (b[0].numpy(), b[1]))), "a numpy array .* torch.from_numpy"),
     "other rows": (lambda: task(data=returning(lambda b: (b[0].T, b[1]))), "its first dimension must be"),
 }
 
@@ -223,3 +223,27 @@ def test_an_optimizer_of_the_recipes_own(tmp_path):
 def test_a_recipe_names_what_it_lacks():
     with pytest.raises(NotImplementedError, match="has no method build"):
         Recipe().build(print)
+
+
+def test_batches_of_other_forms_train_alike(tmp_path):
+    """Lists, dictionaries and what torch's default_collate makes of samples: the same weights as from a tuple."""
+
+    def named(model, batch):
+        return cross_entropy(model, (batch["x"], batch["more"][0]))
+
+    wanted = train(task(), tmp_path / "tuple")
+    data = samples()
+    single = [{"x": x, "more": [y]} for x, y in zip(*data.tensors, strict=True)]
+    cases = {
+        "list": task(data=returning(list)),
+        "dictionary": task(named, data=returning(lambda b: {"x": b[0], "more": [b[1]]})),
+        "samples": task(named, data=single),
+        "pairs": task(data=torch.utils.data.TensorDataset(*data.tensors)),
+        "collated": task(
+            data=list(zip(*data.tensors, strict=True)), collate=lambda s: tuple(map(torch.stack, zip(*s, strict=True)))
+        ),
+    }
+    for name, made in cases.items():
+        assert all(map(torch.equal, train(made, tmp_path / name), wanted)), name
+    with pytest.raises(UsageError, match="returns a mean as 'loss'"):
+        train(task(mean, data=torch.utils.data.TensorDataset(*data.tensors)), tmp_path / "mean")

@@ -6,7 +6,7 @@ import torch
 
 from hvdtrain.data.dataset import TensorSamples, contiguous_share, in_batches
 from hvdtrain.data.order import SampleOrder
-from hvdtrain.data.samplers import permute
+from hvdtrain.data.samplers import InOrder, Shuffled, Weighted, permute
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import BatchPlan
 
@@ -84,3 +84,39 @@ def test_tensor_samples():
     assert data.num_targets(torch.tensor([3, 1])) == 2
     with pytest.raises(ValueError, match="one length"):
         TensorSamples(torch.zeros(3), torch.zeros(4))
+
+
+def all_samples(order, steps):
+    return [order.global_batch(step).tolist() for step in range(steps)]
+
+
+def test_orders_without_shuffling_and_without_the_rest():
+    plan = BatchPlan(8, 2, 1, 4)
+    assert all_samples(SampleOrder(20, plan, 0, InOrder()), 4)[2:] == [[16, 17, 18, 19], list(range(8))]
+    order = SampleOrder(20, plan, 0, InOrder(), drop_last=True)
+    assert order.steps_per_epoch == 2
+    assert order.samples_before(5) == 40
+    assert all_samples(order, 3) == [list(range(8)), list(range(8, 16)), list(range(8))]
+    shuffled = SampleOrder(20, plan, 0, Shuffled(), drop_last=True)
+    assert all_samples(shuffled, 2) == all_samples(SampleOrder(20, plan, 0), 2)
+
+
+def test_weights_say_how_often_a_sample_comes():
+    weights = np.array([0.0, 1.0, 2.0, 5.0])
+    drawn = Weighted(weights).samples(np.arange(80_000), 4, seed=0, epoch=0)
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    assert shares[0] == 0
+    assert shares == pytest.approx(weights / 8, abs=0.005)
+    again = Weighted(weights).samples(np.arange(500, 600), 4, 0, 0)
+    assert (again == drawn[500:600]).all()
+    assert (Weighted(weights).samples(np.arange(600), 4, 0, 1) != drawn[:600]).any()
+    assert (Weighted(weights).samples(np.arange(600), 4, 1, 0) != drawn[:600]).any()
+    lagged = (drawn[1:] == drawn[:-1]).mean()
+    assert lagged == pytest.approx((shares**2).sum(), abs=0.01)  # neighbours know nothing of each other
+
+
+def test_a_sample_that_comes_twice_draws_twice():
+    order = SampleOrder(8, BatchPlan(8, 8, 1, 1), 0, Weighted([1.0] + [0.0] * 7))
+    (request,) = order.requests(0, 0)
+    assert request.samples.tolist() == [0] * 8
+    assert len({request.draws.seed_of(i) for i in range(8)}) == 8

@@ -28,7 +28,6 @@ def test_kinds_of_data():
     ("data", "collate", "says"),
     [
         (DataLoader(TensorDataset(torch.arange(3))), None, "train_data=loader.dataset"),
-        (TensorSamples(torch.arange(3)), len, "makes its batches itself"),
         (3, None, "int cannot be read as data"),
     ],
 )

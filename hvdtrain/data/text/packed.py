@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class PackedDocuments:
     reads_ahead = True
 
     def __init__(self, folder: Path, name: str, sequence_length: int) -> None:
+        self._given = folder, name, sequence_length
         self._tokens: NDArray[np.int32] = _map(folder / f"{name}.tokens", np.int32)
         self._targets: NDArray[np.uint8] = _map(folder / f"{name}.targets", np.uint8)
         self._starts: NDArray[np.int64] = _map(folder / f"{name}.starts", np.int64)
@@ -63,6 +65,10 @@ class PackedDocuments:
         begins = np.arange(number) * sequence_length
         self._counts = np.add.reduceat(self._targets[1:], begins, dtype=np.int64) if number else begins
         self._windows = np.flatnonzero(self._counts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process map the files, too: a pickle would hold copies of them."""
+        return type(self), self._given
 
     def __len__(self) -> int:
         return len(self._windows)

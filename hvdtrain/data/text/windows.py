@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,13 @@ class TokenWindows:
     reads_ahead = True
 
     def __init__(self, path: Path, dtype: str, sequence_length: int) -> None:
+        self._given = path, dtype, sequence_length
         self._tokens = np.memmap(path, dtype=dtype, mode="r")
         self._length = sequence_length
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let another process map the file, too: a pickle would hold a copy of it."""
+        return type(self), self._given
 
     def __len__(self) -> int:
         return -(-(len(self._tokens) - 1) // self._length)

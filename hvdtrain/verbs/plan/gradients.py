@@ -52,7 +52,7 @@ def _gradient(job: Job, training: Training, samples: Tensor) -> Tensor:
         positions,
         (job.config.train.seed, 0),
         lambda: forward_sums(job, training.model, samples),
-        lambda sums: (sums["loss"] / targets).backward(),  # type: ignore[no-untyped-call]
+        lambda sums: (sums["loss"] / targets).backward(),
     )
     gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
     return torch.cat([(g.to_dense() if g.is_sparse else g).float().flatten() for g in gradients])
