@@ -17,6 +17,7 @@ from hvdtrain.data.samplers import InOrder, Weighted
 from hvdtrain.data.users import as_dataset
 from hvdtrain.errors import ConfigError, DataError, ResumeError
 from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CheckpointConfig, Config, DataConfig, LogConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import fit, settle
@@ -78,7 +79,7 @@ def train(folder, data, steps, *, val_data=None, workers=0, allowed=(), **more):
         checkpoint=CheckpointConfig(every=1),
         data=DataConfig(workers=workers),
     )
-    job = settle(made, config, SOLO, folder, MetricLog(None, []), allowed)
+    job = settle(made, config, SOLO, RunDirectory(folder), MetricLog(None, []), allowed)
     folder.mkdir(exist_ok=True)
     fit(job)
     return made.model.weight.detach().clone(), made.train_data
