@@ -29,9 +29,10 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
     with weights[0], weights[1], in_eval_mode(training.model), torch.no_grad():
         for number, part in enumerate((held_out, *task.evaluations)):
             name = f"evaluate.{number}"
-            if name not in training.held_out:
-                training.held_out[name] = _loader(job, part)
-            found = _means(job, training.model, part, training.held_out[name], request, name)
+            key = (name, _order(job, part))
+            if key not in training.held_out:
+                training.held_out[key] = _loader(job, part)
+            found = _means(job, training.model, part, training.held_out[key], request, name)
             if found is None:
                 return {}
             means.update(found)
