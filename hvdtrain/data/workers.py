@@ -27,9 +27,8 @@ from hvdtrain.data.draws import Request
 from hvdtrain.data.messages import receive, receive_batch, send
 from hvdtrain.data.worker import Failure, Setup
 from hvdtrain.errors import DataError, WorkerError
+from hvdtrain.process.launch import DATA_WORKER
 
-IS_WORKER = "HVDTRAIN_DATA_WORKER"
-"""Environment variable of worker processes: names the worker."""
 # By these a launcher tells a process that it is a rank.
 _LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HOROVOD_", "MPI_", "MV2_", "MPIR_", "HYDRA_", "I_MPI_", "SLURM_STEP")
 _START = (
@@ -213,7 +212,7 @@ def _can_import(name: str) -> bool:
 
 def _environment(name: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
-    return {**kept, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", IS_WORKER: name}
+    return {**kept, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", DATA_WORKER: name}
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:

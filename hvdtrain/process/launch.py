@@ -12,6 +12,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+DATA_WORKER = "HVDTRAIN_DATA_WORKER"
+"""Environment variable of the processes that read a rank's data: names which one it is."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _YIELD = "OMPI_MCA_mpi_yield_when_idle"
 

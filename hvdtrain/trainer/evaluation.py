@@ -29,7 +29,7 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
     with weights[0], weights[1], in_eval_mode(training.model), torch.no_grad():
         for number, part in enumerate((held_out, *task.evaluations)):
             name = f"evaluate.{number}"
-            key = f"{name}.{_order(job, part).batch_size}"
+            key = (name, _order(job, part))
             if key not in training.held_out:
                 training.held_out[key] = _loader(job, part)
             found = _means(job, training.model, part, training.held_out[key], request, name)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
+from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.errors import ResumeError
 from hvdtrain.models.weights import check_can_be_saved, extra_state, load_model_weights, model_weights
 from hvdtrain.settings import changeable_settings, to_dict
@@ -45,8 +46,8 @@ class Training:
     """Gives each sample its own random numbers."""
     reader: Loader
     """Reads this rank's micro-batches."""
-    held_out: dict[str, Loader] = field(default_factory=dict, init=False)
-    """Readers of what is evaluated, by name: their processes stay from one evaluation to the next."""
+    held_out: dict[tuple[str, EvaluationOrder], Loader] = field(default_factory=dict, init=False)
+    """Readers of what is evaluated, by name and order: their processes stay from one evaluation to the next."""
     runs_in_step: bool
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
     data: dict[str, Print] = field(default_factory=dict)

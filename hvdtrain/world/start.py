@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hvdtrain.errors import LaunchError
-from hvdtrain.process.launch import THREAD_VARIABLES, Launch, prepare_process
+from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, prepare_process
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.world import World
 
@@ -41,6 +41,11 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     Raises:
         LaunchError: Horovod is missing or broken, or sees other ranks than the launcher.
     """
+    if DATA_WORKER in os.environ:
+        raise LaunchError(
+            f"{os.environ[DATA_WORKER]} runs this program to find its data set: write what begins training under"
+            ' `if __name__ == "__main__":`'
+        )
     is_new = not any(name in os.environ for name in THREAD_VARIABLES)
     launch = prepare_process()
     if is_new:  # torch was imported before the variables were set: a program of the user's own

@@ -162,3 +162,32 @@ def test_signals_to_the_job_leave_workers_alone_and_they_end_with_their_rank(tmp
     while is_running(int(process)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not is_running(int(process))
+
+
+def test_a_script_without_guard_is_told_what_to_write(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import hvdtrain
+            from hvdtrain.data.loader import Loader, Reading
+            from hvdtrain.data.order import SampleOrder
+            from hvdtrain.data.users import MapSamples
+            from hvdtrain.settings import BatchPlan
+
+            class Mine(list):
+                pass
+
+            world = hvdtrain.init()
+            loader = Loader(MapSamples(Mine(range(8))), SampleOrder(8, BatchPlan(2, 2, 1, 1), 0), 0, reading=Reading(1))
+            loader.read(0, 0)
+            """
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "hvdtrain.errors.LaunchError: data worker 0 of rank 0 runs this program to find its data set: write what begins"
+        ' training under `if __name__ == "__main__":`'
+    )
