@@ -30,7 +30,7 @@ MINIMUM_CMAKE = (3, 19)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SELF_CHECK_TIMEOUT_S = 180
 PACKAGE = Path(__file__).parent
-_IMPORTS = "import horovod.torch, hvdtrain, mpi4py, safetensors, torch, tyro; print(torch.__version__)"
+_IMPORTS = "import horovod.torch, hvdtrain, mpi4py, safetensors, torch, tyro"
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,11 @@ def set_up(root: Path, folder: Path) -> None:
         environment.stamp.unlink(missing_ok=True)
         make_environment(environment)
         install_packages(environment)
-        install_mpi(environment)
-        build_horovod(environment)
         install_hvdtrain(environment)
-        self_check(environment)
+        if with_horovod():
+            install_mpi(environment)
+            build_horovod(environment)
+            self_check(environment)
         environment.stamp.write_text(json.dumps(wanted_stamp(environment)))
         say(f"done in {time.monotonic() - start:.0f} s; environment: {folder}")
 
@@ -124,7 +125,8 @@ def wanted_stamp(environment: Environment) -> dict[str, str | None]:
     for file in (*sorted(PACKAGE.glob("*.py")), PACKAGE / "requirements.txt", environment.root / "setup.cfg"):
         digest.update(file.read_bytes())
     torch = environment.version_of("torch") if environment.python.exists() else None
-    return {"root": str(environment.root), "files": digest.hexdigest(), "mpi": site_mpi(environment), "torch": torch}
+    mpi = site_mpi(environment) if with_horovod() else "none wanted"
+    return {"root": str(environment.root), "files": digest.hexdigest(), "mpi": mpi, "torch": torch}
 
 
 def is_current(environment: Environment) -> bool:
@@ -135,7 +137,13 @@ def is_current(environment: Environment) -> bool:
         return False
     if stamp != wanted_stamp(environment):
         return False
-    return subprocess.run([environment.python, "-c", _IMPORTS], capture_output=True, check=False).returncode == 0
+    imports = _IMPORTS if with_horovod() else _IMPORTS.replace("horovod.torch, ", "")
+    return subprocess.run([environment.python, "-c", imports], capture_output=True, check=False).returncode == 0
+
+
+def with_horovod() -> bool:
+    """Return whether Horovod is to be built; one process trains without."""
+    return not os.environ.get("HVDTRAIN_WITHOUT_HOROVOD")
 
 
 def check_machine(environment: Environment) -> None:
@@ -243,13 +251,8 @@ def build_horovod(environment: Environment) -> None:
 
 
 def install_hvdtrain(environment: Environment) -> None:
-    """Install the repository in place: as an entry of `sys.path`, that of the compatible mode.
-
-    setuptools' other way is a finder that stands behind Python's own, for which the clone itself, seen from the folder
-    that holds it, is a package without code by the name of hvdtrain.
-    """
-    options = ["--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=compat"]
-    environment.pip("hvdtrain", "install", *options, "--editable", str(environment.root))
+    """Install the repository in place."""
+    environment.pip("hvdtrain", "install", "--no-deps", "--no-build-isolation", "--editable", str(environment.root))
 
 
 def self_check(environment: Environment) -> None:

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from hvdtrain.install.environment import Environment, install_hvdtrain
+
+pytestmark = pytest.mark.beside
+
 ROOT = Path(__file__).parents[2]
 # All that setup.sh may rely on, besides what a test takes away.
 TOOLS = ("bash", "dirname", "id", "make", "c++", "g++", "uname")
@@ -134,8 +138,6 @@ def test_local_prints_the_plain_command_and_runs_it():
 # Stands in for `python -m hvdtrain` where local.sh is started: a rank that saves when it is asked to stop.
 STOPPABLE = """
 import os, pathlib, signal, sys, time
-
-pytestmark = pytest.mark.beside
 rank = os.environ["OMPI_COMM_WORLD_RANK"]
 def stop(number, frame):
     time.sleep(0.5)
@@ -191,6 +193,49 @@ def test_the_check_with_two_ranks(launcher, ranks, works):
     )
     assert (done.returncode == 0) is works, done.stderr
     assert ("rank 0 of 1 (2 were started)" in done.stdout + done.stderr) is not works
+
+
+@pytest.fixture(scope="module")
+def installed_clone(tmp_path_factory):
+    """A clone named hvdtrain, installed as a set-up installs it, in an environment that has this one's packages."""
+    clone = tmp_path_factory.mktemp("home") / "hvdtrain"
+    for name in ("launch", "hvdtrain"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, clone / name)
+    venv = clone / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    install_hvdtrain(Environment(clone, venv))
+    return clone
+
+
+@pytest.mark.parametrize("where", ["parent", "clone", "package", "root"])
+def test_every_folder_is_good_to_start_from(installed_clone, tmp_path, where):
+    """In the clone's parent, seen from which the clone is a package without code by the name of hvdtrain, too."""
+    clone = installed_clone
+    cwd = {"parent": clone.parent, "clone": clone, "package": clone / "hvdtrain", "root": Path("/")}[where]
+    script = (clone.parent if where == "parent" else tmp_path) / "own_script.py"
+    script.write_text("import hvdtrain; world = hvdtrain.init(); print(world.size, hvdtrain.__file__); world.close()")
+    keep = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LANG") if name in os.environ}
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    said = []
+    for words in (["-m", "hvdtrain", "--help"], ["-m", "hvdtrain", "doctor"], [str(script)]):
+        done = subprocess.run(
+            [clone / ".venv" / "bin" / "python", *words],
+            cwd=cwd,
+            env={**keep, **root, "HOME": str(clone.parent)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "Traceback" not in done.stderr
+        said.append(done.stdout)
+    assert said[0].startswith("usage: python -m hvdtrain")
+    assert re.search(r"^ok +launcher", said[1], re.MULTILINE)
+    assert said[2] == f"1 {clone}/hvdtrain/__init__.py\n"
 
 
 def test_the_package_installs_without_the_scripts(checkout, tmp_path):
