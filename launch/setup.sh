@@ -19,7 +19,7 @@ suitable() {
 for python in "${HVDTRAIN_PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
   if suitable "$python"; then
     cd "$root" # `-m` looks there first
-    exec "$python" -m hvdtrain.install "$root" "$environment"
+    PYTHONSAFEPATH='' exec "$python" -m hvdtrain.install --root "$root" --environment "$environment"
   fi
 done
 echo "No Python 3.10 to 3.13 is on PATH.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.install.environment import Environment, install_hvdtrain
+from hvdtrain.install.environment import Environment
+from hvdtrain.install.steps import install_hvdtrain
 
 pytestmark = pytest.mark.beside
 
@@ -207,7 +208,7 @@ def installed_clone(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
     (packages,) = venv.glob("lib/python3*/site-packages")
     (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
-    install_hvdtrain(Environment(clone, venv))
+    install_hvdtrain(Environment(venv), clone)
     return clone
 
 
@@ -246,9 +247,9 @@ def test_the_package_installs_without_the_scripts(checkout, tmp_path):
     with zipfile.ZipFile(file) as wheel:
         names = wheel.namelist()
         texts = {Path(name).name: wheel.read(name).decode() for name in names if ".dist-info/" in name}
-    assert {"hvdtrain/__init__.py", "hvdtrain/py.typed", "hvdtrain/install/requirements.txt"} <= set(names)
+    assert {"hvdtrain/__init__.py", "hvdtrain/py.typed", "hvdtrain/install/requirements-horovod.txt"} <= set(names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"hvdtrain"}
     assert "hvdtrain = hvdtrain.cli:main" in texts["entry_points.txt"]
     assert "Requires-Python: >=3.10" in texts["METADATA"]
     extras = set(re.findall(r"^Provides-Extra: (\S+)", texts["METADATA"], re.MULTILINE))
-    assert extras == {"hf", "horovod", "tensorboard", "test", "vision"}
+    assert extras == {"hf", "tensorboard", "test", "vision"}

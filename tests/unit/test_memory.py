@@ -63,6 +63,8 @@ def test_what_is_estimated_is_what_is_taken(precision):
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "Adafactor", "RMSprop"])
 def test_the_state_of_optimizers(name):
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     job = job_of(Decoder(DECODER, 50, seed=0), optim=OptimConfig(name=name, momentum=0.9))
     model = job.task.model
     optimizer = build_optimizer(job.config.optim, model)
