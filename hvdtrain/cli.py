@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
+from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, prepare_process
 from hvdtrain.settings import merge, nearest, to_dict
@@ -45,6 +46,7 @@ usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
   doctor          look at the machine, the ranks and the network, and say what to mend
   generate DIR    continue prompts with a trained language model, of a run or exported
   export DIR      write a run's model as transformers reads it
+  setup           build Horovod for this torch and this MPI, and install it in this environment
 
 recipes: {{recipes}}, or the path of your own .py file
 all settings: {PROGRAM} VERB [RECIPE] --help
@@ -87,8 +89,15 @@ class Invocation:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 finished, 2 wrong usage, 75 stopped on request."""
-    launch = prepare_process()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--version"]:
+        sys.stdout.write(f"hvdtrain {__version__}\n")
+        return 0
+    if arguments[:1] == ["setup"]:  # before all that has to be installed first
+        from hvdtrain.install.__main__ import main as set_up
+
+        return set_up(arguments[1:])
+    launch = prepare_process()
     try:
         with _silent_unless(launch.rank == 0):
             invocation = parse(arguments)

@@ -7,6 +7,7 @@
 # HVDTRAIN_TORCH   what to install where there is no torch yet (default: torch==2.13.0); one that is there is kept
 # HVDTRAIN_PYTHON  the Python for .venv (default: the first of python3, python3.13 ... python3.10 that is 3.10 to 3.13)
 # HVDTRAIN_WITHOUT_HOROVOD=1  leaves out MPI and Horovod: one process trains without
+# HVDTRAIN_WITHOUT_TESTS=1    leaves out what launch/test.sh runs
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str] | None) -> Setup:
         root=asked.root or this_clone(),
         with_horovod=asked.only_horovod or not os.environ.get("HVDTRAIN_WITHOUT_HOROVOD"),
         only_horovod=asked.only_horovod,
+        with_tests=not os.environ.get("HVDTRAIN_WITHOUT_TESTS"),
         wheel_dir=asked.wheel_dir.absolute() if asked.wheel_dir else None,
     )
 

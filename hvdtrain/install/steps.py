@@ -30,6 +30,7 @@ class Setup:
         root: the clone to install in place; None where hvdtrain came by pip.
         with_horovod: build Horovod, and an MPI for it.
         only_horovod: nothing but Horovod, what it needs to run, and MPI.
+        with_tests: what launch/test.sh runs, too.
         wheel_dir: a folder that gets a copy of Horovod's wheel.
     """
 
@@ -37,12 +38,15 @@ class Setup:
     root: Path | None = None
     with_horovod: bool = True
     only_horovod: bool = False
+    with_tests: bool = True
     wheel_dir: Path | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Return the parts of the requirements that are installed."""
-        return ("horovod",) if self.root is None or self.only_horovod else ("horovod", "hvdtrain", "test")
+        if self.root is None or self.only_horovod:
+            return ("horovod",)
+        return ("horovod", "hvdtrain", "test") if self.with_tests else ("horovod", "hvdtrain")
 
     @property
     def imports(self) -> list[str]:

@@ -198,3 +198,13 @@ def test_a_set_up_starts_with_a_bare_python():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import hvdtrain.install.__main__, hvdtrain.install.build"
     command = [sys.executable, "-I", "-S", "-c", code, Path(hvdtrain.__file__).parents[1]]  # -S: no site-packages
     assert subprocess.run(command, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(("words", "says"), [(["--version"], "hvdtrain 0"), (["setup", "--help"], "--only-horovod")])
+def test_the_command_line_needs_nothing_installed(words, says):
+    """`pip install --no-deps hvdtrain && hvdtrain setup --only-horovod`: no tyro, no numpy, no torch."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from hvdtrain.cli import main; sys.exit(main(sys.argv[2:]))"
+    command = [sys.executable, "-I", "-S", "-c", code, Path(hvdtrain.__file__).parents[1], *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
