@@ -6,7 +6,7 @@
 # It makes a virtual environment that sees Spack's py-torch and builds Horovod for it (`hvdtrain setup`); py-horovod of
 # Spack's own does not build with torch 2.1 or newer.
 #
-# Never tried: no Spack was at hand. Tried: its commands, with another Python, PyTorch and MPI (tests/e2e/test_setup.py).
+# Never tried: no Spack was at hand. Tried: its commands, by hand, with PyPI's torch and MPICH.
 """Data-parallel training of PyTorch models with Horovod."""
 
 from spack.package import *

@@ -27,7 +27,7 @@ from hvdtrain.install import recipe as recipes
 from hvdtrain.install.preflight import BUILD_BYTES, SetupError, check_disk_space, explain_failure, find_compiler
 from hvdtrain.install.recipe import HOROVOD_VERSION, SDIST_SHA256, Gpu, Recipe, Torch
 
-MINIMUM_TORCH = (2, 5)
+MINIMUM_TORCH = (2, 6)
 _ASK_TORCH = """
 import json, torch
 capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -53,7 +53,7 @@ def detect_recipe() -> Recipe:
 
 
 def check_torch_version(version: str) -> None:
-    """Raise `SetupError` for a torch older than the first with grouped-query attention."""
+    """Raise `SetupError` for a torch older than the oldest that the tests were run with."""
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_TORCH:
         wanted = ".".join(map(str, MINIMUM_TORCH))
         raise SetupError(

@@ -12,12 +12,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from planted import can_make_namespaces
 
 from hvdtrain.install.environment import Environment
 from hvdtrain.install.steps import install_hvdtrain
 
 pytestmark = pytest.mark.beside
 
+needs_namespaces = pytest.mark.skipif(
+    not can_make_namespaces(), reason="this user may not make mount namespaces (unshare --mount --uts)"
+)
 ROOT = Path(__file__).parents[2]
 # All that setup.sh may rely on, besides what a test takes away.
 TOOLS = ("bash", "dirname", "id", "make", "c++", "g++", "uname")
@@ -125,6 +129,15 @@ def test_a_second_run_takes_seconds_and_changes_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert time.monotonic() - start < 30
     assert stamp.stat().st_mtime_ns == before
+
+
+@finished
+@pytest.mark.parametrize("module", ["torchvision", "transformers"])
+def test_what_a_set_up_installs_imports_plainly(module):
+    """Without hvdtrain's own way to import torchvision: users' scripts do not know it."""
+    command = [environment_of_this_test() / "bin" / "python", "-c", f"import {module}; print({module}.__version__)"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @finished
@@ -239,11 +252,51 @@ def test_every_folder_is_good_to_start_from(installed_clone, tmp_path, where):
     assert said[2] == f"1 {clone}/hvdtrain/__init__.py\n"
 
 
-def test_the_package_installs_without_the_scripts(checkout, tmp_path):
+@needs_namespaces
+def test_a_clone_that_cannot_be_written_is_installed_as_a_copy(installed_clone):
+    """Under a read-only mount, which stops root, too."""
+    clone, venv = installed_clone, installed_clone.parent / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    code = (
+        "import sys; from pathlib import Path; from hvdtrain.install.environment import Environment;"
+        " from hvdtrain.install.steps import install_hvdtrain;"
+        " install_hvdtrain(Environment(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    script = 'mount --bind "$2" "$2" && mount -o remount,ro,bind "$2" && cd "$2" && "$3" -c "$4" "$1" "$2"'
+    words = ["unshare", "--mount", "sh", "-ec", script, "sh", venv, clone, sys.executable, code]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "a copy of hvdtrain is installed" in done.stdout
+    assert (packages / "hvdtrain" / "cli.py").exists()
+
+
+@pytest.fixture
+def wheel(checkout, tmp_path):
     (checkout / "README.md").write_text("hvdtrain")
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(checkout)], check=True, timeout=120)
     (file,) = tmp_path.glob("hvdtrain-*.whl")
+    return file
+
+
+def test_a_wheel_alone_sets_up(wheel, tools, tmp_path):
+    """Without a clone, and before anything else is installed; all that is missing is told at once."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    for name in ("c++", "g++", "make"):
+        (tools / name).unlink(missing_ok=True)
+    command = [venv / "bin" / "python", "-m", "hvdtrain", "setup"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+    assert_told(done, r"No C\+\+ compiler is on PATH, `make` is not on PATH", "conda-forge gxx make")
+
+
+def test_the_package_installs_without_the_scripts(wheel):
+    file = wheel
     with zipfile.ZipFile(file) as wheel:
         names = wheel.namelist()
         texts = {Path(name).name: wheel.read(name).decode() for name in names if ".dist-info/" in name}

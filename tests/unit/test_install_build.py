@@ -166,12 +166,12 @@ def test_nccl_gets_the_plain_name_that_its_wheel_lacks(tmp_path):
     assert (tmp_path / "home" / "include" / "libnccl.so.2").exists()
 
 
-@pytest.mark.parametrize("version", ["2.5.0", "2.13.0+cpu", "3.0.0a0"])
+@pytest.mark.parametrize("version", ["2.6.0", "2.13.0+cpu", "3.0.0a0"])
 def test_a_torch_new_enough_is_taken(version):
     build.check_torch_version(version)
 
 
-@pytest.mark.parametrize("version", ["1.13.1", "2.4.1+cu121"])
+@pytest.mark.parametrize("version", ["1.13.1", "2.5.1+cu121"])
 def test_a_torch_too_old_is_refused(version):
-    with pytest.raises(SetupError, match=r"needs 2\.5 or newer"):
+    with pytest.raises(SetupError, match=r"needs 2\.6 or newer"):
         build.check_torch_version(version)
