@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the linters and the tests, in an environment that launch/setup.sh makes first.
 #
-#   launch/test.sh                           all of it, in lanes: a quarter of an hour on two cores
+#   launch/test.sh                           all of it, in lanes: about 20 minutes on two cores
 #   launch/test.sh --fast                    linters, types and the unit tests but for the slow ones: within a minute
 #   launch/test.sh [pytest arguments...]     linters, types, and what pytest is asked for
 #
