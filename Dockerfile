@@ -19,13 +19,14 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ make python
     rm -rf /var/lib/apt/lists/*
 # What a set-up reads, and no more: a change of hvdtrain itself does not build Horovod again.
 WORKDIR /opt/hvdtrain
-COPY setup.py setup.cfg README.md ./
+COPY setup.py setup.cfg README.md LICENSE ./
 COPY launch launch
 COPY hvdtrain/__init__.py hvdtrain/py.typed hvdtrain/
 COPY hvdtrain/install hvdtrain/install
 # GPUs: the compute capabilities to compile for, such as 80,90,100; none: what setup.sh takes where it sees no GPU.
 ARG TORCH=torch==2.13.0
 ARG CUDA_CAPABILITIES=
+ENV HVDTRAIN_WITHOUT_TESTS=1
 RUN HVDTRAIN_TORCH=${TORCH} HOROVOD_BUILD_CUDA_CC_LIST=${CUDA_CAPABILITIES} XDG_CACHE_HOME=/var/cache PIP_NO_CACHE_DIR=1 \
     launch/setup.sh
 
@@ -48,12 +49,16 @@ RUN apt-get update && \
     > /etc/ssh/ssh_config.d/hvdtrain.conf
 COPY --from=build /opt/hvdtrain /opt/hvdtrain
 COPY hvdtrain /opt/hvdtrain/hvdtrain
-ENV PATH=/opt/hvdtrain/.venv/bin:$PATH VIRTUAL_ENV=/opt/hvdtrain/.venv
+# Caches go to /tmp: the root may be read-only (docker run --read-only --tmpfs /tmp).
+ENV PATH=/opt/hvdtrain/.venv/bin:$PATH VIRTUAL_ENV=/opt/hvdtrain/.venv HVDTRAIN_WITHOUT_TESTS=1 \
+    HOME=/home/hvdtrain XDG_CACHE_HOME=/tmp/cache TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor
 # The sshd of a worker (launch/mpijob.yaml), as this user; its keys come from outside, by a mount at ~/.ssh.
 RUN printf '%s\n' 'Port 2222' 'HostKey /home/hvdtrain/.ssh/id_rsa' 'PidFile /home/hvdtrain/sshd.pid' 'UsePAM no' \
     'StrictModes no' 'PasswordAuthentication no' "SetEnv PATH=$PATH" > /home/hvdtrain/.sshd_config && \
-    mkdir -p /home/hvdtrain/.ssh /workspace && chown -R hvdtrain: /home/hvdtrain /workspace
+    mkdir -p /home/hvdtrain/.ssh /workspace && chown -R hvdtrain: /home/hvdtrain /workspace && \
+    chmod 1777 /home/hvdtrain /workspace # for docker run --user N, any N
 USER hvdtrain
 WORKDIR /workspace
-HEALTHCHECK --interval=10m --timeout=2m CMD ["python", "-m", "hvdtrain", "doctor", "--timeout", "60"]
+# Is the environment there, and can anything be written? It costs nothing; `python -m hvdtrain doctor` looks closer.
+HEALTHCHECK --interval=1m --timeout=5s CMD ["sh", "-c", "command -v horovodrun && : > /tmp/.healthy"]
 CMD ["/opt/hvdtrain/launch/local.sh"]

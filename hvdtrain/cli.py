@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, prepare_process
 from hvdtrain.settings import nearest, to_dict
@@ -118,8 +119,15 @@ class Invocation:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 finished, 2 wrong usage, 75 stopped on request."""
-    launch = prepare_process()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--version"]:
+        sys.stdout.write(f"hvdtrain {__version__}\n")
+        return 0
+    if arguments[:1] == ["setup"]:  # before all that has to be installed first
+        from hvdtrain.install.__main__ import main as set_up
+
+        return set_up(arguments[1:])
+    launch = prepare_process()
     try:
         with _silent_unless(launch.rank == 0):
             invocation = parse(arguments)
@@ -206,6 +214,7 @@ def _overview() -> str:
     titles = {name: f"{name} {verb.takes.upper().replace('-', '_')}".strip() for name, verb in VERBS.items()}
     width = max(map(len, titles.values()))
     verbs = "\n".join(f"  {titles[name]:{width}}  {verb.about}" for name, verb in VERBS.items())
+    verbs += f"\n  {'setup':{width}}  build Horovod for this torch and this MPI, and install it in this environment"
     return f"""\
 usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
 

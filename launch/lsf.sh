@@ -3,7 +3,8 @@
 #
 #   bsub < launch/lsf.sh
 #
-# Submit it from this repository's directory, on a file system that all nodes share.
+# Submit it from this repository's directory, on a file system that all nodes share. Of an array (-J "hvdtrain[1-5]")
+# each element is a run of its own, and %a in an argument is its number.
 #
 # Tried: shellcheck, and its body with the variables that LSF sets, in tests/e2e/test_launch_files.py. Never under LSF.
 
@@ -17,12 +18,19 @@
 #BSUB -wa USR1
 #BSUB -r
 #BSUB -Q "75"
-#BSUB -o hvdtrain-%J.out
+#BSUB -o hvdtrain-%J-%I.out
 set -euo pipefail
 
 # EDIT 2: the arguments and the run's directory.
 read -ra arguments <<< "${HVDTRAIN_ARGUMENTS:-train lm}"
 run_dir=${HVDTRAIN_RUN_DIR:-runs/lsf-$LSB_JOBID}
+
+task=${LSB_JOBINDEX:-0} # 0: no array
+if ((task > 0)); then
+  [[ $run_dir == *%a* ]] || run_dir+=-%a
+  run_dir=${run_dir//%a/$task}
+  arguments=("${arguments[@]//%a/$task}")
+fi
 
 cd "${LS_SUBCWD:?start this with bsub}"
 # shellcheck source=launch/environment.sh

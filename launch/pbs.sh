@@ -3,7 +3,8 @@
 #
 #   qsub -v HVDTRAIN_ARGUMENTS='train lm --train.steps 200000' launch/pbs.sh
 #
-# Submit it from this repository's directory, on a file system that all nodes share.
+# Submit it from this repository's directory, on a file system that all nodes share. Of an array (qsub -J 0-4) each
+# subjob is a run of its own, and %a in an argument is its number: HVDTRAIN_ARGUMENTS='train lm --train.seed %a'.
 #
 # Tried: shellcheck, and its body with the variables that PBS sets, in tests/e2e/test_launch_files.py. Never under PBS.
 
@@ -19,6 +20,13 @@ set -euo pipefail
 budget=${HVDTRAIN_BUDGET:-3h50m}
 run_dir=${HVDTRAIN_RUN_DIR:-runs/pbs}
 read -ra arguments <<< "${HVDTRAIN_ARGUMENTS:-train lm}"
+
+task=${PBS_ARRAY_INDEX:-}
+if [[ -n $task ]]; then
+  [[ $run_dir == *%a* ]] || run_dir+=-%a
+  run_dir=${run_dir//%a/$task}
+  arguments=("${arguments[@]//%a/$task}")
+fi
 
 cd "${PBS_O_WORKDIR:?start this with qsub}"
 # shellcheck source=launch/environment.sh
@@ -45,6 +53,6 @@ done
 
 if [[ $code == 75 && -z $asked ]]; then
   echo "the time is used up: submitting the continuation"
-  qsub -v "HVDTRAIN_ARGUMENTS=${HVDTRAIN_ARGUMENTS:-train lm},HVDTRAIN_RUN_DIR=$run_dir,HVDTRAIN_BUDGET=$budget" launch/pbs.sh
+  qsub -v "HVDTRAIN_ARGUMENTS=${arguments[*]},HVDTRAIN_RUN_DIR=$run_dir,HVDTRAIN_BUDGET=$budget" launch/pbs.sh
 fi
 exit "$code"

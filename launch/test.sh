@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Run the linters and the tests, in an environment that launch/setup.sh makes first.
 #
-#   launch/test.sh                           all of it, in lanes: a quarter of an hour on two cores
+#   launch/test.sh                           all of it, in lanes: about 20 minutes on two cores
 #   launch/test.sh --fast                    linters, types and the unit tests but for the slow ones: within a minute
 #   launch/test.sh [pytest arguments...]     linters, types, and what pytest is asked for
 #
-# Before these, to test on something else than is usual, in .venv-NAME of its own:
-#   --torch torch==2.12.1    another torch; where that is a CUDA build and no nvcc is there, without Horovod: with --fast
+# To test on something else than is usual, in .venv-NAME of its own; with --fast without Horovod, which cannot be built
+# where pip has a torch for CUDA only and there is no nvcc:
+#   --torch torch==2.12.1    another torch
 #   --python python3.13      another Python
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -22,6 +23,7 @@ done
 if [[ -n $other ]]; then
   VIRTUAL_ENV=$(cd "$here/.." && pwd -P)/.venv${other//==/-}
   export VIRTUAL_ENV
+  [[ -z $fast ]] || export HVDTRAIN_WITHOUT_HOROVOD=1
 fi
 # shellcheck source=launch/environment.sh
 . "$here/environment.sh"

@@ -47,7 +47,7 @@ class Traces:
         self.variables = {name: value for name, value in os.environ.items() if not name.startswith(KNOWN_VARIABLES)}
         self.threads = {thread for thread in threading.enumerate() if not is_known(thread)}
         self.processes = children()
-        self.files = {path.name for path in self.directory.iterdir()} - CACHES
+        self.files = {path.name for path in self.directory.iterdir() if not path.name.startswith(".venv")} - CACHES
 
     def since(self, before):
         return Difference(before, self)

@@ -1,16 +1,73 @@
-"""`python -m hvdtrain.install ROOT ENVIRONMENT`, run by launch/setup.sh."""
+"""`python -m hvdtrain.install`, `hvdtrain setup`, and what launch/setup.sh runs."""
 
+from __future__ import annotations
+
+import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from hvdtrain.install.environment import set_up
+from hvdtrain.install.environment import Environment
 from hvdtrain.install.preflight import SetupError
+from hvdtrain.install.steps import PACKAGE, Setup
 
-if __name__ == "__main__":
+_DESCRIPTION = """\
+Build Horovod 0.28.1 for the torch and the MPI of this environment, and install it there. It brings an MPI where there
+is none, builds for about 6 minutes the first time, takes the wheel from the cache afterwards, and ends with a check on
+two ranks. Run it again after a change of torch, Python or MPI; where nothing has changed it ends at once.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a set-up and return its exit code: 2 where something is missing that the user can mend."""
     try:
-        set_up(Path(sys.argv[1]), Path(sys.argv[2]))
+        parse(arguments).run()
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> Setup:
+    """Return the set-up that the command line asks for.
+
+    Raises:
+        SetupError: the environment would be the system's own.
+    """
+    parser = argparse.ArgumentParser(prog="python -m hvdtrain setup", description=_DESCRIPTION)
+    parser.add_argument("--only-horovod", action="store_true", help="Horovod alone, nothing that hvdtrain needs")
+    parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="put a copy of Horovod's wheel there")
+    parser.add_argument("--environment", type=Path, help="the environment; without it, that of this Python")
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)  # the clone, from launch/setup.sh
+    asked = parser.parse_args(arguments)
+    return Setup(
+        environment=Environment(asked.environment or this_environment()),
+        root=asked.root or this_clone(),
+        with_horovod=asked.only_horovod or not os.environ.get("HVDTRAIN_WITHOUT_HOROVOD"),
+        only_horovod=asked.only_horovod,
+        with_tests=not os.environ.get("HVDTRAIN_WITHOUT_TESTS"),
+        wheel_dir=asked.wheel_dir.absolute() if asked.wheel_dir else None,
+    )
+
+
+def this_environment() -> Path:
+    """Return the environment of this Python; raise `SetupError` for the system's, which is not ours to fill."""
+    if sys.prefix != sys.base_prefix or os.environ.get("CONDA_PREFIX") == sys.prefix:
+        return Path(sys.prefix)
+    raise SetupError(
+        f"{sys.executable} belongs to no virtual environment, and Horovod is built for one.",
+        "python3 -m venv <folder> && . <folder>/bin/activate, install hvdtrain there, then run this again",
+    )
+
+
+def this_clone() -> Path | None:
+    """Return the clone that this package belongs to, None where it came by pip."""
+    root = PACKAGE.parents[1]
+    return root if (root / "setup.cfg").exists() and (root / "launch" / "setup.sh").exists() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

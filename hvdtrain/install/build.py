@@ -27,7 +27,7 @@ from hvdtrain.install import recipe as recipes
 from hvdtrain.install.preflight import BUILD_BYTES, SetupError, check_disk_space, explain_failure, find_compiler
 from hvdtrain.install.recipe import HOROVOD_VERSION, SDIST_SHA256, Gpu, Recipe, Torch
 
-MINIMUM_TORCH = (2, 5)
+MINIMUM_TORCH = (2, 6)
 _ASK_TORCH = """
 import json, torch
 capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -53,7 +53,7 @@ def detect_recipe() -> Recipe:
 
 
 def check_torch_version(version: str) -> None:
-    """Raise `SetupError` for a torch older than the first with grouped-query attention."""
+    """Raise `SetupError` for a torch older than the oldest that the tests were run with."""
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MINIMUM_TORCH:
         wanted = ".".join(map(str, MINIMUM_TORCH))
         raise SetupError(
@@ -113,9 +113,21 @@ class WheelCache:
         shutil.rmtree(self.folder / key, ignore_errors=True)
 
 
-def default_cache() -> WheelCache:
-    """Return the cache of this user: `$XDG_CACHE_HOME/hvdtrain/wheels`."""
-    return WheelCache(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvdtrain" / "wheels")
+@contextlib.contextmanager
+def open_cache() -> Iterator[WheelCache]:
+    """Enter with this user's cache, `$XDG_CACHE_HOME/hvdtrain/wheels`; where that cannot be written, a passing one."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "hvdtrain" / "wheels"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and no such user
+        print(f"Horovod's wheel is not kept for the next time ({error}); `export XDG_CACHE_HOME=<folder>` keeps it.")
+        with tempfile.TemporaryDirectory(prefix="hvdtrain-cache-") as temporary:
+            yield WheelCache(Path(temporary))
+    else:
+        yield WheelCache(folder)
 
 
 def sha256(file: Path) -> str:
@@ -265,9 +277,20 @@ def _logged(step: str, arguments: list[str], environment: dict[str, str] | None 
         raise explain_failure(f"Horovod's {step}", log.read_text(errors="replace"), log)
 
 
+def main(wheel_dir: Path | None) -> None:
+    """Install Horovod in this environment, and copy its wheel to `wheel_dir`."""
+    recipe = detect_recipe()
+    with open_cache() as cache:
+        install(recipe, cache)
+        wheel = cache.find(recipe.key)
+        if wheel_dir and wheel:
+            wheel_dir.mkdir(parents=True, exist_ok=True)
+            print(f"Horovod {HOROVOD_VERSION}: the wheel is {shutil.copy(wheel, wheel_dir)}", flush=True)
+
+
 if __name__ == "__main__":
     try:
-        install(detect_recipe(), default_cache())
+        main(Path(sys.argv[2]) if sys.argv[1:2] == ["--wheel-dir"] else None)
     except SetupError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

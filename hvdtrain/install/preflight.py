@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 GIB = 2**30
@@ -20,6 +22,8 @@ ENVIRONMENT_BYTES = 3 * GIB
 CUDA_ENVIRONMENT_BYTES = 10 * GIB
 BUILD_BYTES = 1 * GIB
 LOG_TAIL_LINES = 25
+USUAL_CUDA_HOME = Path("/usr/local/cuda")
+MINIMUM_PYTHON, MAXIMUM_PYTHON = (3, 10), (3, 13)
 
 _OTHER_TMPDIR = "export TMPDIR=<a folder with space>"
 _NO_NETWORK = (
@@ -60,15 +64,15 @@ def explain_failure(what: str, output: str, log: Path) -> SetupError:
     return SetupError(f"{tail}\n{what} failed.", f"see {log}, then run launch/setup.sh again")
 
 
-def install_command(need: str) -> str:
-    """Return the command that installs `need` (a key of `_PACKAGES`) with this machine's package manager."""
-    for manager in ("apt-get", "dnf", "zypper"):
-        if shutil.which(manager):
-            package = _PACKAGES[manager][need]
-            if manager == "apt-get" and need in ("headers", "venv"):  # Debian has one package a Python version
-                package = package.replace("python3", f"python3.{sys.version_info.minor}")
-            return f"sudo {manager} install {package}"
-    return f"conda install -c conda-forge {_PACKAGES['conda'][need]}"
+def install_command(*needs: str) -> str:
+    """Return the command that installs all `needs` (keys of `_PACKAGES`) with this machine's package manager."""
+    manager = next((name for name in ("apt-get", "dnf", "zypper") if shutil.which(name)), "conda")
+    names = dict.fromkeys(_PACKAGES[manager][need] for need in needs)
+    if manager == "conda":
+        return f"conda install -c conda-forge {' '.join(names)}"
+    if manager == "apt-get":  # Debian has one package a Python version
+        names = dict.fromkeys(name.replace("python3", f"python3.{sys.version_info.minor}") for name in names)
+    return f"sudo {manager} install {' '.join(names)}"
 
 
 def find_compiler(environ: dict[str, str] | os._Environ[str] = os.environ) -> str | None:
@@ -77,21 +81,72 @@ def find_compiler(environ: dict[str, str] | os._Environ[str] = os.environ) -> st
     return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
-def check_tools() -> None:
-    """Raise `SetupError` without a C++ compiler, make, or Python's header files."""
-    if find_compiler() is None:
-        raise SetupError("No C++ compiler is on PATH, and Horovod is built from source.", install_command("c++"))
-    if shutil.which("make") is None:
-        raise SetupError("`make` is not on PATH, and Horovod is built from source.", install_command("make"))
+def find_cuda(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return home and version ("13.0") of the CUDA toolkit: what is named in the environment, then nvcc on PATH."""
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    homes = [Path(environ[name]) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH") if environ.get(name)]
+    homes += [Path(nvcc).resolve().parent.parent] if nvcc else []
+    for home in (*homes, USUAL_CUDA_HOME):
+        # nvcc on PATH may be a wrapper script that stands far from its toolkit: the header tells.
+        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
+            version = re.search(r"release (\d+\.\d+)", output_of(str(home / "bin" / "nvcc"), "--version"))
+            if version:
+                return str(home), version.group(1)
+    return None
+
+
+def output_of(*command: str) -> str:
+    """Return what `command` prints, "" if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def check_tools(*, with_build: bool, with_venv: bool) -> None:
+    """Raise one `SetupError` for all that is missing to build Horovod, and to make a virtual environment."""
+    missing = {}
+    if with_build and find_compiler() is None:
+        missing["c++"] = "no C++ compiler is on PATH"
+    if with_build and shutil.which("make") is None:
+        missing["make"] = "`make` is not on PATH"
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.is_file():
-        raise SetupError(f"Python's header files are missing ({header}).", install_command("headers"))
+    if with_build and not header.is_file():
+        missing["headers"] = f"Python's header files are missing ({header})"
+    # Debian ships that part of Python apart.
+    if with_venv and not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+        missing["venv"] = f"{sys.executable} cannot make virtual environments"
+    if missing:
+        said = ", ".join(missing.values())
+        why = ", and Horovod is built from source" if missing.keys() - {"venv"} else ""
+        raise SetupError(f"{said[0].upper()}{said[1:]}{why}.", install_command(*missing))
 
 
-def check_venv_module() -> None:
-    """Raise `SetupError` where Python cannot make virtual environments (Debian ships that part apart)."""
-    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
-        raise SetupError(f"{sys.executable} cannot make virtual environments.", install_command("venv"))
+def check_python(environment: Path, version: str | None) -> None:
+    """Raise `SetupError` unless the environment's Python, version "3 11", is one that hvdtrain takes."""
+    leave = "`deactivate` (or `conda deactivate`), then run this again: launch/setup.sh makes an environment, .venv"
+    if version is None:
+        raise SetupError(f"The Python of the environment {environment} does not run.", f"remove it, or {leave}")
+    if not MINIMUM_PYTHON <= tuple(map(int, version.split())) <= MAXIMUM_PYTHON:
+        raise SetupError(
+            f"The environment {environment} has Python {version.replace(' ', '.')}; hvdtrain takes 3.10 to 3.13.", leave
+        )
+
+
+def check_toolkit(torch: str | None, cuda: str | None) -> None:
+    """Raise `SetupError` where a torch for `cuda` is installed and no CUDA toolkit is in sight."""
+    if cuda and find_cuda(os.environ) is None:
+        raise no_toolkit(f"is installed is {torch}, which")
+
+
+def no_toolkit(which: str) -> SetupError:
+    """Return the error for a CUDA build of torch without the toolkit that Horovod's build then asks for."""
+    return SetupError(
+        f"The torch that {which} is a CUDA build, and there is no CUDA toolkit (nvcc) to build Horovod for it.",
+        "`module load cuda` or `export CUDA_HOME=<toolkit>`; for CPUs: python3 -m pip install torch --index-url"
+        " https://download.pytorch.org/whl/cpu; without Horovod, for one process: HVDTRAIN_WITHOUT_HOROVOD=1",
+    )
 
 
 def check_disk_space(folder: Path, needed_bytes: int) -> None:

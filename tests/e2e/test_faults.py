@@ -58,8 +58,7 @@ def weights(run_dir, step=40):
 
 
 def assert_same_run(one, other):
-    a, b = weights(one), weights(other)
-    assert all(torch.equal(a[name], b[name]) for name in b)
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
     logs = []
     for run_dir in (one, other):
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

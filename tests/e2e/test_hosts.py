@@ -42,7 +42,7 @@ def weights(run_dir):
 
 
 def assert_close(ours, theirs):
-    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6) for name in theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

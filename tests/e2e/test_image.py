@@ -32,7 +32,9 @@ def test_what_the_image_says_of_itself(container):
     assert config["User"] == "hvdtrain"
     assert config["Cmd"] == ["/opt/hvdtrain/launch/local.sh"]
     assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
-    assert "doctor" in config["Healthcheck"]["Test"]
+    healthy = container.run(*config["Healthcheck"]["Test"][1:])
+    assert healthy.returncode == 0, healthy.stderr
+    assert "Apache License" in container.run("cat", "/opt/hvdtrain/LICENSE").stdout
     built = container.run("horovodrun", "--check-build")
     assert re.search(r"\[X\] PyTorch[\s\S]*\[X\] MPI\s+\[X\] Gloo", built.stdout), built.stdout + built.stderr
     assert container.run("sh", "-c", "command -v nvcc cmake make").returncode != 0
@@ -47,6 +49,16 @@ def test_two_ranks_train_as_a_user_without_rights(container, launcher):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("1000\n")
     assert "on 2 ranks, 1 host" in done.stdout
+    assert "finished in" in done.stdout
+
+
+def test_any_user_with_nothing_to_write_to_but_tmp(container):
+    """As under a read-only root: runs and caches go to /tmp, and nothing needs a home or a name."""
+    train = ["python", "-m", "hvdtrain", "train", "lm", "--data.path", "/opt/hvdtrain/hvdtrain", "--train.steps", "3"]
+    small = ["--data.sequence-length", "64", "--optim.warmup-steps", "0", "--run-dir", "/tmp/runs/any"]
+    launched = ["mpirun", "--oversubscribe", "-np", "2", *train, *small]
+    done = container.run(*launched, options=["--user", "12345", "--env", "HOME=/"])
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "finished in" in done.stdout
 
 

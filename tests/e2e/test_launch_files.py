@@ -68,6 +68,26 @@ def test_lsf_with_the_variables_that_it_sets(start, tmp_path, site):
     assert "on request (SIGUSR1, rank" in out
 
 
+ARRAYS = {
+    "lsf.sh": ("LSB_JOBINDEX", {"LSB_JOBID": "7", "LS_SUBCWD": str(REPOSITORY), "LSB_MCPU_HOSTS": "localhost 1"}),
+    "pbs.sh": ("PBS_ARRAY_INDEX", {"PBS_O_WORKDIR": str(REPOSITORY), "PBS_NODEFILE": "nodes"}),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_each_task_of_an_array_is_a_run_of_its_own(run, tmp_path, name):
+    index, variables = ARRAYS[name]
+    (tmp_path / "nodes").write_text("localhost\n")
+    if "PBS_NODEFILE" in variables:
+        variables = {**variables, "PBS_NODEFILE": str(tmp_path / "nodes")}
+    site = {"VIRTUAL_ENV": str(BIN.parent), "HVDTRAIN_RUN_DIR": str(tmp_path / "run")}
+    arguments = " ".join(map(str, [*SHORT, "--train.seed", "%a"]))
+    done = run(REPOSITORY / "launch" / name, HVDTRAIN_ARGUMENTS=arguments, **variables, **site, **{index: "3"})
+    assert done.code == 0, done.text
+    assert finished(tmp_path / "run-3")
+    assert "seed = 3\n" in (tmp_path / "run-3" / "config.toml").read_text()
+
+
 def test_pbs_submits_its_continuation_when_the_time_is_used_up(run, tmp_path, site):
     """With the variables that PBS sets, and a qsub that writes down what it is given."""
     (tmp_path / "nodes").write_text("localhost\nlocalhost\n")
@@ -137,9 +157,10 @@ def test_the_mpijob_is_one():
 
 
 def test_every_file_says_how_it_was_tried():
-    for name in ("mpirun.sh", "horovodrun.sh", "slurm.sbatch", "pbs.sh", "lsf.sh", "mpijob.yaml", "apptainer.def"):
+    files = ("mpirun.sh", "horovodrun.sh", "slurm.sbatch", "pbs.sh", "lsf.sh", "mpijob.yaml", "apptainer.def")
+    for name in (*files, "conda.yaml", "easybuild.eb", "spack.py"):
         text = (REPOSITORY / "launch" / name).read_text()
         assert "ried" in text, name  # "Tried: ..." or "Never tried: ..."
-        if name != "apptainer.def":
+        if name in files[:-1]:
             assert "EDIT 1" in text, name
             assert "EDIT 2" in text, name

@@ -12,7 +12,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from planted import can_make_namespaces
 
+from hvdtrain.install.environment import Environment
+from hvdtrain.install.steps import install_hvdtrain
+
+pytestmark = pytest.mark.beside
+
+needs_namespaces = pytest.mark.skipif(
+    not can_make_namespaces(), reason="this user may not make mount namespaces (unshare --mount --uts)"
+)
 ROOT = Path(__file__).parents[2]
 # All that setup.sh may rely on, besides what a test takes away.
 TOOLS = ("bash", "dirname", "id", "make", "c++", "g++", "uname")
@@ -123,6 +132,15 @@ def test_a_second_run_takes_seconds_and_changes_nothing():
 
 
 @finished
+@pytest.mark.parametrize("module", ["torchvision", "transformers"])
+def test_what_a_set_up_installs_imports_plainly(module):
+    """Without hvdtrain's own way to import torchvision: users' scripts do not know it."""
+    command = [environment_of_this_test() / "bin" / "python", "-c", f"import {module}; print({module}.__version__)"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@finished
 def test_local_prints_the_plain_command_and_runs_it():
     command = [ROOT / "launch" / "local.sh", "1", "--help"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
@@ -134,8 +152,6 @@ def test_local_prints_the_plain_command_and_runs_it():
 # Stands in for `python -m hvdtrain` where local.sh is started: a rank that saves when it is asked to stop.
 STOPPABLE = """
 import os, pathlib, signal, sys, time
-
-pytestmark = pytest.mark.beside
 rank = os.environ["OMPI_COMM_WORLD_RANK"]
 def stop(number, frame):
     time.sleep(0.5)
@@ -193,17 +209,100 @@ def test_the_check_with_two_ranks(launcher, ranks, works):
     assert ("rank 0 of 1 (2 were started)" in done.stdout + done.stderr) is not works
 
 
-def test_the_package_installs_without_the_scripts(checkout, tmp_path):
+@pytest.fixture(scope="module")
+def installed_clone(tmp_path_factory):
+    """A clone named hvdtrain, installed as a set-up installs it, in an environment that has this one's packages."""
+    clone = tmp_path_factory.mktemp("home") / "hvdtrain"
+    for name in ("launch", "hvdtrain"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, clone / name)
+    venv = clone / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    install_hvdtrain(Environment(venv), clone)
+    return clone
+
+
+@pytest.mark.parametrize("where", ["parent", "clone", "package", "root"])
+def test_every_folder_is_good_to_start_from(installed_clone, tmp_path, where):
+    """In the clone's parent, seen from which the clone is a package without code by the name of hvdtrain, too."""
+    clone = installed_clone
+    cwd = {"parent": clone.parent, "clone": clone, "package": clone / "hvdtrain", "root": Path("/")}[where]
+    script = (clone.parent if where == "parent" else tmp_path) / "own_script.py"
+    script.write_text("import hvdtrain; world = hvdtrain.init(); print(world.size, hvdtrain.__file__); world.close()")
+    keep = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LANG") if name in os.environ}
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    said = []
+    for words in (["-m", "hvdtrain", "--help"], ["-m", "hvdtrain", "doctor"], [str(script)]):
+        done = subprocess.run(
+            [clone / ".venv" / "bin" / "python", *words],
+            cwd=cwd,
+            env={**keep, **root, "HOME": str(clone.parent)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "Traceback" not in done.stderr
+        said.append(done.stdout)
+    assert said[0].startswith("usage: python -m hvdtrain")
+    assert re.search(r"^ok +launcher", said[1], re.MULTILINE)
+    assert said[2] == f"1 {clone}/hvdtrain/__init__.py\n"
+
+
+@needs_namespaces
+def test_a_clone_that_cannot_be_written_is_installed_as_a_copy(installed_clone):
+    """Under a read-only mount, which stops root, too."""
+    clone, venv = installed_clone, installed_clone.parent / "other"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    code = (
+        "import sys; from pathlib import Path; from hvdtrain.install.environment import Environment;"
+        " from hvdtrain.install.steps import install_hvdtrain;"
+        " install_hvdtrain(Environment(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    script = 'mount --bind "$2" "$2" && mount -o remount,ro,bind "$2" && cd "$2" && "$3" -c "$4" "$1" "$2"'
+    words = ["unshare", "--mount", "sh", "-ec", script, "sh", venv, clone, sys.executable, code]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "a copy of hvdtrain is installed" in done.stdout
+    assert (packages / "hvdtrain" / "cli.py").exists()
+
+
+@pytest.fixture
+def wheel(checkout, tmp_path):
     (checkout / "README.md").write_text("hvdtrain")
     options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(checkout)], check=True, timeout=120)
     (file,) = tmp_path.glob("hvdtrain-*.whl")
+    return file
+
+
+def test_a_wheel_alone_sets_up(wheel, tools, tmp_path):
+    """Without a clone, and before anything else is installed; all that is missing is told at once."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=60)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    for name in ("c++", "g++", "make"):
+        (tools / name).unlink(missing_ok=True)
+    command = [venv / "bin" / "python", "-m", "hvdtrain", "setup"]
+    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+    assert_told(done, r"No C\+\+ compiler is on PATH, `make` is not on PATH", "conda-forge gxx make")
+
+
+def test_the_package_installs_without_the_scripts(wheel):
+    file = wheel
     with zipfile.ZipFile(file) as wheel:
         names = wheel.namelist()
         texts = {Path(name).name: wheel.read(name).decode() for name in names if ".dist-info/" in name}
-    assert {"hvdtrain/__init__.py", "hvdtrain/py.typed", "hvdtrain/install/requirements.txt"} <= set(names)
+    assert {"hvdtrain/__init__.py", "hvdtrain/py.typed", "hvdtrain/install/requirements-horovod.txt"} <= set(names)
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"hvdtrain"}
     assert "hvdtrain = hvdtrain.cli:main" in texts["entry_points.txt"]
     assert "Requires-Python: >=3.10" in texts["METADATA"]
     extras = set(re.findall(r"^Provides-Extra: (\S+)", texts["METADATA"], re.MULTILINE))
-    assert extras == {"hf", "horovod", "tensorboard", "test", "vision"}
+    assert extras == {"hf", "tensorboard", "test", "vision"}

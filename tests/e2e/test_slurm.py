@@ -97,4 +97,29 @@ def test_a_job_is_requeued_and_loses_nothing(cluster, uninterrupted, tmp_path, n
     wait_for(lambda: said("finished in"), 120, show)
     assert output.read_text().count(f"+ {command}") == 2, show()
     ours = weights(run_dir)
-    assert all(torch.equal(ours[name], uninterrupted[name]) for name in uninterrupted)
+    torch.testing.assert_close(ours, uninterrupted, rtol=0, atol=0)
+
+
+@pytest.mark.slurm
+def test_each_task_of_an_array_is_a_run_of_its_own(cluster, tmp_path):
+    given = {
+        "HOME": "/root",
+        "PATH": cluster.environ["PATH"],
+        "VIRTUAL_ENV": str(BIN.parent),
+        "HVDTRAIN_ROOT": str(REPOSITORY),
+        "HVDTRAIN_RUN_DIR": str(tmp_path / "run"),
+    }
+    short = ["train", RECIPE, "--train.steps", "5", "--train.seed", "%a"]
+    job = cluster.do(
+        *("sbatch", "--parsable", "--array=1,2", "--ntasks-per-node=1", f"--output={tmp_path}/%a.out", "--time=5"),
+        *(f"--export={','.join(given)}", REPOSITORY / "launch" / "slurm.sbatch", *short),
+        **given,
+    ).strip()
+
+    def show():
+        return "\n".join(path.read_text() for path in tmp_path.glob("*.out"))
+
+    wait_for(lambda: not cluster.do("squeue", "-h", f"--jobs={job}", check=False).strip(), 120, show)
+    for task in "12":
+        assert "finished in" in (tmp_path / f"{task}.out").read_text(), show()
+        assert f"seed = {task}\n" in (tmp_path / f"run-{task}" / "config.toml").read_text()

@@ -70,7 +70,7 @@ def compare_with_uninterrupted(hvdtrain, tiny_lm, tmp_path, launcher, steps):
         done = hvdtrain(*arguments, launcher=launcher, ranks=2 if launcher else 1)
         assert done.code == 0, done.text
         weights.append(load_file(tmp_path / name / "checkpoints" / f"step-{steps:08d}" / "model.safetensors"))
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
     steps_seen = [[line["step"] for line in lines_of(tmp_path / name)] for name in ("run", "whole")]
     assert steps_seen[0] == steps_seen[1]
 

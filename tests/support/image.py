@@ -68,11 +68,11 @@ class Container:
     def __exit__(self, *exception):
         do("rm", self.name)
 
-    def run(self, *command, timeout=300):
+    def run(self, *command, timeout=300, options=()):
         """Run a command in it as the image's user; the host's name resolves in it, which Gloo needs."""
         # --hostname: the default is the container's own name, which resolves nowhere, and Gloo ends with a crash.
         fixed = ["--isolation", "chroot", "--network", "host", "--hostname", os.uname().nodename]
-        return do("run", *fixed, self.name, "--", *command, timeout=timeout, check=False)
+        return do("run", *fixed, *options, self.name, "--", *command, timeout=timeout, check=False)
 
 
 def cache():

@@ -69,6 +69,32 @@ def test_a_lock_keeps_the_second_one_waiting(tmp_path):
     check_lock(lambda: WheelCache(tmp_path).lock("key"))
 
 
+@pytest.mark.parametrize("home", ["unset", "a file"])
+def test_without_a_home_to_write_to_the_wheel_is_not_kept(tmp_path, monkeypatch, capsys, home):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").write_text("")
+    if home == "unset":
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with build.open_cache() as cache:
+        assert cache.folder.is_dir()
+    assert not cache.folder.exists()
+    assert "is not kept for the next time" in capsys.readouterr().out
+
+
+def no_home():
+    """What `Path.home()` raises for a user without a name, as in `docker run --user 12345`."""
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_the_cache_is_in_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with build.open_cache() as cache:
+        assert cache.folder == tmp_path / "hvdtrain" / "wheels"
+    assert list(cache.folder.iterdir()) == []
+
+
 # What a build must hold
 
 
@@ -140,12 +166,12 @@ def test_nccl_gets_the_plain_name_that_its_wheel_lacks(tmp_path):
     assert (tmp_path / "home" / "include" / "libnccl.so.2").exists()
 
 
-@pytest.mark.parametrize("version", ["2.5.0", "2.13.0+cpu", "3.0.0a0"])
+@pytest.mark.parametrize("version", ["2.6.0", "2.13.0+cpu", "3.0.0a0"])
 def test_a_torch_new_enough_is_taken(version):
     build.check_torch_version(version)
 
 
-@pytest.mark.parametrize("version", ["1.13.1", "2.4.1+cu121"])
+@pytest.mark.parametrize("version", ["1.13.1", "2.5.1+cu121"])
 def test_a_torch_too_old_is_refused(version):
-    with pytest.raises(SetupError, match=r"needs 2\.5 or newer"):
+    with pytest.raises(SetupError, match=r"needs 2\.6 or newer"):
         build.check_torch_version(version)

@@ -1,5 +1,8 @@
-"""The set-up of an environment: which torchvision, which MPI, and when the last set-up still holds."""
+"""The set-up of an environment: which torch and torchvision, which MPI, and when the last set-up still holds."""
 
+import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +11,25 @@ import pytest
 from builds import check_lock, fake_mpi, script
 
 import hvdtrain
-from hvdtrain.install import environment as install
-from hvdtrain.install.environment import Environment
+from hvdtrain.install import mpi, packages, steps
+from hvdtrain.install.__main__ import parse
+from hvdtrain.install.environment import Environment, plain_environ
+from hvdtrain.install.preflight import SetupError
+from hvdtrain.install.steps import Setup
 
 
-@pytest.mark.parametrize(("torch", "vision"), [("2.13.0+cpu", "0.28.0"), ("2.14.1", "0.29.1"), ("2.5.1", "0.20.1")])
-def test_torchvision_follows_torch(torch, vision):
-    assert install.torchvision_version(torch) == vision
+@pytest.mark.parametrize(
+    ("torch", "vision"),
+    [
+        ("2.13.0+cpu", "0.28.0"),
+        ("2.14.1", "0.29.1"),
+        ("2.6.0+cu124", "0.21.0"),
+        ("2.9.0a0+50eac811a6.nv25.09", None),
+        ("2.9.0a0+git1234", None),
+    ],
+)
+def test_torchvision_follows_a_release_of_torch(torch, vision):
+    assert packages.torchvision_version(torch) == vision
 
 
 @pytest.mark.parametrize(
@@ -27,42 +42,169 @@ def test_torchvision_follows_torch(torch, vision):
     ],
 )
 def test_a_cuda_build_is_known_by_what_it_requires(requires, cuda):
-    assert install.is_cuda_build({"install": [{"metadata": {"requires_dist": requires}}]}) is cuda
+    assert packages.is_cuda_build({"install": [{"metadata": {"requires_dist": requires}}]}) is cuda
 
 
-def test_only_a_whole_mpi_outside_the_environment_is_the_sites(tmp_path, monkeypatch):
-    environment = Environment(tmp_path, tmp_path / "environment")
+@pytest.mark.parametrize(
+    ("offers", "with_horovod", "index"),
+    [
+        (["cpu"], True, []),
+        (["cuda", "cpu"], True, ["--extra-index-url", packages.CPU_INDEX]),
+        (["cuda", "cuda"], True, None),
+        (["cuda", "cuda"], False, ["--extra-index-url", packages.CPU_INDEX]),
+    ],
+)
+def test_a_cuda_torch_without_toolkit_is_refused_before_it_is_fetched(
+    environment, monkeypatch, offers, with_horovod, index
+):
+    """A stand-in for pip answers the questions in turn; it would fail if it were asked to install."""
+    monkeypatch.setattr(packages, "find_cuda", lambda environ: None)
+    for i, offer in enumerate(offers):
+        requires = '["nvidia-nccl-cu13"]' if offer == "cuda" else "[]"
+        report = f'{{"install": [{{"metadata": {{"requires_dist": {requires}}}}}]}}'
+        (environment.folder / f"offer{i}").write_text(report)
+    logs = environment.folder / "hvdtrain-logs"
+    logs.mkdir()
+    pip = 'case "$*" in *--dry-run*) ;; *) exit 1;; esac; cd "$(dirname "$0")/.."; set -- offer*'
+    script(environment.python, f"{pip}; mv $1 {logs}/torch.json")
+    if index is None:
+        with pytest.raises(SetupError, match=r"pip would install for torch==9 is a CUDA build, and there is no CUDA"):
+            packages.torch_index(environment, "torch==9", with_horovod)
+    else:
+        assert packages.torch_index(environment, "torch==9", with_horovod) == index
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """A folder whose Python says that no package is installed."""
+    script(tmp_path / "environment" / "bin" / "python", "exit 0")
+    return Environment(tmp_path / "environment")
+
+
+def test_only_a_whole_mpi_outside_the_environment_is_the_sites(environment, tmp_path, monkeypatch):
     own, site = environment.folder / "bin", tmp_path / "site"
     fake_mpi(own)
     monkeypatch.setenv("PATH", f"{own}:{site}")
-    assert install.site_mpi(environment) is None
+    assert mpi.site_mpi(environment) is None
     script(site / "mpirun", "true")
-    assert install.site_mpi(environment) is None
+    assert mpi.site_mpi(environment) is None
     script(site / "mpicc", "true")
-    assert install.site_mpi(environment) == str(site)
+    assert mpi.site_mpi(environment) == str(site)
 
 
-def test_a_second_set_up_waits_for_the_first(tmp_path):
-    check_lock(Environment(tmp_path, tmp_path / "environment").lock)
+def test_an_mpi_of_the_environment_is_kept(environment, tmp_path, monkeypatch):
+    """conda's or PyPI's mpich: first on PATH wherever the environment is active, so it is the one to build for."""
+    fake_mpi(tmp_path / "site")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'site'}:/usr/bin:/bin")
+    assert mpi.chosen_mpi(environment) == f"MPI of this machine, in {tmp_path / 'site'}"
+    fake_mpi(environment.folder / "bin")
+    assert mpi.chosen_mpi(environment) == f"MPI of the environment {environment.folder}"
+    script(environment.python, "echo 5.0.11")  # every package is installed, the wheel of Open MPI too
+    assert mpi.chosen_mpi(environment) == f"MPI of this machine, in {tmp_path / 'site'}"
 
 
-@pytest.mark.parametrize("changed", ["build.py", "requirements.txt", "setup.cfg"])
-def test_a_set_up_holds_only_for_the_files_it_was_made_from(tmp_path, monkeypatch, changed):
+def test_a_second_set_up_waits_for_the_first(environment):
+    check_lock(environment.lock)
+
+
+def test_an_environment_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    lock = Environment(tmp_path / "file" / "environment").lock()
+    with pytest.raises(SetupError, match=r"environment cannot be written \(Not a directory\)"), lock:
+        pass
+
+
+def test_a_moved_environment_names_its_new_folder(environment, tmp_path):
+    bin_, old = environment.folder / "bin", "/home/me/old/.venv"
+    (bin_ / "activate").write_text(f"VIRTUAL_ENV='{old}'\nexport VIRTUAL_ENV\n")
+    (bin_ / "horovodrun").write_text(f"#!{old}/bin/python\nimport sys\n")
+    (bin_ / "cmake").write_bytes(b"\x7fELF\0" + old.encode())
+    (environment.folder / "pyvenv.cfg").write_text(f"home = /usr/bin\ncommand = python3 -m venv {old}\n")
+    environment.follow_move()
+    assert (bin_ / "horovodrun").read_text() == f"#!{bin_}/python\nimport sys\n"
+    assert f"VIRTUAL_ENV='{environment.folder}'" in (bin_ / "activate").read_text()
+    assert old.encode() in (bin_ / "cmake").read_bytes()
+    assert "old" not in (environment.folder / "pyvenv.cfg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["before activate", "within pip"])
+def test_an_environment_whose_making_was_killed_is_mended(tmp_path, killed):
+    environment = Environment(tmp_path / "environment")
+    environment.folder.mkdir()
+    environment.make()
+    if killed == "before activate":
+        (environment.folder / "bin" / "activate").unlink()
+    else:
+        (internal,) = environment.folder.glob("lib/python3*/site-packages/pip/_internal/cli")
+        shutil.rmtree(internal)
+        assert environment.ask("import pip._internal.cli.main") is None
+    environment.make()
+    assert (environment.folder / "bin" / "activate").exists()
+    assert environment.ask("import pip._internal.cli.main; print('works')") == "works"
+
+
+@pytest.mark.parametrize("changed", ["build.py", "requirements-test.txt", "setup.cfg"])
+def test_a_set_up_holds_only_for_the_files_it_was_made_from(environment, tmp_path, monkeypatch, changed):
     package = tmp_path / "hvdtrain" / "install"
     package.mkdir(parents=True)
-    files = {"setup.cfg": tmp_path, "build.py": package, "requirements.txt": package}
+    files = {"setup.cfg": tmp_path, "build.py": package, "requirements-test.txt": package}
     for name, folder in files.items():
         (folder / name).write_text("first")
-    monkeypatch.setattr(install, "PACKAGE", package)
-    environment = Environment(tmp_path, tmp_path / "environment")
-    before = install.wanted_stamp(environment)
-    assert install.wanted_stamp(environment) == before
+    monkeypatch.setattr(steps, "PACKAGE", package)
+    setup = Setup(environment, root=tmp_path)
+    assert not setup.is_current()
+    environment.stamp.write_text(json.dumps(setup.stamp()))
+    assert setup.is_current()
     (files[changed] / changed).write_text("second")
-    assert install.wanted_stamp(environment)["files"] != before["files"]
-    assert not install.is_current(environment)
+    assert not setup.is_current()
+
+
+@pytest.mark.parametrize("change", [{"root": None}, {"only_horovod": True}, {"with_horovod": False}])
+def test_another_kind_of_set_up_does_not_hold(environment, change):
+    setup = Setup(environment, root=Path(hvdtrain.__file__).parents[1])
+    environment.stamp.write_text(json.dumps(setup.stamp()))
+    assert setup.is_current()
+    assert not dataclasses.replace(setup, **change).is_current()
+
+
+def test_what_a_set_up_installs(environment, tmp_path, monkeypatch):
+    monkeypatch.delenv("HVDTRAIN_WITHOUT_HOROVOD", raising=False)
+    asked = parse(["--environment", str(environment.folder), "--only-horovod", "--wheel-dir", "wheels"])
+    assert (asked.parts, asked.wheel_dir) == (("horovod",), Path.cwd() / "wheels")
+    assert asked.imports == ["torch", "horovod.torch", "mpi4py"]
+    assert Setup(environment).parts == ("horovod",)  # the rest came by pip
+    assert Setup(environment, root=tmp_path).parts == ("horovod", "hvdtrain", "test")
+    monkeypatch.setenv("HVDTRAIN_WITHOUT_HOROVOD", "1")
+    assert "horovod.torch" not in parse(["--environment", str(environment.folder)]).imports
+
+
+def test_the_systems_python_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    with pytest.raises(SetupError, match="belongs to no virtual environment"):
+        parse([])
+
+
+def test_what_a_launcher_left_does_not_reach_the_check(monkeypatch):
+    for name in ("HOROVOD_CONTROLLER", "HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    environ = plain_environ()
+    assert not [name for name in environ if name.startswith(("HOROVOD_", "OMPI_COMM", "PMI_"))]
+    assert environ["OMPI_ALLOW_RUN_AS_ROOT"] == "1"
 
 
 def test_a_set_up_starts_with_a_bare_python():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import hvdtrain.install.__main__, hvdtrain.install.build"
     command = [sys.executable, "-I", "-S", "-c", code, Path(hvdtrain.__file__).parents[1]]  # -S: no site-packages
     assert subprocess.run(command, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(("words", "says"), [(["--version"], "hvdtrain 0"), (["setup", "--help"], "--only-horovod")])
+def test_the_command_line_needs_nothing_installed(words, says):
+    """`pip install --no-deps hvdtrain && hvdtrain setup --only-horovod`: no tyro, no numpy, no torch."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from hvdtrain.cli import main; sys.exit(main(sys.argv[2:]))"
+    command = [sys.executable, "-I", "-S", "-c", code, Path(hvdtrain.__file__).parents[1], *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout

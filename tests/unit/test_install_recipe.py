@@ -7,8 +7,9 @@ import pytest
 from builds import CPU_TORCH, CUDA_TORCH, GPU, RECIPE, fake_mpi, script
 
 from hvdtrain.install import recipe as recipes
+from hvdtrain.install.edits import Edit
 from hvdtrain.install.preflight import SetupError
-from hvdtrain.install.recipe import Edit, Gpu, Mpi
+from hvdtrain.install.recipe import Gpu, Mpi
 
 # Edits
 
@@ -189,7 +190,7 @@ def test_a_toolkit_of_another_major_version_stops_the_build(toolkit, nccl):
 
 
 def test_a_cuda_torch_without_toolkit_stops_the_build(nccl, monkeypatch):
-    monkeypatch.setattr(recipes, "find_cuda", lambda _: None)
+    monkeypatch.setattr(recipes.preflight, "find_cuda", lambda _: None)
     with pytest.raises(SetupError, match="no CUDA toolkit"):
         recipes.find_gpu(CUDA_TORCH, {}, [nccl], "90")
 
@@ -209,6 +210,12 @@ def test_the_mpi_of_the_site_is_known_by_place_version_and_libraries(tmp_path, m
     mpi = recipes.find_mpi(tmp_path / "environment" / "bin")
     assert mpi.version == f"{tmp_path / 'mpicc'}: mpirun (Open MPI) 4.1.4"
     assert mpi.library_folders == ("/opt/mpi/lib", "/opt/mpi/hwloc")
+
+
+def test_mpich_is_known_by_name_and_version():
+    said = "HYDRA build details:\n    Version:                                 4.3.2\n    CC:    gcc"
+    assert recipes.describe_mpi(said) == "MPICH 4.3.2"
+    assert recipes.describe_mpi("mpirun (Open MPI) 5.0.11\nmore") == "mpirun (Open MPI) 5.0.11"
 
 
 @pytest.mark.parametrize("missing", ["mpicc", "mpirun"])

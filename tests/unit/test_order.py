@@ -10,6 +10,8 @@ from hvdtrain.data.samplers import InOrder, Shuffled, Weighted, permute
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import BatchPlan
 
+FIRST_ORDER = [4, 0, 7, 1, 6, 2, 8, 5, 9, 3]
+
 
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
 def test_an_epoch_is_a_permutation(num_samples):
@@ -21,7 +23,7 @@ def test_epochs_and_seeds_differ_and_repeat():
     def order(seed, epoch):
         return permute(np.arange(1000), 1000, seed, epoch).tolist()
 
-    assert order(0, 0) == order(0, 0)
+    assert permute(np.arange(10), 10, seed=0, epoch=0).tolist() == FIRST_ORDER  # a run may go on in another version
     assert order(0, 0) != order(0, 1) != order(1, 0)
 
 

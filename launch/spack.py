@@ -1,0 +1,38 @@
+# A recipe for Spack: hvdtrain on Spack's Python, PyTorch and MPI.
+#
+#   spack repo create site && mkdir -p site/packages/hvdtrain && cp launch/spack.py site/packages/hvdtrain/package.py
+#   spack repo add site && spack install hvdtrain ^openmpi
+#
+# It makes a virtual environment that sees Spack's py-torch and builds Horovod for it (`hvdtrain setup`); py-horovod of
+# Spack's own does not build with torch 2.1 or newer.
+#
+# Never tried: no Spack was at hand. Tried: its commands, by hand, with PyPI's torch and MPICH.
+"""Data-parallel training of PyTorch models with Horovod."""
+
+from spack.package import *
+
+
+class Hvdtrain(Package):
+    """Data-parallel training of PyTorch models with Horovod, from one core to an MPI cluster."""
+
+    homepage = "https://github.com/hvdtrain/hvdtrain"
+    git = "https://github.com/hvdtrain/hvdtrain.git"
+
+    license("Apache-2.0")
+    version("main", branch="main")
+
+    depends_on("c", type="build")
+    depends_on("cxx", type="build")
+    depends_on("cmake@3.19:", type="build")
+    depends_on("gmake", type="build")
+    depends_on("python@3.10:3.13", type=("build", "run"))
+    depends_on("py-pip", type="build")
+    depends_on("py-torch@2.6:", type=("build", "run"))
+    depends_on("mpi", type=("build", "run"))
+
+    def install(self, spec, prefix):
+        """Make the environment, and let hvdtrain build Horovod in it."""
+        which("python3")("-m", "venv", "--system-site-packages", prefix)
+        Executable(prefix.bin.python)("-m", "pip", "install", ".")
+        with working_dir("/"):
+            Executable(prefix.bin.hvdtrain)("setup")
