@@ -96,6 +96,16 @@ VERBS = {
     ),
 }
 
+_VERB_SYNONYMS = {
+    "train": "run fit start resume continue finetune fine-tune pretrain learn go",
+    "verify": "test prove compare validate",
+    "bench": "benchmark profile time measure speed",
+    "plan": "scale predict-scaling estimate advise how-many",
+    "doctor": "diagnose check info env status health debug",
+    "generate": "sample infer inference complete chat prompt write",
+    "export": "convert save to-hf upload",
+}
+
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
 _SECONDS_FOR_RANK_0 = 5.0
 
@@ -141,13 +151,15 @@ def parse(arguments: list[str]) -> Invocation | str:
     Raises:
         UsageError: the message names what is wrong, and the nearest right thing.
     """
-    if arguments[:1] in (["--help"], ["-h"]):
+    if arguments[:1] in (["--help"], ["-h"], ["help"]):
         return _overview()
+    if arguments[:1] in (["--version"], ["-V"], ["version"]):
+        return f"hvdtrain {__version__}\n"
     words, flags = _split(arguments)
     name = words[0] if words else "train"
     verb = VERBS.get(name)
     if verb is None:
-        raise ConfigError(f"there is no verb '{name}'{nearest(name, VERBS)}; see {PROGRAM} --help")
+        raise ConfigError(f"there is no verb '{name[:80]}'{_meant_verb(name)}; see {PROGRAM} --help")
     following = words[1:2] or (["lm"] if verb.has_recipe else [])
     if len(words) > 2 or (following and not verb.takes):
         word = words[2] if len(words) > 2 else words[1]
@@ -155,6 +167,16 @@ def parse(arguments: list[str]) -> Invocation | str:
     if verb.has_recipe:
         return _parse_recipe(name, following[0], flags)
     return _parse_plain(name, following, flags)
+
+
+def _meant_verb(name: str) -> str:
+    """Return which verb someone may mean, by its meaning or its letters."""
+    from hvdtrain.recipes import RECIPES
+
+    if name in RECIPES or name.endswith(".py"):
+        return f"; did you mean 'train {name}'?"
+    by_meaning = [verb for verb, words in _VERB_SYNONYMS.items() if name.lower() in words.split()]
+    return f"; did you mean '{by_meaning[0]}'?" if by_meaning else nearest(name, VERBS)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -31,6 +31,9 @@ def read_flags(words: Sequence[str]) -> list[tuple[str, Words]]:
             is_open = not equals
         elif is_open:
             flags[-1] = (flags[-1][0], Words((*flags[-1][1], word)))
+        elif word.startswith("-"):
+            flags.append((word.lstrip("-").replace("-", "_"), Words()))  # no flag has one dash: refused by its name
+            is_open = True
         else:
             raise stray(word)
     return flags

@@ -13,8 +13,12 @@ from typing import Any, Literal, TypeVar
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.fields import alternatives, check_range, hints_of, is_optional, words_for
 from hvdtrain.settings.paths import expanded
+from hvdtrain.settings.synonyms import advice, meant
 
 T = TypeVar("T")
+
+# How alike a wrong and a right name must be, and how many names may be listed.
+_LIKE, _FEW = 0.75, 16
 
 
 class Words(tuple[str, ...]):
@@ -29,19 +33,33 @@ class Source:
 
     file: str = ""
     """Name of a file; empty for the command line."""
-    synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What people call a setting -> its name, for those who ask for one that there is not."""
 
     def name(self, setting: str) -> str:
         """Return how messages call a setting."""
         return f"{self.file}: {setting}" if self.file else f"--{setting.replace('_', '-')}"
 
     def unknown(self, setting: str, known: Iterable[str]) -> ConfigError:
-        """Return the error for a setting that there is not; names the nearest one."""
-        if not self.file:
-            flag = self.name(setting)
-            return ConfigError(f"there is no flag '{flag}'{nearest(flag, map(self.name, known))}")
-        return ConfigError(f"{self.file}: there is no setting '{setting}'{nearest(setting, known)}")
+        """Return the error for a setting that there is not; names the one that is meant, or the nearest."""
+        what = (
+            f"{self.file}: there is no setting '{setting}'" if self.file else f"there is no flag '{self.name(setting)}'"
+        )
+        return ConfigError(f"{_shortened(what)}{self._hint(setting, [*known])}")
+
+    def _hint(self, setting: str, known: list[str]) -> str:
+        def written(name: str) -> str:
+            return name if self.file else self.name(name)
+
+        found = meant(setting, known)
+        if found:
+            return f"; did you mean {' or '.join(repr(written(name)) for name in found)}?"
+        if advice(setting):
+            return f": {advice(setting)}"
+        close = difflib.get_close_matches(setting, known, n=1, cutoff=_LIKE)
+        if close:
+            return f"; did you mean '{written(close[0])}'?"
+        if self.file or len(known) <= _FEW:
+            return f"; known are {', '.join(map(written, sorted(known)))}"
+        return "; all of them: the same command with --help"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -194,6 +212,10 @@ def _choice(value: Any, kind: Any, name: str) -> Any:
     if value not in choices:
         raise ConfigError(f"{name} is {_shown(value)}, but must be one of {', '.join(map(repr, choices))}")
     return value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:120]}...'"
 
 
 def _shown(value: Any) -> str:
