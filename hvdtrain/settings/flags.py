@@ -9,6 +9,7 @@ from typing import Any
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.fields import alternatives, check_range, fields_of, hints_of
+from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, convert
 
 COMMAND_LINE = Source()
@@ -41,7 +42,7 @@ def read_flags(words: Sequence[str]) -> list[tuple[str, Words]]:
 
 def stray(word: str) -> ConfigError:
     """Return the error for a word that belongs to no flag."""
-    return ConfigError(f"'{word}' belongs to no flag: settings are written --section.setting VALUE")
+    return ConfigError(f"'{shortened(word)}' belongs to no flag: settings are written --section.setting VALUE")
 
 
 def known_flags(config: Any) -> dict[str, Any]:

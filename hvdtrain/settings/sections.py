@@ -22,15 +22,15 @@ Precision = Literal["fp32", "bf16", "fp16", "bf16-true", "fp64"]
 class TrainConfig(Section):
     """How long, how large, how exact."""
 
-    steps: int | None = setting(None, above=0, changeable=True)
+    steps: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Optimizer steps of the whole run. Give this or --train.epochs."""
-    epochs: float | None = setting(None, above=0, changeable=True)
+    epochs: float | None = setting(None, above=0, maximum=1e6, changeable=True)
     """Passes over the training data, converted to steps at the start. Give this or --train.steps."""
-    global_batch_size: int | None = setting(None, above=0, changeable=True)
+    global_batch_size: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Samples per optimizer step over all ranks. Any two of the three batch settings fix the third."""
-    micro_batch_size: int | None = setting(None, above=0, changeable=True)
+    micro_batch_size: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Samples that one rank puts through the model at a time."""
-    accum_steps: int | None = setting(None, above=0, changeable=True)
+    accum_steps: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Micro-batches that a rank accumulates before each optimizer step."""
     max_time: str | None = setting(None, changeable=True)
     """Wall-clock budget, such as 3h50m: then save and exit with code 75. Leave time for the save. None: no limit."""

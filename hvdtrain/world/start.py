@@ -45,7 +45,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     launch = prepare_process()
     if is_new:  # torch was imported before the variables were set: a program of the user's own
         torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
-    _check_launcher(launch)
+    check_launcher(launch)
     if not launch.is_parallel:
         return SoloWorld(_solo_device(), launch)
     _check_host_name()
@@ -78,7 +78,7 @@ def _check_host_name() -> None:
         ) from error
 
 
-def _check_launcher(launch: Launch) -> None:
+def check_launcher(launch: Launch) -> None:
     """Raise LaunchError under the launchers of torch.distributed: each process would train for itself."""
     if launch.launcher in ("torchrun", "accelerate launch"):
         raise LaunchError(
