@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from hvdtrain.process.launch import Launch, prepare_process
 from hvdtrain.settings import nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
 from hvdtrain.settings.help import help_of
+from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, nested
 from hvdtrain.verbs.options import (
     BenchOptions,
@@ -97,6 +98,16 @@ VERBS = {
     ),
 }
 
+_VERB_SYNONYMS = {
+    "train": "run fit start resume continue finetune fine-tune pretrain learn go",
+    "verify": "test prove compare validate",
+    "bench": "benchmark profile time measure speed",
+    "plan": "scale predict-scaling estimate advise how-many",
+    "doctor": "diagnose check info env status health debug",
+    "generate": "sample infer inference complete chat prompt write",
+    "export": "convert save to-hf upload",
+}
+
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
 _SECONDS_FOR_RANK_0 = 5.0
 
@@ -149,20 +160,32 @@ def parse(arguments: list[str]) -> Invocation | str:
     Raises:
         UsageError: the message names what is wrong, and the nearest right thing.
     """
-    if arguments[:1] in (["--help"], ["-h"]):
+    if arguments[:1] in (["--help"], ["-h"], ["help"]):
         return _overview()
+    if arguments[:1] in (["--version"], ["-V"], ["version"]):
+        return f"hvdtrain {__version__}\n"
     words, flags = _split(arguments)
     name = words[0] if words else "train"
     verb = VERBS.get(name)
     if verb is None:
-        raise ConfigError(f"there is no verb '{name}'{nearest(name, VERBS)}; see {PROGRAM} --help")
+        raise ConfigError(f"there is no verb '{shortened(name)}'{_meant_verb(name)}; see {PROGRAM} --help")
     following = words[1:2] or (["lm"] if verb.has_recipe else [])
     if len(words) > 2 or (following and not verb.takes):
         word = words[2] if len(words) > 2 else words[1]
-        raise ConfigError(f"'{word}' is one word too many: settings are written --section.setting VALUE")
+        raise ConfigError(f"'{shortened(word)}' is one word too many: settings are written --section.setting VALUE")
     if verb.has_recipe:
         return _parse_recipe(name, following[0], flags)
     return _parse_plain(name, following, flags)
+
+
+def _meant_verb(name: str) -> str:
+    """Return which verb someone may mean, by its meaning or its letters."""
+    from hvdtrain.recipes import RECIPES
+
+    if name in RECIPES or name.endswith(".py"):
+        return f"; did you mean 'train {name}'?"
+    by_meaning = [verb for verb, words in _VERB_SYNONYMS.items() if name.lower() in words.split()]
+    return f"; did you mean '{by_meaning[0]}'?" if by_meaning else nearest(name, VERBS)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -194,13 +217,29 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
         usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting VALUE ...]"
         return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe)}\n"
     of_verb = known_flags(verb.options)
-    of_recipe = {**all_settings("optim."), **known_flags(recipe)}
-    given = settle_flags(read_flags(flags), {**of_recipe, **of_verb})
+    known = {**all_settings("optim."), **known_flags(recipe), **of_verb}
+    _refuse_of_other_recipes(read_flags(flags), known, recipe_name)
+    given = settle_flags(read_flags(flags), known)
     options = make_options(verb.options, {flag: words for flag, words in given.items() if flag in of_verb})
     for_recipe = {flag: words for flag, words in given.items() if flag not in of_verb}
     layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
     recipe = apply(recipe, [*layers, (nested(for_recipe), COMMAND_LINE)])
     return Invocation(name, _with_changes_checked(options, recipe), recipe_name, recipe)
+
+
+def _refuse_of_other_recipes(flags: list[tuple[str, Words]], known: Mapping[str, Any], recipe_name: str) -> None:
+    """Raise ConfigError where a flag is a setting, but of another recipe than this one."""
+    from hvdtrain.recipes import RECIPES, load_recipe
+
+    unknown = [name for name, _ in flags if name not in known and "." in name]
+    first_of_each: dict[str, str] = {}
+    for name, (module, _) in RECIPES.items() if unknown else ():
+        first_of_each.setdefault(module, name)
+    for other in first_of_each.values():
+        theirs = {*known_flags(load_recipe(other))} & {*unknown}
+        if theirs:
+            flag = COMMAND_LINE.name(min(theirs))
+            raise ConfigError(f"{flag} is a setting of the recipe {other}, and {recipe_name} has nothing of the kind")
 
 
 def _help(verb: Verb, recipe: Recipe | None = None) -> str:
@@ -243,7 +282,7 @@ def _with_changes_checked(options: Any, recipe: Recipe) -> Any:
 def _check_changeable(setting: str, known: list[str]) -> None:
     known = known + sorted({name.split(".")[0] for name in known if "." in name})
     if setting not in known:
-        raise ConfigError(f"--allow-config-change: there is no setting '{setting}'{nearest(setting, known)}")
+        raise ConfigError(f"--allow-config-change: there is no setting '{shortened(setting)}'{nearest(setting, known)}")
     if setting in ("model", "train") or setting.startswith("model.") or setting == "train.global_batch_size":
         raise ConfigError(
             f"--allow-config-change {setting}: the model and the global batch cannot change within a run; begin another"

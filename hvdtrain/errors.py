@@ -25,9 +25,14 @@ class HvdtrainError(Exception):
 
 
 class UsageError(HvdtrainError):
-    """Something the user can mend: the message says how. Raised alike on all ranks."""
+    """Something the user can mend: the message says how, on one line. Raised alike on all ranks."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        # What users give may hold line breaks, or turn the direction of writing.
+        text = super().__str__()
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ConfigError(UsageError):

@@ -21,7 +21,7 @@ class CorpusConfig(DataConfig):
     """UTF-8 text file, directory or glob. None: the source code of the running Python's standard library."""
     val_path: str | None = setting(None, path="data")
     """Held-out text. None: part of --data.path, split by file."""
-    sequence_length: int = setting(256, above=0)
+    sequence_length: int = setting(256, above=0, maximum=2**24)
     """Tokens of a sample."""
     val_fraction: float = setting(0.05, above=0, below=1)
     """Share of the files (of a single file: of its bytes, at the end) that is held out."""
@@ -44,7 +44,7 @@ class TextConfig(CorpusConfig):
     of the running Python's standard library."""
     val_path: str | None = setting(None, path="data")
     """Held-out text, or .bin file. None: part of --data.path, split by file."""
-    tokenizer: str = setting("byte", path="name")
+    tokenizer: str = setting("byte", path="file or name")
     """byte; bpe: a byte-level BPE trained on the training text; or the path of a tokenizer.json."""
     vocab_size: int = setting(4096, minimum=257, maximum=2**31)
     """Tokens of a bpe that is trained, or of the .bin files; at least the 256 bytes and the end of text."""

@@ -20,15 +20,15 @@ SHAPE = (
 class DecoderConfig(ModelConfig):
     """The size and shape of the decoder. The size of the vocabulary comes from the tokenizer."""
 
-    num_layers: int = setting(6, above=0)
+    num_layers: int = setting(6, above=0, maximum=10_000)
     """Transformer blocks."""
-    hidden_size: int = setting(256, above=0)
+    hidden_size: int = setting(256, above=0, maximum=2**20)
     """Width of the residual stream."""
-    num_heads: int = setting(4, above=0)
+    num_heads: int = setting(4, above=0, maximum=2**16)
     """Query heads of each attention; each has hidden-size / num-heads channels."""
-    num_kv_heads: int | None = setting(None, above=0)
+    num_kv_heads: int | None = setting(None, above=0, maximum=2**16)
     """Key and value heads, each shared by a group of query heads. None: as many as query heads."""
-    intermediate_size: int | None = setting(None, above=0)
+    intermediate_size: int | None = setting(None, above=0, maximum=2**24)
     """Inner width of the feed-forward layers. None: 8/3 of the hidden size, rounded up to a multiple of 64."""
     rope_theta: float = setting(10000.0, above=0)
     """Base of the rotary wavelengths, which run from 2 pi to about 2 pi theta tokens."""

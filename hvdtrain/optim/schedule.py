@@ -15,12 +15,27 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     `progress` from 0 (end of the warm-up) to 1 (last update), cosine (arXiv:1608.03983, eq. 5), linear and wsd
     (warm-up, stable, decay: arXiv:2404.06395, section 4) fall from the peak to `final_lr_fraction` of it.
     """
-    warmup = optim.warmup_steps
+    warmup = warmup_steps(optim, num_steps)
     if step < warmup:
         return optim.peak_lr * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - 1 - warmup))
     final = optim.final_lr_fraction
     return optim.peak_lr * (final + (1 - final) * _height(optim, progress, num_steps))
+
+
+def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
+    """Return the steps of the warm-up: those that were given, or a share of the run that leaves it at least one."""
+    if optim.warmup_steps is not None:
+        return optim.warmup_steps
+    return min(round(optim.warmup_fraction * num_steps), num_steps - 1)
+
+
+def describe_schedule(optim: OptimConfig, num_steps: int) -> str:
+    """Return what a person should know: `cosine after 50 steps of warm-up`."""
+    warmup = warmup_steps(optim, num_steps)
+    if warmup == 0:
+        return optim.schedule
+    return f"{optim.schedule} after {warmup:,} step{'' if warmup == 1 else 's'} of warm-up"
 
 
 def lr_factor(optim: OptimConfig, global_batch_size: int) -> float:
@@ -37,7 +52,7 @@ def lr_factor(optim: OptimConfig, global_batch_size: int) -> float:
 
 def check_schedule(optim: OptimConfig, num_steps: int) -> None:
     """Raise ConfigError where the warm-up does not fit into the run."""
-    if optim.warmup_steps >= num_steps and optim.warmup_steps > 0:
+    if optim.warmup_steps and optim.warmup_steps >= num_steps:
         raise ConfigError(
             f"--optim.warmup-steps {optim.warmup_steps} leaves nothing of the run's {num_steps} steps:"
             f" use fewer than {num_steps}"
@@ -52,6 +67,6 @@ def _height(optim: OptimConfig, progress: float, num_steps: int) -> float:
         return 1 - progress
     if optim.schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
-    after_warmup = max(1, num_steps - optim.warmup_steps)
+    after_warmup = max(1, num_steps - warmup_steps(optim, num_steps))
     decay_share = min(1.0, optim.decay_fraction * num_steps / after_warmup)
     return min(1.0, (1 - progress) / decay_share)

@@ -11,6 +11,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.optim.torch_class import TorchOptimConfig
 from hvdtrain.settings import OptimConfig
 from hvdtrain.settings.fields import hints_of
+from hvdtrain.settings.units import shortened
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ def settings_class(name: str) -> type[OptimConfig]:
         return cast(type[OptimConfig], getattr(module, OPTIMIZERS[name]))
     if not (name.isidentifier() and name[:1].isupper()):
         known = f"known are {', '.join(OPTIMIZERS)} and the classes of torch.optim, such as NAdam"
-        raise ConfigError(f"there is no optimizer '{name[:80]}': {known}")
+        raise ConfigError(f"there is no optimizer '{shortened(name)}': {known}")
     return TorchOptimConfig
 
 

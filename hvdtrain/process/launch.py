@@ -72,7 +72,15 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             number("MPI_LOCALRANKID", "PMI_LOCAL_RANK"),
             number("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", default=1),
         )
-    return Launch("none")
+    return _detect_torch_launcher(environ, number("RANK"), number("WORLD_SIZE", default=1))
+
+
+def _detect_torch_launcher(environ: Mapping[str, str], rank: int, size: int) -> Launch:
+    """Return the launcher of torch.distributed: `world.start` refuses it, and says which one to take instead."""
+    if not ("RANK" in environ and size > 1):
+        return Launch("none")
+    name = "accelerate launch" if any(key.startswith("ACCELERATE_") for key in environ) else "torchrun"
+    return Launch(name, rank, size)
 
 
 def _tasks_on_node(tasks_per_node: str, node: int) -> int:

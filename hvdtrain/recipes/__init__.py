@@ -14,6 +14,8 @@ from typing import cast
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import nearest
+from hvdtrain.settings.paths import check_path
+from hvdtrain.settings.units import shortened
 from hvdtrain.trainer.task import Recipe
 
 # Name on the command line -> module and function.
@@ -37,21 +39,25 @@ def load_recipe(name: str) -> Recipe:
     if name.endswith(".py"):
         return _from_file(Path(name))
     if name not in RECIPES:
-        raise ConfigError(f"there is no recipe '{name}'{nearest(name, RECIPES)} (or give the path of a .py file)")
+        raise ConfigError(
+            f"there is no recipe '{shortened(name)}'{nearest(name, RECIPES)} (or give the path of a .py file)"
+        )
     module, function = RECIPES[name]
     return cast(Callable[[], Recipe], getattr(importlib.import_module(module), function))()
 
 
 def _from_file(path: Path) -> Recipe:
-    if not path.is_file():
-        raise ConfigError(f"there is no recipe file {path}")
+    check_path(str(path), "file", "the recipe file")
     name = f"hvdtrain_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename or path} is not Python: {error.msg} (line {error.lineno})") from error
     function = getattr(module, "recipe", None)
     if not callable(function):
         raise ConfigError(f"{path} defines no function 'recipe' that returns a hvdtrain.Recipe")

@@ -11,9 +11,13 @@ from typing import Any
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.table import own_class, owners, with_name
 from hvdtrain.settings import Config, OptimConfig, merge
+from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.paths import check_path
 from hvdtrain.settings.values import Source, Words, flattened
 from hvdtrain.trainer.task import Recipe
+
+# Of a recipe's own warm-up that is longer than the user's run, this share of the run is left.
+_SHARE_OF_WARMUP = 0.1
 
 Layer = tuple[Mapping[str, Any], Source]
 """Values, nested as in TOML, and where they come from."""
@@ -31,6 +35,7 @@ def apply(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     for number, (values, source) in enumerate(layers):
         recipe = _with_optimizer(recipe, values, source, layers[:number])
         recipe = merge(_without_replaced(recipe, layers[: number + 1]), values, source)
+    recipe = _with_warmup_that_fits(recipe, layers)
     resolved = recipe.resolve()
     for values, source in layers:
         _refuse_without_effect(values, source, (defaults, recipe, resolved))
@@ -107,30 +112,64 @@ def _refuse_others(optim: OptimConfig, given: Mapping[str, Any], source: Source)
 
 
 def _without_replaced(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
-    """Return the recipe without its own settings that those of the user stand in for.
+    """Return the recipe without its own settings that those of the user, in the last layer, stand in for."""
+    values, _ = layers[-1]
+    train, optim = (_given_in(values, section) for section in ("train", "optim"))
+    before = {name for earlier, _ in layers[:-1] for name in _given_in(earlier, "train")}
+    left_open: Any = dict.fromkeys((*_other_length(train), *_other_batch(recipe, train, before)))
+    warmup: Any = {"warmup_steps": None} if "warmup_fraction" in optim else {}
+    warmup = {"warmup_fraction": 0.0} if "warmup_steps" in optim else warmup
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, **left_open),
+        optim=dataclasses.replace(recipe.optim, **warmup),
+    )
 
-    Of the three batch settings two are enough: with two or one of the user's, the third of the recipe is left open.
-    """
-    sections = [values.get("train") for values, _ in layers]
-    given = {name.replace("-", "_") for section in sections if isinstance(section, Mapping) for name in section}
+
+def _given_in(values: Mapping[str, Any], section: str) -> set[str]:
+    inner = values.get(section)
+    return {name.replace("-", "_") for name in inner} if isinstance(inner, Mapping) else set()
+
+
+def _other_length(given: set[str]) -> list[str]:
+    """Return steps where epochs are given, and the other way round."""
+    pair = {"steps", "epochs"}
+    return [*(pair - given)] if len(pair & given) == 1 else []
+
+
+def _other_batch(recipe: Recipe, given: set[str], before: set[str]) -> list[str]:
+    """Return the batch setting that is left open: two of the three are enough, the recipe's own is the first to go."""
     batch = ("accum_steps", "micro_batch_size", "global_batch_size")
-    left_open: list[str] = []
     is_settled = all(name in given or getattr(recipe.train, name) is not None for name in batch)
-    if is_settled and given & {*batch}:
-        left_open += [name for name in batch if name not in given][:1]
-    changes: Any = dict.fromkeys(left_open)
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **changes))
+    if not is_settled or not given & {*batch}:
+        return []
+    others = [name for name in batch if name not in given]
+    return ([name for name in others if name not in before] or others)[:1]
+
+
+def _with_warmup_that_fits(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+    """Return the recipe with its own warm-up as a share of the steps, where a user's fewer steps have no room for it.
+
+    A warm-up that the user has given stays as it is, and is refused where it does not fit.
+    """
+    warmup, steps = recipe.optim.warmup_steps, recipe.train.steps
+    is_given = any("warmup_steps" in _given_in(values, "optim") for values, _ in layers)
+    if is_given or not warmup or steps is None or steps > warmup:
+        return recipe
+    optim = dataclasses.replace(recipe.optim, warmup_steps=None, warmup_fraction=_SHARE_OF_WARMUP)
+    return dataclasses.replace(recipe, optim=optim)
 
 
 def _refuse_without_effect(values: Mapping[str, Any], source: Source, stages: tuple[Config, Config, Config]) -> None:
     """Raise ConfigError where a setting that was given has no effect.
 
-    A file may hold what is the default anyway: the resolved settings of every run are such a file.
+    A file may hold what is the recipe's or anybody's default: the resolved settings of every run are such a file.
     """
     defaults, recipe, resolved = (flattened_settings(config) for config in stages)
     unused = dict(stages[1].unused())
+    plain = {name: item.default for name, item, _ in fields_of(stages[1])}
     for name in flattened(values):
-        if name in unused and (not source.file or recipe.get(name) != defaults.get(name)):
+        if name in unused and (not source.file or recipe.get(name) not in (defaults.get(name), plain.get(name))):
             raise ConfigError(f"{source.name(name)} has no effect: {unused[name]}")
         if recipe.get(name) != resolved.get(name):
             raise ConfigError(

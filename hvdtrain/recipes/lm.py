@@ -73,7 +73,7 @@ def lm() -> LanguageModel:
     """Return the default: a small byte-level model for two CPU cores."""
     return LanguageModel(
         train=TrainConfig(steps=1000, global_batch_size=16),
-        optim=AdamWConfig(peak_lr=5e-3, warmup_steps=50),
+        optim=AdamWConfig(peak_lr=5e-3, warmup_fraction=0.05),
         log=LogConfig(every=20),
         eval=LanguageEvalConfig(every=250),
         checkpoint=CheckpointConfig(every=250),
@@ -89,7 +89,7 @@ def lm_10m() -> LanguageModel:
     """
     return LanguageModel(
         train=TrainConfig(steps=300, global_batch_size=32),
-        optim=AdamWConfig(peak_lr=3e-3, warmup_steps=50),
+        optim=AdamWConfig(peak_lr=3e-3, warmup_fraction=1 / 6),
         log=LogConfig(every=10),
         eval=LanguageEvalConfig(every=100),
         checkpoint=CheckpointConfig(every=100),
@@ -102,7 +102,7 @@ def lm_124m() -> LanguageModel:
     """Return the size of GPT-2 small, on a byte-level BPE of 50,304 tokens, 0.5M tokens a step."""
     return LanguageModel(
         train=TrainConfig(steps=20_000, global_batch_size=512, precision="bf16"),
-        optim=AdamWConfig(peak_lr=6e-4, warmup_steps=700),
+        optim=AdamWConfig(peak_lr=6e-4, warmup_fraction=0.035),
         eval=LanguageEvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
         model=DecoderConfig(num_layers=12, hidden_size=768, num_heads=12),
@@ -114,7 +114,7 @@ def lm_1b() -> LanguageModel:
     """Return a model of about a billion parameters with grouped-query attention, 1M tokens a step."""
     return LanguageModel(
         train=TrainConfig(steps=50_000, global_batch_size=512, precision="bf16"),
-        optim=AdamWConfig(peak_lr=3e-4, warmup_steps=2000),
+        optim=AdamWConfig(peak_lr=3e-4, warmup_fraction=0.04),
         eval=LanguageEvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
         model=DecoderConfig(num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192),
@@ -126,7 +126,7 @@ def lm_3b() -> LanguageModel:
     """Return three billion parameters, 1M tokens a step; a GPU of 80 GB holds weights, gradients and optimizer."""
     return LanguageModel(
         train=TrainConfig(steps=100_000, global_batch_size=512, precision="bf16"),
-        optim=AdamWConfig(peak_lr=2e-4, warmup_steps=2000),
+        optim=AdamWConfig(peak_lr=2e-4, warmup_fraction=0.02),
         eval=LanguageEvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
         model=DecoderConfig(

@@ -104,13 +104,15 @@ def check_range(item: dataclasses.Field[Any], name: str, value: Any) -> None:
     """Raise ConfigError where a value is out of its field's range, or names the wrong kind of file."""
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
-        _check_number(item, name, number)
+        _check_value(item, name, number)
     kind = item.metadata.get("path")
     if kind is not None and value is not None:
         check_path(str(value), kind, name)
 
 
-def _check_number(item: dataclasses.Field[Any], name: str, value: Any) -> None:
+def _check_value(item: dataclasses.Field[Any], name: str, value: Any) -> None:
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ConfigError(f"{name} is not UTF-8 text: {value.encode('utf-8', 'backslashreplace').decode()[:80]}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if isinstance(value, float) and not math.isfinite(value):

@@ -9,6 +9,7 @@ from typing import Any
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.fields import alternatives, check_range, fields_of, hints_of
+from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, convert
 
 COMMAND_LINE = Source()
@@ -31,6 +32,9 @@ def read_flags(words: Sequence[str]) -> list[tuple[str, Words]]:
             is_open = not equals
         elif is_open:
             flags[-1] = (flags[-1][0], Words((*flags[-1][1], word)))
+        elif word.startswith("-"):
+            flags.append((word.lstrip("-").replace("-", "_"), Words()))  # no flag has one dash: refused by its name
+            is_open = True
         else:
             raise stray(word)
     return flags
@@ -38,7 +42,7 @@ def read_flags(words: Sequence[str]) -> list[tuple[str, Words]]:
 
 def stray(word: str) -> ConfigError:
     """Return the error for a word that belongs to no flag."""
-    return ConfigError(f"'{word}' belongs to no flag: settings are written --section.setting VALUE")
+    return ConfigError(f"'{shortened(word)}' belongs to no flag: settings are written --section.setting VALUE")
 
 
 def known_flags(config: Any) -> dict[str, Any]:

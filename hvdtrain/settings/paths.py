@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Literal
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.units import shortened
 
-PathKind = Literal["file", "new file", "directory", "new directory", "data", "name"]
+PathKind = Literal[
+    "file",
+    "new file",
+    "directory",
+    "new directory",
+    "file or directory",
+    "data",
+    "name",
+    "file or name",
+    "directory or name",
+]
 """file: can be read. new file: can be written. directory: is there. new directory: is there, or can be made.
-data: a file, a directory or a glob. name: a path or a name of something else, such as a model on a hub."""
+data: a file, a directory or a glob. name: a path or a name of something else, such as a model on a hub; with what it
+must be if there is something of this name."""
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
@@ -24,7 +36,7 @@ def check_path(text: str, kind: PathKind, name: str) -> None:
     """
     if not text:
         raise ConfigError(f"{name} is empty: give a path, or leave it out")
-    shown = text if len(text) < 80 else f"{text[:60]}..."
+    shown = shortened(text)
     if "\0" in text:
         raise ConfigError(f"{name} {shown!r} holds a NUL byte: no file can have this name")
     encoded = [len(os.fsencode(part)) for part in text.split("/")]
@@ -46,7 +58,7 @@ def expanded(text: str, name: str) -> Path:
     except RuntimeError as error:
         user = text.split("/")[0]
         raise ConfigError(
-            f"{name} {text}: there is no user '{user[1:]}'; write ./{text} for a file of this name"
+            f"{name} {shortened(text)}: there is no user '{shortened(user[1:])}'; for a file of this name write ./~..."
         ) from error
 
 
@@ -54,18 +66,18 @@ def _check_kind(path: Path, kind: PathKind, what: str) -> None:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        if kind in ("file", "directory"):
+        if kind in ("file", "directory", "file or directory"):
             raise ConfigError(f"{what} cannot be read: No such file or directory") from None
         return
     except OSError as error:
         raise ConfigError(f"{what} cannot be used: {error.strerror}") from error
     is_file, is_directory = stat.S_ISREG(mode), stat.S_ISDIR(mode)
-    if kind in ("file", "new file") and not is_file:
+    if kind in ("file", "new file", "file or name") and not is_file:
         raise ConfigError(f"{what} is {'a directory' if is_directory else 'no regular file'}: give a file")
-    if kind in ("directory", "new directory") and not is_directory:
+    if kind in ("directory", "new directory", "directory or name") and not is_directory:
         raise ConfigError(f"{what} is no directory: give a directory")
     if not is_file and not is_directory:
         raise ConfigError(f"{what} is no regular file: give a file or a directory")
-    access = os.W_OK if kind in ("new file",) else os.R_OK
+    access = os.W_OK if kind == "new file" else os.R_OK
     if not os.access(path, access):
         raise ConfigError(f"{what} cannot be {'written' if access == os.W_OK else 'read'}: Permission denied")

@@ -22,15 +22,15 @@ Precision = Literal["fp32", "bf16", "fp16", "bf16-true", "fp64"]
 class TrainConfig(Section):
     """How long, how large, how exact."""
 
-    steps: int | None = setting(None, above=0, changeable=True)
+    steps: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Optimizer steps of the whole run. Give this or --train.epochs."""
-    epochs: float | None = setting(None, above=0, changeable=True)
+    epochs: float | None = setting(None, above=0, maximum=1e6, changeable=True)
     """Passes over the training data, converted to steps at the start. Give this or --train.steps."""
-    global_batch_size: int | None = setting(None, above=0, changeable=True)
+    global_batch_size: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Samples per optimizer step over all ranks. Any two of the three batch settings fix the third."""
-    micro_batch_size: int | None = setting(None, above=0, changeable=True)
+    micro_batch_size: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Samples that one rank puts through the model at a time."""
-    accum_steps: int | None = setting(None, above=0, changeable=True)
+    accum_steps: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Micro-batches that a rank accumulates before each optimizer step."""
     max_time: str | None = setting(None, changeable=True)
     """Wall-clock budget, such as 3h50m: then save and exit with code 75. Leave time for the save. None: no limit."""
@@ -74,8 +74,10 @@ class OptimConfig(Section):
     """Global batch in samples that --optim.peak-lr is meant for; needed by --optim.lr-rule."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """What follows the warm-up; wsd: constant, then a linear decay over the last --optim.decay-fraction."""
-    warmup_steps: int = setting(0, minimum=0)
-    """Steps of linear warm-up from 0 to the peak."""
+    warmup_steps: int | None = setting(None, minimum=0)
+    """Steps of linear warm-up from 0 to the peak. None: --optim.warmup-fraction of the run."""
+    warmup_fraction: float = setting(0.0, minimum=0, below=1)
+    """Share of all steps that is warm-up, where --optim.warmup-steps is not given."""
     final_lr_fraction: float = setting(0.1, minimum=0, maximum=1)
     """Learning rate at the end of the schedule, as a fraction of the peak."""
     decay_fraction: float = setting(0.2, above=0, maximum=1)
@@ -92,6 +94,8 @@ class OptimConfig(Section):
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what the rule and the schedule do not use."""
+        if self.warmup_steps is not None:
+            yield "warmup_fraction", f"--optim.warmup-steps {self.warmup_steps} says how long the warm-up is"
         if self.lr_rule == "none":
             yield "reference_batch", "give --optim.lr-rule linear or sqrt, which scales the learning rate by it"
         if self.schedule != "wsd":
@@ -138,7 +142,8 @@ class CheckpointConfig(Section):
     """Saving, to be able to continue."""
 
     every: int | None = setting(None, above=0, changeable=True)
-    """Steps between two checkpoints; there is always one at the end. None: only that one."""
+    """Steps between two checkpoints; there is always one at the end, and one of the best evaluation. None: only
+    those."""
     keep_last: int | None = setting(3, above=0, changeable=True)
     """How many of the newest to keep. None: all. The best by held-out loss is always kept."""
     keep_every: int | None = setting(None, above=0, changeable=True)

@@ -7,7 +7,13 @@ import re
 
 from hvdtrain.errors import ConfigError
 
+_LONGEST = 40
 _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Return a text for a message, cut where it is long."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def parse_duration(text: str) -> float:
@@ -16,11 +22,13 @@ def parse_duration(text: str) -> float:
     Raises:
         ConfigError: it is none of these.
     """
-    if re.fullmatch(r"\d+(\.\d+)?", text):
+    parts = re.findall(r"([0-9]+)([dhms])", text)
+    if len(text) > _LONGEST or not (
+        re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or (parts and "".join(map("".join, parts)) == text)
+    ):
+        raise ConfigError(f"'{shortened(text)}' is no duration: write it as 3h50m, 90s or 1d12h")
+    if not parts:
         return float(text)
-    parts = re.findall(r"(\d+)([dhms])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ConfigError(f"'{text}' is no duration: write it as 3h50m, 90s or 1d12h")
     return float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
 
 

@@ -13,8 +13,15 @@ from typing import Any, Literal, TypeVar
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.fields import alternatives, check_range, hints_of, is_optional, words_for
 from hvdtrain.settings.paths import expanded
+from hvdtrain.settings.synonyms import advice, meant
+from hvdtrain.settings.units import shortened
 
 T = TypeVar("T")
+
+# How alike a wrong and a right name must be, and how many names may be listed.
+_LIKE, _FEW = 0.75, 16
+# Longer words are like no other, and take long to compare; more words are no help.
+_LONGEST_WORD, _MOST_WORDS = 200, 40
 
 
 class Words(tuple[str, ...]):
@@ -29,19 +36,33 @@ class Source:
 
     file: str = ""
     """Name of a file; empty for the command line."""
-    synonyms: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What people call a setting -> its name, for those who ask for one that there is not."""
 
     def name(self, setting: str) -> str:
         """Return how messages call a setting."""
         return f"{self.file}: {setting}" if self.file else f"--{setting.replace('_', '-')}"
 
     def unknown(self, setting: str, known: Iterable[str]) -> ConfigError:
-        """Return the error for a setting that there is not; names the nearest one."""
-        if not self.file:
-            flag = self.name(setting)
-            return ConfigError(f"there is no flag '{flag}'{nearest(flag, map(self.name, known))}")
-        return ConfigError(f"{self.file}: there is no setting '{setting}'{nearest(setting, known)}")
+        """Return the error for a setting that there is not; names the one that is meant, or the nearest."""
+        what = (
+            f"{self.file}: there is no setting '{setting}'" if self.file else f"there is no flag '{self.name(setting)}'"
+        )
+        return ConfigError(f"{shortened(what, 160)}{self._hint(setting, [*known])}")
+
+    def _hint(self, setting: str, known: list[str]) -> str:
+        def written(name: str) -> str:
+            return name if self.file else self.name(name)
+
+        found = meant(setting, known)
+        if found:
+            return f"; did you mean {' or '.join(repr(written(name)) for name in found)}?"
+        if advice(setting):
+            return f": {advice(setting)}"
+        close = difflib.get_close_matches(setting[:_LONGEST_WORD], known, n=1, cutoff=_LIKE)
+        if close:
+            return f"; did you mean '{written(close[0])}'?"
+        if self.file or len(known) <= _FEW:
+            return f"; known are {', '.join(map(written, sorted(known)))}"
+        return "; all of them: the same command with --help"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -96,7 +117,12 @@ def merge(config: T, values: Mapping[str, Any], source: str | Source = "the conf
             changes[key] = merge(current, value, source, f"{name}.")
         else:
             raise ConfigError(_says_section(source, name, value))
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    try:
+        return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+    except ConfigError as error:
+        if not source.file or source.file in str(error):
+            raise
+        raise ConfigError(f"{source.file}: {error}") from error
 
 
 def _says_section(source: Source, name: str, value: Any) -> str:
@@ -109,10 +135,10 @@ def _says_section(source: Source, name: str, value: Any) -> str:
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Say `; did you mean '...'?` for the known word most like `word`, or name them all if they are few."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:_LONGEST_WORD], known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{prefix}{close[0]}'?"
-    return f"; known are {', '.join(known)}" if known else ""
+    return f"; known are {', '.join(known)}" if 0 < len(known) <= _MOST_WORDS else ""
 
 
 def convert(value: Any, hint: Any, name: str) -> Any:
@@ -153,7 +179,7 @@ def _from_words(words: Words, hint: Any, name: str) -> Any:
     if not words:
         raise ConfigError(f"{name} needs a value: {words_for(hint)}")
     if len(words) > 1:
-        raise ConfigError(f"'{words[1]}' belongs to no flag: {name} takes one value")
+        raise ConfigError(f"'{shortened(words[1])}' belongs to no flag: {name} takes one value")
     if is_optional(hint) and words[0] in ("None", "none"):
         return None
     return _from_text(words[0], kind, name)
@@ -165,7 +191,7 @@ def _from_text(text: str, kind: Any, name: str) -> Any:
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind is bool:
-        raise ConfigError(f"'{text}' belongs to no flag: {name} alone switches it on")
+        raise ConfigError(f"'{shortened(text)}' belongs to no flag: {name} alone switches it on")
     if kind is Path:
         return _path(text, name)
     parse: Callable[[str], Any] = kind
@@ -199,8 +225,7 @@ def _choice(value: Any, kind: Any, name: str) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {int(value.bit_length() * math.log10(2)) + 1} digits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}..."
+    return shortened(repr(value))
 
 
 def nested(dotted: Mapping[str, Any]) -> dict[str, Any]:

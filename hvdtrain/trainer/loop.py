@@ -5,7 +5,8 @@ Steps drive the loop and every collective is reached by every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from hvdtrain.process.stop import StopRequest
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.lone_samples import check_lone_samples
+from hvdtrain.trainer.resumed import resume_lines
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
@@ -51,6 +53,8 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
     training = start_training(job)
     check_lone_samples(job, training)
     for line in (component.about for component in training.components if component.about):
+        job.log.say(line)
+    for line in resume_lines(job, training.step, training.num_steps_then) if training.step else ():
         job.log.say(line)
     stopwatch, evaluated = Stopwatch(training.step), {}
     begin()
@@ -88,7 +92,8 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     save knows what its weights reached; a request to stop cuts it short, because whoever asked may not wait, and the
     checkpoint then says that it is still due: the run makes up for it when it goes on, before its next step. At the end
     the weights are saved before the evaluation too, with the evaluation due: one that raises must not cost the
-    training. The check that ranks are equal comes before each save, so that what is saved is never one rank's own.
+    training. Weights that reach a lower held-out loss than all before them are saved, due or not: `best` names the best
+    evaluation. The check that ranks are equal comes before each save, so that what is saved is never one rank's own.
     Nothing here is asked of one rank alone: `is_stop` is what all have agreed on.
     """
     job, training = run.job, run.training
@@ -105,7 +110,7 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
         is_stop = is_stop or training.is_evaluation_due
         if evaluated and not is_last:
             job.log.write(step, evaluated)
-        is_saving = is_stop or is_due(step, job.config.checkpoint.every)
+        is_saving = is_stop or is_best(training, evaluated) or is_due(step, job.config.checkpoint.every)
         if evaluated if is_last else is_saving:
             _save(run, evaluated)
         elif is_due(step, job.config.health.replica_check_every):
@@ -139,6 +144,13 @@ def stopped(job: Job, step: int, request: StopRequest) -> StopRequested:
         f"stopped at step {step} of {job.num_steps} on request ({reason}, rank {rank}) and saved in {job.run}:"
         " the same command with this --run-dir goes on"
     )
+
+
+def is_best(training: Training, evaluated: Mapping[str, float]) -> bool:
+    """Note the held-out loss of an evaluation; returns whether it is the lowest of the run."""
+    before = training.best_loss
+    training.best_loss = min(before, evaluated.get("val/loss", math.inf))
+    return training.best_loss < before
 
 
 def is_due(step: int, every: int | None) -> bool:

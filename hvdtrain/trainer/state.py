@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,10 @@ class Training:
     """Optimizer steps completed."""
     is_unchecked: bool = False
     """The recipe's contract is still to be checked, on the first micro-batch."""
+    num_steps_then: int | None = None
+    """Steps that the run was to have when the checkpoint that it goes on from was saved."""
+    best_loss: float = math.inf
+    """The lowest held-out loss of the run so far."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
 
@@ -143,6 +148,7 @@ def start_training(job: Job) -> Training:
     state = world.broadcast_object(found, "resume.state")
     if state is not None:
         training.step, training.is_evaluation_due = state["step"], state["is_evaluation_due"]
+        training.num_steps_then, training.best_loss = state.get("num_steps"), state.get("best_loss", math.inf)
         job.strategy.load_optimizer_state(world, training, state["optimizer"])
     world.broadcast_state(model, training.optimizer)
     world.together(lambda: _begin(job, training, state), "begin")
@@ -196,6 +202,8 @@ def training_state(job: Job, training: Training) -> dict[str, Any]:
     return {
         "step": training.step,
         "is_evaluation_due": training.is_evaluation_due,
+        "num_steps": job.num_steps,
+        "best_loss": training.best_loss,
         "optimizer": training.strategy.optimizer_state(job.world, training),
         "extra_state": extra_state(training.model),
         "components": _component_states(job, training.components),

@@ -9,6 +9,7 @@ from typing import Any
 
 from hvdtrain import __version__
 from hvdtrain.models.linear import takes_onednn
+from hvdtrain.optim.schedule import describe_schedule
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.memory import Memory, wire_bytes
@@ -29,7 +30,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
         f"batch:      {job.plan}",
         f"steps:      {job.num_steps:,}, or {job.num_steps / job.order.steps_per_epoch:.3g} epochs of"
         f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {_rate(job)},"
-        f" {config.optim.schedule}",
+        f" {describe_schedule(config.optim, job.num_steps)}",
         f"directory:  {job.run}",
     ]
     cores, machine = ranks[0]["cores"], os.cpu_count() or 1

@@ -50,6 +50,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     launch = prepare_process()
     if is_new:  # torch was imported before the variables were set: a program of the user's own
         torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
+    check_launcher(launch)
     if not launch.is_parallel:
         return SoloWorld(_solo_device(), launch)
     _check_host_name()
@@ -80,6 +81,16 @@ def _check_host_name() -> None:
         raise LaunchError(
             f"this host's own name '{name}' has no address: add '127.0.1.1 {name}' to /etc/hosts"
         ) from error
+
+
+def check_launcher(launch: Launch) -> None:
+    """Raise LaunchError under the launchers of torch.distributed: each process would train for itself."""
+    if launch.launcher in ("torchrun", "accelerate launch"):
+        raise LaunchError(
+            f"{launch.launcher} (RANK={launch.rank}, WORLD_SIZE={launch.size}) does not start Horovod's ranks: use"
+            f" horovodrun -np {launch.size} python -m hvdtrain ... instead (mpirun and srun do as well); if no launcher"
+            " is meant, unset RANK and WORLD_SIZE"
+        )
 
 
 def _check_controller(launch: Launch) -> None:

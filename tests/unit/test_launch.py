@@ -8,6 +8,7 @@ import torch
 from hvdtrain.errors import DataError, LaunchError
 from hvdtrain.process.launch import Launch, detect_launch, prepare_process, threads_per_rank
 from hvdtrain.world import SoloWorld, pick_device
+from hvdtrain.world.start import check_launcher
 
 
 @pytest.mark.parametrize(
@@ -105,3 +106,21 @@ def test_solo_world_needs_no_horovod():
     assert world.all_gather_object(5, "g") == [5]
     with pytest.raises(DataError, match=r"^no such file$"):
         world.together(lambda: (_ for _ in ()).throw(DataError("no such file")), "t")
+
+
+@pytest.mark.parametrize(
+    ("more", "name"), [({}, "torchrun"), ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch")]
+)
+def test_launchers_of_torch_are_refused_naming_the_right_one(more, name):
+    launch = detect_launch({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **more})
+    assert (launch.launcher, launch.rank, launch.size) == (name, 1, 4)
+    with pytest.raises(LaunchError, match=rf"^{name} \(RANK=1, WORLD_SIZE=4\).*horovodrun -np 4 python -m hvdtrain"):
+        check_launcher(launch)
+
+
+def test_a_lone_process_and_horovods_own_ranks_are_no_matter_of_torch():
+    assert detect_launch({"RANK": "0", "WORLD_SIZE": "1"}).launcher == "none"
+    assert detect_launch({"WORLD_SIZE": "4"}).launcher == "none"
+    assert detect_launch({"RANK": "1", "WORLD_SIZE": "2", "HOROVOD_RANK": "1"}).launcher == "horovodrun --gloo"
+    check_launcher(Launch("none"))
+    check_launcher(Launch("mpirun", 0, 2))

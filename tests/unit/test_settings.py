@@ -16,11 +16,12 @@ import hvdtrain
 from hvdtrain import cli
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim import table
+from hvdtrain.optim.schedule import check_schedule, describe_schedule, warmup_steps
 from hvdtrain.recipes import RECIPES, load_recipe
 from hvdtrain.recipes.given import apply
-from hvdtrain.settings import Config, OptimConfig, changeable_settings, to_dict
+from hvdtrain.settings import Config, OptimConfig, changeable_settings, synonyms, to_dict
 from hvdtrain.settings.fields import fields_of
-from hvdtrain.settings.flags import COMMAND_LINE
+from hvdtrain.settings.flags import COMMAND_LINE, known_flags
 from hvdtrain.settings.help import docs_of
 from hvdtrain.settings.values import Source, Words, nested
 
@@ -221,7 +222,8 @@ def test_help_needs_no_torch_and_half_a_second(line):
 
 def test_help_says_range_and_default():
     text = " ".join(cli.parse(["train", "lm", "--help"]).split())
-    assert "--optim.warmup-steps N Steps of linear warm-up from 0 to the peak. [at least 0; default: 50]" in text
+    assert "--train.seed N Seed of the initial weights" in text
+    assert "every other random number. [at least 0; default: 0]" in text
     assert "--comm.compression none|fp16" in text
     assert "--eval.choices PATH" in text
 
@@ -232,3 +234,103 @@ def test_help_into_a_pipe_that_closes():
     assert done.stdout.startswith("usage:")
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr
+
+
+def test_steps_and_epochs_stand_in_for_each_other():
+    assert (parse("mnist --train.steps 10").train.steps, parse("mnist --train.steps 10").train.epochs) == (10, None)
+    assert (parse("lm --train.epochs 2").train.steps, parse("lm --train.epochs 2").train.epochs) == (None, 2.0)
+    with pytest.raises(ConfigError, match="not both"):
+        parse("lm --train.epochs 2 --train.steps 3")
+    layers = [({"train": {"epochs": 3}}, Source("a.toml")), (nested({"train.steps": Words(("7",))}), COMMAND_LINE)]
+    assert (apply(load_recipe("lm"), layers).train.steps, apply(load_recipe("lm"), layers).train.epochs) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("lm --train.micro-batch-size 3 --train.accum-steps 2", (None, 3, 2)),
+        ("lm --train.micro-batch-size 4", (16, 4, None)),
+        ("lm --train.global-batch-size 8", (8, None, None)),
+        ("lm --train.global-batch-size 8 --train.micro-batch-size 2 --train.accum-steps 2", (8, 2, 2)),
+    ],
+)
+def test_the_batch_settings_of_the_user_come_first(line, expected):
+    train = parse(line).train
+    assert (train.global_batch_size, train.micro_batch_size, train.accum_steps) == expected
+
+
+def test_a_recipe_with_all_three_batch_settings_leaves_one_open():
+    recipe = load_recipe("lm")
+    batch = hvdtrain.TrainConfig(steps=5, global_batch_size=16, micro_batch_size=4, accum_steps=2)
+    recipe = dataclasses.replace(recipe, train=batch)
+    train = apply(recipe, [({"train": {"global_batch_size": 32}}, Source("a.toml"))]).train
+    assert (train.global_batch_size, train.micro_batch_size, train.accum_steps) == (32, 4, None)
+
+
+def test_the_warmup_adapts_to_the_steps():
+    def steps_of(line):
+        recipe = parse(line)
+        check_schedule(recipe.optim, recipe.train.steps)
+        return warmup_steps(recipe.optim, recipe.train.steps)
+
+    lines = ["lm", "lm-10m", "lm-124m", "lm --train.steps 12", "lm --train.steps 1", "lm --optim.warmup-steps 7"]
+    assert [steps_of(line) for line in lines] == [50, 50, 700, 1, 0, 7]
+    assert steps_of("lm --train.steps 200 --optim.warmup-fraction 0.5") == 100
+    assert describe_schedule(parse("lm").optim, 1000) == "cosine after 50 steps of warm-up"
+    with pytest.raises(ConfigError, match="use fewer than 12"):
+        steps_of("lm --train.steps 12 --optim.warmup-steps 12")
+    with pytest.raises(ConfigError, match=r"warmup-fraction has no effect: --optim\.warmup-steps 5 says"):
+        steps_of("lm --optim.warmup-steps 5 --optim.warmup-fraction 0.1")
+
+
+def test_a_recipes_own_warmup_yields_to_fewer_steps_of_the_user():
+    recipe = dataclasses.replace(load_recipe("lm"), optim=OptimConfig(warmup_steps=50))
+    fewer = apply(recipe, [({"train": {"steps": 30}}, Source("a.toml"))])
+    assert warmup_steps(fewer.optim, 30) == 3
+    same = apply(recipe, [({"train": {"steps": 300}}, Source("a.toml"))])
+    assert warmup_steps(same.optim, 300) == 50
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train lm --lr 1", "did you mean '--optim.peak-lr'?"),
+        ("train lm --learning-rate=1", "did you mean '--optim.peak-lr'?"),
+        ("train lm --batch-size 3", "'--train.global-batch-size' or '--train.micro-batch-size'?"),
+        ("train lm --epochs 3", "did you mean '--train.epochs'?"),
+        ("train lm --steps 3", "did you mean '--train.steps'?"),
+        ("train lm --train.lr 3", "did you mean '--optim.peak-lr'?"),
+        ("train lm --gpus 4", "horovodrun -np 4"),
+        ("train lm -n 4", "horovodrun -np 4"),
+        ("train lm --wandb", "--log.tensorboard"),
+        ("train lm --resume", "did you mean '--run-dir'?"),
+        ("train lm --version", "python -m hvdtrain --version"),
+        ("train lm --gradient-checkpointing", "did you mean '--model.checkpoint-blocks'?"),
+        ("train mnist --data x", "did you mean '--data.root'?"),
+        ("train mnist --eval.choices x", "--eval.choices is a setting of the recipe lm"),
+        ("train lm --data.text-field x", "--data.text-field is a setting of the recipe hf"),
+        ("train lm --health.no-memory-checks", "did you mean '--health.memory-check'?"),
+        ("train lm --frobnicate", "the same command with --help"),
+        ("lm", "did you mean 'train lm'?"),
+        ("my.py", "did you mean 'train my.py'?"),
+        ("resume", "did you mean 'train'?"),
+        ("benchmark", "did you mean 'bench'?"),
+        ("docter", "did you mean 'doctor'?"),
+    ],
+)
+def test_what_is_meant_is_found(line, says):
+    with pytest.raises(ConfigError) as caught:
+        cli.parse(line.split())
+    assert says in str(caught.value)
+
+
+def test_synonyms_name_settings_that_exist():
+    known = {*all_settings(), *(name for verb in cli.VERBS.values() for name in known_flags(verb.options))}
+    known |= {"train.ema", "data.workers"}  # of other rooms
+    assert {*synonyms._SETTINGS} <= known
+    assert {*synonyms._ADVICE}.isdisjoint(synonyms._BY_NAME)
+
+
+def test_help_and_version_as_words():
+    assert cli.parse(["help"]) == cli.parse(["--help"]) == cli.parse(["-h"])
+    assert cli.parse(["--version"]) == cli.parse(["version"]) == f"hvdtrain {hvdtrain.__version__}\n"

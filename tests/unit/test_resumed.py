@@ -1,0 +1,107 @@
+"""What is said when a run goes on, and which of its weights are the best."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hvdtrain import CheckpointConfig, Config, EvalConfig, OptimConfig, Task, TensorSamples, TrainConfig
+from hvdtrain.optim.schedule import learning_rate
+from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.trainer import fit, settle
+from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.resumed import resume_lines
+from hvdtrain.world import SoloWorld
+
+SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
+
+
+def job_of(run_dir, said, *, steps=8, components=(), **settings):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3)
+    data = TensorSamples(x, x.sum(1, keepdim=True))
+    task = Task(
+        model=torch.nn.Linear(3, 1),
+        train_data=data,
+        val_data=data,
+        loss_sums=lambda model, batch: {"loss": F.mse_loss(model(batch[0]), batch[1], reduction="sum")},
+        components=components,
+    )
+    config = Config(train=TrainConfig(steps=steps, global_batch_size=4), **settings)
+    log = MetricLog(None, [])
+    log.say = said.append
+    return settle(task, config, SOLO, run_dir, log)
+
+
+def test_the_start_says_from_where_and_that_the_rate_jumps(tmp_path):
+    said = []
+    fit(job_of(tmp_path, said, steps=8))
+    assert not any("continues" in line for line in said)
+    fit(job_of(tmp_path, said, steps=12))
+    assert f"continues at step 8 of 12, from {tmp_path}/checkpoints/step-00000008" in said
+    jump = next(line for line in said if "jumps" in line)
+    then, now = learning_rate(OptimConfig(), 8, 8), learning_rate(OptimConfig(), 8, 12)
+    assert "was to have 8 steps and has 12 now: with the schedule cosine" in jump
+    assert f"jumps from {then:.3g} to {now:.3g}." in jump
+
+
+def test_the_way_out_that_is_named_keeps_the_rate(tmp_path):
+    job = job_of(tmp_path, [], steps=12, optim=OptimConfig(warmup_steps=2))
+    *_, warning = resume_lines(job, 8, 8)
+    rate = float(warning.split("--optim.peak-lr ")[1].split()[0])
+    kept = OptimConfig(schedule="constant", warmup_steps=0, peak_lr=rate)
+    assert learning_rate(kept, 8, 12) == pytest.approx(learning_rate(job.config.optim, 8, 8), rel=1e-5)
+
+
+def test_nothing_jumps_without_a_reason(tmp_path):
+    assert len([*resume_lines(job_of(tmp_path, [], optim=OptimConfig(schedule="constant"), steps=12), 8, 8)]) == 1
+    assert len([*resume_lines(job_of(tmp_path, [], steps=8), 4, 8)]) == 1
+    assert len([*resume_lines(job_of(tmp_path, [], steps=8), 4, None)]) == 1
+
+
+def test_best_counts_an_evaluation_that_no_save_was_due_for(tmp_path):
+    settings = {"eval": EvalConfig(every=2), "checkpoint": CheckpointConfig(every=5, keep_last=1)}
+    job = job_of(tmp_path, [], steps=9, optim=OptimConfig(peak_lr=10.0, schedule="constant"), **settings)
+    losses = {}
+    job.log.write = lambda step, metrics, event=None: losses.update(
+        {step: metrics["val/loss"]} if "val/loss" in metrics else {}
+    )
+    fit(job)
+    best = min(losses, key=losses.get)
+    assert best not in (5, 9), losses
+    named = (tmp_path / "checkpoints" / "best").read_text().strip()
+    assert named == f"step-{best:08d}"
+    manifest = json.loads((tmp_path / "checkpoints" / named / "manifest.json").read_text())
+    assert manifest["val_loss"] == losses[best]
+
+
+class Counter(Component):
+    """Counts updates."""
+
+    name = "counter"
+
+    def __init__(self, job):
+        self.count = 0
+
+    def after_update(self, training, step):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def test_a_component_of_the_recipes_own_is_saved_and_restored(tmp_path):
+    made = []
+
+    def build(job):
+        made.append(Counter(job))
+        return made[-1]
+
+    fit(job_of(tmp_path, [], steps=3, components=(build,)))
+    fit(job_of(tmp_path, [], steps=5, components=(build,)))
+    assert [counter.count for counter in made] == [3, 5]
