@@ -123,14 +123,30 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         DataError: they are not there, or damaged.
     """
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = _listed_files(index) if index.exists() else ["model.safetensors"]
     weights: dict[str, Tensor] = {}
     for name in names:
+        if not (folder / name).is_file():
+            raise DataError(f"the weights {folder / name} cannot be read: there is no such file")
         try:
             weights.update(safetensors.torch.load_file(folder / name))
         except (OSError, SafetensorError) as error:
             raise DataError(f"the weights {folder / name} cannot be read: {error}") from error
     return weights
+
+
+def _listed_files(index: Path) -> list[str]:
+    """Return the files that an index names. They lie beside it: it may come from a stranger.
+
+    Raises:
+        DataError: it is no index, or names something elsewhere.
+    """
+    named = read_json(index).get("weight_map")
+    names: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
+    wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name]
+    if wrong:
+        raise DataError(f"{index} names {wrong[0]!r}, which is no file beside it")
+    return sorted(set(names))
 
 
 def load_decoder(model: Decoder, folder: Path) -> None:

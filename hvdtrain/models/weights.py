@@ -22,6 +22,11 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
     return {_plain(name): value.detach() for name, value in state.items() if first.get(name) == name}
 
 
+def parameter_names(model: nn.Module) -> frozenset[str]:
+    """Return those names of `model_weights` that are parameters, not buffers."""
+    return frozenset(_plain(name) for name, _ in model.named_parameters())
+
+
 def extra_state(model: nn.Module) -> dict[str, Any]:
     """Return what `state_dict()` holds besides tensors, such as what modules return from `get_extra_state`."""
     return {_plain(name): value for name, value in model.state_dict().items() if not isinstance(value, Tensor)}

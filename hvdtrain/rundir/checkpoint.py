@@ -1,50 +1,27 @@
-"""One checkpoint: written whole, verified when it is read. Nothing in it can run code.
+"""One checkpoint: written whole, read back, verified when it is loaded. Nothing in it can run code.
 
 model.safetensors   weights, by parameter name
 state.pt            everything else; loads with `weights_only=True`
-manifest.json       format version, step, samples, world size, file hashes
+manifest.json       format version, step, samples, world size, hashes of the two, and a checksum of its own
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
-
-FORMAT_VERSION = 2
-WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself."""
-
-    step: int
-    """Optimizer steps completed."""
-    samples: int
-    """Samples that these steps have seen, of all ranks."""
-    world_size: int
-    sha256: dict[str, str] = field(default_factory=dict)
-    """Of each file; filled in when they are written."""
-    val_loss: float | None = None
-    """Held-out loss of these weights, if they were evaluated when they were saved."""
-    global_batch_size: int | None = None
-    micro_batch_size: int | None = None
-    format_version: int = FORMAT_VERSION
+from hvdtrain.rundir.manifest import MANIFEST, STATE, WEIGHTS, Manifest, encode_manifest, read_manifest, regular_file
 
 
 @dataclass(frozen=True)
@@ -56,34 +33,60 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+def are_finite(weights: Mapping[str, Tensor], parameters: frozenset[str]) -> bool:
+    """Tell whether all parameters are finite numbers. Buffers may hold infinities on purpose, as masks do."""
+    return all(_is_finite(weights[name]) for name in parameters & weights.keys())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_floating_point() and tensor.itemsize == 1:  # torch does not ask 8-bit numbers
+        tensor = tensor.float()
+    return bool(tensor.isfinite().all())
+
+
 def write_checkpoint(folder: Path, manifest: Manifest, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write the files of a checkpoint to an empty folder and flush them to disk.
+    """Write the files of a checkpoint to an empty folder and flush them to disk."""
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    torch.save(dict(state), folder / STATE)
+    hashes = {name: _flush_and_hash(folder / name) for name in (WEIGHTS, STATE)}
+    write_text(folder / MANIFEST, encode_manifest(dataclasses.replace(manifest, sha256=hashes)))
+    # safetensors makes files that only their owner can read; all follow the user's umask, as the manifest does.
+    mode = (folder / MANIFEST).stat().st_mode & 0o777
+    for name in (WEIGHTS, STATE):
+        (folder / name).chmod(mode)
+    flush_folder(folder)
+
+
+def read_back(folder: Path, weights: Mapping[str, Tensor], is_whole: bool) -> None:
+    """Read a checkpoint that was just written by the rules of loading.
+
+    Args:
+        folder: where it is.
+        weights: what must be in it.
+        is_whole: read every byte, and compare the weights; otherwise names and shapes, and what is small.
 
     Raises:
-        CheckpointError: they could not be written.
+        CheckpointError: it would not load, or holds something else.
     """
+    manifest = read_manifest(folder)
     try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-        torch.save(dict(state), folder / STATE)
-        hashes = {name: _flush_and_hash(folder / name) for name in (WEIGHTS, STATE)}
-        manifest = dataclasses.replace(manifest, sha256=hashes)
-        write_text(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-        flush_folder(folder)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors have their own for a full disk
-        raise CheckpointError(str(error)) from error
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read what a checkpoint says of itself.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of a newer format.
-    """
-    with _reading(path):
-        manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
-        if manifest.format_version > FORMAT_VERSION:
-            raise CheckpointError(f"{path} was written by a newer hvdtrain (format {manifest.format_version}): update")
-        return manifest
+        if is_whole:
+            _verify(folder, manifest)
+        with safe_open(regular_file(folder / WEIGHTS), "pt") as file:
+            names = set(file.keys())
+            if names != weights.keys():
+                raise CheckpointError(f"{folder / WEIGHTS} holds other names than were saved")
+            for name in names:
+                if file.get_slice(name).get_shape() != [*weights[name].shape] or (
+                    is_whole and not _same_bytes(file.get_tensor(name), weights[name])
+                ):
+                    raise CheckpointError(f"{folder / WEIGHTS} does not hold {name} as it was saved")
+        # Mapped: structure and numbers are read, the tensors' bytes are not.
+        torch.load(regular_file(folder / STATE), map_location="cpu", weights_only=True, mmap=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"it does not load again: {_reason(error)}") from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -93,21 +96,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, damaged, or of a newer format; names the file.
     """
     manifest = read_manifest(path)
-    with _reading(path):
-        for name, expected in manifest.sha256.items():
-            if _hash(path / name) != expected:
-                raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    try:
+        _verify(path, manifest)
         weights = safetensors.torch.load_file(path / WEIGHTS)
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of many types: what torch raises for a file depends on where it is odd
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {path} cannot be read: {STATE} holds no dictionary")
     return Checkpoint(manifest, weights, state)
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+def _verify(path: Path, manifest: Manifest) -> None:
+    for name, expected in manifest.sha256.items():
+        if _hash(regular_file(path / name)) != expected:
+            raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are the same bit for bit: numbers that are not finite equal themselves, too."""
+    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)
+
+
+def _reason(error: Exception) -> str:
+    """Return what happened in one line."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def write_text(path: Path, text: str) -> None:

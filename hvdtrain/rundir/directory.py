@@ -19,9 +19,13 @@ from typing import Any
 
 import tomli_w
 
-from hvdtrain.process.run_files import CHECKPOINTS
+from hvdtrain.errors import ResumeError
+from hvdtrain.process.run_files import CHECKPOINTS, named_checkpoint
+from hvdtrain.rundir.checkpoint import Checkpoint
 from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.lock import Claim, claim
+from hvdtrain.rundir.metrics import read_metrics
+from hvdtrain.settings.files import replaced_whole
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,47 @@ class RunDirectory:
         """
         return claim(self.path)
 
+    def load_newest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """Read the newest checkpoint that is good; None where none was ever saved. Warns of each that is passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none is good.
+            ResumeError: checkpoints that were there are not, or cannot be listed.
+        """
+        checkpoint = self.checkpoints.load_newest(warn)
+        if checkpoint is None:
+            self._check_nothing_is_missing(warn)
+        return checkpoint
+
+    def _check_nothing_is_missing(self, warn: Callable[[str], None]) -> None:
+        """Raise ResumeError where there is no checkpoint, but has been one; starting over would drop its metrics."""
+        folder = self.checkpoints.folder
+        named = named_checkpoint(self.path)
+        if named:
+            raise ResumeError(
+                f"{folder} has no checkpoints, but names {named!r} as the latest: put it back, or choose another"
+                " --run-dir"
+            )
+        last = self._last_logged_step()
+        if not last:
+            return
+        if not folder.exists():
+            raise ResumeError(
+                f"{folder} is missing, but {self.metrics} goes up to step {last}: put it back, choose another"
+                " --run-dir, or remove the metrics to start over"
+            )
+        warn(
+            f"warning: no checkpoint had been saved in {self.path} when its metrics ended at step {last}: training"
+            " starts from step 0 again, and they are replaced"
+        )
+
+    def _last_logged_step(self) -> int:
+        try:
+            lines, _ = read_metrics(self.metrics)
+        except OSError as error:
+            raise ResumeError(f"{self.metrics} cannot be read ({error.strerror}): choose another --run-dir") from error
+        return max((line["step"] for line in lines), default=0)
+
     def begin(
         self,
         settings: Mapping[str, Any],
@@ -99,8 +144,15 @@ class RunDirectory:
             settings: resolved, as TOML can hold them.
             environment: as from `describe_environment`.
             write_model_files: writes to the folder `model` what a reader of the weights needs.
+
+        Raises:
+            OSError: something cannot be written; what was there before is whole.
         """
-        self.config.write_text(tomli_w.dumps(settings))
-        self.environment.write_text(json.dumps(environment, indent=2) + "\n")
+        # Made now: a run that finds metrics and no such folder knows that someone has taken it away.
+        self.checkpoints.folder.mkdir(exist_ok=True)
+        with replaced_whole(self.config) as temporary:
+            temporary.write_text(tomli_w.dumps(settings))
+        with replaced_whole(self.environment) as temporary:
+            temporary.write_text(json.dumps(environment, indent=2) + "\n")
         self.model.mkdir(exist_ok=True)
         write_model_files(self.model)

@@ -47,6 +47,8 @@ def open_trained(path: Path, which: str) -> Trained:
         weights, about = _exported(load_checkpoint(checkpoint))
     except CheckpointError as error:
         raise DataError(f"{error}; choose another one with --checkpoint") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{checkpoint} does not say which weights are exported; choose another one") from error
     return Trained(run.model, weights, str(checkpoint), about)
 
 

@@ -10,9 +10,9 @@ from hvdtrain.data.samplers import InOrder, Shuffled, check_sampler
 from hvdtrain.data.stream import ENDLESS
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.optim.schedule import check_schedule, lr_factor
-from hvdtrain.rundir.checkpoint import Manifest
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
+from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
 from hvdtrain.trainer.contract import check_task
 from hvdtrain.trainer.strategy import EveryStep, Strategy

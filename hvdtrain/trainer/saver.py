@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
-from hvdtrain.models.weights import model_weights
-from hvdtrain.rundir.checkpoint import Manifest
-from hvdtrain.rundir.checkpoints import Retention
-from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.models.weights import model_weights, parameter_names
+from hvdtrain.rundir.checkpoints import Checkpoints
+from hvdtrain.rundir.manifest import Manifest
+from hvdtrain.rundir.retention import Retention
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.state import Training, training_state
 from hvdtrain.trainer.values import storable
 
@@ -24,7 +25,7 @@ from hvdtrain.trainer.values import storable
 class Saver:
     """Saves the checkpoints of one run, one at a time.
 
-    A save that fails (disk full, permission lost) does not end the run: it is told and counted, the checkpoint before
+    A save that fails (disk full, permission lost) does not end the run: it is said and counted, the checkpoint before
     it stays good, and the next save tries again. Only the last one must succeed.
     """
 
@@ -42,7 +43,7 @@ class Saver:
         Raises:
             DivergedError: as `train_step`.
         """
-        job, run = self._job, self._job.run
+        job, checkpoints = self._job, self._job.run.checkpoints
         started = time.perf_counter()
         job.world.progress.enter("saving")
         with training.strategy.made_equal(job.world, training):
@@ -50,21 +51,16 @@ class Saver:
             if job.world.rank == 0:
                 self._wait()
                 config = job.config.checkpoint
-                manifest = Manifest(
-                    step=training.step,
-                    samples=job.order.samples_before(training.step),
-                    world_size=job.world.size,
-                    global_batch_size=job.plan.global_batch_size,
-                    micro_batch_size=job.plan.micro_batch_size,
-                    val_loss=evaluated.get("val/loss"),
-                )
                 arguments = {
-                    "manifest": manifest,
+                    "manifest": _manifest(job, training, evaluated),
                     "weights": storable(model_weights(training.model), "the model's weights", _to_host),
                     "state": storable(state, "the state of the training", _to_host),
                     "retention": Retention(config.keep_last, config.keep_every),
+                    "parameters": parameter_names(training.model),
+                    "warn": job.log.say,
                 }
-                self._thread = threading.Thread(target=self._write, args=(run, arguments), name="hvdtrain-save")
+                write = (checkpoints, arguments)
+                self._thread = threading.Thread(target=self._write, args=write, name="hvdtrain-save")
                 self._thread.start()
         self._stall_s += time.perf_counter() - started
         self._has_saved = True
@@ -109,14 +105,27 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, run: RunDirectory, arguments: dict[str, Any]) -> None:
+    def _write(self, checkpoints: Checkpoints, arguments: dict[str, Any]) -> None:
         self._error = None
         try:
-            run.checkpoints.save(**arguments)
-        except CheckpointError as error:
-            self._error = str(error)
+            checkpoints.save(**arguments)
+        except Exception as error:  # of any type: a thread's exceptions are seen by nobody else
+            self._error = str(error) if isinstance(error, CheckpointError) else f"a save failed: {error!r}"
             self._num_failed += 1
-            self._job.log.say(f"WARNING: {error}; training goes on, the next save tries again")
+            self._job.log.say(f"WARNING: {self._error}; training goes on, the next save tries again")
+
+
+def _manifest(job: Job, training: Training, evaluated: Mapping[str, float]) -> Manifest:
+    skipped = training.component(SkippedSteps)
+    return Manifest(
+        step=training.step,
+        samples=job.order.samples_before(training.step),
+        world_size=job.world.size,
+        global_batch_size=job.plan.global_batch_size,
+        micro_batch_size=job.plan.micro_batch_size,
+        val_loss=evaluated.get("val/loss"),
+        skipped_in_a_row=skipped.in_a_row if skipped else 0,
+    )
 
 
 def _to_host(tensor: Tensor) -> Tensor:

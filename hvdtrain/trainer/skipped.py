@@ -39,6 +39,11 @@ class SkippedSteps(Component):
         self._pending: _Pending | None = None
         self._training: Training | None = None
 
+    @property
+    def in_a_row(self) -> int:
+        """Return how many steps up to the last one that is counted were skipped."""
+        return self._in_a_row
+
     def after_backward(self, training: Training, step: Step) -> None:
         """Count the step before.
 
@@ -103,8 +108,9 @@ class SkippedSteps(Component):
         notes = "".join(component.note_on_skip() for component in self._training.components)
         job.log.say(f"WARNING: step {step.number} is skipped on all ranks: {who} is not finite{notes}")
         if self._in_a_row >= job.config.health.max_skipped_steps:
+            checkpoints = job.run.checkpoints.report() if job.directory else "Nothing was saved"
             raise DivergedError(
                 f"{self._in_a_row} steps in a row were skipped, up to step {step.number}: {who} is not finite."
-                f" The checkpoints in {job.run} are good; try a lower --optim.peak-lr, a longer"
+                f" {checkpoints}. Try a lower --optim.peak-lr, a longer"
                 " --optim.warmup-steps or --train.precision fp32, and look at the data of these steps"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -12,15 +13,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.interchange import read_json
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.verbs.options import ExportOptions
 
 
 def export(options: ExportOptions) -> int:
     """Answer `export RUN_DIR`; returns the exit code."""
-    output = options.output or options.run_dir / "export"
+    output = options.output or RunDirectory(options.run_dir).export
     if output.exists() and any(output.iterdir()):
         if not options.overwrite:
             raise ConfigError(f"{output} is not empty: choose another --output, or give --overwrite")
@@ -45,17 +47,29 @@ def export(options: ExportOptions) -> int:
     return 0
 
 
+def _copy(source: Path, target: Path) -> None:
+    """Copy a regular file; what a link or a pipe leads to is not the model's.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if not stat.S_ISREG(source.lstat().st_mode):
+        raise DataError(f"{source} is no regular file: remove it, or put a copy of what it leads to in its place")
+    shutil.copy(source, target)
+
+
 def write_model(files: Path, weights: dict[str, Tensor], output: Path) -> int:
     """Write weights beside copies of `files`, all at once; returns the bytes of the weights.
 
     Raises:
+        DataError: one of `files` is no regular file.
         OSError: it cannot be written; what was there before is still there.
     """
     temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         for path in files.iterdir():
-            shutil.copy(path, temporary / path.name)
+            _copy(path, temporary / path.name)
         config = read_json(files / "config.json")
         kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
         config["dtype"] = str(max(kinds, key=lambda kind: kind.itemsize)).removeprefix("torch.")
@@ -63,6 +77,8 @@ def write_model(files: Path, weights: dict[str, Tensor], output: Path) -> int:
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         # transformers refuses a file that does not say which framework wrote it.
         safetensors.torch.save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read; all follow the user's umask.
+        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode & 0o777)
         num_bytes = (temporary / "model.safetensors").stat().st_size
         if output.exists():
             shutil.rmtree(output)

@@ -74,7 +74,7 @@ def train(
     """
     name = recipe if isinstance(recipe, str) else type(recipe).__name__.lower()
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    layers = [] if config is None else [(read_toml(Path(config)), Source(str(config)))]
+    layers = [(read_toml(Path(config)), Source(str(config)))] if config is not None else []
     chosen = apply(chosen, [*layers, (settings, Source("train()"))])
     request = Request(name, chosen, None if run_dir is None else Path(run_dir), False, allow_config_change)
     return run(request, leaves=False)
@@ -171,7 +171,10 @@ def _train(
     """Train in a directory that is locked. Collective."""
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
     is_writer = world.rank == 0
-    sinks = world.together(lambda: build_sinks(run, request.recipe.log) if is_writer else [], "sinks")
+    say = MetricLog(console, []).say
+    sinks = world.together(
+        lambda: [*build_sinks(run, request.recipe.log, say), *task.sinks] if is_writer else [], "sinks"
+    )
     log = MetricLog(console, sinks)
     job = _settle(request, task, world, run, log)
     world.together(lambda: _memory(job) if _is_large(job) and job.config.health.memory_check else None, "memory")
@@ -182,7 +185,7 @@ def _train(
         _warn_of(unwatched, log)
         environment = describe_environment(world.launch.launcher, ranks) if is_writer else {}
         started = time.monotonic()
-        metrics = fit(job, lambda: _begin(job, environment))
+        metrics = fit(job, lambda: _begin(job, run, environment))
         log.say(f"finished in {duration(time.monotonic() - started)}: {describe(metrics)}")
         _conclude(job, metrics)
         return TrainResult(metrics, run.path, job.num_steps)
@@ -222,9 +225,15 @@ def _warn_of(unwatched: list[int], log: MetricLog) -> None:
         )
 
 
-def _begin(job: Job, environment: dict[str, Any]) -> None:
-    if job.world.rank == 0:
-        job.run.begin(to_dict(job.config), environment, job.task.write_model_files)
+def _begin(job: Job, run: RunDirectory, environment: dict[str, Any]) -> None:
+    if job.world.rank != 0:
+        return
+    try:
+        run.begin(to_dict(job.config), environment, job.task.write_model_files)
+    except OSError as error:
+        if not run.config.exists():
+            raise ConfigError(f"{run} cannot be written ({error}): choose another --run-dir") from error
+        job.log.say(f"WARNING: {run} cannot be written ({error}): what it says of settings and hosts is older")
 
 
 def _conclude(job: Job, metrics: dict[str, float]) -> None:

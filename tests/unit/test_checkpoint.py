@@ -1,5 +1,6 @@
 """Checkpoints: what is written is read back, what is damaged is refused, what was there stays."""
 
+import hashlib
 import json
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from hvdtrain.errors import CheckpointError, ResumeError
 from hvdtrain.models.weights import load_model_weights, model_weights
-from hvdtrain.rundir.checkpoint import Manifest, load_checkpoint
-from hvdtrain.rundir.checkpoints import Checkpoints, Retention
+from hvdtrain.rundir.checkpoint import load_checkpoint
+from hvdtrain.rundir.checkpoints import Checkpoints
+from hvdtrain.rundir.manifest import Manifest
+from hvdtrain.rundir.retention import Retention
 
 
 def save(run_dir, step=1, weights=None, retention=None, **more):
@@ -100,17 +103,36 @@ def test_a_missing_file_is_named(tmp_path, name):
         load_checkpoint(path)
 
 
-def test_a_newer_format_is_refused(tmp_path):
-    path = save(tmp_path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+def reseal(path, **changes):
+    """Change a manifest as someone would who knows how its checksum is made."""
+    values = {**json.loads((path / "manifest.json").read_text()), **changes}
+    del values["checksum"]
+    values = {name: value for name, value in values.items() if value is not ...}
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**values, "checksum": digest}))
+
+
+def test_a_newer_format_stops_the_run(tmp_path):
+    """Falling back would throw away what a newer hvdtrain has trained."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    reseal(path, format_version=99, new_field=[1])
     with pytest.raises(CheckpointError, match="newer hvdtrain"):
         load_checkpoint(path)
+    with pytest.raises(ResumeError, match=r"\(format 99\): update this one, or choose another --run-dir"):
+        load_newest(tmp_path, print)
+
+
+def fail_with(error):
+    def fail(*arguments, **named):
+        raise error
+
+    return fail
 
 
 def test_a_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr("hvdtrain.rundir.checkpoint.torch.save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("hvdtrain.rundir.checkpoint.torch.save", fail_with(OSError("disk full")))
     with pytest.raises(CheckpointError, match="disk full"):
         save(tmp_path, 2)
     assert load_newest(tmp_path, print).manifest.step == 1
@@ -124,9 +146,9 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
             return (print, ("owned",))
 
     torch.save({"x": Evil()}, path / "state.pt")
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["sha256"]["state.pt"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    digest = hashlib.sha256((path / "state.pt").read_bytes()).hexdigest()
+    hashes = json.loads((path / "manifest.json").read_text())["sha256"]
+    reseal(path, sha256={**hashes, "state.pt": digest})
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(path)
 

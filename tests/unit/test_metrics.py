@@ -1,14 +1,18 @@
 """What a person and a program read."""
 
+import contextlib
 import io
 import json
+import logging
+import os
+import resource
 import sys
 
 import pytest
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.rundir.log import MetricLog
+from hvdtrain.rundir.log import MetricLog, close_rank_log, open_rank_log
 from hvdtrain.rundir.sinks import Console, JsonLines, TensorBoard, describe
 from hvdtrain.settings.units import duration
 from hvdtrain.trainer.stopwatch import Stopwatch
@@ -115,3 +119,117 @@ def test_tensorboard_missing_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
         TensorBoard(RunDirectory(tmp_path))
+
+
+@pytest.mark.parametrize("bad", ["\0" * 100, "[]", '"text"', "{", '{"train/loss": 1}', '{"step": "5"}', "[" * 100_000])
+def test_a_bad_line_does_not_stop_a_resume(tmp_path, bad):
+    (tmp_path / "metrics.jsonl").write_bytes(f'{{"step": 5}}\n{bad}\n{{"step": 6}}\n'.encode() + b"\xff\xfe\n")
+    said = []
+    sink = JsonLines(RunDirectory(tmp_path), said.append)
+    sink.begin(10, 40)
+    sink.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [5, 6]
+    assert "2 damaged lines" in said[0]
+
+
+@contextlib.contextmanager
+def full_disk(num_bytes):
+    """No file grows above `num_bytes`: the system's answer differs from a full disk's in its name only."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def steps_in(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_on_a_full_disk_metrics_wait_and_none_is_lost(tmp_path, caplog):
+    caplog.set_level("INFO", "hvdtrain")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(20)))
+    log = MetricLog(None, [JsonLines(RunDirectory(tmp_path))])
+    with full_disk(100):
+        log.begin(9, 40)
+        log.write(10, {"train/loss": 1.0})
+        log.write(11, {"train/loss": 1.0})
+    assert steps_in(path) == [*range(20)]  # what was there is whole
+    log.write(12, {"train/loss": 1.0})
+    assert steps_in(path) == [*range(13)]
+    with full_disk(path.stat().st_size + 10):  # ends in the middle of a line
+        log.write(13, {"train/loss": 1.0})
+        log.write(14, {"train/loss": 1.0})
+    log.close()
+    assert steps_in(path) == [*range(15)]
+    said = [record.message for record in caplog.records]
+    assert sum("metrics cannot be written by JsonLines (File too large)" in text for text in said) == 2
+    assert sum("written by JsonLines again" in text for text in said) == 2
+
+
+def test_on_a_full_disk_the_log_of_a_rank_waits(tmp_path, capsys):
+    path = tmp_path / "logs" / "rank-000.log"
+    handler = open_rank_log(path)
+    try:
+        with full_disk(3):
+            for number in range(3):
+                logging.getLogger("hvdtrain").info("line %d", number)
+        logging.getLogger("hvdtrain").info("line 3")
+    finally:
+        close_rank_log(handler)
+    assert [line[-6:] for line in path.read_text().splitlines()] == [f"line {number}" for number in range(4)]
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_a_closed_output_ends_nothing(tmp_path, caplog):
+    """`... | head`: the reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        log = MetricLog(Console(is_terminal=False, stream=stream), [])
+        log.begin(0, 10)
+        for step in range(10):
+            log.say(f"line {step}")
+            log.write(step, {"val/loss": 1.0})
+        log.close()
+    assert sum("standard output is closed" in record.message for record in caplog.records) == 1
+
+
+def test_a_terminal_that_is_gone_ends_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        log = MetricLog(Console(is_terminal=True, stream=stream), [])
+        log.begin(0, 10)
+        for step in range(10):
+            log.write(step, {"train/loss": 1.0})
+        log.say("x")
+        log.close()
+
+
+def test_a_stream_that_was_closed_ends_nothing():
+    stream = io.StringIO()
+    stream.close()
+    log = MetricLog(Console(is_terminal=False, stream=stream), [])
+    log.begin(0, 10)
+    log.say("x")
+    log.write(1, {"val/loss": 1.0})
+    log.close()
+
+
+def test_output_to_a_full_disk_waits(tmp_path):
+    with (tmp_path / "out").open("w") as stream:
+        console = Console(is_terminal=False, stream=stream)
+        with full_disk(10):
+            for step in range(5):
+                console.say(f"line {step}")
+        console.say("line 5")
+        console.close()
+    assert (tmp_path / "out").read_text() == "".join(f"line {step}\n" for step in range(6))
+
+
+def test_a_refused_run_writes_no_metrics(tmp_path):
+    MetricLog(None, [JsonLines(RunDirectory(tmp_path))]).close()
+    assert [*tmp_path.iterdir()] == []

@@ -1,6 +1,5 @@
 """The plan's models against problems whose answer is known."""
 
-import dataclasses
 import json
 import math
 import random
@@ -10,7 +9,7 @@ import torch
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
-from hvdtrain.rundir.checkpoint import Manifest
+from hvdtrain.rundir.manifest import Manifest, encode_manifest
 from hvdtrain.verbs.plan.all_reduce import groups_of
 from hvdtrain.verbs.plan.answer import answer, worker_counts
 from hvdtrain.verbs.plan.facts import Facts, compute_on
@@ -125,18 +124,19 @@ def test_the_noise_scale_of_a_training_sums_up_that_of_its_windows():
 def test_the_noise_scale_that_a_run_has_logged(tmp_path):
     step = tmp_path / "checkpoints" / "step-00000030"
     step.mkdir(parents=True)
-    manifest = Manifest(step=30, samples=960, world_size=2, sha256={}, global_batch_size=32, micro_batch_size=16)
-    (step / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    hashes = {"model.safetensors": "0" * 64, "state.pt": "0" * 64}
+    manifest = Manifest(step=30, samples=960, world_size=2, sha256=hashes, global_batch_size=32, micro_batch_size=16)
+    (step / "manifest.json").write_text(encode_manifest(manifest))
     lines = [{"step": 10, "train/noise_scale": 4.0}, {"step": 20, "val/loss": 1.0}, {"step": 30}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ConfigError, match="nowhere"):
         noise_of_run(tmp_path / "nowhere")
     lines[2]["train/noise_scale"] = None  # infinite: no gradient was left
-    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert noise_of_run(tmp_path).samples == noise_of_training([(10, 4.0), (20, math.inf)], 32).samples
     assert find_noise(tmp_path) == noise_of_run(tmp_path)
     assert find_noise(tmp_path / "plan.json") is None
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]) + "\n")
     with pytest.raises(ConfigError, match=r"train it with --health\.noise-scale"):
         noise_of_run(tmp_path)
 

@@ -1,14 +1,19 @@
 """`hvdtrain.train`: the entry for programs and notebooks."""
 
+import dataclasses
+import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 import hvdtrain
+from hvdtrain.rundir import checkpoint as one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +24,14 @@ class Line(hvdtrain.Recipe):
     """Raise in the middle."""
     stops: bool = False
     """Ask for a stop in the middle."""
+    breaks_at: int = 1_000
+    """Steps up to the first whose loss is not finite."""
 
     def build(self, say):
         x = torch.linspace(-1, 1, 20).unsqueeze(1)
         torch.manual_seed(self.train.seed)
         model = torch.nn.Linear(1, 1)
-        batches = iter(range(100))
+        batches = itertools.count()
 
         def loss_sums(model, batch):
             count = next(batches)
@@ -32,7 +39,8 @@ class Line(hvdtrain.Recipe):
                 raise ValueError("bad luck")
             if self.stops and count == 3:
                 signal.raise_signal(signal.SIGTERM)
-            return {"loss": (model(batch[0]) - batch[1]).square().sum()}
+            loss = (model(batch[0]) - batch[1]).square().sum()
+            return {"loss": loss * float("nan") if model.training and count > self.breaks_at else loss}
 
         data = hvdtrain.TensorSamples(x, 3 * x)
         return hvdtrain.Task(model=model, train_data=data, val_data=data, loss_sums=loss_sums)
@@ -106,3 +114,82 @@ def test_a_users_exception_reaches_the_program(tmp_path):
     with pytest.raises(ValueError, match="bad luck"):
         hvdtrain.train(RECIPE, run_dir=tmp_path / "run", fails=True)
     assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run").step == 8
+
+
+def breaking_saves(monkeypatch, *broken):
+    """Let some saves, counted from 1, fail as no file system would."""
+    save, count = one.safetensors.torch.save_file, itertools.count(1)
+
+    def save_file(*arguments):
+        if next(count) in broken:
+            raise KeyError("odd")
+        return save(*arguments)
+
+    monkeypatch.setattr(one.safetensors.torch, "save_file", save_file)
+
+
+def test_a_run_whose_last_save_failed_has_failed(tmp_path, monkeypatch):
+    breaking_saves(monkeypatch, 2, 3)  # at the end there are two: before and after the evaluation
+    with pytest.raises(hvdtrain.CheckpointError, match="KeyError: 'odd'"):
+        hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4})
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
+    assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4}).step == 8
+
+
+def test_a_save_that_failed_is_forgiven_when_a_later_one_succeeds(tmp_path, monkeypatch, capsys):
+    breaking_saves(monkeypatch, 1)
+    assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4}).step == 8
+    assert capsys.readouterr().out.count("could not be written (KeyError: 'odd')") == 1
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        *("best", "latest", "step-00000008")
+    ]
+
+
+def test_losses_that_are_not_finite_name_the_good_checkpoints(tmp_path):
+    bad = dataclasses.replace(RECIPE, breaks_at=5)
+    settings = {"checkpoint": {"every": 2, "keep_last": 1}, "health": {"max_skipped_steps": 10}, "train": {"steps": 20}}
+    with pytest.raises(hvdtrain.DivergedError, match=r"Good checkpoints in \S+checkpoints: of step 4; those of step"):
+        hvdtrain.train(bad, run_dir=tmp_path / "run", **settings)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000012"]
+
+
+SHORT = """
+import runpy, sys, hvdtrain
+recipe = runpy.run_path(sys.argv[1])["RECIPE"]
+hvdtrain.train(recipe, run_dir=sys.argv[2], train={"steps": 300}, log={"every": 1})
+sys.stderr.write("done")
+"""
+
+
+def test_a_closed_output_ends_no_run(tmp_path):
+    """`python mine.py | head -1`, from the first line on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", SHORT, __file__, tmp_path / "run"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr[-4:]) == (0, "done"), done.stderr
+    assert "finished in" in (tmp_path / "run" / "logs" / "rank-000.log").read_text()
+
+
+def test_own_sinks_are_given_the_metrics(tmp_path):
+    class Kept:
+        lines = []  # noqa: RUF012
+
+        def begin(self, step, num_steps):
+            self.lines.append((step, num_steps))
+
+        def write(self, step, metrics, event):
+            self.lines.append((step, event))
+
+        def close(self):
+            self.lines.append("closed")
+
+    @dataclass(frozen=True, kw_only=True)
+    class WithSink(Line):
+        def build(self, say):
+            return dataclasses.replace(super().build(say), sinks=(Kept(),))
+
+    hvdtrain.train(WithSink(train=RECIPE.train), run_dir=tmp_path / "run")
+    assert Kept.lines == [(0, 8), (8, None), (8, "finished"), "closed"]

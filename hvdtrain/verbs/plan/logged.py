@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale, noise_of_training
 from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.rundir.metrics import read_metrics
 
 
 def noise_of_run(run_dir: Path) -> NoiseScale:
@@ -20,12 +20,10 @@ def noise_of_run(run_dir: Path) -> NoiseScale:
     run = RunDirectory(run_dir)
     file, manifest = run.metrics, run.checkpoints.newest_manifest()
     try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines, _ = read_metrics(file)
     except OSError as error:
         raise ConfigError(f"--noise-from {run_dir}: {file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"--noise-from {run_dir}: {file} was not written by a training run ({error})") from error
-    logged = [line for line in lines if "train/noise_scale" in line]
+    logged = [line for line in lines if isinstance(line.get("train/noise_scale", ""), float | int | None)]
     if not logged or manifest is None or manifest.global_batch_size is None:
         raise ConfigError(
             f"--noise-from {run_dir} has no noise scale: train it with --health.noise-scale, on two ranks or more"
