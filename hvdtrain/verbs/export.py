@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.interchange import read_json
 from hvdtrain.rundir.trained import open_trained
+from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.options import ExportOptions
 
 
