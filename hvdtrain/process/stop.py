@@ -72,8 +72,10 @@ class StopRequest:
 class StoppedEarly(SystemExit):
     """A signal came while there was nothing to save. No `Exception`, so that no library takes it for its own."""
 
+    exit_code = StopRequested.exit_code
+
     def __init__(self, name: str) -> None:
-        super().__init__(StopRequested.exit_code)
+        super().__init__(self.exit_code)
         self.reason = f"stopped by {name}: nothing is lost, the same command begins where it would have begun"
 
 
