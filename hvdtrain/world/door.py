@@ -40,7 +40,7 @@ class _Visitor:
     received: bytes = b""
 
 
-@dataclass
+@dataclass(eq=False)
 class Door:
     """Listens at some addresses; `arrivals` must be called whenever it is readable, and every second or so.
 
