@@ -30,7 +30,7 @@ import machine  # noqa: E402
 import torch  # noqa: E402
 
 from hvdtrain.errors import HvdtrainError  # noqa: E402
-from hvdtrain.process.supervise import MARK, is_rank  # noqa: E402
+from hvdtrain.process.marked import MARK, training_among  # noqa: E402
 from hvdtrain.rundir.checkpoint import load_checkpoint  # noqa: E402
 
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
@@ -115,7 +115,7 @@ class Campaign:
             folder = self.run_dir / "checkpoints"
             wait_for(lambda: list(folder.glob(".writing*")), "a save", poll_s=0)
         pids = family(supervisor) or pids
-        ranks = [pid for pid in pids if is_rank(pid) and b"\0hvdtrain\0" in read(pid, "cmdline")]
+        ranks = training_among(list(pids))
         launchers = [pid for pid in pids if pid not in ranks and stat_parent(pid) == supervisor]
         is_launcher = bool(launchers) and (not ranks or self.chance.random() < 0.25)
         victim = launchers[0] if is_launcher else self.chance.choice(ranks or pids)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, prepare_process
+from hvdtrain.process.stop import StoppedEarly, end_on_signals
 from hvdtrain.settings import nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
 from hvdtrain.settings.help import help_of
@@ -130,6 +131,7 @@ class Invocation:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 finished, 2 wrong usage, 75 stopped on request."""
+    is_process = arguments is None  # of its own, not a call from a program
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--version"]:
         sys.stdout.write(f"hvdtrain {__version__}\n")
@@ -138,7 +140,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hvdtrain.install.__main__ import main as set_up
 
         return set_up(arguments[1:])
+    if is_process:
+        end_on_signals()
     launch = prepare_process()
+    try:
+        return _run(arguments, launch)
+    except StoppedEarly as stop:
+        if launch.rank == 0:
+            sys.stderr.write(f"hvdtrain: {stop.reason}\n")
+        return stop.exit_code
+
+
+def _run(arguments: list[str], launch: Launch) -> int:
     try:
         with _silent_unless(launch.rank == 0):
             invocation = parse(arguments)

@@ -9,7 +9,6 @@ Parameters have the same names, shapes and meaning in both, so that weights pass
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,18 @@ from torch import Tensor
 from hvdtrain.errors import DataError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.settings.untrusted import file_in, read_json
 
+# What a config.json may say at most: more than any model has, and less than what fills memory by a slip of the pen.
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": 1 << 30,
+}
 # What transformers' Llama can do and the native decoder cannot, and the values that mean "no".
 _UNSUPPORTED = {"attention_bias": (False, None), "mlp_bias": (False, None), "hidden_act": ("silu",)}
 
@@ -88,32 +98,82 @@ def read_shape(folder: Path) -> Shape:
         )
     problems = [f"{k} = {values[k]}" for k, allowed in _UNSUPPORTED.items() if k in values and values[k] not in allowed]
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise DataError(f"{folder / 'config.json'}: rope_parameters is no object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         problems.append(f"rotary positions of type {kind}")
-    heads, hidden = int(values["num_attention_heads"]), int(values["hidden_size"])
+    heads, hidden = _whole(values, "num_attention_heads", folder), _whole(values, "hidden_size", folder)
     if values.get("head_dim") not in (None, hidden // heads):
         problems.append(f"head_dim = {values['head_dim']}, which is not hidden_size / num_attention_heads")
     if problems:
         raise DataError(f"the native decoder cannot be the model in {folder}: {'; '.join(problems)}")
     config = DecoderConfig(
-        num_layers=int(values["num_hidden_layers"]),
+        num_layers=_whole(values, "num_hidden_layers", folder),
         hidden_size=hidden,
         num_heads=heads,
-        num_kv_heads=int(values.get("num_key_value_heads") or heads),
-        intermediate_size=int(values["intermediate_size"]),
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        num_kv_heads=_whole({"num_key_value_heads": heads, **_without_none(values)}, "num_key_value_heads", folder),
+        intermediate_size=_whole(values, "intermediate_size", folder),
+        rope_theta=_real({**values, **_without_none(rope)}, "rope_theta", 10000.0, folder),
+        norm_eps=_real(values, "rms_norm_eps", 1e-6, folder),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     )
+    vocab_size = _whole(values, "vocab_size", folder)
     end = values.get("eos_token_id")
-    return Shape(
+    shape = Shape(
         config,
-        int(values["vocab_size"]),
-        int(values.get("max_position_embeddings", 2048)),
-        values.get("bos_token_id"),
-        end[0] if isinstance(end, list) else end,
+        vocab_size,
+        _whole({"max_position_embeddings": 2048, **values}, "max_position_embeddings", folder),
+        _token(values.get("bos_token_id"), vocab_size),
+        _token(end[0] if isinstance(end, list) and end else end, vocab_size),
     )
+    files = list(folder.glob("*.safetensors"))
+    if files:
+        check_size(shape, sum(file.stat().st_size for file in files), folder)
+    return shape
+
+
+def check_size(shape: Shape, held: int, folder: Path) -> None:
+    """Raise DataError where a config.json describes more parameters than there are weights, before memory is taken.
+
+    Args:
+        shape: what the config.json says.
+        held: numbers, or bytes, that the weights hold.
+        folder: where it lies, for the message.
+    """
+    config = shape.config
+    attention = config.hidden_size * (config.num_heads + config.kv_heads) * 2 * config.head_size
+    layer = attention + 3 * config.hidden_size * config.feed_forward_size
+    needed = config.num_layers * layer + shape.vocab_size * config.hidden_size
+    if needed > held:
+        raise DataError(
+            f"{folder / 'config.json'} describes a model of {needed:,} parameters, and its weights hold no more than"
+            f" {held:,}: they do not belong together"
+        )
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _whole(values: dict[str, Any], name: str, folder: Path) -> int:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST[name]:
+        raise DataError(f"{folder / 'config.json'}: {name} = {str(value)[:80]}; it must be 1 to {_LARGEST[name]:,}")
+    return value
+
+
+def _real(values: dict[str, Any], name: str, default: float, folder: Path) -> float:
+    value = values.get(name) or default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+        raise DataError(f"{folder / 'config.json'}: {name} = {str(value)[:80]}; it must be a number above 0")
+    return float(value)
+
+
+def _token(value: object, vocab_size: int) -> int | None:
+    """Return a token's number, None for what is none."""
+    is_token = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
+    return value if is_token and isinstance(value, int) else None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -123,30 +183,26 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         DataError: they are not there, or damaged.
     """
     index = folder / "model.safetensors.index.json"
-    names = _listed_files(index) if index.exists() else ["model.safetensors"]
+    files = indexed_files(folder) if index.exists() else [file_in(folder, "model.safetensors")]
     weights: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise DataError(f"the weights {folder / name} cannot be read: there is no such file")
+    for file in files:
         try:
-            weights.update(safetensors.torch.load_file(folder / name))
+            weights.update(safetensors.torch.load_file(file))
         except (OSError, SafetensorError) as error:
-            raise DataError(f"the weights {folder / name} cannot be read: {error}") from error
+            raise DataError(f"the weights {file} cannot be read: {error}") from error
     return weights
 
 
-def _listed_files(index: Path) -> list[str]:
-    """Return the files that an index names. They lie beside it: it may come from a stranger.
+def indexed_files(folder: Path) -> list[Path]:
+    """Return the files that the folder's `model.safetensors.index.json` names.
 
     Raises:
-        DataError: it is no index, or names something elsewhere.
+        DataError: it is no index, or names what is not a file beside it.
     """
-    named = read_json(index).get("weight_map")
-    names: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
-    wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\0" in name]
-    if wrong:
-        raise DataError(f"{index} names {wrong[0]!r}, which is no file beside it")
-    return sorted(set(names))
+    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise DataError(f"{folder / 'model.safetensors.index.json'} has no 'weight_map' of file names")
+    return [file_in(folder, name) for name in sorted(set(index.values()))]
 
 
 def load_decoder(model: Decoder, folder: Path) -> None:
@@ -166,20 +222,3 @@ def load_decoder(model: Decoder, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        DataError: it is not there, or something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} holds no JSON object")
-    return values

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
-Phase = Literal["start", "data", "forward", "backward", "update", "communication", "evaluation", "saving", "end"]
+Phase = Literal[
+    "start", "resume", "data", "forward", "backward", "update", "communication", "evaluation", "saving", "end"
+]
 
 
 class Place(NamedTuple):
     """Where a rank is."""
 
     step: int | None
-    """Optimizer steps completed; None before and after training, when nothing is expected to happen soon."""
+    """Optimizer steps completed; None before and after training."""
     phase: Phase
     age_s: float
     """Seconds since it got there."""
@@ -31,12 +33,17 @@ class Progress:
         self._place: tuple[int | None, Phase, float] = (None, "start", time.monotonic())
 
     def enter(self, phase: Phase) -> None:
-        """Note that this rank gets on: also with the same phase again."""
+        """Note that this rank makes progress: also with the same phase again."""
         self._place = (self._place[0], phase, time.monotonic())
 
     def begin_step(self, step: int) -> None:
         """Note that `step` optimizer steps are completed and the next one begins."""
         self._place = (step, "data", time.monotonic())
+
+    def stay(self) -> None:
+        """Note that this rank makes progress where it is."""
+        step, phase, _ = self._place
+        self._place = (step, phase, time.monotonic())
 
     def leave(self) -> None:
         """Note that training is over."""

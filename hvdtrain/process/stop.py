@@ -1,19 +1,28 @@
-"""Requests to stop: signals, and a budget of wall-clock time. Standard library only.
+"""Requests to stop: signals, a budget of wall-clock time, a launcher that is gone. Standard library only.
 
 Each rank notes its own requests here; the training loop makes all ranks agree on one step before any of them stops.
+Before training there is nothing to save: then a signal ends the process at once, with the exit code that says "start
+me again".
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from hvdtrain.errors import StopRequested
+from hvdtrain.process.ancestors import find_launcher, seconds_since_launch
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_FOR_INTERRUPT = 3.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class StopRequest:
@@ -23,15 +32,15 @@ class StopRequest:
     ends the process if the interrupt does not.
 
     Args:
-        max_time_s: request a stop after so many seconds; None: never.
+        max_time_s: request a stop so many seconds after the launcher was started; None: never.
     """
 
     def __init__(self, max_time_s: float | None) -> None:
-        self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        self._max_time_s = max_time_s
+        self._deadline: float | None = None
+        self._launcher = _Launcher()
         self._signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-        self._pipe = (-1, -1)
-        self._wakeup_before = -1
+        self._signals = _Signals(self._note, _end_at_second_sigint)
 
     @property
     def reason(self) -> str | None:
@@ -40,28 +49,100 @@ class StopRequest:
             return self._signal.name
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return "--train.max-time is used up"
-        return None
+        return "the launcher is gone" if self._launcher.is_gone() else None
 
     def __enter__(self) -> StopRequest:
-        self._pipe = os.pipe()
-        os.set_blocking(self._pipe[1], False)
-        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-        threading.Thread(target=_end_at_second_sigint, args=(self._pipe[0],), name="hvdtrain-stop", daemon=True).start()
+        if self._max_time_s is not None:
+            # What came before the first step, such as preparing data, is part of what a scheduler gives.
+            self._deadline = time.monotonic() + self._max_time_s - seconds_since_launch()
+        self._signals.take()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._pipe[1])  # the thread reads the end of it, and ends
+        self._signals.give_back()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = self._signal or signal.Signals(number)
+
+
+class StoppedEarly(SystemExit):
+    """A signal came while there was nothing to save. No `Exception`, so that no library takes it for its own."""
+
+    exit_code = StopRequested.exit_code
+
+    def __init__(self, name: str) -> None:
+        super().__init__(self.exit_code)
+        self.reason = f"stopped by {name}: nothing is lost, the same command begins where it would have begun"
+
+
+def end_on_signals() -> None:
+    """Raise `StoppedEarly` in the main thread where a signal comes before training, or where a verb does not train.
+
+    If that thread is in a call that Python cannot interrupt, the process ends a few seconds later all the same.
+    """
+    _Signals(_raise_early, _end_after_early).take()
+
+
+@contextlib.contextmanager
+def leaving_by(leave: Callable[[str, int], NoReturn]) -> Iterator[None]:
+    """Let a process that a signal must end from outside its main thread leave by `leave(reason, exit code)`."""
+    before, _Leave.by = _Leave.by, leave
+    try:
+        yield
+    finally:
+        _Leave.by = before
+
+
+class _Launcher:
+    """Looks for this process's launcher, about once a second."""
+
+    def __init__(self) -> None:
+        self._found = find_launcher()
+        self._looked = time.monotonic()
+        self._is_gone = False
+
+    def is_gone(self) -> bool:
+        """Return whether there was a launcher and it has ended."""
+        now = time.monotonic()
+        if self._found is not None and now - self._looked > _SECONDS_BETWEEN_LOOKS:
+            self._looked, self._is_gone = now, not self._found.is_alive()
+        return self._is_gone
+
+
+class _Signals:
+    """The handlers of all signals that ask to stop, and a thread that reads the signals from a pipe as well.
+
+    Args:
+        note: the handler, in the main thread.
+        watch: reads the numbers from this file descriptor in the thread, to its end.
+    """
+
+    def __init__(self, note: Callable[[int, FrameType | None], None], watch: Callable[[int], None]) -> None:
+        self._note = note
+        self._watch = watch
+        self._before: dict[signal.Signals, Any] = {}
+        self._write_end = -1
+        self._wakeup_before = -1
+
+    def take(self) -> None:
+        """Handle signals from now on. One that nohup or a shell ignores on purpose stays ignored."""
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else []
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS if number not in ignored}
+        threading.Thread(target=self._watch, args=(read_end,), name="hvdtrain-stop", daemon=True).start()
+
+    def give_back(self) -> None:
+        """Leave signals to the handlers that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._write_end)  # the thread reads the end of it, and ends
 
 
 def _end_at_second_sigint(pipe: int) -> None:
@@ -73,3 +154,32 @@ def _end_at_second_sigint(pipe: int) -> None:
             time.sleep(_SECONDS_FOR_INTERRUPT)
             os._exit(1)
     os.close(pipe)
+
+
+def _raise_early(number: int, frame: FrameType | None) -> None:
+    for other in SIGNALS:  # one is enough: what ends the process is not to be interrupted
+        signal.signal(other, signal.SIG_IGN)
+    raise StoppedEarly(signal.Signals(number).name)
+
+
+def _end_after_early(pipe: int) -> None:
+    """End the process where the main thread has not been interrupted by a signal after some seconds."""
+    while numbers := os.read(pipe, 64):
+        stops = [number for number in numbers if number in SIGNALS]
+        if stops:
+            time.sleep(_SECONDS_FOR_INTERRUPT)
+            early = StoppedEarly(signal.Signals(stops[0]).name)
+            _Leave.by(f"hvdtrain: {early.reason}", StopRequested.exit_code)
+    os.close(pipe)
+
+
+def _leave_alone(reason: str, exit_code: int) -> NoReturn:
+    try:
+        sys.stderr.write(f"{reason}\n")
+        sys.stderr.flush()
+    finally:
+        os._exit(exit_code)
+
+
+class _Leave:
+    by: Callable[[str, int], NoReturn] = staticmethod(_leave_alone)

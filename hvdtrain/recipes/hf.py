@@ -24,16 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.data.config import CorpusConfig, cache_dir
-from hvdtrain.data.text.chat import DocumentReader
+from hvdtrain.data.text.chat import DocumentReader, check_template
 from hvdtrain.data.text.packed import PackedDocuments, same_document, write_packed
 from hvdtrain.data.text.splits import find_splits
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.models.interchange import indexed_files
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.recipes.choices import LanguageEvalConfig, choice_evaluation
 from hvdtrain.settings import CheckpointConfig, ModelConfig, TrainConfig, setting
+from hvdtrain.settings.untrusted import read_json
 from hvdtrain.trainer import Evaluation, Recipe, Task
 
 _LOSS_BYTES = 2**28
@@ -52,6 +54,8 @@ class TransformersConfig(ModelConfig):
     """config.json of a model to train from scratch; its tokenizer is beside it, or --data.tokenizer."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """How transformers computes attention."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model or its tokenizer. Read it first: it may do whatever you may do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,24 +123,29 @@ class Transformers(Recipe):
 
     def _tokenizer(self, library: Any) -> Any:
         assert self.model.path is not None or self.model.config is not None
-        place = self.data.tokenizer or self.model.path or str(Path(self.model.config or "").parent)
+        source = self.data.tokenizer or self.model.path or str(Path(self.model.config or "").parent)
+        _check_files(source)
         try:
-            return library.AutoTokenizer.from_pretrained(place)
+            tokenizer = library.AutoTokenizer.from_pretrained(source, trust_remote_code=self.model.trust_remote_code)
         except _LOADING_ERRORS as error:
-            raise DataError(f"no tokenizer comes from {place} ({_first_line(error)}): give --data.tokenizer") from error
+            raise DataError(f"no tokenizer comes from {source} ({_why(error)}): give --data.tokenizer") from error
+        check_template(tokenizer.chat_template, source)
+        return tokenizer
 
     def _model(self, library: Any, tokenizer: Any) -> nn.Module:
-        how = {"attn_implementation": self.model.attention}
+        how = {"attn_implementation": self.model.attention, "trust_remote_code": self.model.trust_remote_code}
         try:
             if self.model.path is not None:
+                _check_files(self.model.path)
                 model = library.AutoModelForCausalLM.from_pretrained(self.model.path, dtype=torch.float32, **how)
             else:
-                config = library.AutoConfig.from_pretrained(self.model.config)
+                trust = {"trust_remote_code": self.model.trust_remote_code}
+                config = library.AutoConfig.from_pretrained(self.model.config, **trust)
                 torch.manual_seed(self.train.seed)
                 model = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
         except _LOADING_ERRORS as error:
-            place = self.model.path or self.model.config
-            raise DataError(f"no model comes from {place} ({_first_line(error)})") from error
+            source = self.model.path or str(self.model.config)
+            raise DataError(f"no model comes from {source} ({_why(error)})") from error
         model.config.use_cache = False
         if len(tokenizer) > model.config.vocab_size:
             raise DataError(
@@ -222,6 +231,30 @@ def _import_transformers() -> Any:
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
     return library
+
+
+def _check_files(source: str) -> None:
+    """Raise DataError where a directory's files are not what they should be; a name on the hub is left to its library.
+
+    transformers opens whatever an index names, wherever that lies, and waits for ever at a pipe.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if (folder / "model.safetensors.index.json").exists():
+        indexed_files(folder)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            read_json(folder / name)
+    for path in folder.iterdir():
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"{path} is a pipe, a device or a link to nothing: take it out of the model's directory")
+
+
+def _why(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own: read it, and run it with --model.trust-remote-code"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

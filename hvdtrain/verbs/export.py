@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.models.interchange import read_json
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.trained import open_trained
+from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.options import ExportOptions
 
 

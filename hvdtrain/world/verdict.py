@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from hvdtrain.process.progress import Place
 
-# Writing a large checkpoint takes longer than anything else that a healthy rank does without a sign of progress.
-_PATIENCE = {"saving": 6.0}
+# What a healthy rank may do for longer than a step without a sign of progress: write or read a large checkpoint, and
+# wait for files or the network before the first step and after the last one. Work there counts as progress, see
+# `process/busy.py`.
+_PATIENCE = {"saving": 6.0, "resume": 6.0, "start": 3.0, "end": 3.0}
 _MOST_SHOWN = 8
 
 
@@ -46,7 +48,7 @@ def judge(others: Sequence[Report], here: Report | None, limit_s: float) -> str 
 
 
 def _is_stuck(place: Place, limit_s: float) -> bool:
-    return place.step is not None and place.age_s > limit_s * _PATIENCE.get(place.phase, 1.0)
+    return place.age_s > limit_s * _PATIENCE.get(place.phase, 1.0)
 
 
 def _describe_stall(everyone: Sequence[Report], limit_s: float) -> str:
@@ -56,6 +58,6 @@ def _describe_stall(everyone: Sequence[Report], limit_s: float) -> str:
     more = f"; and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
     waiting = "; the others wait" if 0 < len(stuck) < len(everyone) else ""
     return (
-        f"no rank has got on for {limit_s:.0f} s (--health.stall-limit):"
+        f"no rank has made progress for {limit_s:.0f} s (--health.stall-limit):"
         f" {'; '.join(shown[:_MOST_SHOWN])}{more}{waiting}. The stacks are in RUN_DIR/logs"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.stop import StoppedEarly, leaving_by
 from hvdtrain.settings import Config, to_dict
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.start import init
@@ -45,9 +47,10 @@ def watched(
     heartbeat = Heartbeat(world, config.health.stall_limit_s)
     unwatched = heartbeat.start()
     try:
-        _check_same_settings(config, world)
-        result = work(world, heartbeat, unwatched)
-    except (Exception, KeyboardInterrupt) as error:
+        with leaving_by(heartbeat.fail):
+            _check_same_settings(config, world)
+            result = work(world, heartbeat, unwatched)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if leaves or world.launch.is_parallel:
             _end_job_if_alone(error, world, heartbeat)
         if leaves and isinstance(error, HvdtrainError):
@@ -66,6 +69,12 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
     if isinstance(error, HvdtrainError):
         if not error.is_on_all_ranks:
             heartbeat.fail(f"hvdtrain: {where}: {error}", error.exit_code)
+    elif isinstance(error, StoppedEarly):
+        heartbeat.fail(f"hvdtrain: {where}: {error.reason}", StoppedEarly.exit_code)
+    elif isinstance(error, SystemExit):
+        # A recipe or a library has left by itself: nothing has finished, whatever its code says.
+        stack = "".join(traceback.format_exception(error))
+        heartbeat.fail(f"hvdtrain: {where} was left by sys.exit({error.code!r}) at {world.progress.read()}\n{stack}")
     elif isinstance(error, KeyboardInterrupt):
         heartbeat.fail(f"hvdtrain: interrupted at once, at {world.progress.read()}")
     elif isinstance(error, Exception):
@@ -78,8 +87,9 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
 def _print_once(error: HvdtrainError, world: World) -> None:
     """Print an error on rank 0; a launcher ends the job as soon as any rank leaves, so the others wait. Collective."""
     if world.rank == 0:
-        sys.stderr.write(f"hvdtrain: {error}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # a launcher that is gone reads nothing
+            sys.stderr.write(f"hvdtrain: {error}\n")
+            sys.stderr.flush()
     world.barrier("farewell")
 
 

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.alone
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 SUPERVISE = [sys.executable, "-m", "hvdtrain.process.supervise"]
 
+pytestmark = pytest.mark.alone
+
 # Ends with the next of the given exit codes at each start; a checkpoint appears where the code is followed by "+".
 STAND_IN = """
 import os, pathlib, sys
@@ -102,3 +104,54 @@ def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
     assert "on request (SIGTERM, rank" in out
     assert out.count("hvdtrain 0.") == 1  # not started again
     assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+
+
+def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\ntouch asked\nsleep 3\n")
+    ssh.chmod(0o755)
+    command = ["sh", "-c", "touch started; sleep 60", "-H", "elsewhere:1", "--run-dir", "run"]
+    process = start(*SUPERVISE, "--ssh", ssh, "--", *command)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "asked").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, out
+    assert "stopped on request while hosts were asked" in out
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_signal_before_there_are_ranks_is_passed_on_later(start, tmp_path):
+    """The launcher ignores it; the rank that it starts afterwards is asked."""
+    rank = "import signal, time; signal.signal(15, lambda *_: exit(75)); open('up', 'w'); time.sleep(60)"
+    (tmp_path / "hvdtrain.py").write_text(rank)
+    launcher = f"trap '' USR1; touch begun; sleep 4; PYTHONPATH=. {sys.executable} -m hvdtrain"
+    process = start(*SUPERVISE, "--", "sh", "-c", launcher, "--run-dir", "run")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, out
+
+
+def test_a_launcher_that_outlives_its_ranks_is_ended(run, tmp_path):
+    launcher = f"OMPI_COMM_WORLD_RANK=0 {sys.executable} -c 'import time; time.sleep(3)'; exec sleep 1000"
+    started = time.monotonic()
+    command = ["sh", "-c", launcher, "--run-dir", "run"]
+    done = run(*SUPERVISE, "--patience", "3", "--max-restarts", "0", "--", *command)
+    assert done.code == 1, done.text
+    assert "have been gone for 3 s and the launcher is still there" in done.err
+    assert time.monotonic() - started < 60
+
+
+def test_odd_bytes_in_latest_end_nothing(run, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest").write_bytes(b"\xff\xfe\0")
+    done = run(*SUPERVISE, "--pause", "0.01", "--max-restarts", "1", "--", "false", "--run-dir", "run")
+    assert done.code == 1
+    assert "giving up" in done.err
+    assert "Traceback" not in done.err

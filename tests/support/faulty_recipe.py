@@ -1,13 +1,14 @@
 """A small network with dropout that trains until something goes wrong: `FAULT` says what, where and when.
 
 FAULT is JSON: {"kind": ..., "rank": 1, "phase": "data", "step": 5, "until": 5}; `step` counts the steps that
-this process has begun, from 1. Phases: data, forward, backward, evaluation.
+this process has begun, from 1. Phases: build (step 0), data, forward, backward, evaluation, end (after the last step).
 """
 
 import json
 import os
 import resource
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,29 @@ from hvdtrain.process.launch import detect_launch
 
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP"}
 NEVER = {"kind": "none", "rank": -1, "phase": "data", "step": 0}
+
+
+def spin(plan):
+    end = time.thread_time() + plan["seconds"]
+    while time.thread_time() < end:
+        pass
+
+
+def fork_and_die(plan):
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    Path(os.environ["RUN_DIR"], "child").write_text(str(child))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+HANGS = {
+    "sleep": lambda plan: time.sleep(1000),
+    "spin": spin,
+    "exit": lambda plan: sys.exit(plan["code"]),
+    "fork and die": fork_and_die,
+}
 
 
 def block_checkpoints():
@@ -49,8 +73,8 @@ class Fault:
             raise ValueError(f"bad luck in {phase}")
         if kind in SIGNALS or kind == "signal":
             os.kill(os.getpid(), getattr(signal, SIGNALS.get(kind) or plan["signal"]))
-        if kind == "sleep":
-            time.sleep(1000)
+        if kind in HANGS:
+            HANGS[kind](plan)
         if kind == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (plan["bytes"], resource.RLIM_INFINITY))
         if kind == "read-only":
@@ -110,6 +134,7 @@ class Faulty(Recipe):
 
     def build(self, say):
         fault = Fault()
+        fault.at("build")
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(200, 8, generator=generator, dtype=torch.float64)
         y = x.sin().sum(1, keepdim=True)
@@ -135,7 +160,13 @@ class Faulty(Recipe):
             train_data=Samples(fault, "data", x[:180], y[:180]),
             val_data=Samples(fault, "evaluation", x[180:], y[180:]),
             loss_sums=loss,
+            epilogue=lambda model, metrics: self.say_goodbye(fault),
         )
+
+    def say_goodbye(self, fault):
+        fault.step = 0
+        fault.at("end")
+        return ""
 
 
 def recipe():

@@ -3,7 +3,8 @@
 import pytest
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.process.supervise import lost_hosts, named_hosts, restricted, run_directory
+from hvdtrain.process.hosts import lost_hosts, named_hosts, restricted, run_directory
+from hvdtrain.process.supervise import main
 
 TRAIN = ["python", "-m", "hvdtrain", "train", "lm", "--run-dir", "runs/mine"]
 
@@ -53,3 +54,47 @@ def test_hosts_are_asked_and_this_one_is_not(tmp_path):
     ssh.chmod(0o755)
     assert lost_hosts(["there", "gone", "localhost"], [str(ssh)]) == {"gone"}
     assert lost_hosts(["there", "localhost"], [str(tmp_path / "missing")]) == {"there"}
+
+
+def test_equal_signs_stay_where_they_are():
+    command = ["mpirun", "--np=6", "--host=a:2,b:2,c:2", *TRAIN]
+    assert restricted(command, named_hosts(command), {"b"}) == ["mpirun", "--np=4", "-H", "a:2,c:2", *TRAIN]
+
+
+def test_hosts_without_slots_take_no_part():
+    command = ["mpirun", "-H", "a:2,b:0,c:\u00b2,d:99999999999", *TRAIN]
+    assert named_hosts(command) == {"a": 2, "c": 1, "d": 1}
+
+
+@pytest.mark.parametrize("name", ["-oProxyCommand=touch x", "a b", "a;b", "$(a)", "x" * 300])
+def test_a_name_that_ssh_would_take_for_an_option_is_refused(name):
+    with pytest.raises(ConfigError, match="can be no host"):
+        named_hosts(["mpirun", "-H", f"{name}:2,b:2", *TRAIN])
+
+
+def test_a_host_file_of_odd_bytes_is_refused_in_one_sentence(tmp_path):
+    for content in (b"a\0b\n", b"x" * (1 << 21)):
+        (tmp_path / "hosts").write_bytes(content)
+        with pytest.raises(ConfigError, match="is no list of hosts"):
+            named_hosts(["mpirun", "--hostfile", str(tmp_path / "hosts"), *TRAIN])
+    (tmp_path / "hosts").write_bytes(b"node1 slots=2\n\xff\xfe\n")
+    with pytest.raises(ConfigError, match="can be no host"):
+        named_hosts(["mpirun", "--hostfile", str(tmp_path / "hosts"), *TRAIN])
+    with pytest.raises(ConfigError, match="is no list of hosts"):
+        named_hosts(["mpirun", "--hostfile", "/dev/zero", *TRAIN])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--max-restarts", value] for value in ("-1", "many", "1e3", "9" * 30)),
+        *([flag, value] for flag in ("--pause", "--patience") for value in ("-1", "nan", "inf", "soon", "1e30")),
+        ["--ssh", " "],
+    ],
+    ids=lambda flags: "=".join(flags)[:30],
+)
+def test_hostile_values_of_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--", "true", "--run-dir", "x"])
+    assert stop.value.code == 2
+    assert f"argument {flags[0]}: invalid" in capsys.readouterr().err

@@ -25,7 +25,7 @@ def test_silence_is_said_by_any_rank():
 def test_no_progress_names_those_that_do_not_wait():
     waiting = [report(rank, "communication", 70.0) for rank in (1, 2)]
     said = judge([*waiting, report(3, "data", 80.0)], report(0, "communication", 70.0), LIMIT)
-    assert "no rank has got on for 60 s" in said
+    assert "no rank has made progress for 60 s" in said
     assert "rank 3 on host has been at step 7, data for 80 s; the others wait." in said
     assert "rank 1" not in said
 
@@ -47,7 +47,13 @@ def test_a_rank_that_is_not_told_of_all_does_not_judge_progress():
 
 
 def test_before_and_after_training_and_while_saving_there_is_time():
-    assert judge([report(1, "start", 500.0, step=None)], report(0, "data", 500.0), LIMIT) is None
+    waiting = report(0, "communication", 500.0, step=None)
+    assert judge([report(1, "start", 170.0, step=None)], waiting, LIMIT) is None
+    assert "start for 200 s; the others wait" in judge([report(1, "start", 200.0, step=None)], waiting, LIMIT)
+    assert "end for 200 s; the others wait" in judge([report(1, "end", 200.0, step=None)], waiting, LIMIT)
+    assert "resume for 400 s" in judge([report(1, "resume", 400.0, step=None)], waiting, LIMIT)
+    assert judge([report(1, "resume", 300.0, step=None)], waiting, LIMIT) is None
+    assert "evaluation for 70 s" in judge([report(1, "evaluation", 70.0, step=None)], waiting, LIMIT)
     assert judge([report(1, "saving", 300.0)], report(0, "communication", 300.0), LIMIT) is None
     assert "saving for 400 s" in judge([report(1, "saving", 400.0)], report(0, "communication", 400.0), LIMIT)
 

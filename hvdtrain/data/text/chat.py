@@ -14,10 +14,17 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.data.text.corpus import Document
+from hvdtrain.data.text.deadline import at_most
 from hvdtrain.data.text.packed import TokenizedDocument
 from hvdtrain.errors import DataError
 
 _BATCH = 64
+_SECONDS_A_TEMPLATE = 10.0
+_TOO_LONG = (
+    f"the chat template takes more than {_SECONDS_A_TEMPLATE:g} s for this conversation: it is broken, or was written"
+    " to do harm"
+)
+_LONGEST_TEMPLATE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,9 @@ class DocumentReader:
                 raise DataError(f"{place}: a message needs a 'role' and a 'content', both text")
         if not any(message["role"] == "assistant" for message in messages):
             raise DataError(f"{place}: no message has the role 'assistant', whose words are what is learned")
-        for document in self._split(messages):
+        with at_most(_SECONDS_A_TEMPLATE, DataError(f"{place}: {_TOO_LONG}")):
+            split = self._split(messages)
+        for document in split:
             for i, (text, is_target) in enumerate(document):
                 yield Piece(text, is_target, i == 0, i == len(document) - 1)
 
@@ -153,6 +162,13 @@ class DocumentReader:
             tokens = [bos] * starts + tokens + [eos] * ends
             is_target = np.full(len(tokens), piece.is_target)
             yield TokenizedDocument(np.array(tokens, np.int64), is_target, piece.is_start)
+
+
+def check_template(template: object, source: str) -> None:
+    """Raise DataError where a tokenizer's chat template is longer than any that a person would write."""
+    length = len(str(template or ""))
+    if length > _LONGEST_TEMPLATE:
+        raise DataError(f"the chat template of {source} has {length:,} characters: that is no template")
 
 
 def _plain(messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:

@@ -1,0 +1,88 @@
+"""The launcher that started this process: since when it runs, and whether it is still there. Standard library only.
+
+A launcher that is killed takes its ranks with it only if they notice: Open MPI's daemons notice a lost `mpirun`, but
+nobody notices a lost `horovodrun` under MPI, and its ranks would train on without an owner.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_LAUNCHERS = {
+    *("horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "prun", "prted", "orted"),
+    *("mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
+}
+_SHELLS = {"sh", "bash", "dash", "ksh", "zsh", "perl"}
+_MOST_ANCESTORS = 64
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A process above this one. The two numbers together name it: a process id alone may be used again."""
+
+    pid: int
+    started: int
+    """Clock ticks after the host was started."""
+
+    def is_alive(self) -> bool:
+        """Return whether it still runs; one that has ended and waits for its parent to notice does not."""
+        state = _state(self.pid)
+        return state is not None and state.started == self.started and state.letter not in "ZX"
+
+    def age_s(self) -> float:
+        """Return the seconds since it was started."""
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return max(0.0, now - self.started / os.sysconf("SC_CLK_TCK"))
+
+
+@dataclass(frozen=True)
+class _State:
+    letter: str
+    parent: int
+    started: int
+
+
+def find_launcher() -> Ancestor | None:
+    """Return the first launcher above this process on this host; None where there is none, or this is not Linux.
+
+    Of `horovodrun`, which starts `mpirun`, which starts ranks, it is `horovodrun`.
+    """
+    found, pid = None, os.getppid()
+    for _ in range(_MOST_ANCESTORS):
+        state = _state(pid)
+        if state is None or pid <= 1:
+            break
+        if _is_launcher(pid):
+            found = Ancestor(pid, state.started)
+        pid = state.parent
+    return found
+
+
+def seconds_since_launch() -> float:
+    """Return how long ago this process's launcher was started, or this process where it has none."""
+    own = _state(os.getpid())
+    first = find_launcher() or (Ancestor(os.getpid(), own.started) if own else None)
+    return first.age_s() if first else 0.0
+
+
+def _is_launcher(pid: int) -> bool:
+    """Tell by the program's name, or by that of the script that an interpreter runs (horovodrun is one)."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2]
+    except OSError:
+        return False
+    names = [os.fsdecode(word).rpartition("/")[2] for word in words]
+    is_script = names[0].startswith("python") or names[0] in _SHELLS
+    return names[0] in _LAUNCHERS or (is_script and names[-1] in _LAUNCHERS)
+
+
+def _state(pid: int) -> _State | None:
+    """Read /proc/PID/stat, whose second field is a name in brackets that may hold anything."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return _State(fields[0].decode(), int(fields[1]), int(fields[19]))
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,67 @@
+"""The processes of this host that belong to one supervised run, found by a mark in their environment. Linux only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+MARK = "HVDTRAIN_SUPERVISED"
+_RANK_VARIABLES = (b"OMPI_COMM_WORLD_RANK=", b"HOROVOD_RANK=", b"PMI_RANK=", b"PMIX_RANK=", b"SLURM_PROCID=")
+_SECONDS_TO_LEAVE = 10.0
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Return the processes of this host that were started with our mark in their environment."""
+    wanted = f"{MARK}={mark}".encode()
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [pid for pid in pids if wanted in _read(pid, "environ").split(b"\0") and pid != os.getpid()]
+
+
+def ranks_among(pids: list[int]) -> list[int]:
+    """Return those that a launcher has started as ranks, and their children; no launcher is among them."""
+    return [pid for pid in pids if _is_python(pid) and _has_rank(pid)]
+
+
+def training_among(pids: list[int]) -> list[int]:
+    """Return those that are `python -m hvdtrain`, be it as a rank or alone."""
+    return [pid for pid in pids if _is_python(pid) and b"\0-m\0hvdtrain\0" in _read(pid, "cmdline")]
+
+
+def kill(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def end_all(mark: str) -> list[int]:
+    """End all marked processes: asked first, killed after some seconds. Returns those that even so do not end."""
+    for pid in marked_processes(mark):
+        kill(pid, signal.SIGTERM)
+    started, left = time.monotonic(), marked_processes(mark)
+    while left and time.monotonic() < started + 2 * _SECONDS_TO_LEAVE:
+        if time.monotonic() > started + _SECONDS_TO_LEAVE:
+            for pid in left:
+                kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        left = marked_processes(mark)
+    return left
+
+
+def _is_python(pid: int) -> bool:
+    """Tell Python from a shell, and a rank from `horovodrun`, whose command line holds the rank's."""
+    words = _read(pid, "cmdline").split(b"\0")
+    is_launcher = any(name in word for word in words[1:2] for name in (b"horovodrun", b"mpirun", b"mpiexec"))
+    return b"python" in words[0].rpartition(b"/")[2] and not is_launcher
+
+
+def _has_rank(pid: int) -> bool:
+    return any(entry.startswith(_RANK_VARIABLES) for entry in _read(pid, "environ").split(b"\0"))
+
+
+def _read(pid: int, name: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    return b""

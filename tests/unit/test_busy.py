@@ -1,0 +1,39 @@
+"""Work is told from waiting by processor time."""
+
+import threading
+import time
+
+from hvdtrain.process.busy import BusyClock
+
+
+def seen_from_another_thread(clock):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(clock.is_working()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def spin(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_sleep_is_no_work_and_counting_is():
+    is_over = threading.Event()
+    before = threading.Thread(target=lambda: [spin(0.01) for _ in iter(is_over.is_set, True)], daemon=True)
+    before.start()  # as Horovod's thread, which was there before
+    clock = BusyClock()
+    clock.start()
+    time.sleep(0.5)
+    assert not seen_from_another_thread(clock)
+    spin(0.3)
+    assert seen_from_another_thread(clock)
+    later = threading.Thread(target=spin, args=(1.0,), daemon=True)
+    is_over.set()
+    before.join()
+    later.start()  # as a tokenizer's
+    time.sleep(0.5)
+    assert seen_from_another_thread(clock)
+    later.join()

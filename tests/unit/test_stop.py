@@ -1,0 +1,128 @@
+"""Requests to stop, from signals, the clock and the launcher, in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.process.ancestors import Ancestor, find_launcher, seconds_since_launch
+
+HEAD = """
+import os, signal, subprocess, sys, time
+from hvdtrain.process.stop import StopRequest, end_on_signals
+"""
+
+
+def python(code, **more):
+    return subprocess.Popen(
+        [sys.executable, "-c", HEAD + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
+    )
+
+
+def ended(process):
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+WAIT = """
+with StopRequest(None) as request:
+    print('up', flush=True)
+    while not request.reason:
+        time.sleep(0.05)
+    print(request.reason)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_is_a_request(number):
+    code, out, err = ended(
+        python(f"with StopRequest(None) as r:\n    os.kill(os.getpid(), {number})\n    print(r.reason)")
+    )
+    assert (code, out.strip()) == (0, number.name), err
+
+
+def test_what_nohup_ignores_stays_ignored():
+    begin = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    code, out, err = ended(
+        python(f"{begin}with StopRequest(None) as r:\n    os.kill(os.getpid(), signal.SIGHUP)\n    print(r.reason)")
+    )
+    assert (code, out.strip()) == (0, "None"), err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_before_training_ends_it_with_75(number):
+    code, _, err = ended(python(f"end_on_signals()\nos.kill(os.getpid(), {number})\ntime.sleep(60)"))
+    assert code == 75, err
+
+
+def test_a_signal_ends_a_call_that_python_cannot_interrupt():
+    lock_twice = "mutex = ctypes.create_string_buffer(64)\nlock = ctypes.CDLL(None).pthread_mutex_lock\nlock(mutex)\n"
+    process = python(f"import ctypes\n{lock_twice}end_on_signals()\nprint('up', flush=True)\nlock(mutex)")
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.5)
+    process.terminate()
+    code, _, err = ended(process)
+    assert code == 75
+    assert err == "hvdtrain: stopped by SIGTERM: nothing is lost, the same command begins where it would have begun\n"
+
+
+def test_training_takes_signals_over_and_gives_them_back():
+    code, out, err = ended(
+        python(
+            "end_on_signals()\n"
+            "with StopRequest(None) as r:\n    os.kill(os.getpid(), signal.SIGTERM)\n    print(r.reason, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)"
+        )
+    )
+    assert (code, out.strip()) == (75, "SIGTERM"), err
+
+
+def test_the_clock_runs_since_the_launcher_was_started(tmp_path):
+    """What came before training began is part of --train.max-time."""
+    launcher = tmp_path / "mpirun"
+    launcher.write_text('#!/bin/sh\nsleep 2\n"$@"\n')
+    launcher.chmod(0o755)
+    (tmp_path / "rank.py").write_text(
+        HEAD + "from hvdtrain.process.ancestors import seconds_since_launch\nprint(seconds_since_launch())\n"
+        "with StopRequest(1.5) as r: print(r.reason)\nwith StopRequest(600) as r: print(r.reason)"
+    )
+    done = subprocess.run(
+        [launcher, sys.executable, tmp_path / "rank.py"], capture_output=True, text=True, timeout=60, check=True
+    )
+    seconds, short, long = done.stdout.splitlines()
+    assert 2 <= float(seconds) < 60
+    assert (short, long) == ("--train.max-time is used up", "None")
+
+
+def test_a_launcher_that_is_gone_is_a_request(tmp_path):
+    launcher = tmp_path / "mpirun"
+    launcher.write_text('#!/bin/sh\n"$@" &\nwait\n')
+    launcher.chmod(0o755)
+    (tmp_path / "rank.py").write_text(HEAD + WAIT)
+    process = subprocess.Popen([launcher, sys.executable, tmp_path / "rank.py"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    time.sleep(1.5)
+    process.kill()
+    assert process.stdout.read().strip() == "the launcher is gone"  # to the end: the rank has left, too
+    process.stdout.close()
+    process.wait(timeout=30)
+
+
+def test_who_is_alive():
+    child = subprocess.Popen(["sleep", "60"])
+    fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    found = Ancestor(child.pid, int(fields[19]))
+    assert found.is_alive()
+    assert not Ancestor(child.pid, int(fields[19]) - 1).is_alive()  # another process of the same number
+    assert found.age_s() < 60
+    child.kill()
+    time.sleep(0.2)
+    assert not found.is_alive()  # nobody has asked for its exit code yet
+    child.wait()
+    assert not found.is_alive()
+    assert find_launcher() is None or os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("HOROVOD_SIZE")
+    assert seconds_since_launch() > 0
