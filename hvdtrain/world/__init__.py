@@ -3,6 +3,7 @@
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer
 from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
 from hvdtrain.world.buckets import in_buckets
+from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.codec import CODECS, Codec, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.plain_mpi import plain_sum
@@ -10,7 +11,7 @@ from hvdtrain.world.replicas import digest_of
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.start import connect, init, pick_device, visible_gpus
 from hvdtrain.world.watch import watched
-from hvdtrain.world.world import ReduceOp, World
+from hvdtrain.world.world import World
 
 __all__ = [
     "CODECS",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,7 +23,10 @@ class Averaging:
     """How gradients are averaged over the ranks."""
 
     accum_steps: int = 1
-    """Backward passes in an optimizer step. They are summed before the average is taken: divide the loss by them."""
+    """Backward passes in an optimizer step. They are summed before the average is taken: divide the loss by them.
+
+    The gradients are averaged at the end of the last one. With 1, several passes before a step are right too, and each
+    averages: all ranks must then make equally many."""
     compression: str | Codec = "none"
     """Format of the gradients on the wire: a name that `codec_of` knows, or a codec of your own."""
     op: Literal["average", "adasum"] = "average"
@@ -69,7 +72,6 @@ class WrappedOptimizer(torch.optim.Optimizer):
     """The class that it had before."""
     _exchange: GradientExchange | None
     """None where there is one rank."""
-    _synchronized: bool
     _should_synchronize: bool
 
     @property
@@ -89,14 +91,15 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def synchronize(self) -> None:
         """Finish averaging: afterwards every rank's `.grad` holds the mean over the ranks. Collective.
 
-        Call it before looking at gradients (clipping, unscaling); `step` does what is left, so it is optional
-        otherwise. Micro-batches that a rank did not have count as zero gradients. A second call before the next
-        backward pass does nothing.
+        The last of `accum_steps` backward passes has done so by itself, and then this does nothing. Where a rank may
+        have had fewer, or none, call it before gradients are looked at or changed (clipping, unscaling); `step` does
+        what is left. Backward passes that a rank did not make count as zero gradients.
+
+        Raises:
+            RuntimeError: a gradient was changed before it was averaged.
         """
-        if self._exchange is None or (self._synchronized and not self._exchange.has_news):
-            return
-        self._exchange.finish()
-        self._synchronized = True
+        if self._exchange is not None:
+            self._exchange.finish()
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -111,18 +114,22 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """Clear the gradients.
 
         Raises:
-            RuntimeError: gradients are on the wire; clearing them now would lose them.
+            RuntimeError: an exception has ended backward while gradients were on the wire.
         """
         if self._exchange is not None:
             if self._exchange.is_under_way:
-                raise RuntimeError("zero_grad() between backward and step() loses gradients: call step() first")
+                raise RuntimeError(
+                    "backward() has failed on this rank while gradients were on the wire, and the other ranks wait for"
+                    " the rest of them: end this rank, or call synchronize() before zero_grad()"
+                )
             self._exchange.forget()
-        self._synchronized = False
         self._inner.zero_grad(self, set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its gradients are averaged from the next step on."""
+        """Add a group; its gradients are averaged from the next backward pass on."""
         self._inner.add_param_group(self, param_group)
+        if self._exchange is not None:
+            self._exchange.watch_parameters()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state, every tensor in the type that it was saved in."""
@@ -155,7 +162,7 @@ def wrap_optimizer(
     inner = type(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)
-    optimizer.__dict__.update(attributes, _synchronized=False, _should_synchronize=True, _exchange=None)
+    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None)
     # `step` is named again, as it is: a library's class may have another, and torch would hang its hooks on that too.
     members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__}
     optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
@@ -168,17 +175,57 @@ def wrap_optimizer(
         own = [parameter for group in wrapped.param_groups for parameter in group["params"]]
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
-    wrapped._exchange = GradientExchange(world, parameters, names, sparse, averaging, averaging.codec())
-    hook = wrapped.register_step_pre_hook(_before_step)
+    world.num_wraps += 1
+    prefix = f"gradients.{world.num_wraps}"
+    exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, averaging.codec())
+    wrapped._exchange = exchange
+
+    def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            of_all = _over_ranks(world, exchange, closure, f"{prefix}.loss")
+            return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
+        if optimizer._should_synchronize:
+            exchange.finish()
+        return None
+
+    hook = wrapped.register_step_pre_hook(before_step)
     # The user's own hooks shall see the mean.
     cast(Any, wrapped)._optimizer_step_pre_hooks.move_to_end(hook.id, last=False)
+    wrapped.register_step_post_hook(lambda *_: exchange.end_step())
     return wrapped
 
 
-def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if optimizer._should_synchronize:
-        optimizer.synchronize()
-    optimizer._synchronized = False
+def _over_ranks(world: World, exchange: GradientExchange, closure: Callable[[], Any], name: str) -> Callable[[], Any]:
+    """Return a closure for `step` that leaves averaged gradients and returns the mean loss, alike on all ranks.
+
+    An optimizer that decides by the loss, such as LBFGS in its line search, would else decide differently on each.
+    """
+
+    def of_all() -> Any:
+        exchange.end_step()
+        loss = closure()
+        exchange.finish()
+        if loss is None:
+            return None
+        value = torch.as_tensor(loss, dtype=None if isinstance(loss, Tensor) else torch.float64).detach()
+        mean = world.all_reduce(value, "mean", name)
+        return mean if isinstance(loss, Tensor) else mean.item()
+
+    return of_all
+
+
+def load_in_place(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a state; parameter groups, and tensors in them, stay the objects that schedulers hold."""
+    groups = optimizer.param_groups
+    before = [dict(group) for group in groups]
+    optimizer.load_state_dict(cast(Any, state))
+    loaded, optimizer.param_groups = optimizer.param_groups, groups
+    for group, old, new in zip(groups, before, loaded, strict=True):
+        for key, value in new.items():
+            if isinstance(value, Tensor) and isinstance(old.get(key), Tensor):
+                value = old[key].copy_(value)
+            group[key] = value
 
 
 def _sparse_parameters(model: nn.Module) -> set[nn.Parameter]:

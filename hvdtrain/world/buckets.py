@@ -13,6 +13,9 @@ from hvdtrain.world.codec import Codec
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
 
+Mark = tuple[Tensor, int]
+"""A gradient as it was: the tensor, and how often it had been changed in place."""
+
 # As in PyTorch DDP: the first bucket is ready soon after backward has begun.
 FIRST_BUCKET_BYTES = 1 << 20
 
@@ -35,13 +38,25 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
     return buckets
 
 
+def mark_of(gradient: Tensor) -> Mark:
+    """Return what `has_changed` asks for."""
+    return gradient, gradient._version
+
+
+def has_changed(gradient: Tensor, mark: Mark) -> bool:
+    """Return whether a gradient was replaced, or changed in place, since it was marked."""
+    return gradient is not mark[0] or gradient._version != mark[1]
+
+
 class Bucket:
     """Parameters of one type whose gradients travel as one flat tensor.
 
-    Behind the gradients lies one number a parameter: the share of ranks that have a gradient for it.
+    Behind the gradients lies one number a parameter: the share of ranks that have a gradient for it. Complex gradients
+    travel as pairs of real numbers.
 
     Args:
-        name: of the collective.
+        prefix: of the collectives' names, the optimizer's own.
+        name: of the bucket among those of its optimizer, alike in every run.
         parameters: of one type and device.
         codec: what the gradients become on the wire.
         world: the ranks.
@@ -52,8 +67,15 @@ class Bucket:
     """After `receive`, the mean over the ranks of the squared norms of their own gradients, `(1,)`; or `(0,)`."""
 
     def __init__(
-        self, name: str, parameters: Sequence[nn.Parameter], codec: Codec, world: World, has_square: bool = False
+        self,
+        prefix: str,
+        name: str,
+        parameters: Sequence[nn.Parameter],
+        codec: Codec,
+        world: World,
+        has_square: bool = False,
     ) -> None:
+        self.prefix = prefix
         self.name = name
         self.parameters = tuple(parameters)
         self.ready = 0
@@ -62,13 +84,16 @@ class Bucket:
         self._world = world
         self._waits: list[tuple[Tensor, Callable[[], Tensor]]] = []
         """What is on the wire: the part of the buffer, and the function that waits for its mean."""
-        counts = [parameter.numel() for parameter in self.parameters]
+        self._marks: list[Mark | None] = []
+        """What the gradients were when they were sent."""
+        shapes = [_real(parameter.detach()).shape for parameter in self.parameters]
+        counts = [shape.numel() for shape in shapes]
         lengths = [*counts, len(counts), int(has_square)]
-        device = self.parameters[0].device
-        self._wire = torch.zeros(sum(lengths), dtype=codec.buffer_type(self.parameters[0].dtype), device=device)
+        dtype = codec.buffer_type(self.parameters[0].dtype.to_real())
+        self._wire = torch.zeros(sum(lengths), dtype=dtype, device=self.parameters[0].device)
         *flat, self._users, self.square = torch.split(self._wire, lengths)
         self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(has_square)])
-        self._views = [view.view(p.shape) for view, p in zip(flat, self.parameters, strict=True)]
+        self._views = [view.view(shape) for view, shape in zip(flat, shapes, strict=True)]
 
     @property
     def is_sent(self) -> bool:
@@ -80,11 +105,12 @@ class Bucket:
         size = self._world.size
         self._users.fill_(1 / size)
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 view.zero_()
                 self._users[i] = 0
-            elif gradient.is_sparse:
+                continue
+            gradient = _real(parameter.grad.detach())
+            if gradient.is_sparse:
                 view.copy_(gradient.to_dense()).div_(size)
             elif gradient.dtype == torch.bfloat16:  # divided as fp32
                 view.copy_(gradient).div_(size)
@@ -93,14 +119,32 @@ class Bucket:
         if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean
             self.square.copy_(torch.dot(self._numbers, self._numbers) * size)
         if self._codec.is_elementwise:
-            self._waits = [(self._wire, self._codec.start(self._world, self.name, self._wire))]
+            self._waits = [(self._wire, self._codec.start(self._world, self.prefix, self.name, self._wire))]
         else:
-            counts = self._world.start_all_reduce_(self._counts, "sum", f"{self.name}.counts")
-            numbers = self._codec.start(self._world, self.name, self._numbers)
+            counts = self._world.start_all_reduce_(self._counts, "sum", f"{self.prefix}.{self.name}.counts")
+            numbers = self._codec.start(self._world, self.prefix, self.name, self._numbers)
             self._waits = [(self._counts, counts), (self._numbers, numbers)]
+        self._mark()
+
+    def _mark(self) -> None:
+        self._marks = [None if p.grad is None else mark_of(p.grad) for p in self.parameters]
+
+    def _check_untouched(self) -> None:
+        for parameter, mark in zip(self.parameters, self._marks, strict=True):
+            gradient = parameter.grad
+            if (mark is None) != (gradient is None) or (mark and gradient is not None and has_changed(gradient, mark)):
+                raise RuntimeError(
+                    f"a gradient was changed while it was on the wire, in or near that of {self.name}: a hook that"
+                    " changes gradients must be registered before wrap(); or change them after backward()"
+                )
 
     def receive(self) -> None:
-        """Wait for the mean and make it the parameters' `.grad`: parts of the buffer where they fit as they are."""
+        """Wait for the mean and make it the parameters' `.grad`: parts of the buffer where they fit as they are.
+
+        Raises:
+            RuntimeError: a gradient was changed after `send`: the change would be lost.
+        """
+        self._check_untouched()
         for part, wait in self._waits:
             mean = wait()
             if mean is not part:
@@ -110,12 +154,13 @@ class Bucket:
             gradient = parameter.grad
             if gradient is None and not self._users[i]:  # asked only where it is in doubt: on a GPU it waits
                 continue
-            if view.dtype == parameter.dtype and (gradient is None or gradient.is_contiguous()):
-                parameter.grad = view
+            mean = torch.view_as_complex(view.to(parameter.dtype.to_real())) if parameter.is_complex() else view
+            if mean.dtype == parameter.dtype and (gradient is None or gradient.is_contiguous()):
+                parameter.grad = mean
             elif gradient is None or gradient.is_sparse:
-                parameter.grad = torch.empty_like(parameter).copy_(view)
+                parameter.grad = torch.empty_like(parameter).copy_(mean)
             else:
-                gradient.copy_(view)
+                gradient.detach().copy_(mean)
 
 
 class AdasumTensor(Bucket):
@@ -127,8 +172,9 @@ class AdasumTensor(Bucket):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         (view,) = self._views
-        view.copy_(parameter.grad)
-        self._waits = [(view, self._world.start_all_reduce_(view, "adasum", self.name))]
+        view.copy_(_real(parameter.grad.detach()))
+        self._waits = [(view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}"))]
+        self._mark()
 
 
 class SparseRows:
@@ -146,9 +192,14 @@ class SparseRows:
         self._world = world
         self._waits: list[Callable[[], Tensor]] = []
 
+    @property
+    def is_sent(self) -> bool:
+        """Return whether it is on the wire."""
+        return bool(self._waits)
+
     def send(self) -> None:
         """Send the non-zero rows, none where there is no gradient."""
-        gradient = self.parameter.grad
+        gradient = None if self.parameter.grad is None else self.parameter.grad.detach()
         if gradient is None:
             rows = torch.zeros(0, dtype=torch.int64, device=self.parameter.device)
             values = torch.zeros(0, *self.parameter.shape[1:], dtype=self.parameter.dtype, device=rows.device)
@@ -172,3 +223,8 @@ class SparseRows:
             rows[None], values.to(self.parameter.dtype), self.parameter.shape, check_invariants=False
         )
         self.parameter.grad = gradient.coalesce()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return the tensor, a complex one as pairs of real numbers, `(..., 2)`."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

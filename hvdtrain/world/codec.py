@@ -51,13 +51,14 @@ class Codec(ABC):
         """Return the mean, `(n,)`, for the sum of what the ranks have encoded."""
         return total
 
-    def start(self, world: World, name: str, part: Tensor) -> Callable[[], Tensor]:
+    def start(self, world: World, prefix: str, name: str, part: Tensor) -> Callable[[], Tensor]:
         """Begin to average the bucket `name`; returns the function that waits for the mean, `(n,)`. Collective.
 
         `part` may be overwritten. The waiting functions of several buckets are called in the same order on all ranks,
-        and may themselves make further collectives, named after the bucket.
+        and may themselves make further collectives. The names of these begin with `prefix.name`: the prefix tells
+        optimizers apart, and may be another one in the next run.
         """
-        wait = world.start_all_reduce_(self.encode(name, part), "sum", name)
+        wait = world.start_all_reduce_(self.encode(name, part), "sum", f"{prefix}.{name}")
         return lambda: self.decode(name, wait())
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,17 +128,17 @@ class Bf16(Codec):
         """Return what rounding to 8 bits twice may come to."""
         return 1e-2
 
-    def start(self, world: World, name: str, part: Tensor) -> Callable[[], Tensor]:
+    def start(self, world: World, prefix: str, name: str, part: Tensor) -> Callable[[], Tensor]:
         """Send each rank its part of the bucket; the means are gathered while waiting."""
         share = -(-len(part) // world.size)
         wire = torch.zeros(share * world.size, dtype=torch.bfloat16, device=part.device)
         wire[: len(part)] = part
-        wait = world.start_all_to_all(wire.view(torch.int16), f"{name}.parts")
+        wait = world.start_all_to_all(wire.view(torch.int16), f"{prefix}.{name}.parts")
 
         def finish() -> Tensor:
             parts = wait().view(torch.bfloat16).view(world.size, share)
             mean = parts.to(part.dtype).sum(0).bfloat16()
-            means = world.start_all_gather(mean.view(torch.int16), f"{name}.means")()
+            means = world.start_all_gather(mean.view(torch.int16), f"{prefix}.{name}.means")()
             return part.copy_(means.view(torch.bfloat16)[: len(part)])
 
         return finish

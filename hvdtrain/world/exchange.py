@@ -5,6 +5,11 @@ which order the ranks' parts of it are added: with more than two ranks, two runs
 bits. Here a bucket is one flat tensor and Horovod's own fusion is off (`HOROVOD_FUSION_THRESHOLD=0`), so a run can be
 repeated bit by bit.
 
+A *window* is `accum_steps` backward passes. At the end of the last of them, still inside `backward()`, all gradients
+are averaged: what follows in a loop, be it clipping, unscaling or noise, sees the mean as it would on one process. A
+rank that had fewer passes averages in `synchronize`, at the latest before its step. A window more in the same step
+averages again what `.grad` holds then: its equal part stays what it is, and the new part is averaged.
+
 At the end of each bucket lies one number per parameter: the share of ranks that have a gradient for it. A parameter
 that no rank used keeps `grad = None`, as it would on one process, and is neither decayed nor moved.
 """
@@ -18,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.world.buckets import AdasumTensor, Bucket, SparseRows, in_buckets
+from hvdtrain.world.buckets import AdasumTensor, Bucket, Mark, SparseRows, has_changed, in_buckets, mark_of
 from hvdtrain.world.codec import Codec
+from hvdtrain.world.passes import EndOfBackward
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -29,12 +35,13 @@ if TYPE_CHECKING:
 class GradientExchange:
     """Averages the gradients of an optimizer's parameters over the ranks.
 
-    A bucket leaves as soon as backward has finished all its gradients. How often backward adds to a gradient before a
-    step is learned in the first step, which sends nothing early: several losses, and activation checkpoints that run
-    a part of the network twice, need not be declared.
+    A bucket leaves in the last backward pass of a window, as soon as that pass has finished all its gradients. How
+    often a pass adds to a gradient is learned in the first one, which sends nothing before its end: activation
+    checkpoints that run a part of the network twice need not be declared.
 
     Args:
         world: the ranks.
+        prefix: of the names of its collectives, which no other exchange has.
         parameters: returns the optimizer's parameters, in the model's order; they may change between steps.
         names: of the model's parameters.
         sparse: parameters whose gradients are sparse.
@@ -45,6 +52,7 @@ class GradientExchange:
     def __init__(
         self,
         world: World,
+        prefix: str,
         parameters: Callable[[], Iterable[nn.Parameter]],
         names: dict[nn.Parameter, str],
         sparse: set[nn.Parameter],
@@ -53,19 +61,29 @@ class GradientExchange:
     ) -> None:
         self.codec = codec
         self._world = world
+        self._prefix = prefix
         self._parameters = parameters
         self._names = names
         self._is_sparse = sparse
         self._averaging = averaging
+        this = weakref.ref(self)
+        self._end_of_backward = EndOfBackward(lambda: _end_pass(this))
+        self._passes = 0
+        """Backward passes of the window that are over."""
         self._additions: dict[nn.Parameter, int] = {}
-        """How often backward has added to each gradient in this step."""
+        """How often this backward pass has added to each gradient."""
         self._expected: dict[nn.Parameter, int] = {}
-        """How often it does in a whole step."""
+        """How often a whole pass does."""
+        self._marks: dict[nn.Parameter, Mark] = {}
+        """What each gradient was after the passes of a window that is not over."""
+        self._is_averaged = False
+        """Gradients were averaged since the last step."""
         self._hooks: dict[nn.Parameter, Any] = {}
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._buckets: list[Bucket] = []
         self._sparse: list[SparseRows] = []
-        self._add_new()
+        self.watch_parameters()
+        self._add_new(self._trainable())
 
     @property
     def is_under_way(self) -> bool:
@@ -79,35 +97,39 @@ class GradientExchange:
             return None
         return torch.cat([bucket.square for bucket in self._buckets]).double().sum()
 
-    @property
-    def has_news(self) -> bool:
-        """Return whether backward has added to a gradient since the last average."""
-        return bool(self._additions)
-
     def finish(self) -> None:
-        """Send what has not left, and wait for all: `.grad` then holds the mean, None where no rank has one.
+        """Average what is not averaged yet, on a rank that has had fewer backward passes than others. Collective.
 
-        Every rank sends every bucket exactly once, with zeros for what it has not computed. Collective.
+        Does nothing where all has been averaged at the end of backward.
+
+        Raises:
+            RuntimeError: a gradient was changed while it was still this rank's own.
         """
-        self._add_new()
-        for bucket in self._buckets:
-            if not bucket.is_sent:
-                bucket.send()
-        for item in self._sparse:
-            item.send()
-        parts: list[Bucket | SparseRows] = [*self._buckets, *self._sparse]
-        for part in parts:
-            with self._world.progress.during("communication"):
-                part.receive()
-        self._learn()
-        if set(self._bucket_of) | {item.parameter for item in self._sparse} != set(self._trainable()):
-            self._build()
+        if self._is_averaged and not self._passes and not self._additions:
+            return
+        for parameter, mark in self._marks.items():
+            if parameter.grad is not None and has_changed(parameter.grad, mark):
+                raise RuntimeError(
+                    f"the gradient of {self._name(parameter)} was changed after backward pass {self._passes} of the"
+                    f" accum_steps = {self._averaging.accum_steps} that wrap() was given, before it was averaged over"
+                    " the ranks: call optimizer.synchronize() first, then clip, unscale or change gradients"
+                )
+        self._average()
+
+    def end_step(self) -> None:
+        """Expect new gradients: those that there are have been used."""
+        self._is_averaged = False
 
     def forget(self) -> None:
         """Start over: the gradients were cleared."""
-        self._additions.clear()
-        for bucket in self._buckets:
-            bucket.ready = 0
+        self._is_averaged = False
+        self._start_window()
+
+    def watch_parameters(self) -> None:
+        """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""
+        for parameter in self._parameters():
+            if parameter not in self._hooks and (parameter.is_floating_point() or parameter.is_complex()):
+                self._hooks[parameter] = _hang(weakref.ref(self), parameter)
 
     def note_addition(self, parameter: nn.Parameter) -> None:
         """Count that backward has added to a gradient; sends its bucket if that was the last of it.
@@ -115,58 +137,96 @@ class GradientExchange:
         Raises:
             RuntimeError: the bucket has left before.
         """
-        self._additions[parameter] = self._additions.get(parameter, 0) + 1
+        self._end_of_backward.expect()
+        count = self._additions[parameter] = self._additions.get(parameter, 0) + 1
         expected, bucket = self._expected.get(parameter), self._bucket_of.get(parameter)
-        if expected is None or bucket is None:
+        if expected is None or bucket is None or self._passes + 1 < self._averaging.accum_steps:
             return
-        if self._additions[parameter] > expected and bucket.is_sent:
+        if count > expected and bucket.is_sent:
             raise RuntimeError(
-                f"backward added to the gradient of {self._name(parameter)} {self._additions[parameter]} times before"
-                f" step(), in earlier steps {expected} times, and it has been sent: give wrap() the number of backward"
-                " passes as accum_steps, or add the losses up and call backward() once"
+                f"this backward pass has added to the gradient of {self._name(parameter)} {count} times, an earlier one"
+                f" {expected} times, and it has been sent: let checkpoints with use_reentrant=True run in every pass,"
+                " or use use_reentrant=False"
             )
-        if self._additions[parameter] == expected:
+        if count == expected:
             bucket.ready += 1
             if bucket.ready == len(bucket.parameters):
                 bucket.send()
 
+    def end_pass(self) -> None:
+        """Count a backward pass that is over; average at the end of a window. Collective then."""
+        if not self._additions:
+            return
+        self._passes += 1
+        for parameter, count in self._additions.items():
+            if self._expected.get(parameter, 0) < count:
+                self._expected[parameter] = count
+        if self._passes >= self._averaging.accum_steps:
+            self._average()
+            return
+        for parameter in self._additions:
+            if parameter.grad is not None:
+                self._marks[parameter] = mark_of(parameter.grad)
+        self._additions.clear()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Send what has not left, and wait for all: `.grad` then holds the mean, None where no rank has one.
+
+        Every rank sends every bucket exactly once, with zeros for what it has not computed.
+        """
+        trainable = self._trainable()
+        self._add_new(trainable)
+        parts: list[Bucket | SparseRows] = [*self._buckets, *self._sparse]
+        for part in parts:
+            if not part.is_sent:
+                part.send()
+        for part in parts:
+            with self._world.progress.during("communication"):
+                part.receive()
+        self._start_window()
+        self._is_averaged = True
+        if set(self._bucket_of) | {item.parameter for item in self._sparse} != set(trainable):
+            self._build(trainable)
+
+    def _start_window(self) -> None:
+        self._passes = 0
+        self._additions.clear()
+        self._marks.clear()
+        for bucket in self._buckets:
+            bucket.ready = 0
+
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
 
-    def _build(self) -> None:
+    def _build(self, trainable: list[nn.Parameter]) -> None:
         """Lay the buckets out anew for what is trainable now. No gradient may be on its way."""
         self._buckets, self._bucket_of, self._sparse = [], {}, []
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks = {}
-        self._add_new()
+        self._add_new(trainable)
 
-    def _add_new(self) -> None:
+    def _add_new(self, trainable: list[nn.Parameter]) -> None:
         """Take in parameters that have become trainable: unfrozen, or added to the optimizer.
 
         What is already laid out stays as it is, in buckets that may be on the wire; what is new gets buckets of its own
         behind them, on all ranks alike, and joins the others when the layout is next built (`_build`).
         """
         known = {*self._bucket_of, *(item.parameter for item in self._sparse)}
-        new = [parameter for parameter in self._trainable() if parameter not in known]
-        self._sparse += [SparseRows(f"gradients.{self._name(p)}", p, self._world) for p in new if p in self._is_sparse]
+        new = [parameter for parameter in trainable if parameter not in known]
+        if not new:
+            return
+        self.watch_parameters()
+        sparse = [parameter for parameter in new if parameter in self._is_sparse]
+        self._sparse += [SparseRows(f"{self._prefix}.{self._name(p)}", p, self._world) for p in sparse]
         dense = [parameter for parameter in new if parameter not in self._is_sparse]
         is_adasum = self._averaging.op == "adasum"
         # Adasum weighs each gradient by its own direction: one a tensor.
         groups = [[p] for p in dense] if is_adasum else in_buckets(dense, self._averaging.bucket_bytes)
         kind = AdasumTensor if is_adasum else Bucket
         for group in groups:
-            name = f"gradients.{self._name(group[0])}"
-            bucket = kind(name, group, self.codec, self._world, self._averaging.has_square)
+            name, has_square = self._name(group[0]), self._averaging.has_square
+            bucket = kind(self._prefix, name, group, self.codec, self._world, has_square)
             self._buckets.append(bucket)
-            for parameter in group:
-                self._bucket_of[parameter] = bucket
-                self._hang(parameter)
-
-    def _hang(self, parameter: nn.Parameter) -> None:
-        this = weakref.ref(self)  # a hook must not keep the exchange alive
-        hang: Any = parameter.register_post_accumulate_grad_hook
-        self._hooks[parameter] = hang(lambda p: _note(this, p))
+            self._bucket_of.update((parameter, bucket) for parameter in group)
 
     def _name(self, parameter: nn.Parameter) -> str:
         """Return the parameter's name; one that is not the model's is named by its place in the optimizer."""
@@ -175,19 +235,24 @@ class GradientExchange:
             self._names[parameter] = f"parameter {place}"
         return self._names[parameter]
 
-    def _learn(self) -> None:
-        """Keep how often backward added to each gradient, where no backward pass of the step was missing.
 
-        A count that the number of passes does not divide is of a cut-short window, or of a parameter that only some
-        micro-batches use: it would make a bucket leave before its last gradient is in, so it is not believed.
-        """
-        for parameter, count in self._additions.items():
-            if parameter not in self._expected and count % self._averaging.accum_steps == 0:
-                self._expected[parameter] = count
-        self._additions.clear()
+def _hang(exchange: weakref.ref[GradientExchange], parameter: nn.Parameter) -> Any:
+    """Have a parameter's additions noted by an exchange that still lives; a hook must not keep it alive."""
+
+    def note(parameter: nn.Parameter) -> None:
+        alive = exchange()
+        if alive is not None:
+            alive.note_addition(parameter)
+
+    is_trainable = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch refuses a hook on a frozen one, and keeps it when it is frozen again
+    register: Any = parameter.register_post_accumulate_grad_hook
+    handle = register(note)
+    parameter.requires_grad_(is_trainable)
+    return handle
 
 
-def _note(exchange: weakref.ref[GradientExchange], parameter: nn.Parameter) -> None:
+def _end_pass(exchange: weakref.ref[GradientExchange]) -> None:
     alive = exchange()
     if alive is not None:
-        alive.note_addition(parameter)
+        alive.end_pass()

@@ -20,12 +20,11 @@ from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
 from hvdtrain.world.averaging import Averaging
-from hvdtrain.world.world import ReduceOp, World
+from hvdtrain.world.carriers import ReduceOp
+from hvdtrain.world.world import World
 
 T = TypeVar("T")
 _OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max, "adasum": hvd.Adasum}
-# Horovod's torch binding cannot carry these; the bits travel as an integer type of the same width.
-_CARRIER = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
 
 
 class HorovodWorld(World):
@@ -75,15 +74,6 @@ class HorovodWorld(World):
         attributes.update(_parameter_names={}, _allreduce_delay={}, _requires_update=set(), _grad_accs=[])
         return type(inner.__name__, (inner,), methods), attributes
 
-    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Send the optimizer's state first and the tensors last, as nothing may touch them afterwards."""
-        if optimizer is not None:
-            state = self.broadcast_object(optimizer.state_dict() if self.rank == 0 else None, "optimizer")
-            if self.rank != 0:
-                optimizer.load_state_dict(state)
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self._broadcast_tensors({name: tensor.detach() for name, tensor in tensors.items()}, "model")
-
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
         """Reduce in the background, in the tensor's own type."""
         return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name))
@@ -95,6 +85,10 @@ class HorovodWorld(World):
     def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Exchange in the background."""
         return self._waiting(hvd.alltoall_async(tensor, name=name))
+
+    def start_broadcast_(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Broadcast in the background."""
+        return self._waiting(hvd.broadcast_async_(tensor, root_rank=0, name=name))
 
     def _waiting(self, handle: Any) -> Callable[[], Tensor]:
         def wait() -> Tensor:
@@ -122,7 +116,7 @@ class HorovodWorld(World):
                 torch.empty(shape, dtype=dtype, device=self.device if kind == "cuda" else "cpu")
                 for shape, dtype, kind in shapes
             ]
-        self._broadcast_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, name)
+        self.broadcast_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, name)
         return cast(T, value if self.rank == 0 else _load(pickled, tensors))
 
     def all_gather_object(self, value: T, name: str) -> list[T]:
@@ -137,19 +131,6 @@ class HorovodWorld(World):
     def close(self) -> None:
         """Shut Horovod down."""
         hvd.shutdown()
-
-    def _broadcast_tensors(self, tensors: dict[str, Tensor], name: str) -> None:
-        """Overwrite every rank's tensors with rank 0's, in place. Collective."""
-        waiting = []
-        for key, tensor in tensors.items():
-            wire = _as_wire(tensor)
-            handle = hvd.broadcast_async_(wire, root_rank=0, name=f"{name}.{key}")
-            waiting.append((handle, wire, tensor))
-        for handle, wire, tensor in waiting:
-            with self.progress.during("communication"):
-                hvd.synchronize(handle)
-            if wire.data_ptr() != tensor.data_ptr():
-                tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
 
 
 def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorld:
@@ -169,12 +150,6 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
             " mpirun first on PATH, and unset HOROVOD_CONTROLLER"
         )
     return HorovodWorld(launch, sets)
-
-
-def _as_wire(tensor: Tensor) -> Tensor:
-    """Return the tensor's bits, contiguous and flat, in a type that Horovod carries; shares memory where it can."""
-    flat = tensor.contiguous().view(-1)
-    return flat.view(_CARRIER[flat.dtype]) if flat.dtype in _CARRIER else flat
 
 
 class _TensorPickler(pickle.Pickler):

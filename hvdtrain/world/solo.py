@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Literal, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
-from hvdtrain.world.world import ReduceOp, World
+from hvdtrain.world.carriers import ReduceOp
+from hvdtrain.world.world import World
 
 T = TypeVar("T")
 
@@ -23,10 +24,11 @@ class SoloWorld(World):
         self.launch = launch
         self.progress = Progress()
 
-    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Do nothing."""
-
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
+        """Return a function that returns `tensor`."""
+        return lambda: tensor
+
+    def start_broadcast_(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Return a function that returns `tensor`."""
         return lambda: tensor
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
-from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
+from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
+from hvdtrain.world.carriers import ReduceOp, bits_of, for_reduction
 from hvdtrain.world.replicas import all_in_one, digest_of, first_difference
 
 T = TypeVar("T")
-ReduceOp = Literal["sum", "mean", "min", "max"]
 
 
 class World(ABC):
@@ -34,6 +34,8 @@ class World(ABC):
     launch: Launch
     progress: Progress
     """Where this rank is; blocking collectives note themselves."""
+    num_wraps: int = 0
+    """Optimizers that `wrap` was given: each one's collectives have names of their own."""
 
     def wrap(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
@@ -63,26 +65,64 @@ class World(ABC):
         """Return the class, derived from `inner`, that users of this back end's library expect, and its attributes."""
         return inner, {}
 
-    @abstractmethod
     def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Make every rank's model and optimizer bitwise those of rank 0. Collective.
 
-        The optimizer's state is sent as it is: a fresh optimizer takes no hidden step on any rank.
+        The optimizer's state is sent as it is: a fresh optimizer takes no hidden step on any rank. Its parameter groups
+        stay the objects that they are, under schedulers and whoever else holds them.
+
+        Raises:
+            UsageError: a tensor of the model cannot be sent; names it.
         """
+        if self.size == 1:
+            return
+        if optimizer is not None:
+            state = self.broadcast_object(optimizer.state_dict() if self.rank == 0 else None, "optimizer")
+            if self.rank != 0:
+                load_in_place(optimizer, state)
+        # Tensors last, as nothing may touch them afterwards.
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.broadcast_tensors(tensors, "model")
+
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        """Overwrite every rank's tensors, of any type and layout, with rank 0's, in place. Collective.
+
+        Raises:
+            UsageError: one is sparse, quantized, or overlaps itself; names it.
+        """
+        all_bits = {key: bits_of(tensor, key) for key, tensor in tensors.items()}
+        waits = [self.start_broadcast_(bits, f"{name}.{key}") for key, (bits, _) in all_bits.items()]
+        for wait, (_, write_back) in zip(waits, all_bits.values(), strict=True):
+            wait()
+            write_back()
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
-        """Return the sum, mean, minimum or maximum of `tensor` over the ranks, same shape. Collective."""
+        """Return the sum, mean, minimum or maximum of `tensor` over the ranks, same shape and type. Collective.
+
+        Raises:
+            UsageError: its type has no such reduction, as integers have no mean.
+        """
         return self.start_all_reduce(tensor, op, name)()
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
-        return self.start_all_reduce_(tensor.detach().clone(memory_format=torch.contiguous_format), op, name)
+        copy, restore = for_reduction(tensor, op, name)
+        wait = self.start_all_reduce_(copy, op, name)
+        return lambda: restore(wait())
 
     @abstractmethod
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
         """Begin to reduce a contiguous tensor in place; returns the function that waits and returns it. Collective.
 
+        Its type is one of float16, float32, float64, int32 and int64.
         adasum (arXiv:2006.02924) only where `check_averaging` lets it pass.
+        """
+
+    @abstractmethod
+    def start_broadcast_(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+        """Begin to overwrite a flat tensor with rank 0's; returns the function that waits and returns it. Collective.
+
+        Its type is one of those of `start_all_reduce_`, uint8 and int16.
         """
 
     @abstractmethod

@@ -109,23 +109,6 @@ def test_several_losses_in_a_step(world):
     assert largest_difference(model, reference) < 1e-12
 
 
-def test_one_more_backward_than_before_is_refused(world):
-    if world.size == 1:
-        pytest.skip("nothing is on the wire")
-    model = network()
-    optimizer = world.wrap(ADAMW(model.parameters()), model)
-    x, y = data(0)
-    for _ in range(2):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    with pytest.raises(RuntimeError, match=r"accum_steps|call backward\(\) once"):
-        F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
 class Checkpointed(torch.nn.Module):
     def __init__(self, reentrant, shared):
         super().__init__()

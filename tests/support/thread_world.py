@@ -97,8 +97,8 @@ class ThreadWorld(World):
     def all_gather_object(self, value, name):
         return self._start(name, value, list)()
 
-    def broadcast_state(self, model, optimizer=None):
-        raise NotImplementedError
+    def start_broadcast_(self, tensor, name):
+        return self._start(name, tensor.clone(), lambda parts: tensor.copy_(parts[0]))
 
 
 def run_ranks(size, work):

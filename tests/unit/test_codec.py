@@ -147,15 +147,15 @@ class RankOne(Codec):
     def tolerance(self, dtype):
         return 1.0
 
-    def start(self, world, name, part):
+    def start(self, world, prefix, name, part):
         side = 2
         matrix = part.view(side, -1)
-        wait = world.start_all_reduce_(matrix @ matrix.new_ones(matrix.shape[1]), "sum", f"{name}.p")
+        wait = world.start_all_reduce_(matrix @ matrix.new_ones(matrix.shape[1]), "sum", f"{prefix}.{name}.p")
 
         def finish():
             p = wait()
             p = p / p.norm()
-            q = world.start_all_reduce_(p @ matrix, "sum", f"{name}.q")()
+            q = world.start_all_reduce_(p @ matrix, "sum", f"{prefix}.{name}.q")()
             return torch.outer(p, q).view(-1)
 
         return finish

@@ -1,0 +1,97 @@
+"""Types of numbers that no back end carries: they travel as others, bit for bit, or are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hvdtrain.errors import UsageError
+
+ReduceOp = Literal["sum", "mean", "min", "max"]
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_REDUCED = (torch.float16, torch.float32, torch.float64, torch.int32, torch.int64)
+"""Types that every back end reduces."""
+_WIDER = {
+    torch.bool: torch.int32,
+    torch.int8: torch.int32,
+    torch.uint8: torch.int32,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+}
+
+
+def for_reduction(tensor: Tensor, op: ReduceOp, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return a contiguous copy that every back end can reduce, and what turns the result back into the tensor's type.
+
+    bfloat16 and 8-bit floats are added as fp32 and rounded once; small integers as larger ones.
+
+    Raises:
+        UsageError: the tensor has no such reduction; names it and says what to do.
+    """
+    _refuse_odd(tensor, name)
+    dtype = tensor.dtype
+    tensor = tensor.detach()
+    if not (dtype.is_floating_point or dtype.is_complex) and op == "mean":
+        raise UsageError(f"'{name}' is {dtype}, which has no mean: give .float(), or ask for the sum")
+    if dtype == torch.bool and op == "sum":
+        raise UsageError(f"'{name}' is torch.bool, which has no sum: ask for max (any) or min (all), or give .int()")
+    if dtype.is_complex:
+        if op in ("min", "max"):
+            raise UsageError(f"'{name}' is {dtype}, which has no {op}: give its .abs(), or torch.view_as_real of it")
+        real = torch.view_as_real(tensor.resolve_conj()).clone(memory_format=torch.contiguous_format)
+        return real, torch.view_as_complex
+    if dtype in _REDUCED:
+        return tensor.clone(memory_format=torch.contiguous_format), lambda result: result
+    carrier = torch.float32 if dtype.is_floating_point else _WIDER.get(dtype)
+    if carrier is None:
+        raise UsageError(f"'{name}' is {dtype}, which cannot be reduced over ranks: give .long() or .double()")
+    return tensor.to(carrier).contiguous(), lambda result: result.to(dtype)
+
+
+def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
+    """Return the tensor's bits, flat, as integers or floats that every back end copies, and what writes them back.
+
+    They share the tensor's memory where it is contiguous; else, call the second after they have changed.
+
+    Raises:
+        UsageError: the tensor has no bits that can be written, one by one; names it.
+    """
+    _refuse_odd(tensor, name)
+    target = _distinct(tensor.detach(), name)
+    flat = target.resolve_conj().resolve_neg().contiguous().view(-1)
+    if flat.dtype.is_complex:
+        flat = torch.view_as_real(flat).view(-1)
+    bits = flat if flat.dtype in _REDUCED else flat.view(_BITS[flat.element_size()])
+
+    def write_back() -> None:
+        if bits.data_ptr() != target.data_ptr() or target.is_conj() or target.is_neg():
+            real = bits.view(target.dtype.to_real() if target.is_complex() else target.dtype)
+            values = torch.view_as_complex(real.view(*target.shape, 2)) if target.is_complex() else real
+            target.copy_(values.view(target.shape))
+
+    return bits, write_back
+
+
+def _refuse_odd(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        what = "quantized" if tensor.is_quantized else str(tensor.layout)
+        raise UsageError(f"'{name}' is a {what} tensor, which cannot travel between ranks: keep it dense, .to_dense()")
+
+
+def _distinct(tensor: Tensor, name: str) -> Tensor:
+    """Return the part of a tensor in which each number lies in memory of its own: `expand` repeats one."""
+    repeated = [size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    tensor = tensor[tuple(slice(0, 1) if is_repeated else slice(None) for is_repeated in repeated)]
+    sizes = sorted(
+        ((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1), reverse=False
+    )
+    reach = 1
+    for stride, size in sizes:
+        if stride < reach:
+            raise UsageError(f"'{name}' overlaps itself in memory, and cannot be made equal on all ranks: .clone() it")
+        reach = stride * size
+    return tensor

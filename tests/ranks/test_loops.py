@@ -1,0 +1,13 @@
+"""Loops as PyTorch users write them, on real ranks against one process in fp64: see `tests/support/loops.py`."""
+
+import pytest
+from loops import LOOPS, Alone, Ranks, difference, tensors_of
+from test_world import digest
+
+
+@pytest.mark.parametrize("item", LOOPS, ids=lambda item: item.name)
+def test_ranks_equal_one_process(world, item):
+    alone = item.run(Alone())
+    ours = item.run(Ranks(world))
+    assert difference(ours, alone) < item.tolerance
+    assert len(set(world.all_gather_object(digest(tensors_of(ours)), "loops.end"))) == 1
