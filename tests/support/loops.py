@@ -484,8 +484,8 @@ PARAMETRIZATIONS = {
 for _name, _change in PARAMETRIZATIONS.items():
 
     def _parametrized(env, change=_change):
-        model = network()
         with _SEEDED:
+            model = network()
             torch.manual_seed(0)
             change(model[0])
         with torch.no_grad():
