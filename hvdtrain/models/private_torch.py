@@ -6,7 +6,7 @@ Who changes torch's version looks here first. Nothing else in hvdtrain reaches i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 __all__ = [
     "BatchNorm",
     "FakeTensorMode",
+    "backward_run",
     "can_skip_by_itself",
+    "computed_node",
+    "hook_before_step",
     "is_transformed",
+    "queue_after_run",
     "run_backward",
     "skipping_where",
+    "version_of",
 ]
 
 
@@ -59,3 +64,31 @@ def run_backward(
 def is_transformed() -> bool:
     """Tell whether `torch.func` (grad, vmap, ...) is at work: functions without rules for it must stay out."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def backward_run() -> int:
+    """Return the number of autograd's run that this thread is in; -1 outside of any."""
+    return int(torch._C._current_graph_task_id())
+
+
+def queue_after_run(action: Callable[[], None]) -> None:
+    """Have autograd call `action` at the end of the run that this thread is in, as DistributedDataParallel does."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(action)
+
+
+def computed_node() -> Any:
+    """Return the node of autograd's graph that this thread is computing, or None."""
+    return torch._C._current_autograd_node()
+
+
+def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
+    """Register a hook before `step` that runs before all that are registered already."""
+    handle = optimizer.register_step_pre_hook(hook)
+    hooks: Any = optimizer._optimizer_step_pre_hooks
+    hooks.move_to_end(handle.id, last=False)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been changed in place, or one that shares its memory."""
+    return tensor._version

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return the parameters that are trained, or will be once they are unfrozen; torch leaves frozen ones alone."""
+    return [parameter for parameter in model.parameters() if parameter.is_floating_point() or parameter.is_complex()]
 
 
 def decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

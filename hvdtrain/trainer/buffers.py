@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
-from hvdtrain.world import ReduceOp, World, digest_of
+from hvdtrain.world import ReduceOp, World, digest_of, per_rank_buffers
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -54,6 +54,7 @@ class ChangingBuffers(Component):
         tensors = [buffers[name] for name in self.names]
         if not tensors:
             return
+        tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
         real = [tensor for tensor in tensors if tensor.is_floating_point()]
         counts = [tensor for tensor in tensors if not tensor.is_floating_point()]
         parts: list[tuple[list[Tensor], ReduceOp]] = [(real, "mean"), (counts, "max")]
@@ -67,9 +68,12 @@ class ChangingBuffers(Component):
 
 def _digests(model: nn.Module) -> dict[str, Tensor]:
     """Return what changes when a buffer does; its version counter does not tell: batch_norm leaves it alone."""
-    return {name: digest_of(buffer) for name, buffer in model.named_buffers()}
+    own = per_rank_buffers(model)
+    return {name: digest_of(buffer) for name, buffer in model.named_buffers() if name not in own}
 
 
 def _start(world: World, tensors: list[Tensor], op: ReduceOp) -> Callable[[], Tensor]:
-    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+    # Integers stay integers: a double holds those up to 2^53 only.
+    dtype = torch.float64 if op == "mean" else torch.int64
+    flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
     return world.start_all_reduce(flat, op, f"buffers.{op}")

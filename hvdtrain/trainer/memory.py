@@ -167,7 +167,7 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> int:
     memo: dict[int, Any] = {**small, **{id(buffer): buffer for buffer in model.buffers()}}
     cut = copy.deepcopy(model, memo)
     for parameter in cut.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer = job.task.build_optimizer(_plain(job.config).optim, cut)
     optimizer.step()
     total = 0

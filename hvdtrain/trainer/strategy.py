@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.world import World, WrappedOptimizer
+from hvdtrain.world import World, WrappedOptimizer, per_rank_buffers
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -103,8 +103,10 @@ class EveryStep(Strategy):
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Return parameters and buffers by name, without those that are each rank's own."""
+    own = per_rank_buffers(model)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in own}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def optimizer_tensors(training: Training) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.codec import CODECS, Codec, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.plain_mpi import plain_sum
-from hvdtrain.world.replicas import digest_of
+from hvdtrain.world.replicas import digest_of, keep_per_rank, per_rank_buffers
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.start import connect, init, pick_device, visible_gpus
 from hvdtrain.world.watch import watched
@@ -28,6 +28,8 @@ __all__ = [
     "has_synchronized_layers",
     "in_buckets",
     "init",
+    "keep_per_rank",
+    "per_rank_buffers",
     "pick_device",
     "plain_sum",
     "synchronize_batch_norm",

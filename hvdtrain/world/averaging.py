@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.private_torch import hook_before_step
 from hvdtrain.world.codec import Codec, codec_of
 from hvdtrain.world.exchange import GradientExchange
 
@@ -189,9 +190,7 @@ def wrap_optimizer(
             exchange.finish()
         return None
 
-    hook = wrapped.register_step_pre_hook(before_step)
-    # The user's own hooks shall see the mean.
-    cast(Any, wrapped)._optimizer_step_pre_hooks.move_to_end(hook.id, last=False)
+    hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
     wrapped.register_step_post_hook(lambda *_: exchange.end_step())
     return wrapped
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.models.private_torch import version_of
 from hvdtrain.world.codec import Codec
 
 if TYPE_CHECKING:
@@ -40,12 +41,12 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
 
 def mark_of(gradient: Tensor) -> Mark:
     """Return what `has_changed` asks for."""
-    return gradient, gradient._version
+    return gradient, version_of(gradient)
 
 
 def has_changed(gradient: Tensor, mark: Mark) -> bool:
     """Return whether a gradient was replaced, or changed in place, since it was marked."""
-    return gradient is not mark[0] or gradient._version != mark[1]
+    return gradient is not mark[0] or version_of(gradient) != mark[1]
 
 
 class Bucket:

@@ -1,17 +1,11 @@
-"""When a backward pass is over. Of `world/`, this file alone uses what is private in torch (seen in 2.6 and 2.13).
-
-`torch.nn.parallel.DistributedDataParallel` and FSDP rely on the same callback.
-"""
+"""When a backward pass is over."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-_engine: Any = torch.autograd.Variable._execution_engine
-_C: Any = torch._C
+from hvdtrain.models.private_torch import backward_run, computed_node, queue_after_run
 
 
 class EndOfBackward:
@@ -31,14 +25,14 @@ class EndOfBackward:
 
     def expect(self) -> None:
         """Wait for the end of the pass that runs now; call it from a hook, as often as you like."""
-        run = _C._current_graph_task_id()
+        run = backward_run()
         if run != self._run:
             self._run = run
-            _engine.queue_callback(self._at_end)
+            queue_after_run(self._at_end)
 
     def _at_end(self) -> None:
         # When a run is over, the node that is being computed is the one that has started it from within another run.
-        outer = _C._current_autograd_node()
+        outer = computed_node()
         if outer is None:
             self._action()
             return

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hvdtrain.errors import UsageError
+
+_PER_RANK = "_hvdtrain_per_rank_buffers"
 _CHUNK = 1 << 18  # stays in the processor's cache
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,3 +54,33 @@ def first_difference(digests: Sequence[Mapping[str, int]]) -> tuple[str, list[in
             right = max(values, key=lambda value: (values.count(value), value == values[0]))
             return name, [rank for rank, value in enumerate(values) if value != right]
     return None
+
+
+def keep_per_rank(module: nn.Module, *names: str) -> None:
+    """Leave buffers of `module` to each rank: they are not averaged, and need not be equal.
+
+    For what a rank collects for itself, such as a queue of keys (arXiv:1911.05722). All ranks begin with rank 0's, and
+    a checkpoint holds rank 0's.
+
+    Raises:
+        UsageError: there is no such buffer.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.register_buffer("queue", torch.zeros(128, 4096))
+        >>> keep_per_rank(module, "queue")
+    """
+    own = dict(module.named_buffers(recurse=False))
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise UsageError(f"there is no buffer {missing[0]!r} in this {type(module).__name__}: it has {list(own)}")
+    module.__dict__[_PER_RANK] = {*module.__dict__.get(_PER_RANK, ()), *names}
+
+
+def per_rank_buffers(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that `keep_per_rank` was told of."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module.__dict__.get(_PER_RANK, ())
+    }

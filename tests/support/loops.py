@@ -900,3 +900,9 @@ def difference(ours, theirs):
     """Return the largest difference, relative to the largest value."""
     pairs = zip(tensors_of(ours), tensors_of(theirs), strict=True)
     return max((a - b).abs().max().item() / max(1.0, b.abs().max().item()) for a, b in pairs)
+
+
+def table():
+    """Return the loops as the lines of a Markdown table."""
+    head = ["| | written as | on N ranks |", "|---|---|---|"]
+    return "\n".join([*head, *(f"| {item.group} | `{item.call}` | {item.note or 'as it is'} |" for item in LOOPS)])

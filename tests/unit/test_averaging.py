@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from thread_world import run_ranks
+from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.launch import Launch
@@ -209,3 +210,232 @@ def test_an_exchange_needs_nothing_but_a_world():
         return weight.grad.tolist()
 
     assert run_ranks(2, work) == [[1.5, 1.5]] * 2
+
+
+def clipped(model, norm=0.01):
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+
+@pytest.mark.parametrize("change", ["clipped", "replaced"])
+def test_a_gradient_that_is_changed_before_it_is_averaged_is_refused(change):
+    """Clipped on each rank by its own norm, the mean would be wrong without a word."""
+
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model, accum_steps=2)
+        x, y = data(0)
+        F.cross_entropy(model(share(world, x)), share(world, y)).backward()
+        if change == "clipped":
+            clipped(model)
+        else:
+            model[0].bias.grad = model[0].bias.grad * 2
+        with pytest.raises(
+            RuntimeError, match=r"changed after backward pass 1 .*accum_steps = 2.*synchronize\(\) first"
+        ):
+            optimizer.step()
+        return True
+
+    assert run_ranks(2, work) == [True, True]
+
+
+def test_a_gradient_that_is_changed_while_on_the_wire_is_refused():
+    """By a hook that comes after ours: before, it is the gradient that is sent."""
+
+    def work(world):
+        for is_before in (True, False):
+            model = network()
+
+            def halve(parameter):
+                parameter.grad.mul_(0.5)
+
+            if is_before:
+                model[2].bias.register_post_accumulate_grad_hook(halve)
+            optimizer = world.wrap(sgd(model), model, bucket_bytes=1)
+            train(model, optimizer, 1)
+            if not is_before:
+                model[2].bias.register_post_accumulate_grad_hook(halve)
+                with pytest.raises(RuntimeError, match=r"changed while it was on the wire.* 2\.bias.*before wrap"):
+                    train(model, optimizer, 1)
+            else:
+                train(model, optimizer, 1)
+        return True
+
+    assert run_ranks(2, work) == [True, True]
+
+
+def test_backward_that_failed_with_gradients_on_the_wire():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model, bucket_bytes=1)
+        train(model, optimizer, 1)
+
+        def fail(gradient):
+            raise ValueError("out of memory")
+
+        handle = model[0].weight.register_hook(fail)
+        optimizer.zero_grad()
+        with pytest.raises(ValueError, match="out of memory"):
+            F.cross_entropy(model(data(0)[0]), data(0)[1]).backward()
+        handle.remove()
+        with pytest.raises(RuntimeError, match="the other ranks wait"):
+            optimizer.zero_grad()
+        optimizer.synchronize()
+        return train(model, optimizer, 2)
+
+    first, second = run_ranks(2, work)
+    assert largest(first, second) == 0
+
+
+def test_a_pass_that_failed_before_anything_was_sent_is_forgotten():
+    def work(world):
+        model, plain = network(), network()
+        for net in (model, plain):
+            optimizer = world.wrap(sgd(net), net)
+            if net is model:
+                handle = net[0].weight.register_hook(lambda gradient: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    F.cross_entropy(net(data(0)[0]), data(0)[1]).backward()
+                handle.remove()
+            train(net, optimizer, 2, lambda tensor: share(world, tensor))
+        return largest(model.parameters(), plain.parameters())
+
+    assert run_ranks(2, work) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_network_that_is_one_reentrant_checkpoint(accum_steps):
+    """Its backward pass runs inside another, in which no gradient of the optimizer's is added to."""
+
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model, accum_steps=accum_steps)
+        norms = []
+        for step in range(3):
+            optimizer.zero_grad()
+            for part in range(accum_steps):
+                x, y = data(10 * step + part)
+                output = checkpoint(model, share(world, x).requires_grad_(), use_reentrant=True)
+                (F.cross_entropy(output * 2, share(world, y)) / accum_steps).backward()
+            norms.append(clipped(model).item())
+            optimizer.step()
+        return norms
+
+    model, expected = network(), []
+    optimizer = sgd(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(accum_steps):
+            x, y = data(10 * step + part)
+            (F.cross_entropy(model(x) * 2, y) / accum_steps).backward()
+        expected.append(clipped(model).item())
+        optimizer.step()
+    for norms in run_ranks(2, work):
+        assert norms == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_whole_window_averages_once():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model, accum_steps=3)
+        rounds = []
+        for step in range(2):
+            optimizer.zero_grad()
+            before = len(world.sent)
+            for part in range(3):
+                F.cross_entropy(model(data(10 * step + part)[0]), data(10 * step + part)[1]).backward()
+            optimizer.synchronize()
+            optimizer.step()
+            rounds.append(len(world.sent) - before)
+        return rounds
+
+    assert run_ranks(2, work) == [[1, 1]] * 2
+
+
+def test_each_optimizers_collectives_have_their_own_names():
+    def work(world):
+        for _ in range(2):
+            model = network()
+            train(model, world.wrap(sgd(model), model), 1)
+        return world.sent
+
+    for names in run_ranks(2, work):
+        assert len(set(names)) == len(names) == 2
+
+
+def test_a_closures_loss_is_the_mean():
+    def work(world):
+        weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        model = torch.nn.ParameterList([weight])
+        optimizer = world.wrap(torch.optim.SGD([weight], lr=0.1), model)
+
+        def closure(kind):
+            optimizer.zero_grad()
+            loss = (weight * (world.rank + 1)).sum()
+            loss.backward()
+            return {"tensor": loss, "float": loss.item(), "none": None}[kind]
+
+        found = [optimizer.step(lambda kind=kind: closure(kind)) for kind in ("tensor", "float", "none")]
+        optimizer.step(closure=lambda: closure("float"))
+        return [type(value) for value in found], found[0].item(), found[1], found[2], weight.item()
+
+    for kinds, tensor, number, none, weight in run_ranks(2, work):
+        assert kinds == [torch.Tensor, float, type(None)]
+        assert (tensor, number, none) == (1.5, pytest.approx(1.5 * 0.85), None)
+        assert weight == pytest.approx(1 - 4 * 0.15)
+
+
+def test_mean_square_is_that_of_the_ranks_own_gradients():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model, has_square=True, bucket_bytes=100)
+        x, y = share(world, data(0)[0]), share(world, data(0)[1])
+        own = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+        F.cross_entropy(model(x), y).backward()
+        return sum(gradient.square().sum().item() for gradient in own), optimizer.mean_square.item()
+
+    results = run_ranks(2, work)
+    for _, mean in results:
+        assert mean == pytest.approx(sum(own for own, _ in results) / 2, rel=1e-12)
+
+
+def test_broadcast_state_leaves_groups_where_schedulers_find_them():
+    def work(world):
+        model = network()
+        rate = torch.tensor(0.1 * (world.rank + 1))
+        optimizer = torch.optim.AdamW(
+            [{"params": model[0].parameters(), "lr": rate}, {"params": model[2].parameters(), "lr": 0.1}], lr=0.1
+        )
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        groups = list(optimizer.param_groups)
+        calls = []
+        optimizer.register_step_post_hook(lambda *_: calls.append(world.rank))
+        optimizer = world.wrap(optimizer, model)
+        if world.rank == 0:
+            groups[1]["lr"] = 0.7
+        world.broadcast_state(model, optimizer)
+        assert all(a is b for a, b in zip(groups, optimizer.param_groups, strict=True))
+        assert groups[0]["lr"] is rate or groups[0]["lr"].data_ptr() == rate.data_ptr()
+        train(model, optimizer, 2)
+        scheduler.step()
+        return [float(group["lr"]) for group in groups], len(calls)
+
+    assert run_ranks(2, work) == [([pytest.approx(0.05), 0.35], 2)] * 2
+
+
+def test_a_change_of_what_is_trained_is_laid_out_anew():
+    """What is new travels in a bucket of its own, until something is frozen."""
+
+    def work(world):
+        model = network()
+        model[2].requires_grad_(False)
+        optimizer = world.wrap(sgd(model), model)
+        sent = []
+        for change in (lambda: None, lambda: model[2].requires_grad_(True), lambda: model[0].requires_grad_(False)):
+            change()
+            for _ in range(2):
+                before = len(world.sent)
+                train(model, optimizer, 1)
+                sent.append(len(world.sent) - before)
+        return sent
+
+    assert run_ranks(2, work) == [[1, 1, 2, 2, 2, 1]] * 2

@@ -1,9 +1,13 @@
 """Digests of tensors: any change shows, and the place of the first difference is named."""
 
+import copy
+
 import pytest
 import torch
 
-from hvdtrain.world.replicas import first_difference, tensor_digest
+from hvdtrain.errors import UsageError
+from hvdtrain.trainer.strategy import model_tensors
+from hvdtrain.world.replicas import first_difference, keep_per_rank, per_rank_buffers, tensor_digest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -39,3 +43,14 @@ def test_the_first_difference_is_named():
     assert first_difference([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"a": 1}]) == ("b", [1, 2])
     assert first_difference([{"a": 2}, {"a": 1}, {"a": 1}]) == ("a", [0])
     assert first_difference([{"a": 2}, {"a": 1}]) == ("a", [1])
+
+
+def test_a_buffer_can_be_each_ranks_own():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Module())
+    model[1].register_buffer("queue", torch.zeros(3))
+    with pytest.raises(UsageError, match=r"no buffer 'que' in this Module: it has \['queue'\]"):
+        keep_per_rank(model[1], "que")
+    keep_per_rank(model[1], "queue")
+    assert per_rank_buffers(copy.deepcopy(model)) == {"1.queue"}
+    assert "1.queue" not in model_tensors(model)
+    assert "0.running_mean" in model_tensors(model)

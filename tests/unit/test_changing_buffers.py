@@ -1,0 +1,44 @@
+"""Buffers that a step changes are made equal on all ranks, of whatever type; a rank's own are left alone."""
+
+import types
+
+import torch
+from thread_world import run_ranks
+
+from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.world import keep_per_rank
+
+LARGE = 2**53 + 1
+
+
+def test_types_and_a_ranks_own():
+    def work(world):
+        model = torch.nn.Module()
+        start = {
+            "mean": torch.zeros(2, 3).t(),
+            "pairs": torch.zeros(2, dtype=torch.complex64),
+            "low": torch.zeros(2, dtype=torch.bfloat16),
+            "count": torch.zeros((), dtype=torch.int64),
+            "seen": torch.zeros(2, dtype=torch.bool),
+            "queue": torch.zeros(2),
+            "still": torch.ones(2),
+        }
+        for name, tensor in start.items():
+            model.register_buffer(name, tensor)
+        keep_per_rank(model, "queue")
+        buffers = ChangingBuffers(types.SimpleNamespace(world=world))
+        buffers.begin(model)
+        for _ in range(2):
+            model.mean += world.rank
+            model.pairs += 1j * world.rank
+            model.low += 2 * world.rank
+            model.count.fill_(LARGE - world.rank)
+            model.seen[world.rank] = True
+            model.queue.fill_(world.rank + 5)
+            buffers.average(world)
+        return buffers.names, [tensor.flatten()[0].item() for tensor in model.buffers()], model.seen.tolist()
+
+    for rank, (names, values, seen) in enumerate(run_ranks(2, work)):
+        assert names == ["mean", "pairs", "low", "count", "seen"]
+        assert values == [1.0, 1j, 2.0, LARGE, True, rank + 5, 1.0]
+        assert seen == [True, True]
