@@ -26,7 +26,7 @@ from hvdtrain.data.text.windows import IGNORED
 from hvdtrain.errors import DataError
 from hvdtrain.settings.files import locked, written_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ def same_document(documents: Tensor) -> Tensor:
     return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
-def write_packed(
-    cache: Path, digest: str, splits: Mapping[str, Callable[[], Iterable[TokenizedDocument]]], meta: dict[str, int]
-) -> Path:
+def write_packed(cache: Path, digest: str, splits: Mapping[str, Callable[[], Iterable[TokenizedDocument]]]) -> Path:
     """Write documents under a hash of all that makes them, or find them there; one process of a host at a time.
 
     Returns:
@@ -128,9 +126,8 @@ def write_packed(
         with locked(cache / f"{folder.name}.lock"):
             if not folder.exists():
                 with written_whole(folder) as new:
-                    for name, documents in splits.items():
-                        _write_split(new, name, documents())
-                    (new / "meta.json").write_text(json.dumps(meta))
+                    largest = {name: _write_split(new, name, documents()) for name, documents in splits.items()}
+                    (new / "meta.json").write_text(json.dumps({"largest_token": largest}))
     except OSError as error:
         raise DataError(
             f"prepared tokens cannot be kept in {cache} ({error.strerror or error}): free some space there, or choose"
@@ -139,8 +136,15 @@ def write_packed(
     return folder
 
 
-def _write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument]) -> None:
-    count = 0
+def largest_token(folder: Path) -> int:
+    """Return the largest token of all documents; -1 where there are none."""
+    largest: dict[str, int] = json.loads((folder / "meta.json").read_text())["largest_token"]
+    return max(largest.values())
+
+
+def _write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument]) -> int:
+    """Write the files of a split; returns its largest token, -1 where there is none."""
+    count, largest = 0, -1
     with (
         (folder / f"{name}.tokens").open("wb") as tokens,
         (folder / f"{name}.targets").open("wb") as targets,
@@ -156,6 +160,8 @@ def _write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument]
             tokens.write(document.tokens.astype(np.int32).tobytes())
             targets.write(is_target.tobytes())
             count += len(document.tokens)
+            largest = max(largest, int(document.tokens.max()))
+    return largest
 
 
 def _map(path: Path, dtype: type) -> NDArray:  # type: ignore[type-arg]

@@ -1,0 +1,69 @@
+"""The forward pass of a model of transformers, and the loss of packed documents by it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.models.linear import product_of
+from hvdtrain.models.loss import chunked_loss, next_token_loss
+from hvdtrain.recipes.transformers_models.balance import Balance
+from hvdtrain.recipes.transformers_models.layouts import Batch, Call, Layout
+
+LOSS_BYTES = 2**28
+"""Logits in fp32 that may exist at once, where the loss can be computed in chunks."""
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """Return the output of a forward pass, without a cache of keys and values."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return model(**inputs, **({"use_cache": False} if takes_any or "use_cache" in parameters else {}))
+
+
+@dataclass(frozen=True)
+class DocumentLoss:
+    """Sums the cross entropy of a batch's documents, as transformers would of each alone.
+
+    Args:
+        layout: how documents pass through the model.
+        is_chunked: logits are no more than the product of the last hidden states and the output embeddings, so that
+            those of a large vocabulary need not exist all at once.
+        balance: the balancing loss of a mixture of experts; None where there is none.
+    """
+
+    layout: Layout
+    is_chunked: bool
+    balance: Balance | None = None
+
+    def __call__(self, model: nn.Module, batch: Batch, loss_bytes: int = LOSS_BYTES) -> dict[str, Tensor]:
+        """Return the sums by name, "loss" among them.
+
+        Args:
+            model: of transformers.
+            batch: of `PackedDocuments`.
+            loss_bytes: logits that may exist at once.
+        """
+        calls = self.layout.calls(model, batch)
+        done = [self._run(model, call, loss_bytes) for call in calls]
+        loss = torch.stack([loss for loss, _ in done]).sum()
+        if self.balance is None:
+            return {"loss": loss}
+        return self.balance.add(
+            loss, [(output, call.origins) for (_, output), call in zip(done, calls, strict=True)], batch
+        )
+
+    def _run(self, model: nn.Module, call: Call, loss_bytes: int) -> tuple[Tensor, Any]:
+        whole: Any = model
+        head = whole.get_output_embeddings()
+        if self.is_chunked:
+            chunk = max(1, loss_bytes // (4 * head.weight.shape[0]))
+            if call.targets.numel() > chunk:
+                output = run(whole.base_model, call.inputs)
+                return chunked_loss(output[0], head.weight, call.targets, chunk, product_of(head)), output
+        output = run(model, call.inputs)
+        return next_token_loss(output.logits, call.targets)[0], output

@@ -1,0 +1,305 @@
+"""Finds out, by trying, how packed documents can pass through a model so that its loss is right.
+
+The judge is transformers' own forward pass of each document alone. A way through the model holds if its logits are
+those, and if changing one document leaves those of others as they were. No class or setting is known by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.errors import ConfigError, UsageError
+from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
+from hvdtrain.recipes.transformers_models.balance import Balance
+from hvdtrain.recipes.transformers_models.forward import DocumentLoss, run
+from hvdtrain.recipes.transformers_models.layouts import (
+    BY_MASKS,
+    BY_POSITIONS,
+    IN_EQUAL_ROWS,
+    IN_ROWS,
+    Batch,
+    Layout,
+)
+
+TOLERANCE = 1e-3
+"""Of a token's logits: the norm of their error by their norm, both without the mean. Rounding in fp32 makes about 1e-6
+in small models, a window that is lost 3e-3 and more, as the positions of another document."""
+LEAK_TOLERANCE = 3e-5
+"""Of a token's logits where another document changes, which mostly leaves them bitwise as they are."""
+_FAILS = "the forward pass fails"
+_QUANTILE = 0.99
+"""Of the tokens: in a mixture of experts rounding can send single tokens to another expert."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What trying one layout has shown."""
+
+    layout: Layout
+    error: float
+    """The largest error of a token's logits, relative to them."""
+    problem: str = ""
+    """Why it does not hold; empty if it does."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How documents pass through a model, and what was tried."""
+
+    loss: DocumentLoss
+    findings: tuple[Finding, ...]
+
+    def __str__(self) -> str:
+        """Return what a person should know."""
+        if not self.findings:
+            return f"{self.loss.layout.name}, if that holds: it is tried where there are weights"
+        *failed, found = self.findings
+        text = f"{found.layout.name}; each comes out as it does alone (tried: to {found.error:.0e})"
+        if found.layout not in (IN_ROWS, IN_EQUAL_ROWS):
+            return text
+        reason = min((finding.problem for finding in failed), key=_is_failure)
+        return f"{text}; packed would be faster, but there {reason}"
+
+
+def _is_failure(problem: str) -> bool:
+    return problem.startswith(_FAILS)
+
+
+NOT_TRIED = Way(DocumentLoss(BY_POSITIONS, is_chunked=True), ())
+"""For a model without weights."""
+
+
+def find_way(model: nn.Module, pool: Tensor, length: int) -> Way:
+    """Return the fastest way that holds for this model.
+
+    Costs about ten forward passes of a sample. The model is left as it was.
+
+    Args:
+        model: of transformers, on the device where it shall be tried.
+        pool: int64 `(tokens,)`, what documents are made of.
+        length: T, tokens of a sample.
+
+    Raises:
+        ConfigError: none holds, or transformers itself cannot run the model on T tokens.
+    """
+    with _probing(model) as draws_random_numbers:
+        trial = _Trial(model, pool, length)
+        trial.check_causal()
+        rows = trial.judge(IN_EQUAL_ROWS if draws_random_numbers else IN_ROWS)
+        findings: list[Finding] = []
+        for layout in (BY_POSITIONS, BY_MASKS):
+            # Rows differ from documents alone by rounding: others may by ten times as much.
+            findings.append(trial.judge(layout, 0.0 if rows.problem else 10 * rows.error))
+            if not findings[-1].problem:
+                break
+        else:
+            findings.append(rows)
+        if findings[-1].problem:
+            reasons = "; ".join(f"{finding.layout.name}: {finding.problem}" for finding in findings)
+            raise ConfigError(f"this model cannot be trained on documents: there is no way for them ({reasons})")
+        layout = findings[-1].layout
+        return Way(DocumentLoss(layout, trial.can_be_chunked(layout), trial.balance()), tuple(findings))
+
+
+class _Trial:
+    """Two samples of documents, and what transformers makes of each document alone.
+
+    The first sample holds a short document and a long one, the second one that fills it: in both, windows of attention
+    that are shorter than a sample show.
+    """
+
+    def __init__(self, model: nn.Module, pool: Tensor, length: int) -> None:
+        self._model = model
+        device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        cut = length // 3
+        drawn = [pool[torch.randint(len(pool), (n,), generator=generator)] for n in (cut, length - cut, length, cut)]
+        *self.documents, self._other = [tokens.to(device) for tokens in drawn]
+        self._alone = [self._logits(document) for document in self.documents if len(document)]
+
+    def _logits(self, document: Tensor) -> Tensor:
+        try:
+            logits: Tensor = run(self._model, {"input_ids": document[None]}).logits[0]
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a model's code does
+            raise ConfigError(
+                f"transformers' own forward pass of this model fails on {len(document)} tokens ({describe(error)})"
+            ) from error
+        if logits.shape[0] != len(document) or not bool(logits.isfinite().all()):
+            raise ConfigError("transformers' own forward pass of this model gives no finite logits, one for each token")
+        return logits
+
+    def check_causal(self) -> None:
+        """Raise ConfigError where the model sees the tokens that it is to predict."""
+        document = self.documents[-1]
+        keep = len(document) - len(self._other)
+        changed = torch.cat((document[:keep], self._other))
+        if keep and _distance(self._logits(changed)[:keep], self._alone[-1][:keep]) > LEAK_TOLERANCE:
+            raise ConfigError(
+                "this model is no causal one: what it predicts depends on the tokens that follow (models made from"
+                " encoders need is_decoder: true in their config.json)"
+            )
+
+    def judge(self, layout: Layout, noise: float = 0.0) -> Finding:
+        """Return whether documents pass through the model as if each were alone.
+
+        Args:
+            layout: how they pass.
+            noise: what rounding alone can do.
+        """
+        try:
+            ours = self._packed(layout, self.documents)
+            changed = self._packed(layout, [self._other, *self.documents[1:]])
+        except Exception as problem:  # whatever a model's code does with arguments that it does not know
+            return Finding(layout, float("inf"), f"{_FAILS} ({describe(problem)})")
+        error = _distance(ours, torch.cat(self._alone))
+        after = len(self._other)
+        leak = _distance(changed[after:], ours[after:])
+        if not leak <= max(LEAK_TOLERANCE, noise):
+            return Finding(layout, error, f"they see each other (logits move by {leak:.0e})")
+        if not error <= max(TOLERANCE, noise):
+            return Finding(layout, error, f"they come out otherwise than alone (logits differ by {error:.0e})")
+        return Finding(layout, error)
+
+    def _packed(self, layout: Layout, documents: Sequence[Tensor]) -> Tensor:
+        """Return the logits of the documents, packed, `(tokens, V)`."""
+        batch = pack(documents)
+        logits: Tensor | None = None
+        for call in layout.calls(self._model, batch):
+            found = run(self._model, call.inputs).logits
+            is_text = call.origins >= 0
+            if logits is None:
+                logits = found.new_full((batch[0].numel(), found.shape[-1]), float("nan"))
+            logits[call.origins[is_text]] = found[is_text]
+        assert logits is not None
+        return logits
+
+    def can_be_chunked(self, layout: Layout) -> bool:
+        """Return whether the loss in chunks, from the last hidden states, is that of the model's logits."""
+        whole: Any = self._model
+        try:
+            head = whole.get_output_embeddings()
+            if not isinstance(head, nn.Linear) or head.bias is not None or not self._is_product(head):
+                return False
+            batch = pack(self.documents)
+            few = 4 * head.weight.shape[0] * max(1, len(self.documents[-1]) // 3)
+            at_once = DocumentLoss(layout, is_chunked=False)(self._model, batch)["loss"]
+            in_chunks = DocumentLoss(layout, is_chunked=True)(self._model, batch, few)["loss"]
+        except Exception:  # whatever a model's code does: its logits are right, and taken as they are
+            return False
+        return bool((in_chunks - at_once).abs() <= 1e-4 * at_once.abs())
+
+    def _is_product(self, head: nn.Linear) -> bool:
+        """Return whether logits are what the head makes of the last hidden states, neither scaled nor capped.
+
+        A cap shows in large logits only, and those of new weights are small: here the head's are made large.
+        """
+        whole: Any = self._model
+        inputs = {"input_ids": self.documents[-1][None]}
+        product = head(run(whole.base_model, inputs)[0])
+        large = 1e3 / product.abs().max()
+        hook = head.register_forward_hook(lambda module, args, output: output * large)
+        try:
+            logits = run(whole, inputs).logits
+        finally:
+            hook.remove()
+        return _distance(logits[0], large * product[0]) <= TOLERANCE
+
+    def balance(self) -> Balance | None:
+        """Return the balancing loss that transformers adds to this model's loss; None if it adds none.
+
+        Raises:
+            ConfigError: it is another one than `Balance`.
+        """
+        document = self.documents[-1]
+        inputs = {"input_ids": document[None]}
+        output = run(self._model, inputs)
+        logits = getattr(output, "router_logits", None)
+        if not logits:
+            return None
+        labelled = run(self._model, {**inputs, "labels": document[None]})
+        theirs = getattr(labelled, "aux_loss", None)
+        if theirs is None or not isinstance(theirs, Tensor):
+            return None
+        targets = torch.cat((document[1:], document.new_tensor([IGNORE_INDEX])))[None]
+        total, count = next_token_loss(labelled.logits, targets)
+        term = float(labelled.loss - total / count)
+        samples = torch.zeros_like(document)
+        whole: Any = self._model
+        coefficient = getattr(whole, "router_aux_loss_coef", None)
+        if coefficient is not None and abs(coefficient * theirs - term) <= 1e-5 * float(labelled.loss):
+            for top_k in range(1, logits[0].shape[-1] + 1):
+                balance = Balance(float(coefficient), top_k)
+                if (balance.of_samples([logits], [samples], 1) - theirs).abs() <= 1e-4 * theirs.abs():
+                    return balance
+        raise ConfigError(
+            "transformers adds a balancing loss to this model's loss that is not known here: set output_router_logits"
+            " to false in its config.json"
+        )
+
+
+def pack(documents: Sequence[Tensor]) -> Batch:
+    """Return two samples, the first with two documents; targets are the tokens after each, of its document."""
+    tokens = torch.cat(list(documents)).view(2, -1)
+    lengths = [len(document) for document in documents]
+    number = torch.arange(len(documents)).repeat_interleave(torch.tensor(lengths)).to(tokens.device)
+    position = torch.cat([torch.arange(n) for n in lengths]).to(tokens.device)
+    targets = [
+        torch.cat((document[1:], document.new_full((min(1, len(document)),), IGNORE_INDEX))) for document in documents
+    ]
+    return tokens, torch.cat(targets).view_as(tokens), number.view_as(tokens), position.view_as(tokens)
+
+
+def describe(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message, cut."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines[0]) <= 100 else f"{lines[0][:97]}..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Return how far two tokens' logits, `(tokens, V)`, are apart, relative to those of `b`; nearly the largest."""
+    if len(b) == 0:
+        return 0.0
+    a, b = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (a, b))
+    distances = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
+    return float(distances.sort().values[math.ceil(_QUANTILE * len(distances)) - 1])
+
+
+@contextlib.contextmanager
+def _probing(model: nn.Module) -> Iterator[bool]:
+    """Within, nothing that the model computes is random; tells whether training it is."""
+    was_training = model.training
+    with torch.no_grad():
+        model.train()
+        draws = _draws_random_numbers(model)
+        model.train(not draws)
+        try:
+            yield draws
+        finally:
+            model.train(was_training)
+
+
+def _draws_random_numbers(model: nn.Module) -> bool:
+    """Return whether a forward pass draws any, as for dropout; the generators are put back."""
+    device = next(model.parameters()).device
+    tokens = torch.arange(8, device=device)[None]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        before = [generator.get_state() for generator in generators]
+        try:
+            run(model, {"input_ids": tokens})
+        except Exception:  # whatever a model's code does; the trial will tell
+            return True
+        after = [generator.get_state() for generator in generators]
+        return not all(map(torch.equal, before, after))
