@@ -35,6 +35,7 @@ from hvdtrain.verbs.options import (
 )
 
 if TYPE_CHECKING:
+    from hvdtrain.settings import OptimConfig
     from hvdtrain.trainer import Recipe
 
 PROGRAM = "python -m hvdtrain"
@@ -220,13 +221,13 @@ def _parse_plain(name: str, words: list[str], flags: list[str]) -> Invocation | 
 
 
 def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation | str:
-    from hvdtrain.optim.table import all_settings, own_class
+    from hvdtrain.optim.table import all_settings
     from hvdtrain.recipes import load_recipe
     from hvdtrain.recipes.given import apply, read_toml
 
     verb, recipe = VERBS[name], load_recipe(recipe_name)
     if _asks_for_help(flags):
-        recipe = dataclasses.replace(recipe, optim=own_class(recipe.optim))
+        recipe = dataclasses.replace(recipe, optim=_named_optimizer(flags, recipe))
         usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting VALUE ...]"
         return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe)}\n"
     of_verb = known_flags(verb.options)
@@ -238,6 +239,16 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
     recipe = apply(recipe, [*layers, (nested(for_recipe), COMMAND_LINE)])
     return Invocation(name, _with_changes_checked(options, recipe), recipe_name, recipe)
+
+
+def _named_optimizer(flags: list[str], recipe: Recipe) -> OptimConfig:
+    """Return the settings of the optimizer that the flags name, or of the recipe's own."""
+    from hvdtrain.optim.table import own_class, with_name
+
+    given = [word for flag in flags for word in flag.split("=", 1)]
+    if "--optim.name" in given[:-1]:
+        return with_name(recipe.optim, given[given.index("--optim.name") + 1])
+    return own_class(recipe.optim)
 
 
 def _refuse_of_other_recipes(flags: list[tuple[str, Words]], known: Mapping[str, Any], recipe_name: str) -> None:

@@ -135,7 +135,11 @@ def range_of(item: dataclasses.Field[Any]) -> str:
     limits = item.metadata.get("limits", {})
     if limits == {"minimum": 0}:
         return "not be negative"
-    return "be " + " and ".join(f"{words[rule]} {limit:g}" for rule, limit in limits.items()) if limits else ""
+    return "be " + " and ".join(f"{words[rule]} {_number(limit)}" for rule, limit in limits.items()) if limits else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _shortened(value: int) -> str:

@@ -70,7 +70,8 @@ def _check_kind(path: Path, kind: PathKind, what: str) -> None:
             raise ConfigError(f"{what} cannot be read: No such file or directory") from None
         return
     except OSError as error:
-        raise ConfigError(f"{what} cannot be used: {error.strerror}") from error
+        verb = "written" if kind.startswith("new") else "read"
+        raise ConfigError(f"{what} cannot be {verb}: {error.strerror}") from error
     is_file, is_directory = stat.S_ISREG(mode), stat.S_ISDIR(mode)
     if kind in ("file", "new file", "file or name") and not is_file:
         raise ConfigError(f"{what} is {'a directory' if is_directory else 'no regular file'}: give a file")

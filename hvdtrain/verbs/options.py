@@ -40,7 +40,7 @@ class TrainOptions(RecipeOptions):
 class VerifyOptions(RecipeOptions):
     """`verify RECIPE`."""
 
-    steps: int = setting(3, minimum=1, maximum=MOST)
+    steps: int = setting(3, minimum=2, maximum=MOST)
     """Optimizer steps of each comparison."""
     json: Path | None = setting(None, path="new file")
     """Also write the table to this file."""

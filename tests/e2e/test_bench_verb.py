@@ -45,5 +45,5 @@ def test_knobs_are_measured_side_by_side(hvdtrain, tiny_lm, tmp_path):
 def test_mistakes_are_one_message(hvdtrain):
     done = hvdtrain("bench", RECIPE, "--rounds", "0")
     assert done.code == 2
-    assert "--rounds 0 must be at least 1" in done.err
+    assert "--rounds = 0 must be at least 1" in done.err
     assert "Traceback" not in done.text

@@ -94,7 +94,7 @@ def test_mistakes(hvdtrain, trained, small_text, tmp_path):
     for arguments, message in (
         (["generate", tmp_path], "neither a run's directory"),
         (["generate", trained / "run", "--checkpoint", "3"], "no checkpoint '3': there are of steps 12"),
-        (["generate", trained / "run", "--top-p", "2"], "top_p = 2.0 must be above 0"),
+        (["generate", trained / "run", "--top-p", "2"], "--top-p = 2.0 must be greater than 0 and at most 1"),
         (["train", "lm", "--data.path", small_text, "--model.init-from", tmp_path], "config.json cannot be read"),
     ):
         done = hvdtrain(*arguments)

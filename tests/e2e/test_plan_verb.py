@@ -39,9 +39,9 @@ def test_plan(hvdtrain, tmp_path, small_text, launcher, ranks):
 
 def test_mistakes(hvdtrain, tmp_path):
     for arguments, message in (
-        (["plan", "--from", "nowhere"], "--from nowhere: nowhere cannot be read"),
-        (["plan", "lm", "--noise-from", "nowhere"], "--noise-from nowhere: nowhere/metrics.jsonl cannot be read"),
-        (["plan", "lm", "--to", "0"], "--to 0 must be greater than 0"),
+        (["plan", "--from", "nowhere"], "--from nowhere cannot be read"),
+        (["plan", "lm", "--noise-from", "nowhere"], "--noise-from nowhere cannot be read"),
+        (["plan", "lm", "--to", "0"], "--to = 0 must be greater than 0"),
         (["plan", "lm", "--too", "8"], "there is no flag '--too'; did you mean '--to'?"),
     ):
         done = hvdtrain(*arguments)

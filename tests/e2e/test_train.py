@@ -142,7 +142,7 @@ def test_a_mistake_is_one_message_on_all_launchers(hvdtrain, tmp_path, launcher,
     [
         (["trian"], "there is no verb 'trian'; did you mean 'train'"),
         (["train", "ml"], "there is no recipe 'ml'; did you mean 'lm'"),
-        (["train", "missing.py"], "there is no recipe file missing.py"),
+        (["train", "missing.py"], "the recipe file missing.py cannot be read"),
         (["train", "lm", "extra"], "'extra' is one word too many"),
         (["train", "lm", "--config", "missing.toml"], "missing.toml cannot be read"),
         (["train", "lm", "--config", "broken.toml"], "broken.toml is not TOML"),

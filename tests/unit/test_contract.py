@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from thread_world import run_ranks
 from torch import nn
 
 from hvdtrain import Recipe, Task, TensorSamples, TrainConfig
@@ -15,7 +16,7 @@ from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, LogConfig
 from hvdtrain.trainer import fit, settle, step
-from hvdtrain.trainer.contract import check_loss
+from hvdtrain.trainer.contract import check_loss, first_batch
 from hvdtrain.world import SoloWorld
 
 SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
@@ -247,3 +248,23 @@ def test_batches_of_other_forms_train_alike(tmp_path):
         assert all(map(torch.equal, train(made, tmp_path / name), wanted)), name
     with pytest.raises(UsageError, match="returns a mean as 'loss'"):
         train(task(mean, data=torch.utils.data.TensorDataset(*data.tensors)), tmp_path / "mean")
+
+
+def test_what_one_rank_finds_all_ranks_tell(tmp_path):
+    made = task()
+
+    def work(world):
+        config = Config(train=TrainConfig(steps=2, global_batch_size=8), log=LogConfig(every=1))
+        job = settle(made, config, world, RunDirectory(tmp_path), MetricLog(None, []))
+        batch = made.train_data.batch(torch.arange(4))
+        read = (lambda: ()) if world.rank == 1 else (lambda: batch)
+        try:
+            first_batch(job, made.model, torch.arange(4), read, lambda batch: cross_entropy(made.model, batch))
+        except UsageError as error:
+            return str(error), error.is_on_all_ranks
+        return None
+
+    first, second = run_ranks(2, work)
+    assert first == second
+    assert first[0].startswith("on rank 1: TensorSamples.batch returned a tuple without tensors")
+    assert first[1]

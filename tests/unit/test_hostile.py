@@ -178,7 +178,7 @@ def zoo(tmp_path, monkeypatch):
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nothing")
-    (tmp_path / "unreadable").write_text("x")
+    (tmp_path / "unreadable").write_text("")
     (tmp_path / "unreadable").chmod(0)
     os.mkfifo(tmp_path / "fifo")
     server = socket.socket(socket.AF_UNIX)

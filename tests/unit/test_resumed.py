@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hvdtrain import CheckpointConfig, Config, EvalConfig, OptimConfig, Task, TensorSamples, TrainConfig
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.trainer import fit, settle
 from hvdtrain.trainer.component import Component
@@ -32,7 +33,7 @@ def job_of(run_dir, said, *, steps=8, components=(), **settings):
     config = Config(train=TrainConfig(steps=steps, global_batch_size=4), **settings)
     log = MetricLog(None, [])
     log.say = said.append
-    return settle(task, config, SOLO, run_dir, log)
+    return settle(task, config, SOLO, RunDirectory(run_dir), log)
 
 
 def test_the_start_says_from_where_and_that_the_rate_jumps(tmp_path):
