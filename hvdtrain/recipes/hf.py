@@ -26,7 +26,7 @@ from hvdtrain.trainer.task import Recipe, Task
 class TransformersConfig(ModelConfig):
     """Which model of transformers."""
 
-    path: str | None = setting(None, path="name")
+    path: str | None = setting(None, path="directory or name")
     """Directory or name on the hub of a model to begin with, and of its tokenizer."""
     config: Path | None = setting(None, path="file")
     """config.json of a model to train from scratch; its tokenizer is beside it, or --data.tokenizer."""
@@ -46,7 +46,7 @@ class DocumentsConfig(CorpusConfig):
     """Text file, .jsonl file, directory or glob. None: the source code of the running Python's standard library."""
     val_path: str | None = setting(None, path="data")
     """Held-out files. None: part of --data.path, split by file."""
-    tokenizer: str | None = setting(None, path="name")
+    tokenizer: str | None = setting(None, path="directory or name")
     """Directory or name of a tokenizer of transformers. None: that of the model."""
     text_field: str = "text"
     """Field of a line of a .jsonl file that holds a text; lines with "messages" are conversations."""
