@@ -205,7 +205,7 @@ def test_flags_as_people_write_them():
     assert prompts == ("-1", "b", "--c")
 
 
-@pytest.mark.parametrize("line", ["--help", "train lm --help", "train mnist --help", "plan lm -h", "generate --help"])
+@pytest.mark.parametrize("line", ["--help", "train lm --help", "train mnist --help", "plan hf -h", "generate --help"])
 def test_help_needs_no_torch_and_half_a_second(line):
     code = (
         "import sys, time; started = time.process_time(); from hvdtrain.cli import main; code = main(sys.argv[1:]);"
