@@ -89,7 +89,7 @@ def test_every_type_is_broadcast_and_reduced_or_refused(world, dtype):
     expected = torch.stack(values).amax(0).clamp(max=1) if dtype == torch.bool else sum(values)
     assert torch.equal(total.to(torch.complex128).real, expected)
     if not dtype.is_floating_point and not dtype.is_complex:
-        with pytest.raises(UsageError, match="'words seen' is .* which has no mean"):
+        with pytest.raises(UsageError, match=r"'words seen' is .* which has no mean"):
             world.all_reduce(mine, "mean", "words seen")
     world.broadcast_tensors({"buffer": mine}, f"test.type.{dtype}")
     assert digest([mine]) == digest([first])
