@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class ChangingBuffers(Component):
-    """Averages, after each step, the buffers that a step changes on any rank; found out in the first one.
+    """Averages, after each step, the buffers that a step changes on any rank.
+
+    Which they are is found out in the first step, and again when a part of the model goes from evaluation to training
+    or back, as a frozen normalisation does that is trained later.
 
     Each rank has moved them by its own samples. The mean is what their averages over all samples are; counts take the
     largest. Then all ranks are equal at the end of every step, and it matters not at which step a run is saved.
@@ -31,6 +34,8 @@ class ChangingBuffers(Component):
         """Of the buffers that change; None before the first step."""
         self._model: nn.Module | None = None
         self._before: dict[str, Tensor] = {}
+        self._modes: list[bool] = []
+        """Which modules were in training mode when that was found out."""
 
     def begin(self, model: nn.Module) -> None:
         """Remember what the buffers hold: what has changed them so far does not count."""
@@ -45,11 +50,13 @@ class ChangingBuffers(Component):
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
         if world.size == 1 or not self._before or self._model is None:
             return
-        if self.names is None:
+        modes = [module.training for module in self._model.modules()]
+        if self.names is None or modes != self._modes:
             now = _digests(self._model)
             changed = [name for name, digest in now.items() if not self._before[name].equal(digest)]
             everyone = world.all_gather_object(changed, "buffers.changed")
             self.names = [name for name in now if any(name in names for names in everyone)]
+            self._modes = modes
         buffers = dict(self._model.named_buffers())
         tensors = [buffers[name] for name in self.names]
         if not tensors:

@@ -165,7 +165,7 @@ def wrap_optimizer(
     base, attributes = world.optimizer_type(inner, averaging)
     optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None)
     # `step` is named again, as it is: a library's class may have another, and torch would hang its hooks on that too.
-    members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__}
+    members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__, "__module__": inner.__module__}
     optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
     wrapped = cast(WrappedOptimizer, optimizer)
     if world.size == 1:

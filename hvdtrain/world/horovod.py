@@ -84,7 +84,8 @@ class HorovodWorld(World):
 
     def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Exchange in the background."""
-        return self._waiting(hvd.alltoall_async(tensor, name=name))
+        wait = self._waiting(hvd.alltoall_async(tensor, name=name))
+        return lambda: cast(Any, wait())[0]  # Horovod also returns how much came from each rank
 
     def start_broadcast_(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Broadcast in the background."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from test_world import digest
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.world import CODECS
 
 SAMPLES = 24  # divides by 1, 2, 3 and 4 ranks
 
@@ -139,14 +140,21 @@ def test_synchronize_twice_averages_once(world):
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), once, strict=True))
 
 
-def test_fp16_on_the_wire_does_not_overflow(world):
+@pytest.mark.parametrize("name", CODECS)
+def test_formats_on_the_wire(world, name):
     """Horovod's own fp16 compression sums first: an average of 60000 becomes infinite."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, compression="fp16")
-    (model(torch.ones(1, 1)) * 60000).sum().backward()
-    optimizer.synchronize()
-    assert model.weight.grad.dtype == torch.float32
-    assert model.weight.grad.item() == pytest.approx(60000, rel=1e-3)
+    model = network(torch.float32)
+    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, compression=name, bucket_bytes=100)
+    for step in range(3):
+        optimizer.zero_grad()
+        (sum((p * (step + 1)).sum() for p in model.parameters()) * 20000 * (world.rank + 1)).backward()
+        mean = 20000 * (step + 1) * (world.size + 1) / 2
+        for parameter in model.parameters():
+            assert parameter.grad.dtype == torch.float32
+            if mean < 65504 or name != "fp16":
+                assert parameter.grad.flatten().tolist() == pytest.approx([mean] * parameter.numel(), rel=1e-2)
+        optimizer.step()
+    assert len(set(world.all_gather_object(digest(model.parameters()), "format"))) == 1
 
 
 def test_bfloat16_parameters(world):

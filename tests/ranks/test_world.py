@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, UsageError
 from hvdtrain.world import World
 
 DTYPES = [torch.float16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]
@@ -72,6 +72,40 @@ def test_broadcast_state_makes_ranks_bitwise_equal(world):
     assert len(set(after)) == 1
     if world.rank == 0:
         assert after[0] == mine
+
+
+MORE_TYPES = [torch.int8, torch.int16, torch.uint16, torch.uint32, torch.complex64, torch.complex128]
+ALL_TYPES = [*DTYPES, *MORE_TYPES, torch.bfloat16, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
+def test_every_type_is_broadcast_and_reduced_or_refused(world, dtype):
+    mine = (torch.arange(6).view(2, 3) % 2 + world.rank % 2).to(dtype).t()
+    first = (torch.arange(6).view(2, 3) % 2).to(dtype).t()
+    op = "max" if dtype == torch.bool else "sum"
+    total = world.all_reduce(mine, op, f"test.type.{dtype}")
+    assert total.dtype == dtype
+    values = [(torch.arange(6).view(2, 3).t() % 2 + rank % 2).double() for rank in range(world.size)]
+    expected = torch.stack(values).amax(0).clamp(max=1) if dtype == torch.bool else sum(values)
+    assert torch.equal(total.to(torch.complex128).real, expected)
+    if not dtype.is_floating_point and not dtype.is_complex:
+        with pytest.raises(UsageError, match=r"'words seen' is .* which has no mean"):
+            world.all_reduce(mine, "mean", "words seen")
+    world.broadcast_tensors({"buffer": mine}, f"test.type.{dtype}")
+    assert digest([mine]) == digest([first])
+
+
+def test_parts_change_hands(world):
+    mine = torch.arange(2 * world.size, dtype=torch.int16) + 100 * world.rank
+    received = world.start_all_to_all(mine, "test.parts")()
+    part = torch.arange(2) + 2 * world.rank
+    assert received.tolist() == [int(n) + 100 * rank for rank in range(world.size) for n in part]
+
+
+def test_gathered_lengths_may_differ(world):
+    mine = torch.full((world.rank, 2), float(world.rank))
+    gathered = world.start_all_gather(mine, "test.lengths")()
+    assert gathered[:, 0].tolist() == [float(rank) for rank in range(world.size) for _ in range(rank)]
 
 
 def test_broadcast_state_takes_no_hidden_step(world):

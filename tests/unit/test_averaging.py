@@ -439,3 +439,112 @@ def test_a_change_of_what_is_trained_is_laid_out_anew():
         return sent
 
     assert run_ranks(2, work) == [[1, 1, 2, 2, 2, 1]] * 2
+
+
+def test_step_hooks_of_before_wrap_see_the_mean_on_a_rank_without_a_batch():
+    def work(world):
+        model = network()
+        seen = []
+        optimizer = sgd(model)
+        optimizer.register_step_pre_hook(lambda *_: seen.append(model[0].bias.grad.clone()))
+        optimizer = world.wrap(optimizer, model)
+        if world.rank == 0:
+            F.cross_entropy(model(data(0)[0]), data(0)[1]).backward()
+        optimizer.step()
+        return seen[0]
+
+    first, second = run_ranks(2, work)
+    assert torch.equal(first, second)
+
+
+def test_checkpoints_inside_a_pass_do_not_end_it():
+    """Each `use_reentrant=True` is a run of autograd's engine of its own, which is over before the pass is."""
+
+    def work(world):
+        layers = torch.nn.ModuleList([torch.nn.Linear(6, 6).double() for _ in range(3)])
+        optimizer = world.wrap(sgd(layers), layers, accum_steps=2)
+        sent = []
+        for _ in range(2):
+            before = len(world.sent)
+            for _ in range(2):
+                x = data(0)[0].requires_grad_()
+                for layer in layers:
+                    x = checkpoint(layer, x, use_reentrant=True)
+                x.sum().backward()
+                sent.append(len(world.sent) - before)
+            optimizer.step()
+        return sent
+
+    assert run_ranks(2, work) == [[0, 1, 0, 1]] * 2
+
+
+def test_a_rank_without_a_batch_joins_every_step_however_gradients_are_cleared():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model)
+        for step in range(6):
+            if step % 2:
+                optimizer.zero_grad()
+            else:
+                model.zero_grad()
+            if world.rank == 0 or step == 0:
+                F.cross_entropy(model(data(step)[0]), data(step)[1]).backward()
+            if step == 4:
+                optimizer.synchronize()
+                continue  # such as a scaler's overflow
+            optimizer.step()
+        return list(model.parameters())
+
+    first, second = run_ranks(2, work)
+    assert largest(first, second) == 0
+
+
+def test_a_rank_without_a_batch_in_a_closure():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model)
+
+        def closure():
+            model.zero_grad()
+            if world.rank == 0:
+                F.cross_entropy(model(data(0)[0]), data(0)[1]).backward()
+
+        for _ in range(2):
+            optimizer.step(closure)
+        return list(model.parameters())
+
+    first, second = run_ranks(2, work)
+    assert largest(first, second) == 0
+
+
+def test_the_first_pass_of_an_added_group_is_averaged():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(torch.optim.SGD(model[0].parameters(), lr=0.1), model)
+        optimizer.add_param_group({"params": model[2].parameters()})
+        model[0].requires_grad_(False)
+        F.cross_entropy(model(share(world, data(0)[0])), share(world, data(0)[1])).backward()
+        return model[2].weight.grad.clone()
+
+    first, second = run_ranks(2, work)
+    assert torch.equal(first, second)
+
+
+def test_an_addition_to_what_was_sent_is_refused():
+    def work(world):
+        layer = torch.nn.Linear(6, 6).double()
+        optimizer = world.wrap(sgd(layer), layer, bucket_bytes=1)
+
+        def backward(reentrant):
+            x = data(0)[0].requires_grad_()
+            for _ in range(2):
+                x = checkpoint(layer, x, use_reentrant=reentrant)
+            x.sum().backward()
+
+        backward(False)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"gradient of .* 2 times, an earlier one 1 times, and it has been sent"):
+            backward(True)
+        return True
+
+    assert run_ranks(2, work) == [True, True]

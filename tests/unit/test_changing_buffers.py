@@ -42,3 +42,23 @@ def test_types_and_a_ranks_own():
         assert names == ["mean", "pairs", "low", "count", "seen"]
         assert values == [1.0, 1j, 2.0, LARGE, True, rank + 5, 1.0]
         assert seen == [True, True]
+
+
+def test_a_normalisation_that_is_trained_later():
+    def work(world):
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)).double()
+        model[1].eval()
+        buffers = ChangingBuffers(types.SimpleNamespace(world=world))
+        buffers.begin(model)
+        names = []
+        for step in range(3):
+            if step == 2:
+                model.train()
+            model(torch.arange(8.0).view(4, 2).double() * (world.rank + 1))
+            buffers.average(world)
+            names.append(len(buffers.names))
+        return names, [tensor.tolist() for tensor in model.buffers()]
+
+    (names, first), (_, second) = run_ranks(2, work)
+    assert names == [3, 3, 6]
+    assert first == second
