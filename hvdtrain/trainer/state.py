@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
-from hvdtrain.errors import HvdtrainError, ResumeError
+from hvdtrain.errors import ResumeError
 from hvdtrain.models.weights import check_can_be_saved, extra_state, load_model_weights, model_weights
 from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
@@ -22,6 +22,7 @@ from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
+from hvdtrain.trainer.odd_state import check_kinds, check_like, in_a_sentence
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.same_data import compare_data, explain_resume
 from hvdtrain.trainer.strategy import Strategy
@@ -165,7 +166,7 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
     for component in training.components:
         component.begin(training.model)
         if state is not None:
-            with _in_a_sentence(job):
+            with in_a_sentence(job):
                 _restore(job, component, state["components"])
     check_can_be_saved(training.model)
     storable(extra_state(training.model), "the model's state_dict()")
@@ -185,34 +186,8 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
 
 
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:
-    with _in_a_sentence(job):
+    with in_a_sentence(job):
         job.strategy.load_optimizer_state(job.world, training, state)
-
-
-@contextmanager
-def _in_a_sentence(job: Job) -> Iterator[None]:
-    """Turn whatever a state of odd values leads to into a ResumeError: older checkpoints would have them, too."""
-    try:
-        yield
-    except HvdtrainError:
-        raise
-    except Exception as error:  # of any type: the state may hold anything anywhere
-        raise ResumeError(
-            f"the newest checkpoint in {job.run} holds a state that this program cannot restore"
-            f" ({type(error).__name__}: {error}): train on with the program that wrote it, or choose another --run-dir"
-        ) from error
-
-
-def _check_like(now: Any, then: Any, name: str) -> None:
-    """Raise ValueError where a saved value is no such thing as the one that it replaces."""
-    if isinstance(now, Mapping):
-        for key in now.keys() & then.keys():
-            _check_like(now[key], then[key], f"{name}.{key}")
-    elif isinstance(now, Tensor):
-        if not isinstance(then, Tensor) or then.shape != now.shape:
-            raise ValueError(f"{name} is no tensor of shape {tuple(now.shape)}")
-    elif isinstance(now, int | float) and not isinstance(then, int | float):
-        raise ValueError(f"{name} is no number")
 
 
 def _restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
@@ -222,7 +197,7 @@ def _restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
         rank, size = job.world.rank, job.world.size
         saved = saved[rank] if len(saved) == size else component.redistribute(saved, rank)
     if saved is not None:
-        _check_like(component.state_dict(), saved, component.name)
+        check_like(component.state_dict(), saved, component.name)
         component.load_state_dict(saved)
 
 
@@ -266,12 +241,9 @@ def _read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str
     checkpoint = job.run.load_newest(job.log.say) if job.directory is not None else None
     if checkpoint is None:
         return None
-    with _in_a_sentence(job):
+    with in_a_sentence(job):
         state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
-        if state["step"] != checkpoint.manifest.step:
-            raise ValueError(f"its step is {state['step']}")
-        for name in ("optimizer", "components", "is_evaluation_due"):
-            state[name]  # is there
+        check_kinds(state, checkpoint.manifest.step)
         _check_fits(job, state, data)
         load_model_weights(model, checkpoint.weights, state["extra_state"])
     return state

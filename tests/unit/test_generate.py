@@ -12,7 +12,7 @@ from hvdtrain.data.text.tokenizer import ByteTokenizer, load_bpe, train_bpe, wri
 from hvdtrain.errors import DataError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.interchange import Shape, load_decoder, read_shape, read_weights, to_llama
+from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
 from hvdtrain.models.weights import model_weights
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.manifest import Manifest
@@ -194,17 +194,3 @@ def test_an_export_copies_what_lies_there_and_nothing_else(tmp_path, kind):
     odd.unlink()
     write_model(tmp_path / "model", model_weights(model), tmp_path / "out")
     assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}) == 1
-
-
-@pytest.mark.parametrize("names", [["/dev/zero"], ["../model.safetensors"], [3], None, ["a\0b"], "x"])
-def test_an_index_that_leads_elsewhere_is_refused(tmp_path, names):
-    named = {str(i): name for i, name in enumerate(names)} if isinstance(names, list) else names
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
-    with pytest.raises(DataError, match="which is no file beside it"):
-        read_weights(tmp_path)
-
-
-def test_weights_that_are_a_pipe_are_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match="there is no such file"):
-        read_weights(tmp_path)
