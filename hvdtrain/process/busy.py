@@ -1,4 +1,4 @@
-"""Whether this process works, where no step tells: preparing data may take hours, and a hang uses no processor time."""
+"""Whether this process works, where no step tells: preparing data may take hours, and a hang does nothing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 
 # Of one core. A thread that polls, as Horovod's do while they wait, uses a few hundredths.
 _WORKING = 0.1
+# A slow download that is written to a file; what ranks tell each other is far less.
+_WORKING_BYTES_PER_S = 100_000
 
 
 class BusyClock:
-    """Tells work from waiting by processor time: of the main thread and of those that began after `start`.
+    """Tells work from waiting: by bytes read and written, and by processor time of the threads that do the work.
+
+    These are the main thread and those that began after `start`.
 
     The threads that were there before are Horovod's and MPI's, which spin while they wait. Linux only; elsewhere a
     process is never said to work.
@@ -22,19 +26,22 @@ class BusyClock:
         self._ignored: set[str] = set()
         self._looked = 0.0
         self._used_s = 0.0
+        self._bytes = 0
 
     def start(self) -> None:
         """Remember which threads there are; of these, only the calling one counts."""
         self._ignored = _threads() - {str(threading.get_native_id())}
-        self._looked, self._used_s = time.monotonic(), _seconds(_threads() - self._ignored)
+        self._looked, self._bytes = time.monotonic(), _bytes()
+        self._used_s = _seconds(_threads() - self._ignored)
 
     def is_working(self) -> bool:
-        """Return whether they have used a tenth of a core or more since the last call, the calling thread aside."""
-        now = time.monotonic()
+        """Return whether that was a tenth of a core, or 100 kB/s, since the last call; the calling thread aside."""
+        now, moved = time.monotonic(), _bytes()
         used_s = _seconds(_threads() - self._ignored - {str(threading.get_native_id())})
-        share = (used_s - self._used_s) / max(now - self._looked, 1e-3)
-        self._looked, self._used_s = now, used_s
-        return share >= _WORKING
+        seconds = max(now - self._looked, 1e-3)
+        share, rate = (used_s - self._used_s) / seconds, (moved - self._bytes) / seconds
+        self._looked, self._used_s, self._bytes = now, used_s, moved
+        return share >= _WORKING or rate >= _WORKING_BYTES_PER_S
 
 
 def _threads() -> set[str]:
@@ -54,3 +61,12 @@ def _seconds(threads: set[str]) -> float:
         except (OSError, IndexError, ValueError):
             continue
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _bytes() -> int:
+    """Return what this process has read and written so far, from the page cache too."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()[:2]
+        return sum(int(line.partition(":")[2]) for line in lines)
+    except (OSError, ValueError):
+        return 0

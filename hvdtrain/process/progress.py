@@ -31,6 +31,7 @@ class Progress:
     def __init__(self) -> None:
         # One tuple, replaced as a whole: a reader never sees half of a change.
         self._place: tuple[int | None, Phase, float] = (None, "start", time.monotonic())
+        self._worked = 0.0
 
     def enter(self, phase: Phase) -> None:
         """Note that this rank makes progress: also with the same phase again."""
@@ -40,10 +41,9 @@ class Progress:
         """Note that `step` optimizer steps are completed and the next one begins."""
         self._place = (step, "data", time.monotonic())
 
-    def stay(self) -> None:
-        """Note that this rank makes progress where it is."""
-        step, phase, _ = self._place
-        self._place = (step, phase, time.monotonic())
+    def note_work(self) -> None:
+        """Note that this process works, where no step tells of progress. Any thread may call it."""
+        self._worked = time.monotonic()
 
     def leave(self) -> None:
         """Note that training is over."""
@@ -62,4 +62,6 @@ class Progress:
     def read(self) -> Place:
         """Return where this rank is."""
         step, phase, since = self._place
+        if step is None:
+            since = max(since, self._worked)
         return Place(step, phase, time.monotonic() - since)

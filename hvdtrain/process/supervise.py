@@ -66,7 +66,7 @@ class Supervisor:
                 code = self._attempt_on(hosts)
                 has_progressed = named_checkpoint(run_dir) != before
                 if code in (0, 2) or self._signals:
-                    return _exit_code(code)
+                    return self._last_code(code)
                 if code == _STOPPED:
                     fruitless_stops = 0 if has_progressed else fruitless_stops + 1
                     if not self.restarts_after_stop or fruitless_stops >= _FRUITLESS_STOPS:
@@ -81,7 +81,12 @@ class Supervisor:
                     return _exit_code(code)
                 self._pause(code, failures)
                 if self._signals:
-                    return _exit_code(code)
+                    return self._last_code(code)
+
+    def _last_code(self, code: int) -> int:
+        """Return the exit code; 75 where the one signal found a process that had no handler for it yet."""
+        is_by_signal = code < 0 or code > 128
+        return _STOPPED if self._signals == 1 and is_by_signal else _exit_code(code)
 
     def _pause(self, code: int, failures: int) -> None:
         pause = min(self.pause_s * 2 ** min(failures - 1, 30), _LONGEST_PAUSE_S)

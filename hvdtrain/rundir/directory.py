@@ -23,7 +23,7 @@ from hvdtrain.errors import ResumeError
 from hvdtrain.process.run_files import CHECKPOINTS, named_checkpoint
 from hvdtrain.rundir.checkpoint import Checkpoint
 from hvdtrain.rundir.checkpoints import Checkpoints
-from hvdtrain.rundir.lock import Claim, claim
+from hvdtrain.rundir.lock import Claim, claim, claim_new
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
 
@@ -81,6 +81,14 @@ class RunDirectory:
     def checkpoints(self) -> Checkpoints:
         """Return the checkpoints."""
         return Checkpoints(self.path / CHECKPOINTS)
+
+    def claim_new(self) -> Claim:
+        """Make and lock a directory of this name, or with a number behind it, that was not there before.
+
+        Raises:
+            ConfigError: the directory cannot be made.
+        """
+        return claim_new(self.path)
 
     def claim(self) -> Claim:
         """Make the directory and lock it.

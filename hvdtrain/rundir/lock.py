@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import socket
 from dataclasses import dataclass
@@ -69,6 +70,29 @@ def claim(folder: Path) -> Claim:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return Claim(folder, file, made)
+
+
+def claim_new(folder: Path) -> Claim:
+    """Make and lock a directory that was not there: `folder`, or with the first number behind it that is free.
+
+    Jobs that are started in the same second, as those of an array, so get directories of their own.
+
+    Raises:
+        ConfigError: the directory cannot be made.
+    """
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        try:
+            made = _make(path.parent)
+            path.mkdir()
+        except OSError as error:
+            if isinstance(error, FileExistsError) and path.parent.is_dir():
+                continue
+            raise ConfigError(f"{path} cannot be made ({error.strerror}): choose another --run-dir") from error
+        found = claim(path)
+        found.made = [*made, path]
+        return found
+    raise AssertionError("numbers have no end")
 
 
 def _make(folder: Path) -> list[Path]:

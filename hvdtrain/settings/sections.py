@@ -33,7 +33,8 @@ class TrainConfig(Section):
     accum_steps: int | None = setting(None, above=0, maximum=10**12, changeable=True)
     """Micro-batches that a rank accumulates before each optimizer step."""
     max_time: str | None = setting(None, changeable=True)
-    """Wall-clock budget, such as 3h50m: then save and exit with code 75. Leave time for the save. None: no limit."""
+    """Wall-clock budget since the launcher was started, such as 3h50m: then save and exit with code 75. Leave time for
+    the save. None: no limit."""
     seed: int = setting(0, minimum=0)
     """Seed of the initial weights, the order of the samples and every other random number."""
     precision: Precision = "fp32"

@@ -145,8 +145,9 @@ def start_training(job: Job) -> Training:
         runs_in_step=in_step,
         data=data,
     )
-    found = world.together(lambda: _read_latest(job, model, data) if world.rank == 0 else None, "resume")
-    state = world.broadcast_object(found, "resume.state")
+    with world.progress.during("resume"):
+        found = world.together(lambda: _read_latest(job, model, data) if world.rank == 0 else None, "resume")
+        state = world.broadcast_object(found, "resume.state")
     if state is not None:
         training.step, training.is_evaluation_due = state["step"], bool(state["is_evaluation_due"])
         training.num_steps_then, training.best_loss = state.get("num_steps"), state.get("best_loss", math.inf)

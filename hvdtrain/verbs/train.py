@@ -16,6 +16,7 @@ from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.given import apply, read_toml
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.environment import describe_environment, describe_rank
+from hvdtrain.rundir.lock import Claim
 from hvdtrain.rundir.log import MetricLog, close_rank_log, open_rank_log
 from hvdtrain.rundir.sinks import Console, build_sinks, describe
 from hvdtrain.settings import to_dict
@@ -118,9 +119,9 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
     if request.dry_run:
         return _dry_run(request, world, MetricLog(console, []))
     task = world.together(lambda: request.recipe.build(MetricLog(console, []).say), "build")
-    run = _agree(request, world)
-    claim = world.together(lambda: run.claim() if world.rank == 0 else None, "claim")
+    claim = world.together(lambda: _claim(request) if world.rank == 0 else None, "claim")
     try:
+        run = RunDirectory(world.broadcast_object(claim.folder if claim else None, "run_dir"))
         return _train(request, task, world, run, console, heartbeat, unwatched)
     except UsageError:
         if claim:
@@ -129,6 +130,12 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
     finally:
         if claim:
             claim.release()
+
+
+def _claim(request: Request) -> Claim:
+    if request.run_dir:
+        return RunDirectory(request.run_dir).claim()
+    return RunDirectory.new(request.name).claim_new()
 
 
 def _agree(request: Request, world: World) -> RunDirectory:

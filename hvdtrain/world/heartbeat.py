@@ -229,7 +229,7 @@ class Heartbeat:
         place = self._world.progress.read()
         # Before and after training no step tells of progress, but the work of this process does.
         if place.step is None and self._busy.is_working() and place.phase != "communication":
-            self._world.progress.stay()
+            self._world.progress.note_work()
             place = self._world.progress.read()
         for peer in list(self._peers.values()):
             peer.send(place=place)

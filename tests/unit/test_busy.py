@@ -37,3 +37,15 @@ def test_sleep_is_no_work_and_counting_is():
     time.sleep(0.5)
     assert seen_from_another_thread(clock)
     later.join()
+
+
+def test_a_slow_download_is_work(tmp_path):
+    clock = BusyClock()
+    clock.start()
+    with (tmp_path / "file").open("wb", buffering=0) as file:
+        for _ in range(10):
+            file.write(bytes(100_000))
+            time.sleep(0.05)
+    assert seen_from_another_thread(clock)
+    time.sleep(0.5)
+    assert not seen_from_another_thread(clock)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -80,3 +81,18 @@ def test_odd_pointers_name_nothing(tmp_path):
         assert RunDirectory(tmp_path).checkpoints.named("latest") is None
     (folder / "latest").write_text("step-00000200\n")
     assert RunDirectory(tmp_path).checkpoints.named("latest") == folder / "step-00000200"
+
+
+def test_jobs_of_the_same_second_get_different_directories(tmp_path):
+    """Many at once: each makes its own, and one that was refused leaves nothing behind."""
+    wanted = RunDirectory(tmp_path / "runs" / "lm-20260101-000000")
+    with ThreadPoolExecutor(16) as pool:
+        claims = list(pool.map(lambda _: wanted.claim_new(), range(16)))
+    assert len({claim.folder for claim in claims}) == 16
+    assert wanted.path in {claim.folder for claim in claims}
+    for claim in claims:
+        claim.undo()
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="choose another --run-dir"):
+        RunDirectory(tmp_path / "file" / "x").claim_new()

@@ -14,6 +14,7 @@ from hvdtrain.verbs.doctor.facts import RankFacts, existing_parent
 from hvdtrain.verbs.doctor.findings import Finding, exit_code, table
 from hvdtrain.verbs.doctor.network import AllReduce, Network, Pair, _answer, _ask, schedule
 from hvdtrain.verbs.options import DoctorOptions
+from hvdtrain.world.door import Door
 from hvdtrain.world.inspect import HorovodBuild
 
 GIB = 2**30
@@ -274,17 +275,18 @@ def test_a_pair_is_measured_and_one_that_does_not_answer_is_said(monkeypatch):
     own = next((a for a in _own_addresses() if not a.startswith("127.")), None)
     if own is None:
         pytest.skip("no network interface but lo")
-    with socket.create_server(("", 0)) as listener:
-        port = listener.getsockname()[1]
-        server = threading.Thread(target=_answer, args=(listener, b"token"))
-        server.start()
-        with socket.create_connection((own, port)) as stranger:
-            stranger.sendall(b"wrong")
-        pair = _ask(["127.0.0.1", own], port, b"token", ("a", "b"))
-        server.join(timeout=10)
+    door = Door(b"token", size=3)
+    ((_, port),) = door.listen([""])
+    server = threading.Thread(target=_answer, args=(door,))
+    server.start()
+    with socket.create_connection((own, port)) as stranger:
+        stranger.sendall(b"wrong" * 20)
+        pair = _ask([("127.0.0.1", port), (own, port)], b"token", 2, ("a", "b"))
+    server.join(timeout=10)
+    door.close()
     assert pair.bytes_per_s > 1e6
     assert 0 < pair.latency_s < 1
-    assert _ask([own], port, b"token", ("a", "b")).bytes_per_s == 0
+    assert _ask([(own, port)], b"token", 1, ("a", "b")).bytes_per_s == 0
 
 
 def _own_addresses():

@@ -33,7 +33,7 @@ class Porter(threading.Thread):
 
 @pytest.fixture
 def porter():
-    door = Door(TOKEN, size=6, most_visitors=16, seconds_to_prove=0.5)
+    door = Door(TOKEN, size=6, most_visitors=16, seconds_to_prove=2.0)
     (door.address,) = door.listen(["127.0.0.1"])
     serving = Porter(door)
     serving.start()
@@ -51,6 +51,12 @@ def wait_for(condition, seconds=10):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def come_in(porter, rank):
+    """Knock as the heartbeat does: again, where others were in the way."""
+    tries = (knock(porter.door.address, TOKEN, rank) for _ in range(5))
+    return next((connection for connection in tries if connection), None)
 
 
 def is_over(connection):
@@ -143,7 +149,7 @@ def test_an_adversary_gets_nothing_and_takes_nothing(porter):
         kept.append(visitor)
         if draw.random() < 0.5:
             kept.pop(draw.randrange(len(kept))).close()
-    good = knock(porter.door.address, TOKEN, 1)
+    good = come_in(porter, 1)
     assert good is not None
     good.sendall(b"x")
     assert porter.is_alive()
@@ -167,7 +173,7 @@ def test_idle_visitors_use_up_no_descriptors(porter):
     visitors = [socket.create_connection(porter.door.address) for _ in range(100)]
     time.sleep(0.2)
     assert len(list(Path("/proc/self/fd").iterdir())) - before <= 100 + 17
-    good = knock(porter.door.address, TOKEN, 2)
+    good = come_in(porter, 2)
     assert good is not None
     for connection in [*visitors, good]:
         connection.close()

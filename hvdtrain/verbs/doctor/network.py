@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import select
 import socket
 import struct
 import time
@@ -18,6 +19,7 @@ import torch
 from hvdtrain.verbs.doctor.facts import RankFacts, existing_parent, interface_mbit, interface_towards
 from hvdtrain.verbs.phase_clock import seconds_of
 from hvdtrain.world import World
+from hvdtrain.world.door import Door, knock
 from hvdtrain.world.inspect import plain_mpi
 
 SIZES = (8, 64 * 2**10, 2**20, 16 * 2**20)
@@ -144,20 +146,21 @@ def _pairs(world: World, everyone: Sequence[RankFacts]) -> Iterator[Pair]:
     if len(hosts) < 2:
         return
     mine = hosts.index(everyone[world.rank].host) if leaders[everyone[world.rank].host].rank == world.rank else -1
-    listener = socket.create_server(("", 0), backlog=len(hosts)) if mine >= 0 else None
-    token = world.broadcast_object(secrets.token_bytes(16), "doctor.token")
-    ports = world.all_gather_object(listener.getsockname()[1] if listener else 0, "doctor.ports")
+    token = world.broadcast_object(secrets.token_bytes(32), "doctor.token")
+    door = Door(token, world.size) if mine >= 0 else None
+    ports = world.all_gather_object(door.listen([""])[0][1] if door else 0, "doctor.ports")
     for number, turn in enumerate(schedule(len(hosts))):
         result = None
         for first, second in turn:
-            if mine == first and listener:
-                _answer(listener, token)
+            if mine == first and door:
+                _answer(door)
             elif mine == second:
                 leader = leaders[hosts[first]]
-                result = _ask(list(leader.addresses.values()), ports[leader.rank], token, (hosts[first], hosts[second]))
+                places = [(address, ports[leader.rank]) for address in leader.addresses.values()]
+                result = _ask(places, token, world.rank, (hosts[first], hosts[second]))
         yield from (pair for pair in world.all_gather_object(result, f"doctor.turn.{number}") if pair)
-    if listener:
-        listener.close()
+    if door:
+        door.close()
 
 
 def schedule(num_hosts: int) -> list[list[tuple[int, int]]]:
@@ -174,32 +177,31 @@ def schedule(num_hosts: int) -> list[list[tuple[int, int]]]:
     return turns
 
 
-def _answer(listener: socket.socket, token: bytes) -> None:
-    """Serve one measurement; whoever does not know the token is a stranger."""
+def _answer(door: Door) -> None:
+    """Serve one measurement to the rank that comes; strangers are left at the door."""
     deadline = time.monotonic() + _PAIR_LIMIT_S
     while time.monotonic() < deadline:
-        listener.settimeout(max(0.1, deadline - time.monotonic()))
-        with contextlib.suppress(OSError):
-            connection, _ = listener.accept()
-            with connection:
+        select.select([door], [], [], 0.1)
+        for _, connection in door.arrivals():
+            with contextlib.suppress(OSError), connection:
                 connection.settimeout(_PAIR_LIMIT_S)
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if _receive(connection, len(token)) != token:
-                    continue
                 while size := struct.unpack("!I", _receive(connection, 4))[0]:
                     _receive(connection, size)
                     connection.sendall(b"!")
-                return
+            return
 
 
-def _ask(addresses: list[str], port: int, token: bytes, hosts: tuple[str, str]) -> Pair:
-    for address in addresses:
-        if address.startswith("127."):
+def _ask(places: Sequence[tuple[str, int]], token: bytes, rank: int, hosts: tuple[str, str]) -> Pair:
+    for place in places:
+        if place[0].startswith("127."):
             continue
-        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=2) as connection:
+        connection = knock(place, token, rank, timeout_s=2.0)
+        if connection is None:
+            continue
+        with contextlib.suppress(OSError), connection:
             connection.settimeout(_PAIR_LIMIT_S)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.sendall(token)
             latency_s = min(_send(connection, 1) for _ in range(20)) / 2
             seconds = _send(connection, _PAIR_BYTES)  # a connection starts slowly: on a fast one again
             if seconds < _SECONDS_A_SIZE:
