@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hvdtrain.data.dataset import Dataset, TensorSamples
+    from hvdtrain.data.draws import Draws
+    from hvdtrain.data.samplers import InOrder, Shuffled, Weighted
     from hvdtrain.errors import (
         CheckpointError,
         ConfigError,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
         CheckpointConfig,
         CommConfig,
         Config,
+        DataConfig,
         EvalConfig,
         HealthConfig,
         LogConfig,
@@ -47,13 +50,15 @@ if TYPE_CHECKING:
 # Imported on first use: the command line must set the number of threads before torch starts.
 _HOMES = {
     "hvdtrain.settings": (
-        "CheckpointConfig", "CommConfig", "Config", "EvalConfig", "HealthConfig", "LogConfig", "ModelConfig",
-        "OptimConfig", "Section", "TrainConfig", "setting",
+        "CheckpointConfig", "CommConfig", "Config", "DataConfig", "EvalConfig", "HealthConfig", "LogConfig",
+        "ModelConfig", "OptimConfig", "Section", "TrainConfig", "setting",
     ),
     "hvdtrain.optim.adamw": ("AdamWConfig",),
     "hvdtrain.optim.muon": ("MuonConfig",),
     "hvdtrain.optim.sgd": ("SgdConfig",),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
+    "hvdtrain.data.draws": ("Draws",),
+    "hvdtrain.data.samplers": ("InOrder", "Shuffled", "Weighted"),
     "hvdtrain.world": ("World", "init"),
     "hvdtrain.errors": (
         "CheckpointError", "ConfigError", "DivergedError", "HvdtrainError", "StopRequested", "UsageError",
@@ -69,11 +74,14 @@ __all__ = [
     "CommConfig",
     "Config",
     "ConfigError",
+    "DataConfig",
     "Dataset",
     "DivergedError",
+    "Draws",
     "EvalConfig",
     "HealthConfig",
     "HvdtrainError",
+    "InOrder",
     "LogConfig",
     "ModelConfig",
     "MuonConfig",
@@ -81,12 +89,14 @@ __all__ = [
     "Recipe",
     "Section",
     "SgdConfig",
+    "Shuffled",
     "StopRequested",
     "Task",
     "TensorSamples",
     "TrainConfig",
     "TrainResult",
     "UsageError",
+    "Weighted",
     "World",
     "init",
     "setting",

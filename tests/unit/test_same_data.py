@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from thread_world import run_ranks
 from torch import nn
 from users_data import Endless, Vectors
 
-from hvdtrain import Task
+from hvdtrain import Task, TensorSamples
 from hvdtrain.data.fingerprint import explain_change, explain_ranks, print_of
 from hvdtrain.data.samplers import InOrder, Weighted
 from hvdtrain.data.users import as_dataset
@@ -21,6 +22,7 @@ from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CheckpointConfig, Config, DataConfig, LogConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import fit, settle
+from hvdtrain.trainer.same_data import compare_data
 from hvdtrain.world import SoloWorld
 
 SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
@@ -156,3 +158,27 @@ def test_processes_of_training_and_evaluation_end(tmp_path):
 
 def children():
     return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
+
+
+@pytest.mark.parametrize(
+    ("train_rows", "val_rows", "says"),
+    [
+        ((30, 30), (10, 10), None),
+        ((30, 29), (10, 10), "the training data is not the same on all ranks: rank 1 has 29 samples"),
+        ((30, 30), (10, 12), "the held-out data is not the same on all ranks: rank 1 has 12 samples"),
+    ],
+)
+def test_all_ranks_are_told_alike(tmp_path, train_rows, val_rows, says):
+    def work(world):
+        sets = [TensorSamples(torch.arange(float(rows[world.rank]))[:, None]) for rows in (train_rows, val_rows)]
+        task = Task(model=nn.Linear(1, 1), train_data=sets[0], val_data=sets[1], loss_sums=loss)
+        config = Config(train=TrainConfig(steps=1, global_batch_size=8))
+        job = settle(task, config, world, RunDirectory(tmp_path), MetricLog(None, []))
+        try:
+            return list(compare_data(job))
+        except DataError as error:
+            return str(error)
+
+    one, other = run_ranks(2, work)
+    assert one == other
+    assert one == ["training", "held-out"] if says is None else one.startswith(says)
