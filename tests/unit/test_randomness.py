@@ -62,6 +62,23 @@ def test_micro_batches_draw_what_the_whole_batch_draws():
     assert (other - whole).abs().max() > 0.1  # another step, other numbers
 
 
+def test_what_is_computed_again_draws_the_same():
+    """Activation checkpoints run their part twice, with other parts' draws between: the gradient is the same."""
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for keep in (lambda part, y: part(y), lambda part, y: checkpoint(part, y, use_reentrant=False)):
+        y = x.clone().requires_grad_()
+
+        def forward(y=y, keep=keep):
+            for _ in range(3):
+                y = keep(lambda z: F.dropout(z * 1.5, 0.5) + torch.rand(()), y)
+            return y
+
+        MicroBatchRandomness(CPU).run(torch.arange(6), (0, 1), forward, lambda out: out.square().sum().backward())
+        gradients.append(y.grad)
+    assert gradients[0].equal(gradients[1])
+
+
 def test_samples_differ_and_numbers_are_uniform():
     torch.manual_seed(0)
     with SampleRandomness(torch.arange(64)):

@@ -16,6 +16,7 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CheckpointConfig, Config, EvalConfig, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Evaluation, Task, evaluate, fit, settle, train_step
 from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.lone_samples import check_lone_samples
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.values import as_figure, as_sum, count_targets, storable
 
@@ -337,6 +338,7 @@ def test_what_a_lone_sample_does_not_hurt(tmp_path, model, settings):
     before = [buffer.clone() for buffer in model.buffers()]
     job = lone(tmp_path, model, **settings)
     training = start_training(job)
+    check_lone_samples(job, training)
     assert all(a.equal(b) for a, b in zip(before, training.model.buffers(), strict=True))
     fit(job)
 
