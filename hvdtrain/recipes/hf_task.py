@@ -22,6 +22,7 @@ from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.choices import choice_evaluation
 from hvdtrain.recipes.hf import DocumentsConfig, Transformers
 from hvdtrain.recipes.lm_task import with_bits_per_byte
+from hvdtrain.recipes.transformers_models.forward import run
 from hvdtrain.recipes.transformers_models.loading import (
     attention_of,
     check_length,
@@ -115,7 +116,7 @@ def _questions(recipe: Transformers, tokenizer: Any, length: int) -> tuple[Evalu
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         begin,
         length,
-        lambda model, tokens: model(input_ids=tokens, use_cache=False).logits,
+        lambda model, tokens: run(model, {"input_ids": tokens}).logits,
     )
 
 
