@@ -37,8 +37,8 @@ def build_task(recipe: LanguageModel, say: Callable[[str], None]) -> Task:
     bytes_per_token = None if text.num_val_bytes is None else text.num_val_bytes / (text.num_val_tokens - 1)
     return Task(
         model=model,
-        train_data=TokenWindows(text.train_path, text.dtype, length),
-        val_data=TokenWindows(text.val_path, text.dtype, length),
+        train_data=TokenWindows(text.train_shards, length),
+        val_data=TokenWindows(text.val_shards, length),
         loss_sums=_loss(recipe, text),
         evaluations=_questions(recipe, text, length),
         unit="tokens",
