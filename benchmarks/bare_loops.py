@@ -73,7 +73,7 @@ def bare_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[f
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     text = text_of(given)
-    data = TokenWindows(text.train_path, text.dtype, given.length)
+    data = TokenWindows(text.train_shards, given.length)
     order = SampleOrder(len(data), BatchPlan(given.batch * size, given.batch, 1, size), 0)
     shape = {"num_layers": given.layers, "hidden_size": given.hidden_size, "num_heads": given.heads}
     config = DecoderConfig(**shape, intermediate_size=given.intermediate_size)
@@ -118,7 +118,7 @@ def nanogpt_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, lis
     rank = torch.distributed.get_rank() if is_parallel else 0
     torch.manual_seed(1337 + rank)
     text = text_of(given)
-    tokens = np.memmap(text.train_path, dtype=text.dtype, mode="r")
+    tokens = np.memmap(text.train_shards[0].path, dtype=text.train_shards[0].dtype, mode="r")
     shape = {"n_layer": given.layers, "n_head": given.heads, "n_embd": given.hidden_size, "block_size": given.length}
     model = GPT(GPTConfig(**shape, vocab_size=text.vocab_size, dropout=0.0, bias=False)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)

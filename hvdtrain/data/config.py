@@ -11,6 +11,7 @@ from typing import Literal
 from hvdtrain.settings import DataConfig, setting
 
 DatasetName = Literal["mnist", "fashion-mnist"]
+TokenType = Literal["auto", "uint16", "uint32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +41,17 @@ class TextConfig(CorpusConfig):
     """Text to train on."""
 
     path: str | None = setting(None, path="data")
-    """UTF-8 text file, directory or glob, or a .bin file of uint16 tokens as nanoGPT writes it. None: the source code
+    """UTF-8 text file, directory or glob, or .bin files of tokens as nanoGPT or llm.c write them. None: the source code
     of the running Python's standard library."""
     val_path: str | None = setting(None, path="data")
-    """Held-out text, or .bin file. None: part of --data.path, split by file."""
+    """Held-out text, or .bin files. None: part of --data.path, split by file."""
     tokenizer: str = setting("byte", path="file or name")
     """byte; bpe: a byte-level BPE trained on the training text; or the path of a tokenizer.json."""
     vocab_size: int = setting(4096, minimum=257, maximum=2**31)
     """Tokens of a bpe that is trained, or of the .bin files; at least the 256 bytes and the end of text."""
+
+    token_type: TokenType = "auto"
+    """Of .bin files without a header. auto: recognised by their content."""
 
     @property
     def is_tokens(self) -> bool:
@@ -57,6 +61,8 @@ class TextConfig(CorpusConfig):
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what only texts, or only other tokenizers, need."""
         yield from super().unused()
+        if not self.is_tokens:
+            yield "token_type", "it is for .bin files"
         if self.is_tokens:
             yield "tokenizer", f"{self.path} holds tokens, not text"
         elif self.tokenizer != "bpe":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,16 @@ import torch
 from torch import nn
 
 from hvdtrain.data.config import cache_dir
-from hvdtrain.data.text.chat import DocumentReader
-from hvdtrain.data.text.packed import PackedDocuments, largest_token, write_packed
-from hvdtrain.data.text.splits import find_splits
+from hvdtrain.data.text.chat import check_template
+from hvdtrain.data.text.documents import DocumentReader
+from hvdtrain.data.text.packed import PackedDocuments, read_meta, write_packed
+from hvdtrain.data.text.show import show_samples
+from hvdtrain.data.text.sources import find_sources
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.choices import choice_evaluation
 from hvdtrain.recipes.hf import DocumentsConfig, Transformers
+from hvdtrain.recipes.lm_task import with_bits_per_byte
+from hvdtrain.recipes.transformers_models.forward import run
 from hvdtrain.recipes.transformers_models.loading import (
     attention_of,
     check_length,
@@ -35,28 +38,32 @@ from hvdtrain.trainer.task import Evaluation, Task
 
 def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
     """Return the task; `say` tells a person what takes long."""
-    tokenizer = load_tokenizer(_tokenizer_source(recipe), recipe.model.trust_remote_code)
-    folder = _prepare(recipe.data, tokenizer, say)
-    length = recipe.data.sequence_length
+    data, settings = recipe.data, recipe.model
+    tokenizer = _load_tokenizer(recipe)
+    folder = _prepare(data, tokenizer, say)
+    length = data.sequence_length
     train, held_out = (PackedDocuments(folder, name, length) for name in ("train", "val"))
     for name, samples in (("training", train), ("held-out", held_out)):
         if len(samples) == 0:
             raise DataError(f"the {name} documents have nothing to predict: use more, or give --data.val-path")
-    settings = recipe.model
+    if data.show:
+        say(show_samples(train, tokenizer, data.show))
     model = load_model(
         settings.path, settings.config, settings.attention, recipe.train.seed, settings.trust_remote_code
     )
-    embeddings = fit_embeddings(model, len(tokenizer), largest_token(folder), settings.resize_embeddings)
+    meta = read_meta(folder)
+    embeddings = fit_embeddings(model, len(tokenizer), meta["largest_token"], settings.resize_embeddings)
     check_length(model, length)
     way = _try_out(model, train, length)
-    source = recipe.data.path or "Python standard library"
     lines = (
-        f"data:       {source}: {train.num_tokens:,} tokens to predict in {len(train):,} samples,"
-        f" {held_out.num_tokens:,} held out, vocabulary {len(tokenizer):,}",
+        f"data:       {data.path or 'Python standard library'}: {train.num_tokens:,} tokens to predict in"
+        f" {len(train):,} samples, {held_out.num_tokens:,} held out, vocabulary {len(tokenizer):,}",
+        *_describe_records(meta, train.num_cut + held_out.num_cut, length),
         f"documents:  {way}",
         embeddings,
         "" if attention_of(model) == "sdpa" else f"attention:  {attention_of(model)}",
     )
+    bytes_per_token = held_out.num_bytes / held_out.num_tokens
     return Task(
         model=model,
         train_data=train,
@@ -65,11 +72,35 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
         metrics=("loss",) if way.loss.balance is None else ("loss", "balance_loss"),
         evaluations=_questions(recipe, tokenizer, length),
         unit="tokens",
-        summarize=lambda means: {**means, "perplexity": math.exp(min(means["loss"], 700.0))},
+        summarize=lambda means: with_bits_per_byte(means, bytes_per_token),
         write_model_files=lambda folder: write_model_files(folder, model, tokenizer),
         description="\n".join(filter(None, lines)),
         fingerprint=f"{folder.name} {length}",
     )
+
+
+def _describe_records(meta: dict[str, Any], num_cut: int, length: int) -> list[str]:
+    """Return what a person should know of the records and their formats."""
+    lines = [f"formats:    {', '.join(f'{count:,} {name}' for name, count in meta['formats'].items())}"]
+    if num_cut:
+        lines.append(
+            f"cut:        {num_cut:,} conversations at their ends: they are longer than a sample of {length} tokens"
+        )
+    if meta["num_skipped"]:
+        lines.append(f"left out:   {meta['num_skipped']:,} records that cannot be used, such as {meta['skipped'][0]}")
+    return lines
+
+
+def _load_tokenizer(recipe: Transformers) -> Any:
+    tokenizer = load_tokenizer(_tokenizer_source(recipe), recipe.model.trust_remote_code)
+    template = recipe.data.chat_template
+    if template is not None:
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--data.chat-template {template} cannot be read: {error}") from error
+        check_template(tokenizer.chat_template, str(template))
+    return tokenizer
 
 
 def _tokenizer_source(recipe: Transformers) -> str:
@@ -85,20 +116,22 @@ def _questions(recipe: Transformers, tokenizer: Any, length: int) -> tuple[Evalu
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         begin,
         length,
-        lambda model, tokens: model(input_ids=tokens, use_cache=False).logits,
+        lambda model, tokens: run(model, {"input_ids": tokens}).logits,
     )
 
 
 def _prepare(data: DocumentsConfig, tokenizer: Any, say: Callable[[str], None]) -> Path:
-    splits = dict(zip(("train", "val"), find_splits(data, say), strict=True))
-    if data.text_field != "text" and not any(d.path.suffix == ".jsonl" for part in splits.values() for d in part):
-        raise ConfigError(f"--data.text-field has no effect: no file of {data.path} is a .jsonl file")
-    reader = DocumentReader(tokenizer, data.text_field)
-    digest = hashlib.sha256(json.dumps([data.text_field, identity(tokenizer)]).encode())
-    for documents in splits.values():
-        digest.update("\0".join(["", *documents.values()]).encode())
-    work = {name: partial(reader.read, documents) for name, documents in splits.items()}
-    return write_packed(cache_dir(data), digest.hexdigest()[:32], work)
+    """Return the folder of the tokenised documents."""
+    splits = find_sources(data, say)
+    if data.text_field != "text" and not any(source.kind for part in splits.values() for source in part):
+        raise ConfigError(f"--data.text-field has no effect: no file of {data.path} holds records")
+    reader = DocumentReader(tokenizer, data.text_field, data.on_error)
+    made_by = [data.text_field, data.on_error, identity(tokenizer)]
+    digest = hashlib.sha256(json.dumps(made_by).encode())
+    for part in splits.values():
+        digest.update("\0".join(["", *(f"{source.digest} {source.held_out_below}" for source in part)]).encode())
+    work = {name: partial(reader.read, part) for name, part in splits.items()}
+    return write_packed(cache_dir(data), digest.hexdigest()[:32], work, reader.describe)
 
 
 def _try_out(model: nn.Module, samples: PackedDocuments, length: int) -> Way:

@@ -37,12 +37,12 @@ def build_task(recipe: LanguageModel, say: Callable[[str], None]) -> Task:
     bytes_per_token = None if text.num_val_bytes is None else text.num_val_bytes / (text.num_val_tokens - 1)
     return Task(
         model=model,
-        train_data=TokenWindows(text.train_path, text.dtype, length),
-        val_data=TokenWindows(text.val_path, text.dtype, length),
+        train_data=TokenWindows(text.train_shards, length),
+        val_data=TokenWindows(text.val_shards, length),
         loss_sums=_loss(recipe, text),
         evaluations=_questions(recipe, text, length),
         unit="tokens",
-        summarize=lambda means: _with_bits_per_byte(means, bytes_per_token),
+        summarize=lambda means: with_bits_per_byte(means, bytes_per_token),
         epilogue=lambda model, metrics: _epilogue(model, metrics, text, length),
         write_model_files=lambda folder: _write_model_files(folder, model, text, length),
         description=_describe(text, recipe.data),
@@ -93,7 +93,7 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _with_bits_per_byte(means: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
+def with_bits_per_byte(means: dict[str, float], bytes_per_token: float | None) -> dict[str, float]:
     """Add perplexity and bits per byte (nats per token / bytes per token / ln 2), alike for any tokenizer."""
     means = {**means, "perplexity": math.exp(min(means["loss"], 700.0))}
     if bytes_per_token is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from typing import Protocol, TextIO
 
 import torch
 
@@ -15,9 +16,37 @@ from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, read_shape
 from hvdtrain.models.sampling import Sampling, sample
 from hvdtrain.rundir.trained import Trained, open_trained
+from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.options import GenerateOptions
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class TokensAsText(Protocol):
+    """Knows what tokens mean."""
+
+    @property
+    def end(self) -> int:
+        """Return the token that ends a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        ...
+
+
+class Writer(TokensAsText, Protocol):
+    """Continues prompts with a model."""
+
+    def write(
+        self, prompts: Sequence[str], num_tokens: int, how: Sampling, add: Callable[[int, int], bool], use_cache: bool
+    ) -> int:
+        """Continue the prompts, calling `add` with row and token, until it says that a row is done.
+
+        Returns:
+            How many tokens were drawn.
+        """
+        ...
 
 
 def generate(options: GenerateOptions) -> int:
@@ -26,39 +55,95 @@ def generate(options: GenerateOptions) -> int:
     trained = open_trained(options.run_dir, options.checkpoint)
     if trained.about:
         sys.stderr.write(f"{trained.about}\n")
-    shape = read_shape(trained.folder)
-    if not (trained.folder / "tokenizer.json").is_file():
-        raise DataError(f"{trained.source} has no tokenizer.json: it was trained on tokens whose text nobody knows")
-    tokenizer = load_bpe(trained.folder / "tokenizer.json", shape.end)
-    model = load_model(trained, shape)
+    writer = open_writer(trained, options.chat)
     prompts = options.prompt or (_standard_input(),)
-    begin = [] if shape.begin is None else [shape.begin]
-    rows = [begin + tokenizer.encode(prompt).tolist() for prompt in prompts]
-    texts = [Continuation(tokenizer, options.stop) for _ in rows]
-    out = sys.stdout if len(rows) == 1 else None
-    if out:
+    texts = [Continuation(writer, options.stop) for _ in prompts]
+    out = sys.stdout if len(prompts) == 1 else None
+    if out and not options.chat:
         _write(out, prompts[0])
-    started, count = time.perf_counter(), 0
-    for drawn in sample(
-        model,
-        rows,
-        options.max_tokens,
-        context_length=shape.max_length,
-        sampling=how,
-        is_done=lambda row, token: texts[row].add(token),
-        use_cache=options.cache,
-    ):
-        count += sum(token is not None for token in drawn)
+
+    def add(row: int, token: int) -> bool:
+        is_done = texts[row].add(token)
         if out:
             _write(out, texts[0].take())
+        return is_done
+
+    started = time.perf_counter()
+    count = writer.write(prompts, options.max_tokens, how, add, options.cache)
     seconds = time.perf_counter() - started
     if out:
         _write(out, texts[0].finish() + "\n")
     else:
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            _write(sys.stdout, f"--- {i + 1}\n{prompt}{text.finish()}\n")
+            shown = f"{prompt}\n" if options.chat else prompt
+            _write(sys.stdout, f"--- {i + 1}\n{shown}{text.finish()}\n")
     sys.stderr.write(f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):,.0f} tokens/s\n")
     return 0
+
+
+def open_writer(trained: Trained, is_chat: bool) -> Writer:
+    """Return what writes with a trained model: the native decoder, or transformers for what transformers has made.
+
+    Raises:
+        DataError: the model cannot be loaded.
+        ConfigError: it cannot answer in a conversation.
+    """
+    is_theirs = is_chat or (trained.folder / "generation_config.json").exists() or not _is_native(trained)
+    if is_theirs and importlib.util.find_spec("transformers") is not None:
+        from hvdtrain.recipes.transformers_models.writing import open_transformers_writer
+
+        return open_transformers_writer(trained, is_chat)
+    if is_chat:
+        raise DataError("--chat needs transformers: pip install 'hvdtrain[hf]'")
+    shape = read_shape(trained.folder)
+    if not (trained.folder / "tokenizer.json").is_file():
+        raise DataError(f"{trained.source} has no tokenizer.json: it was trained on tokens whose text nobody knows")
+    tokenizer = load_bpe(trained.folder / "tokenizer.json", shape.end)
+    return NativeWriter(load_model(trained, shape), tokenizer, shape)
+
+
+def _is_native(trained: Trained) -> bool:
+    return read_json(trained.folder / "config.json").get("model_type") == "llama"
+
+
+class NativeWriter:
+    """Continues prompts with the native decoder, all of them together.
+
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer.
+        shape: what its config.json says.
+    """
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, shape: Shape) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._shape = shape
+
+    @property
+    def end(self) -> int:
+        """Return the token that ends a text."""
+        return self._tokenizer.eot
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens."""
+        return self._tokenizer.decode(tokens)
+
+    def write(
+        self, prompts: Sequence[str], num_tokens: int, how: Sampling, add: Callable[[int, int], bool], use_cache: bool
+    ) -> int:
+        """Continue the prompts, and return how many tokens were drawn; arguments as in `Writer`."""
+        begin = [] if self._shape.begin is None else [self._shape.begin]
+        drawn = sample(
+            self._model,
+            [begin + self._tokenizer.encode(prompt).tolist() for prompt in prompts],
+            num_tokens,
+            context_length=self._shape.max_length,
+            sampling=how,
+            is_done=add,
+            use_cache=use_cache,
+        )
+        return sum(token is not None for tokens in drawn for token in tokens)
 
 
 def load_model(trained: Trained, shape: Shape) -> Decoder:
@@ -85,12 +170,12 @@ class Continuation:
     """The text of one row as its tokens come: whole characters only, and nothing from a stop text on.
 
     Args:
-        tokenizer: turns tokens into text.
+        writer: turns tokens into text.
         stop: texts that end it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, writer: TokensAsText, stop: Sequence[str]) -> None:
+        self._writer = writer
         self._stop = [text for text in stop if text]
         self._tokens: list[int] = []
         self._text = ""
@@ -99,11 +184,11 @@ class Continuation:
 
     def add(self, token: int) -> bool:
         """Take in a token; returns whether it is the last: the end of the text, or of a stop text."""
-        if token == self._tokenizer.eot:
+        if token == self._writer.end:
             self._is_done = True
             return True
         self._tokens.append(token)
-        self._text = self._tokenizer.decode(self._tokens)
+        self._text = self._writer.decode(self._tokens)
         found = [place for text in self._stop if (place := self._text.find(text)) >= 0]
         if found:
             self._text, self._is_done = self._text[: min(found)], True

@@ -119,7 +119,7 @@ class ExportOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Section):
-    """Continue prompts with a language model that was trained by the recipe lm."""
+    """Continue prompts with a language model that was trained by the recipe lm or hf."""
 
     run_dir: Path = setting(path="directory")
     """Directory of a run, or one that was exported."""
@@ -127,6 +127,8 @@ class GenerateOptions(Section):
     """latest, best (by held-out loss), or a step; for a run."""
     prompt: tuple[str, ...] = ()
     """Text to continue; several are continued together. None: standard input, or the beginning of a document."""
+    chat: bool = False
+    """Each prompt is a user's message: write the answer, by the chat template of the model's tokenizer."""
     max_tokens: int = setting(200, above=0, maximum=10**9)
     """The most tokens to add to each prompt."""
     temperature: float = setting(0.8, minimum=0)

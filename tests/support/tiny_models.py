@@ -6,11 +6,6 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# As Qwen3's: what was thought is left out of all answers but the last.
-FORGETFUL_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if loop.last and m.role == 'assistant' %}(think){% endif %}"
-    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
 
 

@@ -24,9 +24,15 @@ from hvdtrain.verbs.generate import Continuation, load_model
 TEXT = "naïve 日本語 🙂 \x00\x7f\xad\u0100 def f(x):\n\treturn x  # ok\r\n"
 
 
+class Bytes(ByteTokenizer):
+    """Text of bytes."""
+
+    end = 256
+
+
 def stream(text, stop=(), end=False):
     """Return what is shown after each token, and at the end."""
-    continuation = Continuation(ByteTokenizer(), stop)
+    continuation = Continuation(Bytes(), stop)
     shown = []
     for token in [*text.encode(), *([256] if end else [])]:
         done = continuation.add(token)
@@ -44,7 +50,7 @@ def test_characters_come_whole():
 
 
 def test_a_character_that_is_cut_off_comes_at_the_end():
-    continuation = Continuation(ByteTokenizer(), ())
+    continuation = Continuation(Bytes(), ())
     continuation.add("é".encode()[0])
     assert continuation.take() == ""
     assert continuation.finish() == "\N{REPLACEMENT CHARACTER}"

@@ -1,18 +1,15 @@
-"""Documents in windows: what is predicted, who sees whom, and conversations."""
-
-import json
+"""Documents in samples: what is predicted, and who sees whom."""
 
 import numpy as np
 import pytest
 import torch
 from hugging import import_transformers
-from tiny_models import FORGETFUL_TEMPLATE, make_config, make_tokenizer
+from tiny_models import make_config
 
-from hvdtrain.data.text.chat import DocumentReader
-from hvdtrain.data.text.corpus import Document
+from hvdtrain.data.text.best_fit import pack_best_fit
 from hvdtrain.data.text.packed import PackedDocuments, TokenizedDocument, same_document, write_packed
 from hvdtrain.data.text.windows import IGNORED
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.config import DecoderConfig
 
 
@@ -21,30 +18,61 @@ def packed(folder, documents, length, digest="x"):
     return PackedDocuments(written, "train", length)
 
 
-def plain(*tokens, predicted=True):
-    return TokenizedDocument(np.array(tokens), np.full(len(tokens), predicted))
+def plain(*tokens, predicted=True, **more):
+    return TokenizedDocument(np.array(tokens), np.full(len(tokens), predicted), **more)
+
+
+def everything(data):
+    return data.batch(torch.arange(len(data)))
 
 
 def test_every_token_but_the_first_of_a_document_is_predicted_once(tmp_path):
-    documents = [plain(*range(10, 17)), plain(20), plain(*range(30, 35)), plain(*range(40, 60))]
+    documents = [plain(*range(10, 17)), plain(20), plain(*range(30, 35)), plain(*range(40, 60)), plain(8, 9)]
     data = packed(tmp_path, documents, 4)
-    tokens, targets, document, position = data.batch(torch.arange(len(data)))
+    tokens, targets, document, position = everything(data)
     predicted = sorted(targets[targets != IGNORED].tolist())
-    assert predicted == [*range(11, 17), *range(31, 35), *range(41, 60)]
+    assert predicted == [9, *range(11, 17), *range(31, 35), *range(41, 60)]
     assert data.num_tokens == len(predicted) == data.num_targets(torch.arange(len(data)))
-    shown = tokens[targets != IGNORED]
-    assert torch.equal(shown + 1, targets[targets != IGNORED])  # from the token before, of the same document
-    assert tokens[0].tolist() == [10, 11, 12, 13]
-    assert document[1].tolist() == [0, 0, 0, 1]
-    assert position[1].tolist() == [0, 1, 2, 0]
-    assert [data.num_targets(torch.tensor([i])) for i in range(len(data))] == (targets != IGNORED).sum(1).tolist()
+    is_target = targets != IGNORED
+    assert torch.equal(tokens[is_target] + 1, targets[is_target])  # from the token before, of the same document
+    assert [data.num_targets(torch.tensor([i])) for i in range(len(data))] == is_target.sum(1).tolist()
+    for row in range(len(data)):
+        for number in set(document[row].tolist()) - {-1}:
+            inside = document[row] == number
+            assert position[row][inside].tolist() == list(range(int(inside.sum())))
+            assert (tokens[row][inside].diff() == 1).all()  # a part of one document, in order
+    assert data.num_cut == 0
 
 
-def test_windows_without_anything_to_predict_are_left_out(tmp_path):
-    documents = [plain(*range(1, 9), predicted=False), plain(*range(10, 14))]
+def test_short_documents_stay_whole_and_share_samples(tmp_path):
+    documents = [plain(*range(10 * n, 10 * n + n)) for n in (4, 6, 3, 7, 2, 5)]
+    data = packed(tmp_path, documents, 8)
+    _, _, document, _ = everything(data)
+    assert len(data) == 3  # 21 tokens that are shown in samples of 8
+    seen = [i for row in document for i in set(row.tolist()) - {-1}]
+    assert len(seen) == len(set(seen)) == 6  # none is in two samples
+
+
+def test_what_is_too_long_goes_on_or_is_cut(tmp_path):
+    goes_on = packed(tmp_path, [plain(*range(10, 21), num_bytes=20)], 4, "goes on")
+    assert len(goes_on) == 3
+    assert (goes_on.num_cut, goes_on.num_tokens, goes_on.num_bytes) == (0, 10, 20)
+    cut = packed(tmp_path, [plain(*range(10, 21), is_whole=True, num_bytes=20)], 4, "cut")
+    tokens, targets, _, _ = everything(cut)
+    assert tokens.tolist() == [[10, 11, 12, 13]]
+    assert targets.tolist() == [[11, 12, 13, 14]]
+    assert (cut.num_cut, cut.num_tokens, cut.num_bytes) == (1, 4, 8)
+    fits = packed(tmp_path, [plain(*range(5), is_whole=True)], 4, "fits")
+    assert (fits.num_cut, fits.num_tokens) == (0, 4)
+
+
+def test_parts_without_anything_to_predict_are_left_out(tmp_path):
+    asked = np.arange(12) >= 10
+    documents = [plain(*range(1, 9), predicted=False), TokenizedDocument(np.arange(20, 32), asked)]
     data = packed(tmp_path, documents, 4)
-    assert len(data) == 1
-    assert data.batch(torch.tensor([0]))[1].tolist() == [[11, 12, 13, IGNORED]]
+    tokens, targets, _, _ = everything(data)
+    assert tokens.tolist() == [[28, 29, 30, 0]]
+    assert targets.tolist() == [[IGNORED, 30, 31, IGNORED]]
     assert len(packed(tmp_path, [plain(1, 2, predicted=False)], 4, "none")) == 0
     assert len(packed(tmp_path, [], 4, "empty")) == 0
 
@@ -52,10 +80,28 @@ def test_windows_without_anything_to_predict_are_left_out(tmp_path):
 def test_parts_of_a_document_are_one(tmp_path):
     parts = [plain(1, 2), TokenizedDocument(np.array([3, 4]), np.array([True, False]), is_start=False), plain(5, 6)]
     data = packed(tmp_path, parts, 8)
-    _, targets, document, position = data.batch(torch.tensor([0]))
-    assert targets[0, :5].tolist() == [2, 3, IGNORED, IGNORED, 6]
-    assert document[0].tolist() == [0, 0, 0, 0, 1, 1, -1, -1]
-    assert position[0, :6].tolist() == [0, 1, 2, 3, 0, 1]
+    tokens, targets, document, position = everything(data)
+    assert tokens[0].tolist() == [1, 2, 3, 5, 0, 0, 0, 0]
+    assert targets[0, :4].tolist() == [2, 3, IGNORED, 6]
+    assert document[0].tolist() == [0, 0, 0, 1, -1, -1, -1, -1]
+    assert position[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+
+
+def test_best_fit_against_every_way_to_put_pieces():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        capacity = int(generator.integers(1, 40))
+        lengths = generator.integers(1, capacity + 1, int(generator.integers(1, 60)))
+        samples = pack_best_fit(lengths, capacity)
+        assert sorted(piece for sample in samples for piece in sample) == list(range(len(lengths)))
+        assert all(lengths[sample].sum() <= capacity for sample in samples)
+        # The rule, piece by piece, as slowly as it can be written.
+        rooms = []
+        for length in sorted(lengths.tolist(), reverse=True):
+            fits = [room for room in rooms if room >= length]
+            rooms.remove(min(fits)) if fits else None
+            rooms.append((min(fits) if fits else capacity) - length)
+        assert len(samples) == len(rooms)
 
 
 def test_who_sees_whom():
@@ -107,85 +153,6 @@ def test_large_vocabularies_go_in_chunks(family):
     loss = DocumentLoss(BY_POSITIONS, is_chunked=True)
     whole = loss(model, batch)["loss"]
     torch.testing.assert_close(loss(model, batch, 5 * 4 * 300)["loss"], whole, rtol=1e-6, atol=0)
-
-
-CONVERSATION = [
-    {"role": "system", "content": "be brief"},
-    {"role": "user", "content": "hello"},
-    {"role": "assistant", "content": "world"},
-    {"role": "user", "content": "how"},
-    {"role": "assistant", "content": "are you"},
-    {"role": "user", "content": "bye"},
-]
-
-
-def read(tmp_path, lines, tokenizer, field="text"):
-    path = tmp_path / "lines.jsonl"
-    path.write_text("\n".join(json.dumps(line) if not isinstance(line, str) else line for line in lines) + "\n\n")
-    return list(DocumentReader(tokenizer, field).read([Document("lines.jsonl", path)]))
-
-
-def predicted(tokenizer, documents):
-    """Return the text that is to be predicted, and all text, document by document."""
-    texts = []
-    for part in documents:
-        if part.is_start:
-            texts.append(["", ""])
-        texts[-1][0] += tokenizer.decode(part.tokens[part.is_target])
-        texts[-1][1] += tokenizer.decode(part.tokens)
-    return [tuple(text) for text in texts]
-
-
-def test_only_the_assistant_is_learned(tmp_path):
-    tokenizer = make_tokenizer(tmp_path)
-    (found,) = predicted(tokenizer, read(tmp_path, [{"messages": CONVERSATION}], tokenizer))
-    assert found == (
-        "world<|end|>are you<|end|>",
-        "<|system|>be brief<|end|><|user|>hello<|end|><|assistant|>world<|end|>"
-        "<|user|>how<|end|><|assistant|>are you<|end|>",
-    )
-
-
-def test_a_template_that_forgets_makes_a_document_of_each_answer(tmp_path):
-    tokenizer = make_tokenizer(tmp_path, FORGETFUL_TEMPLATE)
-    first, second = predicted(tokenizer, read(tmp_path, [{"messages": CONVERSATION}], tokenizer))
-    assert first[0] == "(think)world<|end|>"
-    assert second[0] == "(think)are you<|end|>"
-    assert "(think)" not in second[1].replace("(think)are", "are")
-
-
-def test_without_a_template(tmp_path):
-    tokenizer = make_tokenizer(tmp_path, None)
-    (found,) = predicted(tokenizer, read(tmp_path, [{"messages": CONVERSATION[1:3]}], tokenizer))
-    assert found == (" world\n<|end|>", "user: hello\nassistant: world\n<|end|>")
-
-
-@pytest.mark.slow
-def test_texts_of_json_lines_and_files(tmp_path):
-    tokenizer = make_tokenizer(tmp_path)
-    found = predicted(tokenizer, read(tmp_path, [{"body": "one"}, {"body": ""}, {"body": "two"}], tokenizer, "body"))
-    assert found == [("one<|end|>", "one<|end|>"), ("two<|end|>", "two<|end|>")]
-    (tmp_path / "a.txt").write_text("line of a file\n" * 100_000)  # of more than one piece
-    parts = list(DocumentReader(tokenizer, "text").read([Document("a.txt", tmp_path / "a.txt")]))
-    assert len(parts) == 2
-    ((_, text),) = predicted(tokenizer, parts)
-    assert text == "line of a file\n" * 100_000 + "<|end|>"
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"lines\.jsonl, line 2: not JSON"),
-        ({"other": "x"}, r"line 2: there is neither a text 'text' nor a list 'messages' \(but other\)"),
-        (["x"], r"line 2: there is neither .* \(but list\)"),
-        ({"messages": [{"role": "user"}]}, "line 2: a message needs a 'role' and a 'content'"),
-        ({"messages": CONVERSATION[:2]}, "line 2: no message has the role 'assistant'"),
-    ],
-)
-def test_lines_that_cannot_be_used_are_named(tmp_path, line, message):
-    tokenizer = make_tokenizer(tmp_path)
-    with pytest.raises(DataError, match=message):
-        read(tmp_path, [{"text": "good"}, line], tokenizer)
 
 
 def test_no_document_of_the_native_model_sees_another(tmp_path):

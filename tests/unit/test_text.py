@@ -17,7 +17,7 @@ from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
 from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenizer import ByteTokenizer
-from hvdtrain.data.text.windows import IGNORED, TokenWindows
+from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes import lm_task
 
@@ -53,22 +53,22 @@ def documents_in(path):
 
 def test_every_document_is_there_once_and_whole(corpus, tmp_path):
     text = prepare_text(config(corpus, tmp_path))
-    found = documents_in(text.train_path) + documents_in(text.val_path)
+    found = documents_in(text.train_shards[0].path) + documents_in(text.val_shards[0].path)
     expected = [(corpus / name).read_bytes() for name in ("a.txt", "c.txt", "e.txt", "sub/f.txt")]
     assert sorted(found) == sorted(expected)
-    assert documents_in(text.val_path)
+    assert documents_in(text.val_shards[0].path)
     assert text.num_train_bytes + text.num_val_bytes == sum(map(len, expected))
-    assert text.num_train_tokens == text.num_train_bytes + len(documents_in(text.train_path)) + 1
+    assert text.num_train_tokens == text.num_train_bytes + len(documents_in(text.train_shards[0].path)) + 1
     assert text.vocab_size == 257
-    assert text.train_text_path == text.train_path
+    assert text.train_text_path == text.train_shards[0].path
 
 
 def test_a_second_time_reads_the_cache(corpus, tmp_path):
     first = prepare_text(config(corpus, tmp_path))
-    stamp = first.train_path.stat().st_mtime_ns
+    stamp = first.train_shards[0].path.stat().st_mtime_ns
     said = []
     assert prepare_text(config(corpus, tmp_path), said.append).content_hash == first.content_hash
-    assert first.train_path.stat().st_mtime_ns == stamp
+    assert first.train_shards[0].path.stat().st_mtime_ns == stamp
     assert not [line for line in said if "prepared" in line]
 
 
@@ -123,14 +123,19 @@ def test_a_failed_preparation_leaves_nothing(corpus, tmp_path, monkeypatch):
 def test_bpe_round_trip(corpus, tmp_path):
     text = prepare_text(config(corpus, tmp_path, tokenizer="bpe", vocab_size=300))
     assert text.vocab_size <= 300
-    for path, bytes_path in ((text.train_path, text.train_text_path), (text.val_path, text.val_text_path)):
+    for path, bytes_path in (
+        (text.train_shards[0].path, text.train_text_path),
+        (text.val_shards[0].path, text.val_text_path),
+    ):
         tokens = np.fromfile(path, np.uint16)
         cuts = np.flatnonzero(tokens == text.tokenizer.eot)
         decoded = [text.tokenizer.decode(tokens[a + 1 : b]).encode() for a, b in itertools.pairwise(cuts)]
         assert decoded == documents_in(bytes_path)
-    saved = config(corpus, tmp_path, tokenizer=str(text.train_path.parent / "tokenizer.json"))
+    saved = config(corpus, tmp_path, tokenizer=str(text.train_shards[0].path.parent / "tokenizer.json"))
     again = prepare_text(saved)
-    assert np.array_equal(np.fromfile(again.train_path, np.uint16), np.fromfile(text.train_path, np.uint16))
+    assert np.array_equal(
+        np.fromfile(again.train_shards[0].path, np.uint16), np.fromfile(text.train_shards[0].path, np.uint16)
+    )
 
 
 @pytest.mark.parametrize("sample", ["", "a", "def f(x):\n\treturn  x", "naïve 漢字 🙂\u0000\r\n", " \u00a0 x"])
@@ -144,7 +149,7 @@ def test_tokenizers_lose_nothing(corpus, tmp_path, sample):
 def test_windows_predict_each_token_once(tmp_path):
     tokens = np.arange(100, 130, dtype=np.uint16)
     tokens.tofile(tmp_path / "t.bin")
-    windows = TokenWindows(tmp_path / "t.bin", "uint16", 8)
+    windows = TokenWindows([Shard(tmp_path / "t.bin", "uint16")], 8)
     assert len(windows) == 4
     x, y = windows.batch(torch.tensor([0, 3, 1, 2]))
     assert x.shape == y.shape == (4, 8)
@@ -222,14 +227,14 @@ def test_token_files_are_taken_as_they_are(tmp_path):
     settings = {"val_path": str(tmp_path / "val.bin"), "vocab_size": 257}
     text = prepare_text(config(tmp_path / "train.bin", tmp_path, **settings))
     assert (text.num_train_tokens, text.vocab_size, text.tokenizer, text.num_val_bytes) == (50, 257, None, None)
-    assert text.train_path == tmp_path / "train.bin"
+    assert text.train_shards[0].path == tmp_path / "train.bin"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["known"]  # no copy of the tokens
 
 
 @pytest.mark.parametrize(
     ("content", "val", "says"),
     [
-        (b"\1\0\2", "val.bin", "odd number of bytes"),
+        (b"\1\0\2", "val.bin", "no multiple of 2"),
         (b"\xff\xff" * 50, "val.bin", "--data.vocab-size 65536"),
         (b"\1\0" * 50, None, "--data.val-path"),
         (b"\1\0" * 50, "gone.bin", "gone.bin does not exist"),
@@ -255,7 +260,9 @@ def test_wrong_tokenizers_are_explained(corpus, tmp_path, content, says):
 def test_a_tokenizer_without_end_of_text_is_refused(corpus, tmp_path):
     text = prepare_text(config(corpus, tmp_path, tokenizer="bpe", vocab_size=300))
     path = tmp_path / "tokenizer.json"
-    path.write_text((text.train_path.parent / "tokenizer.json").read_text().replace("<|endoftext|>", "<|other|>"))
+    path.write_text(
+        (text.train_shards[0].path.parent / "tokenizer.json").read_text().replace("<|endoftext|>", "<|other|>")
+    )
     assert json.loads(path.read_text())
     with pytest.raises(DataError, match="no end-of-text token"):
         prepare_text(config(corpus, tmp_path, tokenizer=str(path)))
@@ -305,7 +312,7 @@ def test_tokens_do_not_depend_on_the_batches(tmp_path, monkeypatch):
         monkeypatch.setattr("hvdtrain.data.text.tokenize._SAY_EVERY_S", 0.0)
         config = TextConfig(path=str(tmp_path / "*.txt"), tokenizer="bpe", vocab_size=300, sequence_length=8)
         prepared = prepare_text(dataclasses.replace(config, cache_dir=str(tmp_path / cache)), told.append)
-        tokens.append(prepared.train_path.read_bytes())
+        tokens.append(prepared.train_shards[0].path.read_bytes())
     assert tokens[0] == tokens[1]
     assert any(re.fullmatch(r"tokenising: [\d.]+ MB in \d+ s, [\d.,]+ MB/s", line) for line in told)
 

@@ -130,16 +130,15 @@ def test_a_template_may_not_run_for_ever(monkeypatch):
     source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     template = jinja.ImmutableSandboxedEnvironment().from_string(source)
     tokenizer = types.SimpleNamespace(
-        eos_token_id=0,
+        all_special_tokens=[],
         chat_template=source,
         apply_chat_template=lambda messages, **more: template.render(messages=messages),
     )
     monkeypatch.setattr(chat, "_SECONDS_A_TEMPLATE", 0.5)
-    reader = chat.DocumentReader(tokenizer, "text")
-    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    talk = ({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"})
     started = time.monotonic()
-    with pytest.raises(DataError, match="line 1: the chat template takes more than"):
-        list(reader._line(json.dumps({"messages": talk}), "file, line 1"))
+    with pytest.raises(DataError, match="the chat template takes more than"):
+        chat.ChatTemplate(tokenizer).passages(chat.Conversation(talk, (False, True)))
     assert time.monotonic() - started < 10
     with pytest.raises(DataError, match="that is no template"):
         chat.check_template("x" * 2_000_000, "here")

@@ -1,167 +1,103 @@
-"""Documents for the tokenizers of transformers: text files, JSON lines of text, and conversations.
+"""Conversations as the chat template of their tokenizer writes them, and which of their tokens are learned.
 
-A line of a `.jsonl` file is an object with a field of text, or with "messages": `[{"role": ..., "content": ...}, ...]`.
-Of a conversation only what the assistant says is to be predicted.
+The tokens are those of `apply_chat_template(conversation, tokenize=True)`; only which of them are targets is decided
+here: what the template writes for an answer, up to the token that ends it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from hvdtrain.data.text.corpus import Document
 from hvdtrain.data.text.deadline import at_most
-from hvdtrain.data.text.packed import TokenizedDocument
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 
-_BATCH = 64
+_MARK = "hvdtrain-answer"
+_LONGEST_TEMPLATE = 1 << 20
 _SECONDS_A_TEMPLATE = 10.0
 _TOO_LONG = (
     f"the chat template takes more than {_SECONDS_A_TEMPLATE:g} s for this conversation: it is broken, or was written"
     " to do harm"
 )
-_LONGEST_TEMPLATE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that is tokenised at once."""
+class Conversation:
+    """Messages, and what else their template may need."""
+
+    messages: tuple[dict[str, Any], ...]
+    """As `apply_chat_template` takes them."""
+    is_learned: tuple[bool, ...]
+    """Which of them."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the template: `tools` and others."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Text to be tokenised at once."""
 
     text: str
-    is_target: bool = True
+    spans: tuple[tuple[int, int], ...]
+    """From which character to which one it is learned, in order."""
     is_start: bool = True
     """A document begins here."""
-    is_end: bool = True
-    """A document ends here."""
+    ending: str | None = None
+    """A token to be learned after the text; None for none."""
+    is_whole: bool = False
+    """It is cut rather than continued in another sample, where it is too long for one."""
+    begins: str | None = None
+    """A token before the text; None for none."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that are learned, as UTF-8."""
+        return sum(len(self.text[start:end].encode()) for start, end in self.spans)
 
 
-class DocumentReader:
-    """Reads documents and has them tokenised.
+def read_message(value: Any) -> tuple[dict[str, Any], bool]:
+    """Return a message as templates take it, and whether it is learned if it is an answer.
 
-    Args:
-        tokenizer: of transformers.
-        text_field: of a JSON line.
+    Content that is a list of texts becomes one text, arguments of tool calls that are JSON become what they say.
+    `"weight": 0` and `"train": false` keep an answer from being learned.
+
+    Raises:
+        DataError: it has no role, or content that is no text.
     """
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        raise DataError("a message needs a 'role' and a 'content'")
+    message = {key: item for key, item in value.items() if key not in ("weight", "train") and item is not None}
+    message["content"] = _as_text(value.get("content"))
+    if message["content"] is None:
+        if not value.get("tool_calls"):
+            raise DataError("a message needs a 'role' and a 'content'")
+        message["content"] = ""
+    if "tool_calls" in message:
+        message["tool_calls"] = [_read_call(call) for call in message["tool_calls"]]
+    is_learned = message["role"] == "assistant" and bool(value.get("weight", 1)) and bool(value.get("train", True))
+    return message, is_learned
 
-    def __init__(self, tokenizer: Any, text_field: str) -> None:
-        if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end-of-text token (eos_token), which stands between documents")
-        self._tokenizer = tokenizer
-        self._field = text_field
 
-    def read(self, documents: Iterable[Document]) -> Iterator[TokenizedDocument]:
-        """Yield the documents' tokens, tokenised a few at a time by all cores.
+def _as_text(content: Any) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError("the content of a message is neither a text nor a list of texts")
+    return "".join(map(str, texts))
 
-        Raises:
-            DataError: a JSON line is none, or lacks the field; names file and line.
-        """
-        batch: list[Piece] = []
-        for document in documents:
-            pieces = self._lines(document) if document.path.suffix == ".jsonl" else self._text(document)
-            for piece in pieces:
-                batch.append(piece)
-                if len(batch) == _BATCH:
-                    yield from self._tokenize(batch)
-                    batch = []
-        if batch:
-            yield from self._tokenize(batch)
 
-    def _text(self, document: Document) -> Iterator[Piece]:
-        """Yield a text file as one document, its end known one piece late."""
-        before: Piece | None = None
-        for text in document.pieces():
-            if before is not None:
-                yield before
-            before = Piece(text, is_start=before is None, is_end=False)
-        if before is not None:
-            yield Piece(before.text, is_start=before.is_start)
-
-    def _lines(self, document: Document) -> Iterator[Piece]:
-        number = 0
-        rest = ""
-        for text in document.pieces():
-            *lines, rest = (rest + text).split("\n")
-            for line in lines:
-                number += 1
-                yield from self._line(line, f"{document.path}, line {number}")
-        yield from self._line(rest, f"{document.path}, line {number + 1}")
-
-    def _line(self, line: str, place: str) -> Iterator[Piece]:
-        if not line.strip():
-            return
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place}: not JSON ({error})") from error
-        if isinstance(value, dict) and isinstance(value.get("messages"), list):
-            yield from self._conversation(value["messages"], place)
-        elif isinstance(value, dict) and isinstance(value.get(self._field), str):
-            if value[self._field]:
-                yield Piece(value[self._field])
-        else:
-            fields = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise DataError(
-                f"{place}: there is neither a text '{self._field}' nor a list 'messages' (but {fields}):"
-                " name the field with --data.text-field"
-            )
-
-    def _conversation(self, messages: Sequence[Any], place: str) -> Iterator[Piece]:
-        for message in messages:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise DataError(f"{place}: a message needs a 'role' and a 'content', both text")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise DataError(f"{place}: no message has the role 'assistant', whose words are what is learned")
-        with at_most(_SECONDS_A_TEMPLATE, DataError(f"{place}: {_TOO_LONG}")):
-            split = self._split(messages)
-        for document in split:
-            for i, (text, is_target) in enumerate(document):
-                yield Piece(text, is_target, i == 0, i == len(document) - 1)
-
-    def _split(self, messages: Sequence[dict[str, str]]) -> list[list[tuple[str, bool]]]:
-        """Return a conversation as documents of parts, each with whether it is to be predicted.
-
-        One document, if the template writes the beginning of a conversation as it writes the conversation. Some do not
-        (they leave thoughts out of earlier answers): then every answer makes a document with what led to it.
-        """
-        if not self._tokenizer.chat_template:
-            return [_plain(messages)]
-        turns = [self._turn(messages, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
-        parts: list[tuple[str, bool]] = []
-        before = ""
-        for prompt, answer in turns:
-            if not prompt.startswith(before):
-                return [[(prompt, False), (answer[len(prompt) :], True)] for prompt, answer in turns]
-            parts += [(prompt[len(before) :], False), (answer[len(prompt) :], True)]
-            before = answer
-        return [parts]
-
-    def _turn(self, messages: Sequence[dict[str, str]], i: int) -> tuple[str, str]:
-        """Return what the template writes before the answer that is message i, and up to its end."""
-        answer = self._render(messages[: i + 1], False)
-        for prompt in (self._render(messages[:i], True), self._render(messages[:i], False)):
-            if answer.startswith(prompt):  # the second: a template that adds nothing to ask for an answer
-                return prompt, answer
-        raise DataError("the tokenizer's chat template changes what came before an answer: it cannot be learned")
-
-    def _render(self, messages: Sequence[dict[str, str]], asks: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
-        return text
-
-    def _tokenize(self, pieces: Sequence[Piece]) -> Iterator[TokenizedDocument]:
-        encoded = self._tokenizer([piece.text for piece in pieces], add_special_tokens=False)["input_ids"]
-        for piece, ids in zip(pieces, encoded, strict=True):
-            tokens = list(ids)
-            bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-            starts = piece.is_start and bos is not None and tokens[:1] != [bos]
-            # Templates end an answer themselves, some with a new line after it.
-            ends = piece.is_end and eos not in tokens[-2:]
-            tokens = [bos] * starts + tokens + [eos] * ends
-            is_target = np.full(len(tokens), piece.is_target)
-            yield TokenizedDocument(np.array(tokens, np.int64), is_target, piece.is_start)
+def _read_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except ValueError:
+        return call
 
 
 def check_template(template: object, source: str) -> None:
@@ -171,10 +107,122 @@ def check_template(template: object, source: str) -> None:
         raise DataError(f"the chat template of {source} has {length:,} characters: that is no template")
 
 
-def _plain(messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
-    """Return the parts of a conversation for a tokenizer without a template: "role: content", a line each."""
-    parts = []
-    for message in messages:
-        is_target = message["role"] == "assistant"
-        parts += [(f"{message['role']}:", False), (f" {message['content']}\n", is_target)]
-    return parts
+class ChatTemplate:
+    """Writes conversations, and finds the answers in them.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {str(token) for token in added if getattr(token, "special", False)}
+        self._special = tuple(sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
+
+    def passages(self, conversation: Conversation) -> list[Passage]:
+        """Return the conversation as documents: one, if the template writes its beginning as it writes the whole.
+
+        Some do not (they leave thoughts out of earlier answers): then every answer makes a document with what led to
+        it, as it was when it was given.
+
+        Raises:
+            ConfigError: there is no template.
+            DataError: it does not write this conversation.
+        """
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                "there are conversations, and the tokenizer has no chat template: give --data.chat-template FILE"
+            )
+        learned = [i for i, is_learned in enumerate(conversation.is_learned) if is_learned]
+        if not learned:
+            return []
+        with at_most(_SECONDS_A_TEMPLATE, DataError(_TOO_LONG)):
+            return self._write(conversation, learned)
+
+    def _write(self, conversation: Conversation, learned: list[int]) -> list[Passage]:
+        whole = self._render(conversation, len(conversation.messages))
+        answers = [self._render(conversation, i + 1) for i in learned]
+        if all(map(whole.startswith, answers)):
+            spans = [self._span(conversation, i, text, whole) for i, text in zip(learned, answers, strict=True)]
+            is_last = learned[-1] == len(conversation.messages) - 1
+            ending = self._ending(conversation, learned[-1], whole[slice(*spans[-1])]) if is_last else None
+            return [Passage(whole, tuple(spans), ending=ending, is_whole=True)]
+        passages = []
+        for i, text in zip(learned, answers, strict=True):
+            span = self._span(conversation, i, text, text)
+            ending = self._ending(conversation, i, text[slice(*span)])
+            passages.append(Passage(text, (span,), ending=ending, is_whole=True))
+        return passages
+
+    def _span(self, conversation: Conversation, i: int, text: str, whole: str) -> tuple[int, int]:
+        """Return where the answer that is message i begins and where what ends it does; `text` ends with it."""
+        start, end = self._start(conversation, i, text), len(text)
+        trimmed = len(text.rstrip())
+        if self._ends(text[start:trimmed]):
+            return start, trimmed
+        if self._ends(text[start:end]):
+            return start, end
+        after = whole[end:]
+        blank = len(after) - len(after.lstrip())
+        follows = next((token for token in self._special if after.startswith(token, blank)), None)
+        return start, end if follows is None else end + blank + len(follows)
+
+    def _start(self, conversation: Conversation, i: int, text: str) -> int:
+        """Return where the answer that is message i begins in `text`, which ends with it."""
+        asked, before = (self._try_render(conversation, i, asks) for asks in (True, False))
+        if asked is not None and text.startswith(asked):
+            return len(asked)
+        if before is not None and text.startswith(before):
+            # What asks for an answer may go on otherwise than this one does, as with thoughts that were left out.
+            return max(len(before), _common(asked or "", text))
+        message = conversation.messages[i]
+        marked = {**message, "content": _MARK + message["content"]}
+        other = Conversation((*conversation.messages[:i], marked), (), conversation.variables)
+        start = self._render(other, i + 1).find(_MARK)
+        if start < 0 or not message["content"] or not text.startswith(message["content"], start):
+            raise DataError("the chat template does not say where an answer begins: it cannot be learned")
+        return start
+
+    def _ending(self, conversation: Conversation, i: int, answer: str) -> str | None:
+        """Return the token that ends an answer after which nothing is written; None if the template wrote one."""
+        if self._ends(answer):
+            return None
+        question = {"role": "user", "content": "?"}
+        more = Conversation((*conversation.messages[: i + 1], question), (), conversation.variables)
+        text, longer = self._render(conversation, i + 1), self._try_render(more, i + 2, False)
+        if longer is not None and longer.startswith(text):
+            after = longer[len(text) :].lstrip()
+            follows = next((token for token in self._special if after.startswith(token)), None)
+            if follows is not None:
+                return follows
+        end: str | None = self._tokenizer.eos_token
+        return end
+
+    def _ends(self, text: str) -> bool:
+        return text.endswith(self._special)
+
+    def _try_render(self, conversation: Conversation, count: int, asks: bool) -> str | None:
+        try:
+            return self._render(conversation, count, asks)
+        except DataError:
+            return None  # a beginning that the template refuses, such as none at all
+
+    def _render(self, conversation: Conversation, count: int, asks: bool = False) -> str:
+        """Return what the template writes for the first messages, and to ask for an answer."""
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(conversation.messages[:count]),
+                tokenize=False,
+                add_generation_prompt=asks,
+                **conversation.variables,
+            )
+        except Exception as error:  # a template is a program of someone else's
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise DataError(f"the chat template refuses this conversation ({reason})") from error
+        return text
+
+
+def _common(a: str, b: str) -> int:
+    """Return the length of what two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

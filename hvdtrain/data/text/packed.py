@@ -1,12 +1,15 @@
-"""Documents packed to full length: tokens, which of them are to be predicted, and where documents begin.
+"""Documents packed into samples: tokens, which of them are to be predicted, and where documents begin.
 
-    CACHE/HASH/train.tokens, val.tokens        int32 tokens of all documents, one after the other
-              /train.targets, val.targets      uint8, 1 where a token is to be predicted from those before it
-              /train.starts, val.starts        int64, place of the first token of each document
-              /meta.json
+    CACHE/packed-N-HASH/train.tokens, val.tokens     int32, the tokens of all documents, one after the other
+                       /train.targets, val.targets   uint8, 1 where a token is to be predicted from those before it
+                       /train.documents, ...         int64 `(documents, 3)`: where each begins; 1 if it is cut where it
+                                                     is too long for a sample, 0 if it goes on in another one; the
+                                                     bytes of text that it predicts
+                       /meta.json
 
-Sample i shows tokens `i T` to `(i + 1) T - 1` and predicts the ones after each. A document that does not fit goes on in
-the next sample. The first token of a document is never predicted.
+A document of n tokens shows n - 1 of them and predicts the ones after each: the first is never predicted. One that is
+longer than a sample fills samples of its own with all but its rest, or is cut. What is shorter is put whole into
+samples, several in one, by best fit.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdtrain.data.text.best_fit import pack_best_fit
 from hvdtrain.data.text.windows import IGNORED
 from hvdtrain.errors import DataError
 from hvdtrain.settings.files import locked, written_whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,19 @@ class TokenizedDocument:
         tokens: int64 `(n,)`.
         is_target: bool `(n,)`, whether each is to be predicted.
         is_start: the document begins here.
+        is_whole: it is cut where it is too long for a sample, instead of going on in another one.
+        num_bytes: those of the text that is to be predicted.
     """
 
     tokens: NDArray[np.int64]
     is_target: NDArray[np.bool_]
     is_start: bool = True
+    is_whole: bool = False
+    num_bytes: int = 0
 
 
 class PackedDocuments:
-    """A `Dataset` of windows that hold parts of several documents; samples without anything to predict are left out.
+    """A `Dataset` of samples that hold parts of several documents; what predicts nothing is left out.
 
     Args:
         folder: where `write_packed` has put it.
@@ -59,19 +67,19 @@ class PackedDocuments:
         self._given = folder, name, sequence_length
         self._tokens: NDArray[np.int32] = _map(folder / f"{name}.tokens", np.int32)
         self._targets: NDArray[np.uint8] = _map(folder / f"{name}.targets", np.uint8)
-        self._starts: NDArray[np.int64] = _map(folder / f"{name}.starts", np.int64)
         self._length = sequence_length
-        number = -(-(len(self._tokens) - 1) // sequence_length) if len(self._tokens) > 1 else 0
-        begins = np.arange(number) * sequence_length
-        self._counts = np.add.reduceat(self._targets[1:], begins, dtype=np.int64) if number else begins
-        self._windows = np.flatnonzero(self._counts)
+        documents: NDArray[np.int64] = _map(folder / f"{name}.documents", np.int64).reshape(-1, 3)
+        pieces, self.num_cut, self.num_bytes = _cut(documents, self._targets, sequence_length)
+        self._starts, self._lengths, self._counts = pieces
+        self._samples = pack_best_fit(self._lengths, sequence_length)
+        self._sample_counts = np.array([self._counts[pieces].sum() for pieces in self._samples], np.int64)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process map the files, too: a pickle would hold copies of them."""
         return type(self), self._given
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self._samples)
 
     @property
     def num_tokens(self) -> int:
@@ -81,24 +89,63 @@ class PackedDocuments:
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return tokens, targets, documents and positions, int64 `(n, T)` each.
 
-        Targets are `IGNORED` where there is none to predict. Documents have their numbers in the corpus, what fills the
-        last window up has -1; positions count from 0 in each, or from where the window cuts it.
+        Targets are `IGNORED` where there is none to predict. Documents are numbered by pieces, what fills a sample up
+        has -1 and token 0; positions count from 0 in each piece.
         """
-        starts = self._windows[indices.numpy()] * self._length
-        places = starts[:, None] + np.arange(self._length + 1)
-        last = len(self._tokens) - 1
-        inside = np.minimum(places, last)
-        tokens = self._tokens[inside].astype(np.int64)
-        is_target = (self._targets[inside[:, 1:]] == 1) & (places[:, 1:] <= last)
-        document = np.searchsorted(self._starts, places[:, :-1], "right") - 1
-        position = places[:, :-1] - np.maximum(self._starts[document], starts[:, None])
-        document[places[:, :-1] > last] = -1
-        targets = np.where(is_target, tokens[:, 1:], IGNORED)
-        return tuple(torch.from_numpy(array) for array in (tokens[:, :-1].copy(), targets, document, position))  # type: ignore[return-value]
+        shape = (len(indices), self._length)
+        tokens, position = np.zeros((2, *shape), np.int64)
+        targets, document = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
+        for row, index in enumerate(indices.tolist()):
+            at = 0
+            for piece in self._samples[index]:
+                start, length = int(self._starts[piece]), int(self._lengths[piece])
+                here, there = slice(at, at + length), slice(start + 1, start + 1 + length)
+                tokens[row, here] = self._tokens[start : start + length]
+                targets[row, here] = np.where(self._targets[there], self._tokens[there], IGNORED)
+                document[row, here] = piece
+                position[row, here] = np.arange(length)
+                at += length
+            position[row, at:] = np.arange(self._length - at)
+        return tuple(torch.from_numpy(array) for array in (tokens, targets, document, position))  # type: ignore[return-value]
 
     def num_targets(self, indices: Tensor) -> int:
         """Return the tokens that these samples predict."""
-        return int(self._counts[self._windows[indices.numpy()]].sum())
+        return int(self._sample_counts[indices.numpy()].sum())
+
+
+def _cut(
+    documents: NDArray[np.int64], targets: NDArray[np.uint8], length: int
+) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], int, float]:
+    """Return the pieces of documents that predict anything: where each begins, its length and its targets.
+
+    Returns:
+        Also how many documents are cut, and the bytes of text that the pieces predict; of what is cut, the share of its
+        tokens.
+    """
+    starts, is_whole, num_bytes = documents.T
+    shown = np.diff(starts, append=len(targets)) - 1
+    number = np.where(is_whole == 1, np.minimum(shown, 1), -(-shown // length))
+    owner = np.repeat(np.arange(len(starts)), number)
+    offset = length * (np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number))
+    begins, lengths = starts[owner] + offset, np.minimum(length, shown[owner] - offset)
+    counts = _sums(targets, begins + 1, begins + 1 + lengths)
+    of_documents = np.bincount(owner, counts, len(starts))
+    of_all = _sums(targets, starts, starts + shown + 1)
+    kept_bytes = float((num_bytes * of_documents / np.maximum(of_all, 1)).sum())
+    kept = counts > 0
+    num_cut = int(((is_whole == 1) & (shown > length)).sum())
+    return (begins[kept], lengths[kept], counts[kept]), num_cut, kept_bytes
+
+
+def _sums(values: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sums of values from each start to each end; the ranges are in order, and none is empty."""
+    if not len(starts):
+        return np.zeros(0, np.int64)
+    bounds = np.stack((starts, ends), 1).ravel()
+    if bounds[-1] == len(values):
+        bounds = bounds[:-1]
+    sums: NDArray[np.int64] = np.add.reduceat(values, bounds, dtype=np.int64)
+    return sums[::2]
 
 
 def same_document(documents: Tensor) -> Tensor:
@@ -112,8 +159,19 @@ def same_document(documents: Tensor) -> Tensor:
     return ((documents[:, :, None] == documents[:, None, :]) & causal)[:, None]
 
 
-def write_packed(cache: Path, digest: str, splits: Mapping[str, Callable[[], Iterable[TokenizedDocument]]]) -> Path:
+def write_packed(
+    cache: Path,
+    digest: str,
+    splits: Mapping[str, Callable[[], Iterable[TokenizedDocument]]],
+    describe: Callable[[], dict[str, Any]] = dict,
+) -> Path:
     """Write documents under a hash of all that makes them, or find them there; one process of a host at a time.
+
+    Args:
+        cache: where.
+        digest: the hash.
+        splits: the documents by name.
+        describe: returns what `read_meta` shall return, after all were read.
 
     Returns:
         The folder for `PackedDocuments`.
@@ -126,8 +184,9 @@ def write_packed(cache: Path, digest: str, splits: Mapping[str, Callable[[], Ite
         with locked(cache / f"{folder.name}.lock"):
             if not folder.exists():
                 with written_whole(folder) as new:
-                    largest = {name: _write_split(new, name, documents()) for name, documents in splits.items()}
-                    (new / "meta.json").write_text(json.dumps({"largest_token": largest}))
+                    largest = [_write_split(new, name, documents()) for name, documents in splits.items()]
+                    meta = {"largest_token": max(largest), **describe()}
+                    (new / "meta.json").write_text(json.dumps(meta))
     except OSError as error:
         raise DataError(
             f"prepared tokens cannot be kept in {cache} ({error.strerror or error}): free some space there, or choose"
@@ -136,31 +195,30 @@ def write_packed(cache: Path, digest: str, splits: Mapping[str, Callable[[], Ite
     return folder
 
 
-def largest_token(folder: Path) -> int:
-    """Return the largest token of all documents; -1 where there are none."""
-    largest: dict[str, int] = json.loads((folder / "meta.json").read_text())["largest_token"]
-    return max(largest.values())
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return what is known of the documents: `largest_token`, -1 where there are none, and what `describe` returned."""
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    return meta
 
 
 def _write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument]) -> int:
     """Write the files of a split; returns its largest token, -1 where there is none."""
     count, largest = 0, -1
-    with (
-        (folder / f"{name}.tokens").open("wb") as tokens,
-        (folder / f"{name}.targets").open("wb") as targets,
-        (folder / f"{name}.starts").open("wb") as starts,
-    ):
+    table: list[list[int]] = []
+    with (folder / f"{name}.tokens").open("wb") as tokens, (folder / f"{name}.targets").open("wb") as targets:
         for document in documents:
             if len(document.tokens) == 0:
                 continue
             is_target = document.is_target.astype(np.uint8)
             if document.is_start:
                 is_target[0] = 0
-                starts.write(np.array([count], np.int64).tobytes())
+                table.append([count, int(document.is_whole), 0])
+            table[-1][2] += document.num_bytes
             tokens.write(document.tokens.astype(np.int32).tobytes())
             targets.write(is_target.tobytes())
             count += len(document.tokens)
             largest = max(largest, int(document.tokens.max()))
+    np.array(table, np.int64).tofile(folder / f"{name}.documents")
     return largest
 
 

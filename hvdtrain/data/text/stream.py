@@ -19,9 +19,10 @@ from pathlib import Path
 from hvdtrain.data.config import TextConfig, cache_dir
 from hvdtrain.data.text.corpus import Document, read_all
 from hvdtrain.data.text.splits import Hashed, find_splits
-from hvdtrain.data.text.token_files import read_token_files
+from hvdtrain.data.text.token_files import content_hash, read_token_files
 from hvdtrain.data.text.tokenize import Meter, token_dtype, write_tokens
 from hvdtrain.data.text.tokenizer import ByteTokenizer, Tokenizer, load_bpe, load_tokenizer, train_bpe
+from hvdtrain.data.text.windows import Shard
 from hvdtrain.errors import DataError
 from hvdtrain.settings.files import locked, written_whole
 
@@ -32,9 +33,8 @@ FORMAT_VERSION = 2
 class PreparedText:
     """Where the tokens lie, and what is known about them. Figures of the text itself are None for .bin files."""
 
-    train_path: Path
-    val_path: Path
-    dtype: str
+    train_shards: tuple[Shard, ...]
+    val_shards: tuple[Shard, ...]
     vocab_size: int
     num_train_tokens: int
     num_val_tokens: int
@@ -53,9 +53,7 @@ def prepare_text(config: TextConfig, say: Callable[[str], None] = lambda text: N
     Raises:
         DataError: no usable text, or it cannot be written; the message says what to do.
     """
-    prepared = (
-        _use_token_files(config, say) if (config.path or "").endswith(".bin") else _prepare_documents(config, say)
-    )
+    prepared = _use_token_files(config, say) if config.is_tokens else _prepare_documents(config, say)
     for name, count in (("training", prepared.num_train_tokens), ("held-out", prepared.num_val_tokens)):
         if count < config.sequence_length + 1:
             raise DataError(
@@ -146,11 +144,11 @@ def _write_split(
 def _read_prepared(folder: Path, digest: str) -> PreparedText:
     meta = json.loads((folder / "meta.json").read_text())
     tokenizer = load_tokenizer(folder)
+    dtype = token_dtype(tokenizer.vocab_size)
     text = "{}.bin" if isinstance(tokenizer, ByteTokenizer) else "{}.bytes.bin"
     return PreparedText(
-        train_path=folder / "train.bin",
-        val_path=folder / "val.bin",
-        dtype=token_dtype(tokenizer.vocab_size),
+        train_shards=(Shard(folder / "train.bin", dtype),),
+        val_shards=(Shard(folder / "val.bin", dtype),),
         train_text_path=folder / text.format("train"),
         val_text_path=folder / text.format("val"),
         tokenizer=tokenizer,
@@ -161,18 +159,17 @@ def _read_prepared(folder: Path, digest: str) -> PreparedText:
 
 def _use_token_files(config: TextConfig, say: Callable[[str], None]) -> PreparedText:
     """Take token files as they are."""
-    files = read_token_files(config, say)
+    train, held_out = read_token_files(config, say)
     return PreparedText(
-        train_path=files.train.path,
-        val_path=files.held_out.path,
-        dtype="uint16",
+        train_shards=train.shards,
+        val_shards=held_out.shards,
         vocab_size=config.vocab_size,
-        num_train_tokens=files.train.num_tokens,
-        num_val_tokens=files.held_out.num_tokens,
+        num_train_tokens=train.num_tokens,
+        num_val_tokens=held_out.num_tokens,
         num_train_bytes=None,
         num_val_bytes=None,
         train_text_path=None,
         val_text_path=None,
         tokenizer=None,
-        content_hash=files.content_hash,
+        content_hash=content_hash(train, held_out),
     )

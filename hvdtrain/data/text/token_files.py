@@ -1,7 +1,12 @@
-"""Files of uint16 tokens, as nanoGPT writes them: taken as they are."""
+"""Files of tokens, taken as they are: as nanoGPT writes them, without a header, or as llm.c does, with one.
+
+A header is 256 numbers, int32: a magic number, a version and the number of tokens. Without one the type of the tokens
+is recognised: where every other 16 bits are hardly more than zero they are halves of uint32.
+"""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,83 +14,122 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdtrain.data.config import TextConfig, cache_dir
+from hvdtrain.data.config import TextConfig, TokenType, cache_dir
 from hvdtrain.data.text.known import KnownFiles
+from hvdtrain.data.text.windows import Shard
 from hvdtrain.errors import DataError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _BLOCK = 1 << 22
+_HEADER_BYTES = 256 * 4
+# Magic number and version of a header -> type of the tokens.
+_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
+# Upper halves of the tokens of a vocabulary of up to 262,144; fewer tokens than that many show nothing.
+_LARGEST_UPPER_HALF = 3
+_FEWEST_TO_TELL = 64
 
 
 @dataclass(frozen=True)
-class TokenFile:
-    """A file, and what was read in it."""
+class TokenFiles:
+    """Files whose tokens follow each other, and what was read in them."""
 
-    path: Path
+    shards: tuple[Shard, ...]
     num_tokens: int
     largest: int
     """The largest token; -1 where there is none."""
     digest: str
 
 
-@dataclass(frozen=True)
-class TokenFiles:
-    """The training and the held-out tokens."""
-
-    train: TokenFile
-    held_out: TokenFile
-
-    @property
-    def content_hash(self) -> str:
-        """Return a hash of all tokens."""
-        both = f"{FORMAT_VERSION} token files {self.train.digest} {self.held_out.digest}"
-        return hashlib.sha256(both.encode()).hexdigest()[:32]
+def content_hash(train: TokenFiles, held_out: TokenFiles) -> str:
+    """Return a hash of all tokens."""
+    both = f"{FORMAT_VERSION} token files {train.digest} {held_out.digest}"
+    return hashlib.sha256(both.encode()).hexdigest()[:32]
 
 
-def read_token_files(config: TextConfig, say: Callable[[str], None]) -> TokenFiles:
-    """Look at both files, once per host and again when they have changed.
+def read_token_files(config: TextConfig, say: Callable[[str], None]) -> tuple[TokenFiles, TokenFiles]:
+    """Look at the files for training and the held-out ones, once per host and again when they have changed.
 
-    Nothing in a token file says where it could be cut to hold a part out, so the held-out one must be given.
+    Nothing in a token file says where it could be cut to hold a part out, so held-out ones must be given.
 
     Raises:
         DataError: a file is missing, is no token file, or holds tokens that are not in the vocabulary.
     """
-    train, held_out = Path(config.path or ""), Path(config.val_path or "")
     if not config.val_path:
-        raise DataError(f"{train} is a token file: name the held-out one too, as in --data.val-path val.bin")
-    for path in (train, held_out):
-        _check_size(path)
-    files = {name: _look_at(config, path, say) for name, path in (("train", train), ("held_out", held_out))}
-    return TokenFiles(**files)
+        raise DataError(f"{config.path} is a token file: name the held-out one too, as in --data.val-path val.bin")
+    train, held_out = (
+        [_shard(path, config.token_type) for path in _find(str(given))] for given in (config.path, config.val_path)
+    )
+    return _look_at(config, train, say), _look_at(config, held_out, say)
 
 
-def _check_size(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"the token file {path} does not exist")
-    if path.stat().st_size % 2:
-        raise DataError(f"{path} is no file of uint16 tokens: it has an odd number of bytes")
-
-
-def _look_at(config: TextConfig, path: Path, say: Callable[[str], None]) -> TokenFile:
-    whole = path.absolute()
-    known = KnownFiles(cache_dir(config), f"tokens of {whole}")
-    found = TokenFile(path, **known.values({"tokens": whole}, lambda _: _read(whole))["tokens"])
-    if not known.can_keep:
-        say(f"{path} is read at every start: what is known of it cannot be kept in {cache_dir(config)}")
-    if found.largest >= config.vocab_size:
-        raise DataError(
-            f"{path} holds token {found.largest}, but the vocabulary has {config.vocab_size}:"
-            f" give --data.vocab-size {found.largest + 1} or more"
-        )
+def _find(given: str) -> list[Path]:
+    """Return the files that a path or a pattern names, sorted."""
+    path = Path(given).expanduser()
+    if path.is_file():
+        return [path]
+    found = sorted(Path(match) for match in glob.glob(str(path)) if Path(match).is_file())  # noqa: PTH207
+    if not found:
+        raise DataError(f"the token file {given} does not exist")
     return found
 
 
-def _read(path: Path) -> dict[str, int | str]:
-    """Read a file once: how many tokens it has, the largest, and a hash."""
-    digest, number, largest = hashlib.sha256(), 0, -1
+def _shard(path: Path, asked: TokenType) -> Shard:
+    """Return where the tokens of a file lie, and of what type they are.
+
+    Raises:
+        DataError: its header or its size contradict themselves, or the type that was asked for.
+    """
+    size = path.stat().st_size
     with path.open("rb") as file:
+        head = file.read(2 * _BLOCK)
+    magic, version, count = np.frombuffer(head[:12], np.int32).tolist() if len(head) >= _HEADER_BYTES else (0, 0, 0)
+    found, offset = _HEADERS.get((magic, version)), _HEADER_BYTES
+    if found is None:
+        found, offset = _type_by_content(head, size) if asked == "auto" else asked, 0
+    elif asked not in ("auto", found):
+        raise DataError(f"{path} says in its header that its tokens are {found}, not --data.token-type {asked}")
+    width = np.dtype(found).itemsize
+    if (size - offset) % width:
+        raise DataError(f"{path} is no file of {found} tokens: it has {size:,} bytes, no multiple of {width}")
+    if offset and count != (size - offset) // width:
+        raise DataError(
+            f"{path} says in its header that it has {count:,} tokens, and has {(size - offset) // width:,}: it was cut"
+        )
+    return Shard(path, found, offset)
+
+
+def _type_by_content(head: bytes, size: int) -> str:
+    if size % 4 or size < 4 * _FEWEST_TO_TELL:
+        return "uint16"
+    upper = np.frombuffer(head[: len(head) // 4 * 4], "<u2")[1::2]
+    return "uint32" if int(upper.max()) <= _LARGEST_UPPER_HALF else "uint16"
+
+
+def _look_at(config: TextConfig, shards: list[Shard], say: Callable[[str], None]) -> TokenFiles:
+    named = {f"{shard.path.absolute()} {shard.dtype} {shard.offset}": shard for shard in shards}
+    known = KnownFiles(cache_dir(config), f"tokens of {next(iter(named))}")
+    paths = {name: shard.path.absolute() for name, shard in named.items()}
+    found = list(known.values(paths, lambda name: _read(named[name])).values())
+    if not known.can_keep:
+        say(f"{shards[0].path} is read at every start: what is known of it cannot be kept in {cache_dir(config)}")
+    largest = max(one["largest"] for one in found)
+    if largest >= config.vocab_size:
+        path = shards[[one["largest"] for one in found].index(largest)].path
+        raise DataError(
+            f"{path} holds token {largest}, but the vocabulary has {config.vocab_size}:"
+            f" give --data.vocab-size {largest + 1} or more"
+        )
+    digest = " ".join(one["digest"] for one in found)
+    return TokenFiles(tuple(shards), sum(one["num_tokens"] for one in found), largest, digest)
+
+
+def _read(shard: Shard) -> dict[str, int | str]:
+    """Read a file once: how many tokens it has, the largest, and a hash."""
+    digest, number, largest = hashlib.sha256(shard.dtype.encode()), 0, -1
+    with shard.path.open("rb") as file:
+        file.seek(shard.offset)
         while raw := file.read(2 * _BLOCK):
-            tokens = np.frombuffer(raw, np.uint16)
+            tokens = np.frombuffer(raw, shard.dtype)
             digest.update(raw)
             number += len(tokens)
             largest = max(largest, int(tokens.max()))

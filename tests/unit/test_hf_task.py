@@ -1,0 +1,100 @@
+"""The task of the recipe hf as a whole, on tiny models and data."""
+
+import json
+import math
+
+import pytest
+import torch
+from families import tiny_model
+from hugging import import_transformers
+from templates import make_chat_tokenizer
+
+from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig
+
+import_transformers()
+pytestmark = pytest.mark.filterwarnings("default")  # transformers' own are none of ours
+
+
+@pytest.fixture
+def place(tmp_path):
+    model = tiny_model("llama", vocab_size=420)
+    model.save_pretrained(tmp_path / "model")
+    make_chat_tokenizer("bytes", "chatml").save_pretrained(tmp_path / "model")
+    with (tmp_path / "chats.jsonl").open("w") as file:
+        for i in range(60):
+            talk = [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": "world " * (i % 9 + 1)}]
+            file.write(json.dumps({"messages": talk}) + "\n")
+        long = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "1 2 3 " * 60}]
+        file.write(json.dumps({"messages": long}) + "\n")
+    return tmp_path
+
+
+def build(place, said=None, **data):
+    config = DocumentsConfig(
+        **{"path": str(place / "chats.jsonl"), "cache_dir": str(place / "cache"), "sequence_length": 48, **data}
+    )
+    recipe = Transformers(model=TransformersConfig(path=str(place / "model")), data=config)
+    return recipe.build((said if said is not None else []).append)
+
+
+def test_a_task_says_what_it_is(place):
+    task = build(place)
+    lines = task.description.splitlines()
+    assert lines[1:3] == [
+        "formats:    61 messages",
+        "cut:        1 conversations at their ends: they are longer than a sample of 48 tokens",
+    ]
+    assert lines[3].startswith("documents:  packed; each comes out as it does alone")
+    assert len(lines) == 4
+    batch = task.train_data.batch(torch.arange(2))
+    loss = task.loss_sums(task.model, batch)["loss"]
+    count = task.train_data.num_targets(torch.arange(2))
+    assert 4 < float(loss.detach()) / count < 8
+
+
+def test_bits_per_byte(place):
+    lines = (place / "chats.jsonl").read_text().splitlines()[:60]
+    (place / "short.jsonl").write_text("\n".join(lines))
+    task = build(place, val_path=str(place / "short.jsonl"), sequence_length=128)
+    num_bytes = sum(len("world " * (i % 9 + 1)) + len("<|im_end|>") for i in range(60))
+    assert task.val_data.num_bytes == num_bytes
+    means = task.summarize({"loss": 2.0})
+    assert means["bits_per_byte"] == pytest.approx(2.0 * task.val_data.num_tokens / num_bytes / math.log(2))
+    assert means["perplexity"] == pytest.approx(math.exp(2))
+
+
+def test_a_template_from_a_file_is_exported(place):
+    tokenizer = make_chat_tokenizer("bytes", "chatml")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(place / "bare")
+    with pytest.raises(ConfigError, match=r"give --data\.chat-template FILE"):
+        build(place, tokenizer=str(place / "bare"))
+    (place / "chat.jinja").write_text(make_chat_tokenizer("bytes", "lines").chat_template)
+    task = build(place, tokenizer=str(place / "bare"), chat_template=place / "chat.jinja")
+    task.write_model_files(place)
+    exported = import_transformers().AutoTokenizer.from_pretrained(place)
+    assert exported.chat_template == (place / "chat.jinja").read_text()
+
+
+def test_samples_are_shown_first(place):
+    said = []
+    build(place, said, show=1)
+    assert "|[1][ 2][ 3][ ][1]" in said[-1]  # the longest
+
+
+def test_a_folder_without_records_takes_no_text_field(place):
+    (place / "texts").mkdir()
+    for name in "ab":
+        (place / "texts" / f"{name}.txt").write_text("hello world, how are you " * 9)
+    with pytest.raises(ConfigError, match=r"--data\.text-field has no effect"):
+        build(place, path=str(place / "texts"), text_field="body")
+    assert "2 text files" in build(place, path=str(place / "texts")).description
+
+
+def test_records_that_are_left_out_are_counted(place):
+    with (place / "chats.jsonl").open("a") as file:
+        file.write('{"other": 1}\n')
+    with pytest.raises(DataError, match=r"chats\.jsonl, line 62: the fields other are those of no format"):
+        build(place)
+    assert "left out:   1 records that cannot be used, such as" in build(place, on_error="skip").description

@@ -1,0 +1,95 @@
+"""Files of tokens: types, headers, shards, and what contradicts itself."""
+
+import numpy as np
+import pytest
+import torch
+
+from hvdtrain.data.config import TextConfig
+from hvdtrain.data.text.stream import prepare_text
+from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
+from hvdtrain.errors import DataError
+
+GENERATOR = np.random.default_rng(0)
+SMALL = GENERATOR.integers(0, 50_257, 2_000)
+LARGE = GENERATOR.integers(0, 152_000, 2_000)
+
+
+def header(magic, version, count):
+    numbers = np.zeros(256, np.int32)
+    numbers[:3] = magic, version, count
+    return numbers.tobytes()
+
+
+def prepare(tmp_path, content, vocab_size=152_000, name="train.bin", **settings):
+    (tmp_path / name).write_bytes(content)
+    np.arange(300, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    config = TextConfig(
+        path=str(tmp_path / "train.bin" if name == "train.bin" else tmp_path / "train_*.bin"),
+        val_path=str(tmp_path / "val.bin"),
+        vocab_size=vocab_size,
+        cache_dir=str(tmp_path / "cache"),
+        sequence_length=16,
+        **settings,
+    )
+    return prepare_text(config)
+
+
+def all_tokens(shards):
+    """Return every token: the first, and all that are predicted."""
+    windows = TokenWindows(shards, 16)
+    tokens, targets = windows.batch(torch.arange(len(windows)))
+    assert windows.num_targets(torch.arange(len(windows))) == int((targets != IGNORED).sum())
+    return [int(tokens[0, 0]), *targets[targets != IGNORED].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "head"),
+    [
+        (SMALL, "uint16", b""),
+        (SMALL, "uint32", b""),
+        (LARGE, "uint32", b""),
+        (SMALL, "uint16", header(20240520, 1, 2_000)),
+        (LARGE, "uint32", header(20240801, 7, 2_000)),
+    ],
+)
+def test_types_are_recognised(tokens, dtype, head, tmp_path):
+    text = prepare(tmp_path, head + tokens.astype(dtype).tobytes())
+    assert text.num_train_tokens == 2_000
+    assert text.train_shards[0].dtype == dtype
+    assert all_tokens(text.train_shards) == tokens.tolist()
+
+
+def test_the_type_can_be_asked_for(tmp_path):
+    text = prepare(tmp_path, SMALL.astype(np.uint32).tobytes(), token_type="uint16")
+    assert text.num_train_tokens == 4_000
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        (header(20240520, 1, 9) + SMALL.astype(np.uint16).tobytes(), {}, "has 9 tokens, and has 2,000: it was cut"),
+        (
+            header(20240520, 1, 2_000) + SMALL.astype(np.uint16).tobytes(),
+            {"token_type": "uint32"},
+            "its tokens are uint16, not --data.token-type uint32",
+        ),
+        (SMALL.astype(np.uint32).tobytes() + b"\0\0", {"token_type": "uint32"}, "no multiple of 4"),
+        (LARGE.astype(np.uint32).tobytes(), {"vocab_size": 50_257}, "--data.vocab-size 15"),
+    ],
+)
+def test_contradictions_are_refused(content, settings, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path, content, **settings)
+
+
+def test_shards_are_one_stream(tmp_path):
+    parts = np.split(SMALL.astype(np.uint16), [3, 4, 700])
+    for i, part in enumerate(parts):
+        (tmp_path / f"train_{i}.bin").write_bytes(part.tobytes())
+    text = prepare(tmp_path, parts[0].tobytes(), name="train_0.bin")
+    assert len(text.train_shards) == 4
+    assert all_tokens(text.train_shards) == SMALL.tolist()
+    (tmp_path / "whole.bin").write_bytes(SMALL.astype(np.uint16).tobytes())
+    one, several = TokenWindows([Shard(tmp_path / "whole.bin", "uint16")], 16), TokenWindows(text.train_shards, 16)
+    for indices in (torch.tensor([0]), torch.tensor([43, 0, 124])):
+        assert all(map(torch.equal, one.batch(indices), several.batch(indices)))
