@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -9,11 +10,20 @@ from families import tiny_model
 from hugging import import_transformers
 from templates import make_chat_tokenizer
 
+import hvdtrain
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig
+from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig, hf
+from hvdtrain.rundir.trained import open_trained
 
 import_transformers()
 pytestmark = pytest.mark.filterwarnings("default")  # transformers' own are none of ours
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Put back the variables that a start sets for its process."""
+    for name in ("HOROVOD_FUSION_THRESHOLD", "MKL_NUM_THREADS", "OMPI_MCA_mpi_yield_when_idle"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
 
 
 @pytest.fixture
@@ -98,3 +108,53 @@ def test_records_that_are_left_out_are_counted(place):
     with pytest.raises(DataError, match=r"chats\.jsonl, line 62: the fields other are those of no format"):
         build(place)
     assert "left out:   1 records that cannot be used, such as" in build(place, on_error="skip").description
+
+
+def trained(place, family, micro_batch_size, precision, **settings):
+    """Return the weights after a few steps, and the lines of metrics."""
+    folder = place / family
+    if not folder.exists():
+        model = tiny_model(family, vocab_size=420, **settings)
+        model.save_pretrained(folder)
+        make_chat_tokenizer("bytes", "chatml").save_pretrained(folder)
+    data = {"path": str(place / "chats.jsonl"), "cache-dir": str(place / "cache"), "sequence-length": 48}
+    batch = {"steps": 3, "global-batch-size": 6, "micro-batch-size": micro_batch_size, "precision": precision}
+    run_dir = place / f"run-{family}-{micro_batch_size}"
+    hvdtrain.train(
+        hf(),
+        run_dir=run_dir,
+        data=data,
+        model={"path": str(folder)},
+        train=batch,
+        optim={"peak-lr": 1e-2, "name": "sgd"},
+        log={"every": 1},
+    )
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return open_trained(run_dir, "latest").weights, lines
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "settings"),
+    [
+        ("llama", "fp64", {"attention_dropout": 0.2}),  # packed, with random numbers
+        ("marian", "fp64", {}),  # in rows, with random numbers
+        ("jamba", "fp32", {"output_router_logits": True}),  # in rows, with a balancing loss; experts have no fp64
+        ("gemma2", "fp64", {}),  # packed, capped logits
+    ],
+)
+def test_it_does_not_matter_how_a_batch_is_cut(place, family, precision, settings):
+    whole, lines = trained(place, family, 6, precision, **settings)
+    cut, again = trained(place, family, 2, precision, **settings)
+    tolerance = 1e-6 if precision == "fp64" else 1e-3
+    moved = 0.0
+    start = import_transformers().AutoModelForCausalLM.from_pretrained(place / family).state_dict()
+    for name, tensor in whole.items():
+        if tensor.is_floating_point():
+            change = float((tensor - start[name].double()).norm()) if name in start else 0.0
+            moved = max(moved, change)
+            assert float((tensor - cut[name]).norm()) <= 1e-9 + tolerance * change, name
+    assert moved > 1e-3
+    first, second = ([line["train/loss"] for line in part if "train/loss" in line] for part in (lines, again))
+    assert first == pytest.approx(second, rel=tolerance)
+    assert ("train/balance_loss" in lines[0]) == ("output_router_logits" in settings)
+    assert "val/bits_per_byte" in lines[-1]
