@@ -71,7 +71,10 @@ def find_nature(own: Trial) -> Nature:
     job = trial.job(trial.solo())
     training = start_training(job)
     in_step = has_synchronized_layers(training.model)
-    return Nature(trial, own, tolerance, _depends_on_batch(trial), in_step, _randomness(own))
+    randomness = _randomness(own)
+    # What a micro-batch draws differs between a batch and its halves: that is row 9's, and says nothing of samples.
+    depends_on_batch = not randomness.by_micro_batch and _depends_on_batch(trial)
+    return Nature(trial, own, tolerance, depends_on_batch, in_step, randomness)
 
 
 def _randomness(own: Trial) -> Randomness:
