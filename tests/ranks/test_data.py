@@ -75,7 +75,7 @@ def test_n_ranks_give_what_one_gives(world, shared_dir, tmp_path, name):
     ("data", "says"),
     [
         (lambda rank: {"data": Vectors(30 - rank)}, "the training data .* samples, and the others"),
-        (lambda rank: {"data": Vectors(30, seed=rank == 1)}, "the training data .* rank 1 has other samples"),
+        (lambda rank: {"data": Vectors(30, seed=int(rank == 1))}, "the training data .* rank 1 has other samples"),
         (
             lambda rank: {"data": Vectors(), "val_data": Vectors(10 + (rank == 1))},
             "held-out data .* rank 1 has 11 samples",

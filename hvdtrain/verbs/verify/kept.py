@@ -7,6 +7,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.trainer import Job
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import start_training
@@ -14,15 +15,14 @@ from hvdtrain.trainer.step import train_step
 from hvdtrain.verbs.kit import counted, listed
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row
+from hvdtrain.verbs.verify.trial import Trial
 from hvdtrain.world import digest_of
 
 
 def check_kept(nature: Nature) -> list[Row]:
     """10: an evaluation and a restart leave modes as they were; 11: `state_dict()` is what a checkpoint restores."""
     own = nature.own
-    job = dataclasses.replace(own.job(own.world), directory=RunDirectory(own.folder / "kept"))
-    # The few samples of the trial, which are quickly evaluated.
-    job = dataclasses.replace(job, task=dataclasses.replace(job.task, val_data=job.task.train_data, evaluations=()))
+    job = _job(own)
     training = start_training(job)
     begun = _modes(training.model)
     train_step(job, training)
@@ -33,11 +33,17 @@ def check_kept(nature: Nature) -> list[Row]:
         saver.save(training, {})
         saver.finish()
     saved = training.model.state_dict()
-    again = own.job(own.world)
-    resumed = start_training(dataclasses.replace(again, directory=RunDirectory(own.folder / "kept")))
+    resumed = start_training(_job(own))
     changed = _changed(trained, after) or _changed(after, _modes(resumed.model))
     when = "after an evaluation" if _changed(trained, after) else "after a restart"
     return [_modes_row(begun, changed, when), _state_row(saved, resumed.model.state_dict())]
+
+
+def _job(own: Trial) -> Job:
+    """Return a job that saves, and evaluates the few samples of the trial: that is quick."""
+    job = own.job(own.world)
+    task = dataclasses.replace(job.task, val_data=job.task.train_data, evaluations=())
+    return dataclasses.replace(job, task=task, directory=RunDirectory(own.folder / "kept"))
 
 
 def _modes_row(begun: dict[str, bool], changed: list[str], when: str) -> Row:
