@@ -17,8 +17,6 @@ pytestmark = pytest.mark.alone
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 SUPERVISE = [sys.executable, "-m", "hvdtrain.process.supervise"]
 
-pytestmark = pytest.mark.alone
-
 # Ends with the next of the given exit codes at each start; a checkpoint appears where the code is followed by "+".
 STAND_IN = """
 import os, pathlib, sys
