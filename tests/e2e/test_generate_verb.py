@@ -12,8 +12,9 @@ from hugging import import_transformers
 
 pytestmark = pytest.mark.beside
 
-TINY = ["--model.num-layers", "1", "--model.hidden-size", "32", "--model.num-heads", "2", "--train.steps", "12"]
-TINY += ["--data.sequence-length", "32", "--optim.warmup-steps", "0", "--train.global-batch-size", "4"]
+SHAPE = ["--model.num-layers", "1", "--model.hidden-size", "32", "--model.num-heads", "2"]
+SHORT = ["--train.steps", "12", "--data.sequence-length", "32", "--optim.warmup-steps", "0"]
+SHORT += ["--train.global-batch-size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def trained(tmp_path_factory, small_text):
     folder = tmp_path_factory.mktemp("trained")
     questions = [{"context": "import ", "choices": ["os", "zzz"], "answer": i % 2} for i in range(5)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    train = ["train", "lm", "--data.path", small_text, "--data.tokenizer", "bpe", "--data.vocab-size", "300", *TINY]
+    train = ["train", "lm", "--data.path", small_text, "--data.tokenizer", "bpe", "--data.vocab-size", "300", *SHAPE, *SHORT]
     train += ["--eval.choices", "questions.jsonl"]
     for command in (
         ["horovodrun", "-np", "2", sys.executable, "-m", "hvdtrain", *train, "--run-dir", "run"],
@@ -69,8 +70,11 @@ def test_several_prompts_and_the_cache(hvdtrain, trained):
 
 
 def test_training_goes_on_from_an_export(hvdtrain, trained, small_text):
-    train = ["train", "lm", "--data.path", small_text, *TINY, "--model.init-from", "out", "--run-dir", "further"]
-    done = hvdtrain(*train, "--model.num-layers", "7", "--log.every", "1", cwd=trained)  # its shape comes from "out"
+    train = ["train", "lm", "--data.path", small_text, *SHORT, "--model.init-from", "out", "--run-dir", "further"]
+    refused = hvdtrain(*train, *SHAPE, cwd=trained)
+    assert refused.code == 2
+    assert "--model.num-layers has no effect: the model in --model.init-from out has a shape of its own" in refused.err
+    done = hvdtrain(*train, "--log.every", "1", cwd=trained)
     assert done.code == 0, done.text
     assert "vocabulary 300" in done.out
     assert "num_layers = 1" in (trained / "further" / "config.toml").read_text()
