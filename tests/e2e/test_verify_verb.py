@@ -41,7 +41,7 @@ def test_a_recipe_of_ones_own(hvdtrain, tmp_path, launcher, ranks):
     answer = json.loads((tmp_path / "rows.json").read_text())
     assert answer["passed"] is True
     assert answer["ranks"] == ranks
-    assert {row["number"] for row in answer["rows"]} == set(range(1, 9))
+    assert {row["number"] for row in answer["rows"]} == set(range(1, 12))
     assert "all checks passed, 1 warning" in done.out
     assert not list(tmp_path.glob("runs*"))
 
