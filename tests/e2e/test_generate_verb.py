@@ -23,7 +23,18 @@ def trained(tmp_path_factory, small_text):
     folder = tmp_path_factory.mktemp("trained")
     questions = [{"context": "import ", "choices": ["os", "zzz"], "answer": i % 2} for i in range(5)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    train = ["train", "lm", "--data.path", small_text, "--data.tokenizer", "bpe", "--data.vocab-size", "300", *SHAPE, *SHORT]
+    train = [
+        "train",
+        "lm",
+        "--data.path",
+        small_text,
+        "--data.tokenizer",
+        "bpe",
+        "--data.vocab-size",
+        "300",
+        *SHAPE,
+        *SHORT,
+    ]
     train += ["--eval.choices", "questions.jsonl"]
     for command in (
         ["horovodrun", "-np", "2", sys.executable, "-m", "hvdtrain", *train, "--run-dir", "run"],
