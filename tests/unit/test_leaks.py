@@ -1,5 +1,6 @@
 """The fixture that fails a test which leaves something behind does so, and names it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def test_what_is_left_behind_fails_the_test(tmp_path):
     tests = "\n".join(f"def test_{i}(): {code}" for i, (code, _) in enumerate(LEAKS.values()))
     (tmp_path / "test_it.py").write_text(f"import os, pathlib, subprocess, threading, time\nleft = []\n{tests}\n")
     command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-rE", "test_it.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=60)
     reports = re.findall(
         r"ERROR at teardown of test_(\d) [\s\S]*?\nE +Failed: this test leaves behind: (.*)", done.stdout
     )
