@@ -115,11 +115,20 @@ def test_leaving_from_inside_a_recipe_is_said_and_is_no_success(train, launcher,
 def test_a_lost_launcher_leaves_no_rank(begun, tmp_path, launcher):
     """Killed with no chance to say anything; the reader of its pipes goes with it."""
     process = begun(launcher)
+    os.kill(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    wait_for(lambda: not ours(tmp_path), 60)
+
+
+@pytest.mark.xfail(reason="the ranks are gone before they have saved", strict=False)
+def test_a_lost_horovodrun_leaves_time_to_save(begun, tmp_path):
+    """With MPI, its mpirun is still there, and so is time to save."""
+    process = begun("horovodrun-mpi")
     before = newest(tmp_path)
     os.kill(process.pid, signal.SIGKILL)
     process.stdout.close()
     wait_for(lambda: not ours(tmp_path), 60)
-    assert newest(tmp_path) >= before
+    assert newest(tmp_path) > before
 
 
 @pytest.mark.parametrize("launcher", [None, "mpirun"])
