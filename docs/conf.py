@@ -25,6 +25,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 add_module_names = False
+autodoc_preserve_defaults = True
 smartquotes = False  # `--train.steps` in a sentence keeps its two dashes
 
 html_theme = "furo"

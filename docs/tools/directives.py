@@ -89,11 +89,11 @@ def areas_of_page() -> list[str]:
 def _keep_colons(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     """Hide the colons of an attribute's docstring from napoleon, which would take what is before one for a type."""
     if what == "attribute":
-        lines[:] = [line.replace(": ", _HIDDEN_COLON) for line in lines]
+        lines[:] = [line.replace(":", _HIDDEN_COLON) for line in lines]
 
 
 def _give_colons_back(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = [line.replace(_HIDDEN_COLON, ": ") for line in lines]
+    lines[:] = [line.replace(_HIDDEN_COLON, ":") for line in lines]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
