@@ -75,6 +75,19 @@ def _in_file(path: Path) -> Iterator[Message]:
             texts = {_one_line(text) for part in parts for text in part}
             said = tuple(sorted(text for text in texts if re.search(r"[a-z]{2}", text)))
             yield Message(str(path.relative_to(PACKAGE)), node.lineno, _name(node.func), said)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name == "unused":
+            for reason in _reasons(function):
+                said = tuple(f"{_FILLED} has no effect: {_one_line(text)}" for text in module.texts_of(reason, {}))
+                yield Message(str(path.relative_to(PACKAGE)), reason.lineno, "ConfigError", said)
+
+
+def _reasons(unused: ast.FunctionDef) -> Iterator[ast.expr]:
+    """Yield why settings have no effect: the second of each pair that a section's `unused` yields."""
+    for node in ast.walk(unused):
+        pair = node.value if isinstance(node, ast.Yield) else node.elt if isinstance(node, ast.GeneratorExp) else None
+        if isinstance(pair, ast.Tuple) and not isinstance(pair.elts[1], ast.Name):
+            yield pair.elts[1]
 
 
 class _Module:
@@ -95,7 +108,13 @@ class _Module:
         if isinstance(node, ast.Constant):
             return [str(node.value)]
         if isinstance(node, ast.JoinedStr):
-            return ["".join(v.value if isinstance(v, ast.Constant) else _FILLED for v in node.values)]
+            texts = [""]
+            for part in node.values:
+                value = part.value if isinstance(part, ast.FormattedValue) else part
+                has_few = isinstance(value, ast.Constant | ast.IfExp)
+                parts = self.texts_of(value, seen) if has_few else [_FILLED]
+                texts = [text + more for text in texts for more in parts]
+            return texts
         if isinstance(node, ast.BinOp):
             left, right = self.texts_of(node.left, seen), self.texts_of(node.right, seen)
             return [a + b for a in left for b in right]
