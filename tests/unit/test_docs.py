@@ -240,6 +240,14 @@ def test_pictures_are_drawn_from_results(monkeypatch):
     assert ">214.8</text>" in drawn["step_time.svg"]
 
 
+def test_every_result_is_in_the_table_of_figures():
+    """With the date that it has, so that one that is measured again is entered again."""
+    rows = dict(re.findall(r"benchmarks/results/(\S+)\) \| [^|]* \| (\S+) \|", (DOCS / "figures.md").read_text()))
+    texts = {path.name: path.read_text() for path in RESULTS.iterdir()}
+    dates = {name: re.search(r"^date: +([\d-]+)", text, re.MULTILINE) for name, text in texts.items()}
+    assert rows == {name: date[1] if date else "none" for name, date in dates.items()}
+
+
 def test_readme_is_short_and_says_what_verify_says():
     readme = pages.ROOT / "README.md"
     assert len(readme.read_text().splitlines()) <= 120
