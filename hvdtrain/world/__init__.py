@@ -8,6 +8,7 @@ from hvdtrain.world.codec import CODECS, Codec, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.plain_mpi import plain_sum
 from hvdtrain.world.replicas import digest_of, keep_per_rank, per_rank_buffers
+from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.start import connect, init, pick_device, visible_gpus
 from hvdtrain.world.watch import watched
@@ -18,6 +19,7 @@ __all__ = [
     "Averaging",
     "Codec",
     "Heartbeat",
+    "RankSampler",
     "ReduceOp",
     "SoloWorld",
     "World",
