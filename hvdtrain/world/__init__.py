@@ -3,6 +3,7 @@
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer
 from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
 from hvdtrain.world.buckets import in_buckets
+from hvdtrain.world.build_info import ask_horovod
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.codec import CODECS, Codec, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
@@ -24,6 +25,7 @@ __all__ = [
     "SoloWorld",
     "World",
     "WrappedOptimizer",
+    "ask_horovod",
     "codec_of",
     "connect",
     "digest_of",

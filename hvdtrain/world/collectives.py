@@ -33,7 +33,7 @@ class Collectives(ABC):
     _unnamed: dict[str, int] | None = None
     """How many collectives of each kind were not named."""
 
-    def _named(self, kind: str, name: str | None) -> str:
+    def named(self, kind: str, name: str | None) -> str:
         """Return the name, or one that counts the unnamed collectives of this kind: each rank comes to the same.
 
         Horovod's own counter is one for all kinds, and also counts what has a name. Names return after a while, as
@@ -65,7 +65,7 @@ class Collectives(ABC):
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
-        name = self._named("all_reduce", name)
+        name = self.named("all_reduce", name)
         copy, restore = for_reduction(tensor, op, name)
         wait = self.start_all_reduce_(copy, op, name)
         return lambda: restore(wait())
@@ -73,7 +73,7 @@ class Collectives(ABC):
     def broadcast(self, tensor: Tensor, name: str | None = None, root: int = 0) -> Tensor:
         """Return rank `root`'s tensor on every rank; all give one of the same shape and type. Collective."""
         copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self.broadcast_tensors({"tensor": copy}, self._named("broadcast", name), root)
+        self.broadcast_tensors({"tensor": copy}, self.named("broadcast", name), root)
         return copy
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor], name: str, root: int = 0) -> None:
@@ -97,7 +97,7 @@ class Collectives(ABC):
         Raises:
             UsageError: the tensor has no dimension, or cannot be sent.
         """
-        name = self._named("all_gather", name)
+        name = self.named("all_gather", name)
         if tensor.dim() == 0:
             raise UsageError(f"'{name}' has no dimension to be joined along: give tensor.view(1)")
         return _with_bits(tensor, name, lambda bits: self.start_all_gather(bits, name)())
@@ -110,7 +110,7 @@ class Collectives(ABC):
         Raises:
             UsageError: the first dimension cannot be cut into as many equal parts as there are ranks.
         """
-        name = self._named("all_to_all", name)
+        name = self.named("all_to_all", name)
         self._check_cut(tensor, name)
         return _with_bits(tensor, name, lambda bits: self.start_all_to_all(bits, name)())
 
@@ -123,7 +123,7 @@ class Collectives(ABC):
         Raises:
             UsageError: the first dimension cannot be cut into equal parts, or the type has no such reduction.
         """
-        name = self._named("reduce_scatter", name)
+        name = self.named("reduce_scatter", name)
         self._check_cut(tensor, name)
         copy, restore = for_reduction(tensor, op, name)
         parts = self.start_all_to_all(copy, name)()
@@ -170,11 +170,11 @@ class Collectives(ABC):
     def broadcast_object(self, value: T | None, name: str | None = None, root: int = 0) -> T:
         """Return rank `root`'s `value` on every rank; it must pickle. Other ranks may pass None. Collective."""
         self._check_rank(root)
-        return cast(T, self.broadcast_pickled(value, self._named("broadcast_object", name), root))
+        return cast(T, self.broadcast_pickled(value, self.named("broadcast_object", name), root))
 
     def all_gather_object(self, value: T, name: str | None = None) -> list[T]:
         """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective."""
-        return self.all_gather_pickled(value, self._named("all_gather_object", name))
+        return self.all_gather_pickled(value, self.named("all_gather_object", name))
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here. Collective."""
