@@ -141,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hvdtrain.install.__main__ import main as set_up
 
         return set_up(arguments[1:])
+    if arguments[:1] in (["-np"], ["--np"]):
+        return _start_ranks(arguments[1:])
     if is_process:
         end_on_signals()
     launch = prepare_process()
@@ -150,6 +152,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.rank == 0:
             sys.stderr.write(f"hvdtrain: {stop.reason}\n")
         return stop.exit_code
+
+
+def _start_ranks(arguments: list[str]) -> int:
+    """Run the rest of the command line on ranks of this machine, by the launcher that is installed."""
+    from hvdtrain.process.job import count_of_ranks, run_job
+
+    try:
+        return run_job(
+            count_of_ranks(arguments[0] if arguments else ""), [sys.executable, "-m", "hvdtrain", *arguments[1:]]
+        )
+    except HvdtrainError as error:
+        sys.stderr.write(f"hvdtrain: {error}\n")
+        return error.exit_code
 
 
 def _run(arguments: list[str], launch: Launch) -> int:
@@ -285,7 +300,7 @@ usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
 
 recipes: {", ".join(RECIPES)}, or the path of your own .py file
 all settings: {PROGRAM} VERB [RECIPE] --help
-several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]
+several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE], or on this machine: hvdtrain -np 4 VERB [RECIPE]
 """
 
 
