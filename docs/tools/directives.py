@@ -92,6 +92,21 @@ def _keep_colons(app: Sphinx, what: str, name: str, thing: Any, options: Any, li
         lines[:] = [line.replace(":", _HIDDEN_COLON) for line in lines]
 
 
+def _mark_code(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Say which lines are code: what is indented behind an empty line, or behind "Example:"."""
+    marked: list[str] = []
+    for number, line in enumerate(lines):
+        before = lines[number - 1] if number else ""
+        last = next((other for other in reversed(lines[:number]) if other.strip()), "")
+        is_first = line.startswith("    ") and last and not last.startswith(" ")
+        if is_first and (not before.strip() or last == "Example:"):
+            if last == "Example:":
+                marked.pop()
+            marked += ["Example::", ""] if last == "Example:" else ["::", ""]
+        marked.append(line)
+    lines[:] = marked
+
+
 def _give_colons_back(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     lines[:] = [line.replace(_HIDDEN_COLON, ":") for line in lines]
 
@@ -105,5 +120,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("presets", Presets)
     app.add_directive("messages", Messages)
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # napoleon's own has 500
+    app.connect("autodoc-process-docstring", _mark_code, priority=400)
     app.connect("autodoc-process-docstring", _give_colons_back, priority=600)
     return {"version": "1", "parallel_read_safe": True}

@@ -48,6 +48,7 @@ def folder(monkeypatch, tmp_path):
         Path(name).mkdir(parents=True)
     for name in ("my_loop.py", "held_out.txt", "train.bin", "val.bin", "chats.jsonl", "questions.jsonl"):
         Path(name).touch()
+    Path("docs").symlink_to(DOCS)
     Path("my_recipe.py").write_text("import hvdtrain\n\n\ndef recipe():\n    return hvdtrain.Recipe()\n")
     Path("settings.toml").write_text("[train]\nsteps = 2000\n")
     Path("runs/mine/config.toml").write_text("[train]\nsteps = 2000\n")
@@ -112,6 +113,7 @@ def check_command(words):
         program, rest = "python", rest[rest.index("python") + 1 :]
     if program == "hvdtrain" or rest[:2] == ["-m", "hvdtrain"]:
         arguments = rest[2:] if program == "python" else rest
+        arguments = arguments[2:] if arguments[:1] == ["-np"] and arguments[1].isdecimal() else arguments
         return parse_setup(arguments[1:]) if arguments[:1] == ["setup"] else cli.parse(arguments)
     if program == "python":
         assert rest[0] == "-m" or Path(rest[0]).exists() or (pages.ROOT / rest[0]).exists(), "no such file"
