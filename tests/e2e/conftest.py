@@ -44,6 +44,16 @@ def environment(**more):
     return {**kept, "PATH": path, "PYTHONPATH": str(REPOSITORY), **root, **more}
 
 
+def processes_naming(folder):
+    """Return the ids of the processes whose command line names a folder; `ps` would cut the lines to the terminal."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.fsencode(str(folder)) in path.read_bytes():  # one that is dead and not yet asked for has none
+                found.append(int(path.parent.name))
+    return found
+
+
 @pytest.fixture
 def run(tmp_path):
     """Run a command in an empty directory, in a process group of its own that ends with it."""

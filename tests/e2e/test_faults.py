@@ -4,13 +4,12 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHERS, REPOSITORY
+from conftest import LAUNCHERS, REPOSITORY, processes_naming
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.alone
@@ -33,7 +32,7 @@ def train(hvdtrain, tmp_path):
             FAULT=json.dumps(fault),
             RUN_DIR=str(run_dir),
         )
-        assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        assert not processes_naming(tmp_path)
         assert not (shared_memory() - before)
         return done
 

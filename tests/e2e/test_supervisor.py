@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import LAUNCHERS, REPOSITORY
+from conftest import LAUNCHERS, REPOSITORY, processes_naming
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.alone
@@ -101,7 +100,7 @@ def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
     assert process.returncode in (75, 1 if launcher == "horovodrun-gloo" else 75), out
     assert "on request (SIGTERM, rank" in out
     assert out.count("hvdtrain 0.") == 1  # not started again
-    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert not processes_naming(tmp_path)
 
 
 def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
