@@ -123,8 +123,9 @@ def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
 def test_a_signal_before_there_are_ranks_is_passed_on_later(start, tmp_path):
     """The launcher ignores it; the rank that it starts afterwards is asked."""
     rank = "import signal, time; signal.signal(15, lambda *_: exit(75)); open('up', 'w'); time.sleep(60)"
-    (tmp_path / "hvdtrain.py").write_text(rank)
-    launcher = f"trap '' USR1; touch begun; sleep 4; PYTHONPATH=. {sys.executable} -m hvdtrain"
+    (tmp_path / "stand-in").mkdir()  # not here, where the supervisor's own `python -m hvdtrain...` would find it
+    (tmp_path / "stand-in" / "hvdtrain.py").write_text(rank)
+    launcher = f"trap '' USR1; touch begun; sleep 2; PYTHONPATH=stand-in {sys.executable} -m hvdtrain"
     process = start(*SUPERVISE, "--", "sh", "-c", launcher, "--run-dir", "run")
     deadline = time.monotonic() + 60
     while not (tmp_path / "begun").exists():

@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, processes_naming
 from digits import write_digits
 from safetensors.torch import load_file
 
