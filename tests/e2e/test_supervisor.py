@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from conftest import LAUNCHERS, REPOSITORY, processes_naming
+from conftest import FAULTY as RECIPE
+from conftest import LAUNCHERS, processes_naming
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.alone
 
-RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 SUPERVISE = [sys.executable, "-m", "hvdtrain.process.supervise"]
 
 # Ends with the next of the given exit codes at each start; a checkpoint appears where the code is followed by "+".
@@ -65,27 +65,23 @@ def test_mistakes_are_one_message(run):
         assert "Traceback" not in done.err
 
 
-def test_a_killed_rank_costs_nothing(run, tmp_path):
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
+def test_a_killed_rank_costs_nothing(run, tmp_path, whole, launcher):
     """Killed under MPI and under Gloo, and not at all: two numbers have one sum, whoever adds them."""
-    weights = []
-    kill = {"kind": "kill", "rank": 1, "phase": "backward", "step": 23}
-    for name, launcher, fault in (
-        ("mpi", "mpirun", kill),
-        ("gloo", "horovodrun-gloo", kill),
-        ("whole", "mpirun", {}),
-    ):
-        start = [word.format(n=2) for word in LAUNCHERS[launcher]]
-        train = [*start, sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / name]
-        # At each start the fault comes back: 23 steps further on.
-        done = run(*SUPERVISE, "--pause", "0.1", "--", *train, FAULT=json.dumps(fault))
-        assert done.code == 0, done.text
-        assert done.err.count("restart 1 of 10") == (1 if fault else 0)
-        weights.append(load_file(tmp_path / name / "checkpoints" / "step-00000040" / "model.safetensors"))
-    for killed in weights[:2]:
-        torch.testing.assert_close(killed, weights[2], rtol=0, atol=0)
+    fault = {"kind": "kill", "rank": 1, "phase": "backward", "step": 23}
+    launch = [word.format(n=2) for word in LAUNCHERS[launcher]]
+    train = [*launch, sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / "run"]
+    # At each start the fault comes back: 23 steps further on.
+    done = run(*SUPERVISE, "--pause", "0.1", "--", *train, FAULT=json.dumps(fault))
+    assert done.code == 0, done.text
+    assert done.err.count("restart 1 of 10") == 1
+    killed, other = (
+        load_file(path / "checkpoints/step-00000040/model.safetensors") for path in (tmp_path / "run", whole)
+    )
+    torch.testing.assert_close(killed, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun-mpi", "horovodrun-gloo", "mpirun"])
+@pytest.mark.parametrize("launcher", ["horovodrun-mpi", "horovodrun-gloo"])
 def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
     launch = [word.format(n=2) for word in LAUNCHERS[launcher]]
     train = [*launch, sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / "run"]
@@ -105,7 +101,7 @@ def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
 
 def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
     ssh = tmp_path / "ssh"
-    ssh.write_text("#!/bin/sh\ntouch asked\nsleep 3\n")
+    ssh.write_text("#!/bin/sh\ntouch asked\nsleep 1\n")
     ssh.chmod(0o755)
     command = ["sh", "-c", "touch started; sleep 60", "-H", "elsewhere:1", "--run-dir", "run"]
     process = start(*SUPERVISE, "--ssh", ssh, "--", *command)
@@ -137,12 +133,12 @@ def test_a_signal_before_there_are_ranks_is_passed_on_later(start, tmp_path):
 
 
 def test_a_launcher_that_outlives_its_ranks_is_ended(run, tmp_path):
-    launcher = f"OMPI_COMM_WORLD_RANK=0 {sys.executable} -c 'import time; time.sleep(3)'; exec sleep 1000"
+    launcher = f"OMPI_COMM_WORLD_RANK=0 {sys.executable} -c 'import time; time.sleep(1.5)'; exec sleep 1000"
     started = time.monotonic()
     command = ["sh", "-c", launcher, "--run-dir", "run"]
-    done = run(*SUPERVISE, "--patience", "3", "--max-restarts", "0", "--", *command)
+    done = run(*SUPERVISE, "--patience", "2", "--max-restarts", "0", "--", *command)
     assert done.code == 1, done.text
-    assert "have been gone for 3 s and the launcher is still there" in done.err
+    assert "have been gone for 2 s and the launcher is still there" in done.err
     assert time.monotonic() - started < 60
 
 
