@@ -93,8 +93,8 @@ def _waits_for_launcher(command: str) -> bool:
         words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
     except ValueError:  # no end of a quotation
         return False
-    is_single = not any(set(word) <= set("();<>|&") for word in words)
-    return is_single and "".join(words[:1]).rpartition("/")[2] in _LAUNCHERS
+    operators = [word for word in words if set(word) <= set("();<>|&") and not set(word) & set("<>")]
+    return not operators and "".join(words[:1]).rpartition("/")[2] in _LAUNCHERS
 
 
 def _state(pid: int) -> _State | None:

@@ -133,7 +133,7 @@ def test_a_lost_launcher_leaves_no_rank(begun, tmp_path, launcher):
 def test_hangup_saves(begun, tmp_path):
     process = begun(None)
     os.kill(process.pid, signal.SIGHUP)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "on request (SIGHUP, rank 0) and saved" in out
 
@@ -150,7 +150,7 @@ def test_a_signal_in_the_first_seconds(start, tmp_path, number, after):
     wait_for(lambda: caught(process.pid, number))
     time.sleep(after)
     os.kill(process.pid, number)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert f"stopped by {number.name}" in out
     assert "Traceback" not in out
@@ -173,6 +173,6 @@ def test_a_signal_to_one_rank_before_training_ends_all_with_75(start, tmp_path):
     wait_for(struck.exists)
     time.sleep(1)  # until the other has come as far
     os.kill(min(training_among(processes_naming(tmp_path))), signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "stopped by SIGTERM" in out

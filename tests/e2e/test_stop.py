@@ -48,7 +48,7 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on(start, hvdtrain, tiny_lm, 
     wait_for(lambda: len(lines_of(run_dir)) >= 2)
     ranks = json.loads((run_dir / "environment.json").read_text())["ranks"]
     os.kill(process.pid if target == "launcher" else ranks[target]["pid"], number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "Traceback" not in out
     assert out.count("on request") == 1

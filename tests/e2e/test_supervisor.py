@@ -92,7 +92,7 @@ def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode in (75, 1 if launcher == "horovodrun-gloo" else 75), out
     assert "on request (SIGTERM, rank" in out
     assert out.count("hvdtrain 0.") == 1  # not started again
@@ -110,7 +110,7 @@ def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "stopped on request while hosts were asked" in out
     assert not (tmp_path / "started").exists()
@@ -128,7 +128,7 @@ def test_a_signal_before_there_are_ranks_is_passed_on_later(start, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
 
 
