@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -111,8 +112,8 @@ class Campaign:
         words = [str(word) for item in settings.items() for word in item]
         return [sys.executable, "-m", "hvdtrain", "train", str(RECIPE), "--run-dir", str(run_dir), *words]
 
-    def run(self, kills: int) -> None:
-        """Start the run under the supervisor and kill it so often; then let it save and stop."""
+    def run(self, kills: int, deadline: float) -> None:
+        """Start the run under the supervisor and kill it so often, or until then; then let it save and stop."""
         self.set_ranks(2)
         # The number of ranks is looked up at each start; the reader of the output can be killed on its own.
         launch = f'{self.kind.launcher} -np "$(cat {self.ranks})" "$@" 2>&1 | cat >> {self.log}'
@@ -133,7 +134,7 @@ class Campaign:
             )
             family = Family(process.pid)
             try:
-                while sum(self.kills.values()) < kills:
+                while sum(self.kills.values()) < kills and time.monotonic() < deadline:
                     self.strike(family, kills - sum(self.kills.values()))
                     print(f"{self.name}: {sum(self.kills.values())} of {kills}, newest {self.newest()}", flush=True)
                 self.wait_for_training()
@@ -283,11 +284,11 @@ class Campaign:
         changes = len(segments) - 1
         return f"{changes:7} {last:6}   {'yes' if is_same else 'NO':8} {'yes' if is_logged else 'NO':8}"
 
-    def row(self, kills: int) -> str:
+    def row(self, kills: int, deadline: float) -> str:
         """Kill so often, compare, and return what came of it; nothing that happens here stops the other runs."""
         outcome = "   ended before that"
         try:
-            self.run(kills)
+            self.run(kills, deadline)
             outcome = self.compare()
         except (OSError, subprocess.SubprocessError, HvdtrainError, AssertionError) as error:
             self.problems.append(f"{type(error).__name__}: {error}")
@@ -347,6 +348,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="in all, shared among the runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, no more kills")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, help="also write the table here")
     given = parser.parse_args()
@@ -355,7 +357,9 @@ def main() -> int:
     def one(place: int, name: str) -> tuple[str, list[str]]:
         kills = given.kills // len(given.runs) + (place < given.kills % len(given.runs))
         campaign = Campaign(name, folder, random.Random(f"{given.seed} {name}"))
-        return campaign.row(kills), [f"{name}: {problem}" for problem in campaign.problems]
+        return campaign.row(kills, started + 60 * given.minutes), [
+            f"{name}: {problem}" for problem in campaign.problems
+        ]
 
     with ThreadPoolExecutor(given.parallel) as pool:
         done = [*pool.map(one, range(len(given.runs)), given.runs)]
