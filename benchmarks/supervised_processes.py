@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from hvdtrain.process.marked import MARK
+
+WAIT_S = 240
 
 
 class Family:
@@ -50,3 +53,17 @@ def read(pid: int, name: str) -> bytes:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:
         return b""
+
+
+def wait_for(condition, what: str, poll_s: float = 0.02):
+    """Return what `condition` returns as soon as it is true.
+
+    Raises:
+        TimeoutError: that took too long.
+    """
+    deadline = time.monotonic() + WAIT_S
+    while not (result := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {WAIT_S} s for {what}")
+        time.sleep(poll_s)
+    return result
