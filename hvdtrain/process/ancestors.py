@@ -6,6 +6,7 @@ nobody notices a lost `horovodrun` under MPI, and its ranks would train on witho
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import time
@@ -62,10 +63,16 @@ def find_launcher() -> Ancestor | None:
     return found
 
 
+@functools.cache
+def own_launcher() -> Ancestor | None:
+    """Return the launcher that was there when this was first asked: one that is lost is no ancestor any more."""
+    return find_launcher()
+
+
 def seconds_since_launch() -> float:
     """Return how long ago this process's launcher was started, or this process where it has none."""
     own = _state(os.getpid())
-    first = find_launcher() or (Ancestor(os.getpid(), own.started) if own else None)
+    first = own_launcher() or (Ancestor(os.getpid(), own.started) if own else None)
     return first.age_s() if first else 0.0
 
 

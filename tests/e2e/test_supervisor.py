@@ -87,7 +87,7 @@ def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
     train = [*launch, sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / "run"]
     process = start(*SUPERVISE, "--", *train, "--train.steps", 100_000, "--pause", 0.01)
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (log.exists() and '"step": 4' in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -105,7 +105,7 @@ def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
     ssh.chmod(0o755)
     command = ["sh", "-c", "touch started; sleep 60", "-H", "elsewhere:1", "--run-dir", "run"]
     process = start(*SUPERVISE, "--ssh", ssh, "--", *command)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "asked").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -123,7 +123,7 @@ def test_a_signal_before_there_are_ranks_is_passed_on_later(start, tmp_path):
     (tmp_path / "stand-in" / "hvdtrain.py").write_text(rank)
     launcher = f"trap '' USR1; touch begun; sleep 2; PYTHONPATH=stand-in {sys.executable} -m hvdtrain"
     process = start(*SUPERVISE, "--", "sh", "-c", launcher, "--run-dir", "run")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (tmp_path / "begun").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -117,6 +117,24 @@ def test_a_launcher_that_is_gone_is_a_request(tmp_path, is_in_shell):
     process.wait(timeout=30)
 
 
+def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
+    """The shell that horovodrun has become; the launcher below it is still there."""
+    launcher = tmp_path / "mpirun"
+    launcher.write_text('#!/bin/sh\n"$@" &\nwait\n')
+    launcher.chmod(0o755)
+    early = "from hvdtrain.process.stop import end_on_signals\nend_on_signals()\nprint('up', flush=True)\n"
+    (tmp_path / "rank.py").write_text(f"{HEAD}{early}time.sleep(60)")
+    command = ["sh", "-c", f"{shlex.join(map(str, [launcher, sys.executable, tmp_path / 'rank.py']))} 2>&1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    started = time.monotonic()
+    process.kill()
+    assert "stopped by the loss of its launcher: nothing is lost" in process.stdout.read()
+    assert time.monotonic() - started < 30
+    process.stdout.close()
+    process.wait(timeout=30)
+
+
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
