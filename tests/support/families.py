@@ -184,7 +184,7 @@ def judge(family, length=48, **settings):
     difference = loss_difference(model, way, length)
     found = way.findings[-1].layout.name
     word = "rows" if "row" in found else "packed"
-    chunks = "" if way.loss.is_chunked else ", logits whole"
+    chunks = "" if way.loss.head else ", logits whole"
     return Verdict(
         word if difference < 1e-4 else "wrong", f"loss and gradient differ by {difference:.0e}; {way}{chunks}"
     )
