@@ -46,8 +46,8 @@ class DocumentsConfig(CorpusConfig):
     """File, directory or glob: texts, or records as .jsonl, .ndjson, .json (also .gz, .bz2, .xz and .zst), .parquet and
     .arrow; what `save_to_disk` of datasets writes. None: the source code of the running Python's standard library."""
     val_path: str | None = setting(None, path="data")
-    """Held-out files. None: the validation (else test) split, where names of the files or directories of --data.path say
-    which are train, validation and test; else part of it, of texts by file, of records one by one, by a hash."""
+    """Held-out files. None: the validation (else test) split, where the names of files or directories in --data.path
+    say which are train, validation and test; else part of it, of texts by file, of records one by one, by a hash."""
     tokenizer: str | None = setting(None, path="directory or name")
     """Directory or name of a tokenizer of transformers. None: that of the model."""
     chat_template: Path | None = setting(None, path="file")
