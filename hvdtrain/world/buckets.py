@@ -30,13 +30,18 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
     room = min(FIRST_BUCKET_BYTES, bucket_bytes)
     for parameter in reversed(parameters):
         first = buckets[-1][0] if buckets else None
-        fits = first is not None and (parameter.dtype, parameter.device) == (first.dtype, first.device)
+        fits = first is not None and form_of(parameter)[:2] == form_of(first)[:2]
         if not fits or room < parameter.nbytes:
             room = bucket_bytes if buckets else room
             buckets.append([])
         buckets[-1].append(parameter)
         room -= parameter.nbytes
     return buckets
+
+
+def form_of(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device, torch.Size]:
+    """Return the type, device and shape of a parameter's gradient, whose type may be another than the parameter's."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype, parameter.device, parameter.shape
 
 
 def mark_of(gradient: Tensor) -> Mark:
@@ -87,10 +92,11 @@ class Bucket:
         """What is on the wire: the part of the buffer, and the function that waits for its mean."""
         self._marks: list[Mark | None] = []
         """What the gradients were when they were sent."""
+        self._forms = [form_of(parameter) for parameter in self.parameters]
         shapes = [_real(parameter.detach()).shape for parameter in self.parameters]
         counts = [shape.numel() for shape in shapes]
         lengths = [*counts, len(counts), int(has_square)]
-        dtype = codec.buffer_type(self.parameters[0].dtype.to_real())
+        dtype = codec.buffer_type(self._forms[0][0].to_real())
         self._wire = torch.zeros(sum(lengths), dtype=dtype, device=self.parameters[0].device)
         *flat, self._users, self.square = torch.split(self._wire, lengths)
         self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(has_square)])
@@ -100,6 +106,11 @@ class Bucket:
     def is_sent(self) -> bool:
         """Return whether it is on the wire."""
         return bool(self._waits)
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the parameters are what they were: `model.to(...)` converts them in place."""
+        return all(map(_has_form, self.parameters, self._forms))
 
     def send(self) -> None:
         """Put the gradients on the wire. Each rank divides its part first: the other way round, fp16 overflows."""
@@ -152,14 +163,15 @@ class Bucket:
                 part.copy_(mean)
         self._waits, self.ready = [], 0
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
-            gradient = parameter.grad
+            gradient, dtype = parameter.grad, self._forms[i][0]
             if gradient is None and not self._users[i]:  # asked only where it is in doubt: on a GPU it waits
                 continue
-            mean = torch.view_as_complex(view.to(parameter.dtype.to_real())) if parameter.is_complex() else view
-            if mean.dtype == parameter.dtype and (gradient is None or gradient.is_contiguous()):
-                parameter.grad = mean
+            mean = torch.view_as_complex(view.to(dtype.to_real())) if parameter.is_complex() else view
+            if mean.dtype == dtype and (gradient is None or gradient.is_contiguous()):
+                # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds.
+                parameter.grad = mean.detach()
             elif gradient is None or gradient.is_sparse:
-                parameter.grad = torch.empty_like(parameter).copy_(mean)
+                parameter.grad = torch.empty_like(parameter, dtype=dtype).copy_(mean)
             else:
                 gradient.detach().copy_(mean)
 
@@ -224,6 +236,10 @@ class SparseRows:
             rows[None], values.to(self.parameter.dtype), self.parameter.shape, check_invariants=False
         )
         self.parameter.grad = gradient.coalesce()
+
+
+def _has_form(parameter: nn.Parameter, form: tuple[torch.dtype, torch.device, torch.Size]) -> bool:
+    return form_of(parameter) == form
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -62,7 +62,11 @@ class GradientExchange:
         self.codec = codec
         self._world = world
         self._prefix = prefix
-        self._parameters = parameters
+        self._of_optimizer = parameters
+        self._yielded: set[nn.Parameter] = set()
+        """Parameters of the optimizer that one wrapped later has, too: that one averages them."""
+        self._later: list[GradientExchange] = []
+        """The exchanges that have them: kept, so that all ranks lose them at the same time."""
         self._names = names
         self._is_sparse = sparse
         self._averaging = averaging
@@ -87,8 +91,8 @@ class GradientExchange:
 
     @property
     def is_under_way(self) -> bool:
-        """Return whether gradients are on the wire."""
-        return any(bucket.is_sent for bucket in self._buckets)
+        """Return whether gradients of the optimizer are on the wire."""
+        return any(bucket.is_sent for exchange in self._all() for bucket in exchange._buckets)
 
     @property
     def mean_square(self) -> Tensor | None:
@@ -105,6 +109,10 @@ class GradientExchange:
         Raises:
             RuntimeError: a gradient was changed while it was still this rank's own.
         """
+        for exchange in self._all():
+            exchange._finish_own()
+
+    def _finish_own(self) -> None:
         if self._is_averaged and not self._passes and not self._additions:
             return
         for parameter, mark in self._marks.items():
@@ -118,12 +126,33 @@ class GradientExchange:
 
     def end_step(self) -> None:
         """Expect new gradients: those that there are have been used."""
-        self._is_averaged = False
+        for exchange in self._all():
+            exchange._is_averaged = False
 
     def forget(self) -> None:
         """Start over: the gradients were cleared."""
-        self._is_averaged = False
-        self._start_window()
+        for exchange in self._all():
+            exchange._is_averaged = False
+            exchange._start_window()
+
+    def yield_to(self, later: GradientExchange) -> None:
+        """Leave the parameters that both have to `later`: a gradient must be averaged once."""
+        shared = set(self._parameters()) & set(later._parameters())
+        if shared and later is not self:
+            self._yielded |= shared
+            self._later.append(later)
+            self._start_window()
+            self._build(self._trainable())
+
+    def _all(self) -> list[GradientExchange]:
+        """Return the exchanges that average the optimizer's parameters, in an order that is alike on all ranks."""
+        found = [self]
+        for exchange in found:  # grows meanwhile
+            found += [other for other in exchange._later if other not in found]
+        return found
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._of_optimizer() if parameter not in self._yielded]
 
     def watch_parameters(self) -> None:
         """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""
@@ -137,6 +166,10 @@ class GradientExchange:
         Raises:
             RuntimeError: the bucket has left before.
         """
+        if parameter in self._yielded:
+            return
+        if not self._additions and not self._passes:
+            self._follow_conversions()
         self._end_of_backward.expect()
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1
         expected, bucket = self._expected.get(parameter), self._bucket_of.get(parameter)
@@ -175,6 +208,7 @@ class GradientExchange:
 
         Every rank sends every bucket exactly once, with zeros for what it has not computed.
         """
+        self._follow_conversions()
         trainable = self._trainable()
         self._add_new(trainable)
         parts: list[Bucket | SparseRows] = [*self._buckets, *self._sparse]
@@ -188,6 +222,11 @@ class GradientExchange:
         self._is_averaged = True
         if set(self._bucket_of) | {item.parameter for item in self._sparse} != set(trainable):
             self._build(trainable)
+
+    def _follow_conversions(self) -> None:
+        """Lay the buckets out anew where a parameter has another type, device or shape than when they were laid out."""
+        if not self.is_under_way and not all(bucket.fits for bucket in self._buckets):
+            self._build(self._trainable())
 
     def _start_window(self) -> None:
         self._passes = 0
@@ -231,7 +270,7 @@ class GradientExchange:
     def _name(self, parameter: nn.Parameter) -> str:
         """Return the parameter's name; one that is not the model's is named by its place in the optimizer."""
         if parameter not in self._names:
-            place = next(i for i, other in enumerate(self._parameters()) if other is parameter)
+            place = next(i for i, other in enumerate(self._of_optimizer()) if other is parameter)
             self._names[parameter] = f"parameter {place}"
         return self._names[parameter]
 

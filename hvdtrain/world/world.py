@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -14,6 +15,7 @@ from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
+from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.carriers import ReduceOp, bits_of, for_reduction
 from hvdtrain.world.replicas import all_in_one, digest_of, first_difference
 
@@ -36,6 +38,7 @@ class World(ABC):
     """Where this rank is; blocking collectives note themselves."""
     num_wraps: int = 0
     """Optimizers that `wrap` was given: each one's collectives have names of their own."""
+    _exchanges: Sequence[weakref.ref[GradientExchange]] = ()
 
     def wrap(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
@@ -55,6 +58,13 @@ class World(ABC):
         averaging = dataclasses.replace(averaging or Averaging(), **fields)
         self.check_averaging(averaging)
         return wrap_optimizer(self, optimizer, model, averaging)
+
+    def claim_gradients(self, exchange: GradientExchange) -> None:
+        """Have an exchange, and none that was made before it, average the parameters that it has now."""
+        alive = [other for ref in self._exchanges if (other := ref()) is not None]
+        for other in alive:
+            other.yield_to(exchange)
+        self._exchanges = [*map(weakref.ref, alive), *([] if exchange in alive else [weakref.ref(exchange)])]
 
     def check_averaging(self, averaging: Averaging) -> None:  # noqa: B027  most can do all of it
         """Raise ConfigError where this back end cannot average so."""
