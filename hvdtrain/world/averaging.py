@@ -155,10 +155,15 @@ def wrap_optimizer(
     way `step` is called, by the user, a scheduler's wrapper or a scaler, it averages, and step hooks run once.
 
     Raises:
-        ConfigError: it is wrapped already, or the squared norms cannot be had here.
+        ConfigError: it is wrapped already, or only stands around another one, or the squared norms cannot be had here.
     """
     if isinstance(optimizer, WrappedOptimizer):
         raise ConfigError("this optimizer is wrapped already: wrap() changes the optimizer that it is given")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ConfigError(
+            f"{type(optimizer).__name__} is no whole torch optimizer: it has not called torch.optim.Optimizer.__init__."
+            " Wrap the optimizer that is inside it, before it is made"
+        )
     sparse = _sparse_parameters(model)
     if averaging.has_square and sparse:
         raise ConfigError(_NO_SQUARE)

@@ -15,8 +15,8 @@ from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
-from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.carriers import ReduceOp, bits_of, for_reduction
+from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.replicas import all_in_one, digest_of, first_difference
 
 T = TypeVar("T")

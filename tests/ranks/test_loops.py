@@ -1,6 +1,7 @@
 """Loops as PyTorch users write them, on real ranks against one process in fp64: see `tests/support/loops.py`."""
 
 import pytest
+import users_loops  # noqa: F401  more of the table
 from loops import LOOPS, Alone, Ranks, difference, tensors_of
 from test_world import digest
 

@@ -4,7 +4,7 @@ import operator
 
 import torch
 import torch.nn.functional as F
-from loops import SEEDED, STEPS, batch, data, filled, loss_of, network, sgd
+from loops import SEEDED, STEPS, batch, data, filled, network, sgd
 from torch import nn
 from torch.nn.modules import module as of_modules
 from torch.nn.utils import parametrize, prune

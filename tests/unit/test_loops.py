@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import users_loops  # noqa: F401  more of the table
 from loops import LOOPS, Alone, Ranks, difference, table, tensors_of
 from thread_world import run_ranks
 
@@ -20,7 +21,7 @@ def test_ranks_equal_one_process(item):
 
 
 def test_the_page_has_the_table():
-    """To write it anew: `python -c "import loops; print(loops.table())"` in tests/support."""
+    """To write it anew: `python -c "import loops, users_loops; print(loops.table())"` in tests/support."""
     assert PAGE.read_text().split("<!-- table")[1].split("-->\n")[1].strip() == table()
 
 
