@@ -6,8 +6,9 @@ from loops import LOOPS, Alone, Ranks, difference, tensors_of
 from test_world import digest
 
 
+@pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("item", LOOPS, ids=lambda item: item.name)
-def test_ranks_equal_one_process(world, item):
+def test_a_loop_of_the_table(world, item):
     alone = item.run(Alone())
     ours = item.run(Ranks(world))
     assert difference(ours, alone) < item.tolerance
