@@ -41,8 +41,9 @@ def train_step(job: Job, training: Training) -> None:
     num_targets = count_targets(job.task.train_data, samples)
     sums = torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device)
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
+    is_checked = training.is_unchecked and _all_ranks_read(job, training)
     for place, positions in enumerate(micro_batches):
-        sums += _micro_batch(job, training, place, positions, num_targets)
+        sums += _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
     training.optimizer.synchronize()
     step = Step(number + 1, sums, num_targets, len(samples))
     training.after_backward(step)
@@ -50,7 +51,15 @@ def train_step(job: Job, training: Training) -> None:
     update(job, training, step)
 
 
-def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, num_targets: int) -> Tensor:
+def _all_ranks_read(job: Job, training: Training) -> bool:
+    """Return whether no rank is without samples in this step, as in the last one of an epoch; alike on all ranks."""
+    of_ranks = (job.order.micro_batches(training.step, rank, training.runs_in_step) for rank in range(job.world.size))
+    return all(micro_batches and len(micro_batches[0]) for micro_batches in of_ranks)
+
+
+def _micro_batch(
+    job: Job, training: Training, place: int, positions: Tensor, num_targets: int, is_checked: bool
+) -> Tensor:
     """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`.
 
     Args:
@@ -59,12 +68,13 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
         place: the micro-batch's number in the step.
         positions: where its samples stand in the global batch.
         num_targets: those of the global batch.
+        is_checked: whether the recipe's contract is checked on it. Collective then.
     """
     task, world, train = job.task, job.world, job.config.train
 
     world.progress.enter("data")
     read = partial(training.reader.read, training.step, place)
-    batch = _checked_batch(job, training, positions, read) if training.is_unchecked else read()
+    batch = _checked_batch(job, training, positions, read) if is_checked else read()
 
     def forward() -> dict[str, Tensor]:
         return forward_batch(job, training.model, batch)
@@ -83,7 +93,7 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
 
 
 def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callable[[], Batch]) -> Batch:
-    """Return the run's first micro-batch, the recipe's contract checked on it. Collective."""
+    """Return the first micro-batch of this start, the recipe's contract checked on it. Collective."""
     training.is_unchecked = False
     samples = job.order.global_batch(training.step)[positions]
     forward = partial(training.randomness.apart, partial(forward_batch, job, training.model))

@@ -1,5 +1,6 @@
 """A recipe's contract: broken ones are told in one sentence at their first batch, healthy ones notice nothing."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -15,8 +16,9 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, LogConfig
-from hvdtrain.trainer import fit, settle, step
+from hvdtrain.trainer import fit, settle, step, train_step
 from hvdtrain.trainer.contract import check_loss, first_batch
+from hvdtrain.trainer.state import start_training
 from hvdtrain.world import SoloWorld
 
 SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
@@ -248,6 +250,29 @@ def test_batches_of_other_forms_train_alike(tmp_path):
         assert all(map(torch.equal, train(made, tmp_path / name), wanted)), name
     with pytest.raises(UsageError, match="returns a mean as 'loss'"):
         train(task(mean, data=torch.utils.data.TensorDataset(*data.tensors)), tmp_path / "mean")
+
+
+def test_a_run_that_goes_on_is_checked_too(tmp_path):
+    train(task(), tmp_path)
+    with pytest.raises(UsageError, match="returns a mean as 'loss'"):
+        train(task(mean), tmp_path, steps=4)
+
+
+def test_a_step_in_which_a_rank_has_no_samples_is_not_the_one_that_is_checked(tmp_path):
+    """As the last of an epoch, with which a run may go on: all ranks check together."""
+
+    def work(world):
+        config = Config(train=TrainConfig(steps=4, global_batch_size=8), log=LogConfig(every=1))
+        job = settle(task(data=samples(9)), config, world, RunDirectory(tmp_path), MetricLog(None, []))
+        training = start_training(dataclasses.replace(job, directory=None))
+        training.is_unchecked, training.step = True, 1
+        found = []
+        for _ in range(2):
+            train_step(job, training)
+            found.append(training.is_unchecked)
+        return found
+
+    assert run_ranks(2, work) == [[True, False]] * 2
 
 
 def test_what_one_rank_finds_all_ranks_tell(tmp_path):
