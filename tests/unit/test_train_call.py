@@ -101,6 +101,15 @@ def test_wrong_settings_are_raised_and_nothing_is_left(tmp_path, settings, says)
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_path_will_do_and_other_things_are_refused(tmp_path):
+    recipe = tmp_path / "odd.py"
+    recipe.write_text("recipe = 3\n")
+    with pytest.raises(hvdtrain.ConfigError, match=r"odd\.py"):
+        hvdtrain.train(recipe)
+    with pytest.raises(hvdtrain.ConfigError, match="not int"):
+        hvdtrain.train(3)
+
+
 def test_a_stop_is_raised_and_the_same_call_continues(tmp_path):
     with pytest.raises(hvdtrain.StopRequested, match=r"stopped at step \d of 8 on request \(SIGTERM"):
         hvdtrain.train(RECIPE, run_dir=tmp_path / "run", stops=True)
@@ -171,6 +180,19 @@ def test_a_closed_output_ends_no_run(tmp_path):
     os.close(writer)
     assert (done.returncode, done.stderr[-4:]) == (0, "done"), done.stderr
     assert "finished in" in (tmp_path / "run" / "logs" / "rank-000.log").read_text()
+
+
+@pytest.mark.parametrize("words", [["--version"], ["nonsense"], ["train", "--help"]])
+def test_a_process_without_standard_streams_ends_as_any_other(words):
+    """`>&- 2>&-`, as some daemons start programs: Python has None for these streams."""
+    code = 0 if words != ["nonsense"] else 2
+    command = [sys.executable, "-m", "hvdtrain", *words]
+    for closed in (">&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_own_sinks_are_given_the_metrics(tmp_path):
