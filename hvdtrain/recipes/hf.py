@@ -43,17 +43,19 @@ class DocumentsConfig(CorpusConfig):
     """Documents to train on: texts, and records of texts or conversations."""
 
     path: str | None = setting(None, path="data")
-    """File, directory or glob: texts, or records as .jsonl, .ndjson, .json (also .gz and .zst), .parquet and .arrow.
-    None: the source code of the running Python's standard library."""
+    """File, directory or glob: texts, or records as .jsonl, .ndjson, .json (also .gz, .bz2, .xz and .zst), .parquet and
+    .arrow; what `save_to_disk` of datasets writes. None: the source code of the running Python's standard library."""
     val_path: str | None = setting(None, path="data")
-    """Held-out files. None: part of --data.path, of texts by file, of records one by one, by a hash."""
+    """Held-out files. None: the validation (else test) split, where the names of files or directories in --data.path
+    say which are train, validation and test; else part of it, of texts by file, of records one by one, by a hash."""
     tokenizer: str | None = setting(None, path="directory or name")
     """Directory or name of a tokenizer of transformers. None: that of the model."""
     chat_template: Path | None = setting(None, path="file")
     """File of a chat template (Jinja), instead of the tokenizer's own; it is exported with the tokenizer."""
     text_field: str = "text"
     """Field of a record that holds a text. Conversations are known by theirs: messages; conversations (ShareGPT);
-    prompt and completion; instruction and output (Alpaca)."""
+    prompt and completion; instruction and output (Alpaca); the only one that holds a list of messages. A list of
+    messages is one, too."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do at a record that cannot be used: stop, or leave it out and say how many there were."""
     show: int = setting(0, minimum=0, changeable=True)

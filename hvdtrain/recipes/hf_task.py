@@ -61,6 +61,9 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
         *_describe_records(meta, train.num_cut + held_out.num_cut, length),
         f"documents:  {way}",
         embeddings,
+        ""
+        if way.loss.head
+        else "logits:     of a whole micro-batch at once, since this model's head cannot be given a part",
         "" if attention_of(model) == "sdpa" else f"attention:  {attention_of(model)}",
     )
     bytes_per_token = held_out.num_bytes / held_out.num_tokens

@@ -38,6 +38,18 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         os.close(descriptor)
 
 
+def parse_json(text: str) -> Any:
+    """Return what a text of JSON says.
+
+    Raises:
+        ValueError: it is none, or is nested so deeply that nobody can mean it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -45,8 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: it is not there, or something else.
     """
     try:
-        values = json.loads(read_bounded(path, MOST_JSON_BYTES).decode())
-    except (ValueError, RecursionError) as error:
+        values = parse_json(read_bounded(path, MOST_JSON_BYTES).decode())
+    except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} holds no JSON object")

@@ -133,6 +133,28 @@ def hvdtrain(run):
     return hvdtrain
 
 
+@pytest.fixture
+def called(tmp_path, monkeypatch, capsys):
+    """Run a command line in this process, which has imported torch already: where one of its own proves no more."""
+
+    def called(*arguments, cwd=tmp_path):
+        from hvdtrain.cli import main
+
+        before = dict(os.environ)
+        monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in arguments])
+        except SystemExit as leaving:
+            code = leaving.code
+        finally:
+            os.environ.clear()
+            os.environ.update(before)  # without what a start sets for its process
+        return Done(code, *capsys.readouterr())
+
+    return called
+
+
 @pytest.fixture(scope="session")
 def small_text(tmp_path_factory):
     """Real text, a little of it: a few modules of the standard library."""

@@ -48,16 +48,16 @@ def trained(tmp_path_factory, small_text):
     return folder
 
 
-def test_transformers_writes_the_same(hvdtrain, trained):
+def test_transformers_writes_the_same(hvdtrain, called, trained):
     transformers = import_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(trained / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained / "out")
     prompt = "def close(self):"
     tokens = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]])
     theirs = model.generate(tokens, do_sample=False, max_new_tokens=16, pad_token_id=0)[0, tokens.shape[1] :]
-    for where in ("run", "out"):
+    for where, run in (("run", hvdtrain), ("out", called)):
         asked = ["generate", trained / where, "--prompt", prompt, "--temperature", "0", "--max-tokens", "16"]
-        done = hvdtrain(*asked)
+        done = run(*asked)
         assert done.code == 0, done.text
         assert done.out == f"{prompt}{tokenizer.decode(theirs, skip_special_tokens=True)}\n"
         assert re.fullmatch(r"\d+ tokens in [\d.]+ s: [\d,]+ tokens/s\n", done.err)
@@ -71,21 +71,21 @@ def test_questions_are_answered_on_all_ranks(trained):
     assert last["val/perplexity"] > 1
 
 
-def test_several_prompts_and_the_cache(hvdtrain, trained):
+def test_several_prompts_and_the_cache(called, trained):
     asked = ["generate", "run", "--prompt", "import os", "class A", "--max-tokens", "40", "--seed", "3"]
-    with_cache = hvdtrain(*asked, cwd=trained)
-    without = hvdtrain(*asked, "--no-cache", cwd=trained)
+    with_cache = called(*asked, cwd=trained)
+    without = called(*asked, "--no-cache", cwd=trained)
     assert with_cache.out == without.out
     assert with_cache.out.startswith("--- 1\nimport os")
     assert "\n--- 2\nclass A" in with_cache.out
 
 
-def test_training_goes_on_from_an_export(hvdtrain, trained, small_text):
+def test_training_goes_on_from_an_export(called, trained, small_text):
     train = ["train", "lm", "--data.path", small_text, *SHORT, "--model.init-from", "out", "--run-dir", "further"]
-    refused = hvdtrain(*train, *SHAPE, cwd=trained)
+    refused = called(*train, *SHAPE, cwd=trained)
     assert refused.code == 2
     assert "--model.num-layers has no effect: the model in --model.init-from out has a shape of its own" in refused.err
-    done = hvdtrain(*train, "--log.every", "1", cwd=trained)
+    done = called(*train, "--log.every", "1", cwd=trained)
     assert done.code == 0, done.text
     assert "vocabulary 300" in done.out
     assert "num_layers = 1" in (trained / "further" / "config.toml").read_text()
@@ -99,26 +99,25 @@ def test_training_goes_on_from_an_export(hvdtrain, trained, small_text):
     assert losses("further")[0] < torch.tensor(300.0).log() - 0.3  # not where a new model begins
 
 
-def test_mistakes(hvdtrain, trained, small_text, tmp_path):
-    done = hvdtrain("export", "run", "--output", "out", cwd=trained)
+def test_mistakes(called, trained, small_text, tmp_path):
+    done = called("export", "run", "--output", "out", cwd=trained)
     assert done.code == 2
     assert "out is not empty: choose another --output, or give --overwrite" in done.err
-    assert hvdtrain("export", "run", "--output", "out", "--overwrite", "--dtype", "bfloat16", cwd=trained).code == 0
+    assert called("export", "run", "--output", "out", "--overwrite", "--dtype", "bfloat16", cwd=trained).code == 0
     assert json.loads((trained / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert hvdtrain("export", "run", "--output", "out", "--overwrite", cwd=trained).code == 0
+    assert called("export", "run", "--output", "out", "--overwrite", cwd=trained).code == 0
     for arguments, message in (
         (["generate", tmp_path], "neither a run's directory"),
         (["generate", trained / "run", "--checkpoint", "3"], "no checkpoint '3': there are of steps 12"),
         (["generate", trained / "run", "--top-p", "2"], "--top-p = 2.0 must be greater than 0 and at most 1"),
         (["train", "lm", "--data.path", small_text, "--model.init-from", tmp_path], "config.json cannot be read"),
     ):
-        done = hvdtrain(*arguments)
+        done = called(*arguments)
         assert done.code == 2, done.text
         assert message in done.err
-        assert "Traceback" not in done.text
 
 
-def test_a_dry_run_allocates_nothing_and_says_what_it_would_take(hvdtrain, tmp_path):
+def test_a_dry_run_allocates_nothing_and_says_what_it_would_take(called, tmp_path):
     """The weights alone of a model of 1 billion parameters are larger than the memory that the process may have."""
     script = tmp_path / "small.py"
     script.write_text(
@@ -140,7 +139,7 @@ def test_a_dry_run_allocates_nothing_and_says_what_it_would_take(hvdtrain, tmp_p
         r"memory: +[\d.]+ GiB a rank: weights 3.63 GiB, gradients 3.63 GiB, optimizer 7.25 GiB", done.stdout
     )
     assert not list(tmp_path.glob("runs"))
-    refused = hvdtrain(*asked, "--model.hidden-size", "65536", "--model.num-heads", "64")
+    refused = called(*asked, "--model.hidden-size", "65536", "--model.num-heads", "64")
     assert refused.code == 2
     assert "training needs about" in refused.err
     assert "--train.precision bf16-true" in refused.err

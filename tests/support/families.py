@@ -61,7 +61,7 @@ SPECIAL = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "xlstm": {"hidden_size": 64, "qk_dim_factor": 1.0},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -85,8 +85,23 @@ SPECIAL = {
         "ngram_vocab_size_base": 300,
         "split_ngram_parts": 2,
     },
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 4, "num_hidden_layers": 8, "mamba_d_state": 8},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "head_dim": 16},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 4,
+        "num_hidden_layers": 8,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        **LATENT,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_headdim": 8,
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "blt": each("encoder_config", "decoder_config", hidden_size_global=32),
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "reformer": {
@@ -184,7 +199,7 @@ def judge(family, length=48, **settings):
     difference = loss_difference(model, way, length)
     found = way.findings[-1].layout.name
     word = "rows" if "row" in found else "packed"
-    chunks = "" if way.loss.is_chunked else ", logits whole"
+    chunks = "" if way.loss.head else ", logits whole"
     return Verdict(
         word if difference < 1e-4 else "wrong", f"loss and gradient differ by {difference:.0e}; {way}{chunks}"
     )

@@ -76,7 +76,7 @@ def test_another_field_is_a_text():
     ("record", "message"),
     [
         ({"other": 1}, "the fields other are those of no format"),
-        ([1], "an object with fields, not list"),
+        ([1], "an object with fields, not a list"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "from 'alien', not one of human"),
         ({"prompt": "x", "completion": [ANSWER]}, "two texts, or two lists"),
         ({"messages": [ASKED, ANSWER], "tools": "{"}, "'tools' is no JSON"),
@@ -108,7 +108,7 @@ def test_kinds_of_files(tmp_path):
         ("a.ndjson", lines, "lines"),
         ("a.json", json.dumps([FORMATS["text"]] * 2, indent=1), "array"),
         ("b.json", lines * 2, "lines"),
-        ("c.txt", lines, "lines"),  # what looks like JSON is none of text
+        ("c.txt", lines * 2, "lines"),  # what looks like JSON is none of text
         ("d.txt", "[" + lines + "]", "array"),
         ("e.txt", "{ is a brace\n", None),
         ("f.py", "[1, 2]\n", None),

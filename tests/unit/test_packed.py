@@ -120,6 +120,7 @@ def test_no_document_sees_another(family, attention):
     """Changing one document leaves the losses of the others bitwise as they are."""
     transformers = import_transformers()
     from hvdtrain.recipes.transformers_models.forward import DocumentLoss
+    from hvdtrain.recipes.transformers_models.heads import ProductHead
     from hvdtrain.recipes.transformers_models.layouts import BY_POSITIONS
 
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def test_no_document_sees_another(family, attention):
     position = torch.tensor([[*range(9), *range(12), *range(11)]])
     first = torch.randint(300, (1, 32))
     second = torch.where(document == 1, (first + 7) % 300, first)
-    loss = DocumentLoss(BY_POSITIONS, is_chunked=True)
+    loss = DocumentLoss(BY_POSITIONS, ProductHead())
 
     def losses(tokens, only):
         targets = torch.where(document == only, tokens, IGNORED)
@@ -144,13 +145,14 @@ def test_no_document_sees_another(family, attention):
 def test_large_vocabularies_go_in_chunks(family):
     transformers = import_transformers()
     from hvdtrain.recipes.transformers_models.forward import DocumentLoss
+    from hvdtrain.recipes.transformers_models.heads import ProductHead
     from hvdtrain.recipes.transformers_models.layouts import BY_POSITIONS
 
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(make_config(family)).eval()
     tokens = torch.randint(300, (2, 16))
     batch = (tokens, tokens, torch.zeros_like(tokens), torch.arange(16).repeat(2, 1))
-    loss = DocumentLoss(BY_POSITIONS, is_chunked=True)
+    loss = DocumentLoss(BY_POSITIONS, ProductHead())
     whole = loss(model, batch)["loss"]
     torch.testing.assert_close(loss(model, batch, 5 * 4 * 300)["loss"], whole, rtol=1e-6, atol=0)
 

@@ -6,13 +6,14 @@ here: what the template writes for an answer, up to the token that ends it.
 
 from __future__ import annotations
 
-import json
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hvdtrain.data.text.deadline import at_most
 from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.settings.untrusted import parse_json
 
 _MARK = "hvdtrain-answer"
 _LONGEST_TEMPLATE = 1 << 20
@@ -75,19 +76,37 @@ def read_message(value: Any) -> tuple[dict[str, Any], bool]:
             raise DataError("a message needs a 'role' and a 'content'")
         message["content"] = ""
     if "tool_calls" in message:
-        message["tool_calls"] = [_read_call(call) for call in message["tool_calls"]]
-    is_learned = message["role"] == "assistant" and bool(value.get("weight", 1)) and bool(value.get("train", True))
-    return message, is_learned
+        calls = message["tool_calls"]
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise DataError("'tool_calls' of a message is no list of objects")
+        message["tool_calls"] = [_read_call(call) for call in calls]
+    switches = [_switch(value, name) for name in ("weight", "train")]
+    return message, message["role"] == "assistant" and all(switches)
+
+
+def _switch(message: dict[str, Any], name: str) -> bool:
+    """Return whether a message's "weight" or "train" lets it be learned, as it does where there is none."""
+    found = message.get(name)
+    if found is None:
+        return True
+    if found not in (0, 1) or isinstance(found, str):  # of numbers and truths
+        raise DataError(f"{name!r} of a message is {found!r}: it can be 0 or 1, false or true")
+    return bool(found)
 
 
 def _as_text(content: Any) -> str | None:
     if content is None or isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else [content]
-    texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError("the content of a message is neither a text nor a list of texts")
-    return "".join(map(str, texts))
+    texts = [_part(part) for part in (content if isinstance(content, list) else [content])]
+    return "".join(texts)
+
+
+def _part(part: Any) -> str:
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        kind = f" (a part of it is of type {part['type']})" if isinstance(part, dict) and "type" in part else ""
+        raise DataError(f"the content of a message is neither a text nor a list of texts{kind}")
+    return text
 
 
 def _read_call(call: Any) -> Any:
@@ -95,7 +114,7 @@ def _read_call(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+        return {**call, "function": {**function, "arguments": parse_json(function["arguments"])}}
     except ValueError:
         return call
 
@@ -118,6 +137,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if getattr(token, "special", False)}
+        ours = set(inspect.signature(tokenizer.apply_chat_template).parameters)
+        # What is none of a template's variables, but says what is done with it.
+        self._reserved = ours - {"tools", "documents", "kwargs"}
         self._special = tuple(sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
 
     def passages(self, conversation: Conversation) -> list[Passage]:
@@ -137,6 +159,9 @@ class ChatTemplate:
         learned = [i for i, is_learned in enumerate(conversation.is_learned) if is_learned]
         if not learned:
             return []
+        reserved = sorted(self._reserved & set(conversation.variables))
+        if reserved:
+            raise DataError(f"'chat_template_kwargs' sets {reserved[0]}, which is no variable of a template")
         with at_most(_SECONDS_A_TEMPLATE, DataError(_TOO_LONG)):
             return self._write(conversation, learned)
 

@@ -5,7 +5,6 @@ A line of the file is `{"context": "...", "choices": ["...", ...], "answer": 1}`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from hvdtrain.data.text.windows import IGNORED
 from hvdtrain.errors import DataError
+from hvdtrain.settings.untrusted import parse_json
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -50,7 +50,7 @@ class Choices:
 
     def _add(self, line: str, place: str, encode: Encode, begin: list[int], max_length: int) -> None:
         try:
-            value = json.loads(line)
+            value = parse_json(line)
             context, choices, answer = str(value["context"]), [str(text) for text in value["choices"]], value["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{place} is not {{"context": ..., "choices": [...], "answer": ...}}: {error!r}') from error

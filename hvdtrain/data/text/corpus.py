@@ -45,8 +45,8 @@ class Document:
                     text = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"{self.path} is not UTF-8 text (byte {self.start + done + error.start:,}): convert it, as with"
-                        f" iconv -f latin1 -t utf-8; token files of uint16 are named *.bin"
+                        f"{self.path} is not UTF-8 text (byte {self.start + done + error.start:,}):"
+                        f" {how_to_convert(raw)}; token files are named *.bin"
                     ) from error
                 yield text
                 done += len(raw)
@@ -78,11 +78,20 @@ class Document:
         return None if is_empty else digest.hexdigest()
 
 
+def how_to_convert(raw: bytes) -> str:
+    """Return what to do with bytes that are not UTF-8."""
+    has_mark = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
+    is_wide = has_mark or raw[:4096].count(0) > len(raw[:4096]) // 4
+    return f"convert it, as with iconv -f {'utf-16' if is_wide else 'latin1'} -t utf-8"
+
+
 def standard_library() -> list[Document]:
     """Return the source code of the running Python's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    return [document for document in _below(root, ".py") if not left_out & set(Path(document.name).parts[:-1])]
+    return [
+        document for document in _below(root, ".py", follow=False) if not left_out & set(Path(document.name).parts[:-1])
+    ]
 
 
 def find_documents(path: str) -> list[Document]:
@@ -140,22 +149,42 @@ def check_single_file(document: Document) -> None:
         pass
 
 
-def _below(root: Path, suffix: str = "") -> list[Document]:
-    """Return the files in a directory and those below it, sorted by name; hidden ones are left out."""
-    found = [Document(name, root / name) for name in _names(str(root), "") if name.endswith(suffix)]
+def _below(root: Path, suffix: str = "", follow: bool = True) -> list[Document]:
+    """Return the files in a directory and those below it, sorted by name; hidden ones are left out.
+
+    Args:
+        root: the directory.
+        suffix: of the files' names.
+        follow: look into directories that are links, too; none is looked into within itself.
+    """
+    above = (_inode(root),) if follow else ()
+    found = [Document(name, root / name) for name in _names(str(root), "", above) if name.endswith(suffix)]
     return sorted(found, key=lambda document: document.name)
 
 
-def _names(folder: str, prefix: str) -> Iterator[str]:
-    """Yield the paths of files below `folder`; a directory that may not be read has none."""
+def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Yield the paths of files below `folder`; a directory that may not be read has none.
+
+    Args:
+        folder: where to look.
+        prefix: its path, with a slash at the end.
+        above: it and the directories that it lies in; none where links are not followed.
+    """
     with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _names(entry.path, f"{prefix}{entry.name}/")
+            if entry.is_dir(follow_symlinks=bool(above)):
+                here = (_inode(Path(entry.path)),) if above else ()
+                if not set(here) & set(above):
+                    yield from _names(entry.path, f"{prefix}{entry.name}/", above + here)
             elif entry.is_file():
                 yield f"{prefix}{entry.name}"
+
+
+def _inode(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _common(paths: list[Path]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from hvdtrain.data.text.packed import TokenizedDocument
 from hvdtrain.data.text.records import read_records
 from hvdtrain.data.text.sources import Source
 from hvdtrain.errors import DataError
+from hvdtrain.settings.untrusted import parse_json
 
 _BATCH = 64
 
@@ -104,7 +104,7 @@ class DocumentReader:
     def _record(self, raw: Any) -> list[Passage]:
         """Return the passages of a record."""
         try:
-            value = json.loads(raw) if isinstance(raw, str) else raw
+            value = parse_json(raw) if isinstance(raw, str) else raw
         except ValueError as error:
             raise DataError(f"not JSON ({error})") from error
         found = recognise(value, self._text_field)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hvdtrain.data.text.chat import Conversation, read_message
+from hvdtrain.data.text.records import is_turn
 from hvdtrain.errors import DataError
+from hvdtrain.settings.untrusted import parse_json
 
 _ROLES = {
     "human": "user",
@@ -23,6 +24,9 @@ _ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
+# What a role is called that every template knows; other roles are the template's own business.
+_SPEAKERS = {name: role for name, role in _ROLES.items() if role in ("user", "assistant", "system") and "_" not in name}
+_CONVERSATIONS = {"messages": "messages", "conversations": "ShareGPT"}
 
 
 @dataclass(frozen=True)
@@ -45,52 +49,79 @@ def recognise(record: Any, text_field: str) -> Recognised:
     """Return what a record holds.
 
     Args:
-        record: a mapping, as from JSON.
+        record: a mapping, or a list of messages, as from JSON.
         text_field: the field of a text, "text" if the user has named no other.
 
     Raises:
         DataError: its fields are those of no format, or it misses something.
     """
+    if isinstance(record, list) and record and is_turn(record[0]):
+        return Recognised("messages", _conversation({}, record))
     if not isinstance(record, Mapping):
-        raise DataError(f"a record is an object with fields, not {type(record).__name__}")
+        raise DataError(f"a record is an object with fields, not {_kind(record)}")
     if text_field != "text" and isinstance(record.get(text_field), str):
         return Recognised("text", record[text_field])
-    if isinstance(record.get("messages"), list):
-        return Recognised("messages", _conversation(record, record["messages"]))
-    if isinstance(record.get("conversations"), list):
-        return Recognised("ShareGPT", _conversation(record, [_from_sharegpt(turn) for turn in record["conversations"]]))
+    for field, format_name in _CONVERSATIONS.items():
+        if isinstance(record.get(field), list):
+            return Recognised(format_name, _conversation(record, record[field]))
     if "prompt" in record and "completion" in record:
         return Recognised("prompt/completion", _prompt_completion(record))
     if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
         return Recognised("Alpaca", _alpaca(record))
     if isinstance(record.get(text_field), str):
         return Recognised("text", record[text_field])
-    raise DataError(
+    talks = [name for name, value in record.items() if isinstance(value, list) and value and is_turn(value[0])]
+    if len(talks) == 1:
+        return Recognised(f"conversations in {talks[0]}", _conversation(record, record[talks[0]]))
+    raise DataError(_of_no_format(record, text_field))
+
+
+def _of_no_format(record: Mapping[str, Any], text_field: str) -> str:
+    """Return why a record is none that is known."""
+    wanted = {**dict.fromkeys(_CONVERSATIONS, "a list of messages"), "instruction": "a text", text_field: "a text"}
+    for field, what in wanted.items():
+        if field in record and not isinstance(record[field], str if what == "a text" else list):
+            return f"{field!r} is {_kind(record[field])}, not {what}"
+    return (
         f"the fields {', '.join(map(str, record)) or '(none)'} are those of no format that is known: messages;"
         f" conversations (ShareGPT); prompt and completion; instruction and output (Alpaca); {text_field}, another name"
         " of which --data.text-field gives"
     )
 
 
+def _kind(value: Any) -> str:
+    """Return what JSON calls a value."""
+    kinds = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return "null" if value is None else kinds.get(type(value), "an object")
+
+
 def _conversation(record: Mapping[str, Any], values: Sequence[Any]) -> Conversation:
-    messages, is_learned = zip(*map(read_message, values), strict=True) if values else ((), ())
+    messages, is_learned = zip(*map(_message, values), strict=True) if values else ((), ())
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError("no message has the role 'assistant', whose words are what is learned")
-    variables = dict(record.get("chat_template_kwargs") or {})
+    variables = record.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping):
+        raise DataError(f"'chat_template_kwargs' is {_kind(variables)}, not an object")
     tools = _from_json(record.get("tools"))
     if tools:
-        variables["tools"] = tools
-    return Conversation(tuple(messages), tuple(is_learned), variables)
+        variables = {**variables, "tools": tools}
+    return Conversation(tuple(messages), tuple(is_learned), dict(variables))
 
 
-def _from_sharegpt(turn: Any) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise DataError("a turn of 'conversations' needs 'from' and 'value'")
-    if "role" in turn:
-        return turn
-    role = _ROLES.get(str(turn.get("from")))
+def _message(value: Any) -> tuple[dict[str, Any], bool]:
+    """Return a message as `read_message` does, its role by the name that templates know it by."""
+    if isinstance(value, dict) and "role" not in value and "from" in value:
+        value = _from_sharegpt(value)
+    if isinstance(value, dict) and isinstance(value.get("role"), str):
+        role = value["role"]
+        value = {**value, "role": _SPEAKERS.get(role.lower(), role)}
+    return read_message(value)
+
+
+def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    role = _ROLES.get(str(turn["from"]).lower())
     if role is None:
-        raise DataError(f"a turn of 'conversations' is from {turn.get('from')!r}, not one of {', '.join(_ROLES)}")
+        raise DataError(f"a turn of 'conversations' is from {turn['from']!r}, not one of {', '.join(_ROLES)}")
     kept = {key: value for key, value in turn.items() if key in ("weight", "train")}
     return {"role": role, "content": turn.get("value"), **kept}
 
@@ -121,6 +152,6 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError as error:
         raise DataError(f"'tools' is no JSON ({error})") from error

@@ -1,18 +1,21 @@
-"""Files of records: JSON lines, JSON arrays, Parquet and Arrow; JSON also compressed by gzip or Zstandard."""
+"""Files of records: JSON lines, JSON arrays, Parquet and Arrow; JSON also compressed."""
 
 from __future__ import annotations
 
-import contextlib
-import gzip
-import io
+import codecs
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
+from hvdtrain.data.text.compressed import SUFFIXES, open_binary
+from hvdtrain.data.text.corpus import how_to_convert
 from hvdtrain.errors import DataError
+from hvdtrain.settings.untrusted import parse_json
 
 Kind = Literal["lines", "array", "parquet", "arrow"]
+"""Of a file of records; array: values of JSON one after the other, over any number of lines, and arrays of records."""
 
 _KINDS: dict[str, Kind] = {
     ".jsonl": "lines",
@@ -21,36 +24,61 @@ _KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_COMPRESSED = (".gz", ".zst")
-_HEAD_CHARACTERS = 1 << 20
+_HEAD_BYTES = 1 << 20
+_BEGINS_AS_OBJECT = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
+_WHITESPACE = re.compile(r"[\s\ufeff]*")
+
+
+def is_turn(value: Any) -> bool:
+    """Return whether this is part of a conversation: a message with a role, or a turn that is from somebody."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
 def kind_of(path: Path) -> Kind | None:
-    """Return what kind of records a file holds, by its name, or by how it begins; None for a text.
+    """Return what kind of records a file holds, by its name and by how it begins; None for a text.
 
     A file that begins as JSON does is none of text, whatever it is called.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] and suffixes[-1] in _COMPRESSED:
+    if suffixes[-1:] and suffixes[-1] in SUFFIXES:
         suffixes.pop()
-    kind = _KINDS.get(suffixes[-1]) if suffixes else None
-    if kind is None or kind == "array":
-        found = _kind_by_content(path)
-        return found or kind
-    return kind
-
-
-def _kind_by_content(path: Path) -> Kind | None:
+    named = _KINDS.get(suffixes[-1]) if suffixes else None
+    if named in ("parquet", "arrow"):
+        return named
     try:
-        with _open(path) as file:
-            head = file.read(_HEAD_CHARACTERS).lstrip()
+        with open_binary(path) as file:
+            raw = file.read(_HEAD_BYTES)
+        head = codecs.getincrementaldecoder("utf-8-sig")().decode(raw).lstrip()
     except (OSError, UnicodeDecodeError, DataError, EOFError):
+        return named
+    return _kind_by_head(head, len(raw) < _HEAD_BYTES, named) or named
+
+
+def _kind_by_head(head: str, is_whole: bool, named: Kind | None) -> Kind | None:
+    """Return what kind of records begin like this; None where that does not say.
+
+    Args:
+        head: the beginning of a file.
+        is_whole: it is all of it.
+        named: the kind by the name of the file.
+    """
+    line, _, rest = (part.strip() for part in re.sub(r"\r\n?", "\n", head).partition("\n"))
+    if line[:1] not in ("{", "["):
         return None
-    if head.startswith("{"):
-        with contextlib.suppress(ValueError):
-            return "lines" if isinstance(json.loads(head.partition("\n")[0]), dict) else None
-    inside = head[1:].lstrip()
-    return "array" if head.startswith("[") and inside.startswith('{"') else None
+    try:
+        value = parse_json(line)
+    except ValueError:
+        if named is None and not _BEGINS_AS_OBJECT.match(head.removeprefix("[").lstrip()):
+            return None
+        # Records over several lines break off where more must follow; a line of JSON that is broken is told later.
+        goes_on = line.endswith(("{", "[", ",")) or (line[0] == "[" and not is_whole and not rest)
+        return "array" if goes_on or named is None else None
+    is_last = is_whole and not rest
+    if isinstance(value, dict):
+        return "array" if is_last and named != "lines" else "lines"
+    if is_turn(value[0] if value else None):
+        return "array" if is_last and named != "lines" else "lines"
+    return "array" if named or (value and isinstance(value[0], dict)) else None
 
 
 def read_records(path: Path, kind: Kind) -> Iterator[tuple[str, Any]]:
@@ -63,31 +91,79 @@ def read_records(path: Path, kind: Kind) -> Iterator[tuple[str, Any]]:
         if kind == "lines":
             yield from _lines(path)
         elif kind == "array":
-            yield from _array(path)
+            yield from _values(path)
         else:
             yield from _rows(path, kind)
     except (OSError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: convert it, as with iconv -f latin1 -t utf-8") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}, line {number}", line.strip()
+    number = 0
+    with open_binary(path) as file:
+        for raw in file:
+            for part in raw.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):  # no JSON holds one
+                number += 1
+                try:
+                    line = part.decode().strip().strip("\ufeff")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}, line {number} is not UTF-8 text: {how_to_convert(part)}") from error
+                if line:
+                    yield f"{path}, line {number}", line
 
 
-def _array(path: Path) -> Iterator[tuple[str, Any]]:
-    with _open(path) as file:
-        text = file.read()
+def _values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file that holds values of JSON, whole in memory."""
+    with open_binary(path) as file:
+        raw = file.read()
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from error
-    for number, value in enumerate(values if isinstance(values, list) else [values], 1):
-        yield f"{path}, record {number}", value
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {how_to_convert(raw)}") from error
+    number = 0
+    for value in _parsed(path, text):
+        for record in _records_in(path, value):
+            number += 1
+            # A text of JSON is a line that is not parsed yet.
+            yield f"{path}, record {number}", json.dumps(record) if isinstance(record, str) else record
+
+
+def _parsed(path: Path, text: str) -> Iterator[Any]:
+    decoder, at = json.JSONDecoder(), 0
+    while True:
+        found = _WHITESPACE.match(text, at)
+        at = found.end() if found else at
+        if at == len(text):
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {error.lineno}: not JSON ({error})") from error
+        except RecursionError as error:
+            raise DataError(f"{path} is not JSON (it is nested too deeply)") from error
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error})") from error
+        yield value
+
+
+def _records_in(path: Path, value: Any) -> list[Any]:
+    """Return the records of a value of JSON: itself, those of an array, or those of the one array that it holds."""
+    if isinstance(value, list):
+        return [value] if value and is_turn(value[0]) else value
+    if isinstance(value, dict):
+        arrays = [name for name, item in value.items() if _is_array_of_records(item)]
+        if len(arrays) > 1:
+            raise DataError(
+                f"{path} holds an object with several arrays of records ({', '.join(arrays)}): give each a file of its"
+                " own, and name the one for training and, with --data.val-path, the held-out one"
+            )
+        if arrays:
+            return list(value[arrays[0]])
+    return [value]
+
+
+def _is_array_of_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not is_turn(value[0])
 
 
 def _rows(path: Path, kind: Kind) -> Iterator[tuple[str, Any]]:
@@ -121,17 +197,3 @@ def _arrow_batches(pyarrow: Any, path: Path) -> Iterator[Any]:
         file = pyarrow.ipc.open_file(source)
         for i in range(file.num_record_batches):
             yield file.get_batch(i)
-
-
-def _open(path: Path) -> TextIO:
-    """Open a file as UTF-8, with or without a byte order mark, compressed or not."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig")
-    if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError as error:
-            raise DataError(f"{path} needs zstandard: pip install zstandard") from error
-        return io.TextIOWrapper(zstandard.open(path, "rb"), encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.data.config import CorpusConfig, cache_dir
-from hvdtrain.data.text.corpus import Document, find_documents, split_documents, standard_library
+from hvdtrain.data.text.compressed import SUFFIXES
+from hvdtrain.data.text.corpus import (
+    Document,
+    check_single_file,
+    find_documents,
+    split_documents,
+    standard_library,
+)
 from hvdtrain.data.text.known import KnownFiles
+from hvdtrain.data.text.named_splits import listed, named_splits
 from hvdtrain.data.text.records import Kind, kind_of, read_records
 from hvdtrain.errors import DataError
 
@@ -49,7 +57,8 @@ def position(raw: Any) -> float:
 def find_sources(config: CorpusConfig, say: Callable[[str], None]) -> dict[str, list[Source]]:
     """Return the sources by "train" and "val".
 
-    Texts are held out by file, records one by one. Files are read once per host, and again only where they change.
+    Texts are held out by file, records one by one, or by the splits that the names of their files make. Files are read
+    once per host, and again only where they change.
 
     Raises:
         DataError: there is nothing to read.
@@ -63,11 +72,26 @@ def find_sources(config: CorpusConfig, say: Callable[[str], None]) -> dict[str, 
     held_out: list[Document] = []
     if len(texts) > 1 or not records:
         train, held_out = split_documents(train, config.val_fraction)
-    below = _held_out_below(records, config.val_fraction)
     split = {"train": [_part(texts, part) for part in train], "val": [_part(texts, part) for part in held_out]}
-    for name, part in split.items():
-        part += [dataclasses.replace(s, held_out_below=below, is_held_out=name == "val") for s in records]
+    for name, part in _split_records(records, config.val_fraction, say).items():
+        split[name] += part
     return split
+
+
+def _split_records(
+    records: Sequence[Source], val_fraction: float, say: Callable[[str], None]
+) -> dict[str, list[Source]]:
+    """Return the files of records by split: by the splits that they name themselves, else every one in two parts."""
+    named = named_splits([source.document for source in records])
+    if named is not None:
+        say(named.about)
+        parts = {"train": named.train, "val": named.held_out}
+        return {name: [source for source in records if source.document in part] for name, part in parts.items()}
+    below = _held_out_below(records, val_fraction)
+    return {
+        name: [dataclasses.replace(s, held_out_below=below, is_held_out=name == "val") for s in records]
+        for name in ("train", "val")
+    }
 
 
 def _part(texts: dict[Document, Source], part: Document) -> Source:
@@ -95,7 +119,7 @@ def _read(source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _sources(config: CorpusConfig, path: str | None, say: Callable[[str], None]) -> list[Source]:
-    documents = find_documents(path) if path else standard_library()
+    documents = listed(find_documents(path)) if path else standard_library()
     kinds = {document: kind_of(document.path) if path else None for document in documents}
     if len(documents) > 1 and any(kinds.values()):
         beside = [document for document in documents if Path(document.name).name.lower().startswith(_NO_DATA)]
@@ -105,11 +129,20 @@ def _sources(config: CorpusConfig, path: str | None, say: Callable[[str], None])
     hashes = _hashes(config, path, documents, kinds)
     usable = [Source(document, kinds[document], found) for document, found in hashes.items() if found]
     if not usable:
+        if len(documents) == 1:
+            _check_single_file(documents[0])
         raise DataError(f"{path} holds no UTF-8 text and no records: its files are empty, or something else")
     left_out = [document for document, found in hashes.items() if not found and document.path.stat().st_size > 0]
     if left_out and path:
         say(f"left out {len(left_out)} of {len(documents)} files of {path}: they are neither UTF-8 text nor records")
     return usable
+
+
+def _check_single_file(document: Document) -> None:
+    """Raise DataError where the one file that a user named is a text that cannot be read; says why."""
+    if document.path.suffix.lower() in SUFFIXES:
+        raise DataError(f"{document.path} is compressed and holds no records: decompress texts first")
+    check_single_file(document)
 
 
 def _hashes(

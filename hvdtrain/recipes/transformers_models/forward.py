@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.linear import product_of
-from hvdtrain.models.loss import chunked_loss, next_token_loss
+from hvdtrain.models.loss import next_token_loss
 from hvdtrain.recipes.transformers_models.balance import Balance
 from hvdtrain.recipes.transformers_models.layouts import Batch, Call, Layout
 
@@ -20,9 +19,30 @@ LOSS_BYTES = 2**28
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Any:
     """Return the output of a forward pass, without a cache of keys and values."""
+    return model(**arguments(model, inputs))
+
+
+def arguments(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward pass that keeps no keys and values."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return model(**inputs, **({"use_cache": False} if takes_any or "use_cache" in parameters else {}))
+    return {**inputs, **({"use_cache": False} if takes_any or "use_cache" in parameters else {})}
+
+
+class Head(Protocol):
+    """What makes logits of hidden states, a part at a time: see `heads`."""
+
+    def num_logits(self, model: nn.Module) -> int:
+        """Return those of a position."""
+        ...
+
+    def body(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Return what comes before the head."""
+        ...
+
+    def loss(self, model: nn.Module, output: Any, targets: Tensor, chunk: int) -> Tensor:
+        """Return the summed cross entropy, so many positions at a time."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,13 +51,13 @@ class DocumentLoss:
 
     Args:
         layout: how documents pass through the model.
-        is_chunked: logits are no more than the product of the last hidden states and the output embeddings, so that
-            those of a large vocabulary need not exist all at once.
+        head: the model's, where it can be given a part of the hidden states, so that the logits of a large vocabulary
+            need not exist all at once; None where it cannot.
         balance: the balancing loss of a mixture of experts; None where there is none.
     """
 
     layout: Layout
-    is_chunked: bool
+    head: Head | None
     balance: Balance | None = None
 
     def __call__(self, model: nn.Module, batch: Batch, loss_bytes: int = LOSS_BYTES) -> dict[str, Tensor]:
@@ -58,12 +78,10 @@ class DocumentLoss:
         )
 
     def _run(self, model: nn.Module, call: Call, loss_bytes: int) -> tuple[Tensor, Any]:
-        whole: Any = model
-        head = whole.get_output_embeddings()
-        if self.is_chunked:
-            chunk = max(1, loss_bytes // (4 * head.weight.shape[0]))
+        if self.head is not None:
+            chunk = max(1, loss_bytes // (4 * self.head.num_logits(model)))
             if call.targets.numel() > chunk:
-                output = run(whole.base_model, call.inputs)
-                return chunked_loss(output[0], head.weight, call.targets, chunk, product_of(head)), output
+                output = self.head.body(model, call.inputs)
+                return self.head.loss(model, output, call.targets, chunk), output
         output = run(model, call.inputs)
         return next_token_loss(output.logits, call.targets)[0], output

@@ -43,8 +43,9 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
         DataError: there is none.
     """
     check_files(source)
+    library = import_transformers()
     try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = library.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a tokenizer's files make its code raise
         raise DataError(f"no tokenizer comes from {source} ({_why(error)}): give --data.tokenizer") from error
     check_template(tokenizer.chat_template, source)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from hvdtrain.errors import ConfigError, UsageError
 from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
 from hvdtrain.recipes.transformers_models.balance import Balance
-from hvdtrain.recipes.transformers_models.forward import DocumentLoss, run
+from hvdtrain.recipes.transformers_models.forward import DocumentLoss, Head, run
+from hvdtrain.recipes.transformers_models.heads import OwnHead, ProductHead, find_own_head
 from hvdtrain.recipes.transformers_models.layouts import (
     BY_MASKS,
     BY_POSITIONS,
@@ -72,7 +73,7 @@ def _is_failure(problem: str) -> bool:
     return problem.startswith(_FAILS)
 
 
-NOT_TRIED = Way(DocumentLoss(BY_POSITIONS, is_chunked=True), ())
+NOT_TRIED = Way(DocumentLoss(BY_POSITIONS, ProductHead()), ())
 """For a model without weights."""
 
 
@@ -105,7 +106,7 @@ def find_way(model: nn.Module, pool: Tensor, length: int) -> Way:
             reasons = "; ".join(f"{finding.layout.name}: {finding.problem}" for finding in findings)
             raise ConfigError(f"this model cannot be trained on documents: there is no way for them ({reasons})")
         layout = findings[-1].layout
-        return Way(DocumentLoss(layout, trial.can_be_chunked(layout), trial.balance()), tuple(findings))
+        return Way(DocumentLoss(layout, trial.head(layout), trial.balance()), tuple(findings))
 
 
 class _Trial:
@@ -182,35 +183,44 @@ class _Trial:
         assert logits is not None
         return logits
 
-    def can_be_chunked(self, layout: Layout) -> bool:
-        """Return whether the loss in chunks, from the last hidden states, is that of the model's logits."""
-        whole: Any = self._model
+    def head(self, layout: Layout) -> Head | None:
+        """Return the model's head where the loss in chunks, from the last hidden states, is that of its logits."""
+        head = ProductHead() if self._is_product() else self._own_head()
+        if head is None:
+            return None
+        batch = pack(self.documents)
+        few = 4 * head.num_logits(self._model) * max(1, len(self.documents[-1]) // 3)
         try:
-            head = whole.get_output_embeddings()
-            if not isinstance(head, nn.Linear) or head.bias is not None or not self._is_product(head):
-                return False
-            batch = pack(self.documents)
-            few = 4 * head.weight.shape[0] * max(1, len(self.documents[-1]) // 3)
-            at_once = DocumentLoss(layout, is_chunked=False)(self._model, batch)["loss"]
-            in_chunks = DocumentLoss(layout, is_chunked=True)(self._model, batch, few)["loss"]
+            at_once = DocumentLoss(layout, None)(self._model, batch)["loss"]
+            in_chunks = DocumentLoss(layout, head)(self._model, batch, few)["loss"]
         except Exception:  # whatever a model's code does: its logits are right, and taken as they are
-            return False
-        return bool((in_chunks - at_once).abs() <= 1e-4 * at_once.abs())
+            return None
+        return head if bool((in_chunks - at_once).abs() <= 1e-4 * at_once.abs()) else None
 
-    def _is_product(self, head: nn.Linear) -> bool:
+    def _own_head(self) -> OwnHead | None:
+        inputs = {"input_ids": self.documents[-1][None]}
+        return find_own_head(self._model, inputs, self._alone[-1][None], TOLERANCE / 10)
+
+    def _is_product(self) -> bool:
         """Return whether logits are what the head makes of the last hidden states, neither scaled nor capped.
 
         A cap shows in large logits only, and those of new weights are small: here the head's are made large.
         """
         whole: Any = self._model
         inputs = {"input_ids": self.documents[-1][None]}
-        product = head(run(whole.base_model, inputs)[0])
-        large = 1e3 / product.abs().max()
-        hook = head.register_forward_hook(lambda module, args, output: output * large)
         try:
-            logits = run(whole, inputs).logits
-        finally:
-            hook.remove()
+            head = whole.get_output_embeddings()
+            if not isinstance(head, nn.Linear) or head.bias is not None:
+                return False
+            product = head(run(whole.base_model, inputs)[0])
+            large = 1e3 / product.abs().max()
+            hook = head.register_forward_hook(lambda module, args, output: output * large)
+            try:
+                logits = run(whole, inputs).logits
+            finally:
+                hook.remove()
+        except Exception:  # whatever a model's code does: then its head is another one
+            return False
         return _distance(logits[0], large * product[0]) <= TOLERANCE
 
     def balance(self) -> Balance | None:
