@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hvdtrain.trainer import Recipe, Task
     from hvdtrain.verbs.train import TrainResult, train
     from hvdtrain.world import World, init
+    from hvdtrain.world.launched import launch
 
 # Imported on first use: the command line must set the number of threads before torch starts.
 _HOMES = {
@@ -60,6 +61,7 @@ _HOMES = {
     "hvdtrain.data.draws": ("Draws",),
     "hvdtrain.data.samplers": ("InOrder", "Shuffled", "Weighted"),
     "hvdtrain.world": ("World", "init"),
+    "hvdtrain.world.launched": ("launch",),
     "hvdtrain.errors": (
         "CheckpointError", "ConfigError", "DivergedError", "HvdtrainError", "StopRequested", "UsageError",
     ),
@@ -99,6 +101,7 @@ __all__ = [
     "Weighted",
     "World",
     "init",
+    "launch",
     "setting",
     "train",
 ]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hvdtrain.trainer import Recipe
 
 PROGRAM = "python -m hvdtrain"
+_HELP_ALL = "--help-all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hvdtrain.install.__main__ import main as set_up
 
         return set_up(arguments[1:])
+    if arguments[:1] in (["-np"], ["--np"]):
+        return _start_ranks(arguments[1:])
     if is_process:
         end_on_signals()
     launch = prepare_process()
@@ -150,6 +153,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.rank == 0:
             sys.stderr.write(f"hvdtrain: {stop.reason}\n")
         return stop.exit_code
+
+
+def _start_ranks(arguments: list[str]) -> int:
+    """Run the rest of the command line on ranks of this machine, by the launcher that is installed."""
+    from hvdtrain.process.job import count_of_ranks, run_job
+
+    try:
+        return run_job(
+            count_of_ranks(arguments[0] if arguments else ""), [sys.executable, "-m", "hvdtrain", *arguments[1:]]
+        )
+    except HvdtrainError as error:
+        sys.stderr.write(f"hvdtrain: {error}\n")
+        return error.exit_code
 
 
 def _run(arguments: list[str], launch: Launch) -> int:
@@ -209,7 +225,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _asks_for_help(flags: list[str]) -> bool:
-    return "--help" in flags or "-h" in flags
+    return any(flag in flags for flag in ("--help", "-h", _HELP_ALL))
 
 
 def _parse_plain(name: str, words: list[str], flags: list[str]) -> Invocation | str:
@@ -229,7 +245,7 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     if _asks_for_help(flags):
         recipe = dataclasses.replace(recipe, optim=_named_optimizer(flags, recipe))
         usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting VALUE ...]"
-        return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe)}\n"
+        return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe, _HELP_ALL in flags)}\n"
     of_verb = known_flags(verb.options)
     known = {**all_settings("optim."), **known_flags(recipe), **of_verb}
     _refuse_of_other_recipes(read_flags(flags), known, recipe_name)
@@ -266,9 +282,9 @@ def _refuse_of_other_recipes(flags: list[tuple[str, Words]], known: Mapping[str,
             raise ConfigError(f"{flag} is a setting of the recipe {other}, and {recipe_name} has nothing of the kind")
 
 
-def _help(verb: Verb, recipe: Recipe | None = None) -> str:
+def _help(verb: Verb, recipe: Recipe | None = None, has_all: bool = True) -> str:
     about = "" if recipe else f"\n{(verb.options.__doc__ or '').strip()}\n"
-    return about + help_of(verb.options, recipe)
+    return about + help_of(verb.options, recipe, has_all)
 
 
 def _overview() -> str:
@@ -284,8 +300,8 @@ usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]
 {verbs}
 
 recipes: {", ".join(RECIPES)}, or the path of your own .py file
-all settings: {PROGRAM} VERB [RECIPE] --help
-several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE]
+settings: {PROGRAM} VERB [RECIPE] --help, all of them: --help-all
+several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE], or on this machine: hvdtrain -np 4 VERB [RECIPE]
 """
 
 

@@ -1,4 +1,4 @@
-"""The words of a command line as settings: `--section.setting VALUE`, `--flag`, `--no-flag`, `--list A B`."""
+"""The words of a command line as settings: `--section.setting VALUE`, `--short VALUE`, `--no-flag`, `--list A B`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.common import full_name
 from hvdtrain.settings.fields import alternatives, check_range, fields_of, hints_of
 from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, convert
@@ -53,7 +54,7 @@ def known_flags(config: Any) -> dict[str, Any]:
 
 
 def settle_flags(flags: Iterable[tuple[str, Words]], known: Mapping[str, Any]) -> dict[str, Words]:
-    """Return the words of each setting: `--no-flag` is `flag` that is false.
+    """Return the words of each setting: `--no-flag` is `flag` that is false, `--steps` is `train.steps`.
 
     Of a flag that is given twice the last one counts; lists are put together.
 
@@ -61,7 +62,8 @@ def settle_flags(flags: Iterable[tuple[str, Words]], known: Mapping[str, Any]) -
         ConfigError: there is a flag that `known`, the types of the settings by name, does not have.
     """
     settled: dict[str, Words] = {}
-    for name, words in flags:
+    for written, words in flags:
+        name = full_name(written, known)
         *sections, last = name.split(".")
         positive = ".".join([*sections, last.removeprefix("no_")])
         if name in known:

@@ -14,13 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from hvdtrain.settings.fields import alternatives, hints_of, is_optional, range_of
+from hvdtrain.settings.common import COMMON, short_name
+from hvdtrain.settings.fields import alternatives, fields_of, hints_of, is_optional, range_of
 
 _VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
-def help_of(kind: type[Any], config: Any = None) -> str:
-    """Return the help of a flat class of options and, below it, of a configuration with its sections."""
+def help_of(kind: type[Any], config: Any = None, has_all: bool = True) -> str:
+    """Return the help of a flat class of options and, below it, of a configuration with its sections.
+
+    Without `has_all`, sections show what most people set, and the last line says how to see the rest.
+    """
     lines = [*_section("options", "", "", kind, None)]
     if config is not None:
         own = [item for item in dataclasses.fields(config) if not dataclasses.is_dataclass(getattr(config, item.name))]
@@ -29,7 +33,11 @@ def help_of(kind: type[Any], config: Any = None) -> str:
         for item in dataclasses.fields(config):
             section = getattr(config, item.name)
             if dataclasses.is_dataclass(section):
-                lines += _section(item.name, _first_line(section), f"{item.name}.", type(section), section)
+                shown = _section(item.name, _first_line(section), f"{item.name}.", type(section), section, has_all)
+                title, *fields = shown
+                lines += [title, *fields] if fields else []
+        if not has_all:
+            lines.append(f"\nall {len([*fields_of(config)])} settings: the same command with --help-all")
     return "\n".join(lines)
 
 
@@ -61,16 +69,18 @@ def _first_line(config: Any) -> str:
     return (type(config).__doc__ or "").strip().split("\n")[0]
 
 
-def _section(title: str, about: str, prefix: str, kind: type[Any], config: Any) -> Iterator[str]:
+def _section(title: str, about: str, prefix: str, kind: type[Any], config: Any, has_all: bool = True) -> Iterator[str]:
     yield f"\n{title}{': ' + about if about else ''}"
     docs, hints = docs_of(kind), hints_of(kind)
     width = min(100, shutil.get_terminal_size().columns)
     for item in dataclasses.fields(kind):
         value = getattr(config, item.name) if config is not None else item.default
-        if dataclasses.is_dataclass(value):
+        name = f"{prefix}{item.name.rstrip('_')}"
+        if dataclasses.is_dataclass(value) or not (has_all or name in COMMON):
             continue
-        flag = f"--{prefix}{item.name.rstrip('_')}".replace("_", "-")
-        yield f"  {flag}{_value_of(hints[item.name], value)}"
+        short = short_name(name)
+        flags = ", ".join(f"--{flag}".replace("_", "-") for flag in (name, short) if flag)
+        yield f"  {flags}{_value_of(hints[item.name], value)}"
         text = " ".join(filter(None, (docs.get(item.name, ""), _remark(item, hints[item.name], value))))
         yield from textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
 

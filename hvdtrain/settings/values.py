@@ -62,7 +62,7 @@ class Source:
             return f"; did you mean '{written(close[0])}'?"
         if self.file or len(known) <= _FEW:
             return f"; known are {', '.join(map(written, sorted(known)))}"
-        return "; all of them: the same command with --help"
+        return "; all of them: the same command with --help-all"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -68,10 +68,10 @@ class PlanOptions(RecipeOptions):
 
     to: int | None = setting(None, above=0, maximum=MOST)
     """The most workers to predict. None: four times those at hand, at least 8."""
-    network: str | None = None
+    link: str | None = None
     """Another network between hosts than the one at hand: rate and one-way latency, such as 25gbit,5us."""
     ranks_per_host: int | None = setting(None, above=0, maximum=MOST)
-    """Ranks of a host, for --network. None: as measured."""
+    """Ranks of a host, for --link. None: as measured."""
     price: float | None = setting(None, minimum=0)
     """Of a worker and hour, in any currency."""
     output: Path | None = setting(None, path="new directory")

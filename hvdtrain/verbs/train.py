@@ -45,7 +45,7 @@ class TrainResult:
 
 
 def train(
-    recipe: str | Recipe,
+    recipe: str | Path | Recipe,
     *,
     run_dir: str | Path | None = None,
     config: str | Path | None = None,
@@ -73,8 +73,12 @@ def train(
         DivergedError: losses or gradients are not finite any more.
         CheckpointError: the last save failed.
     """
-    name = recipe if isinstance(recipe, str) else type(recipe).__name__.lower()
-    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if not isinstance(recipe, str | Path | Recipe):
+        raise ConfigError(
+            f"train() takes the name of a recipe, the path of its .py file, or a Recipe, not {type(recipe).__name__}"
+        )
+    name = type(recipe).__name__.lower() if isinstance(recipe, Recipe) else str(recipe)
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     layers = [(read_toml(Path(config)), Source(str(config)))] if config is not None else []
     chosen = apply(chosen, [*layers, (settings, Source("train()"))])
     request = Request(name, chosen, None if run_dir is None else Path(run_dir), False, allow_config_change)

@@ -3,11 +3,13 @@
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer
 from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
 from hvdtrain.world.buckets import in_buckets
+from hvdtrain.world.build_info import ask_horovod
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.codec import CODECS, Codec, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.plain_mpi import plain_sum
 from hvdtrain.world.replicas import digest_of, keep_per_rank, per_rank_buffers
+from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.start import connect, init, pick_device, visible_gpus
 from hvdtrain.world.watch import watched
@@ -18,10 +20,12 @@ __all__ = [
     "Averaging",
     "Codec",
     "Heartbeat",
+    "RankSampler",
     "ReduceOp",
     "SoloWorld",
     "World",
     "WrappedOptimizer",
+    "ask_horovod",
     "codec_of",
     "connect",
     "digest_of",

@@ -87,9 +87,9 @@ class HorovodWorld(World):
         wait = self._waiting(hvd.alltoall_async(tensor, name=name))
         return lambda: cast(Any, wait())[0]  # Horovod also returns how much came from each rank
 
-    def start_broadcast_(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+    def start_broadcast_(self, tensor: Tensor, name: str, root: int = 0) -> Callable[[], Tensor]:
         """Broadcast in the background."""
-        return self._waiting(hvd.broadcast_async_(tensor, root_rank=0, name=name))
+        return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name))
 
     def _waiting(self, handle: Any) -> Callable[[], Tensor]:
         def wait() -> Tensor:
@@ -104,26 +104,31 @@ class HorovodWorld(World):
         with self.progress.during("communication"):
             return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
 
-    def broadcast_object(self, value: T | None, name: str) -> T:
+    def broadcast_pickled(self, value: Any, name: str, root: int) -> Any:
         """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""
         tensors: list[Tensor] = []
-        pickled = _dump(value, tensors) if self.rank == 0 else b""
+        pickled = _dump(value, tensors) if self.rank == root else b""
         shapes = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
-        message = (pickled, shapes) if self.rank == 0 else None
+        message = (pickled, shapes) if self.rank == root else None
         with self.progress.during("communication"):
-            pickled, shapes = cast(Any, hvd.broadcast_object(message, root_rank=0, name=name))
-        if self.rank != 0:
+            pickled, shapes = cast(Any, hvd.broadcast_object(message, root_rank=root, name=name))
+        if self.rank != root:
             tensors = [
                 torch.empty(shape, dtype=dtype, device=self.device if kind == "cuda" else "cpu")
                 for shape, dtype, kind in shapes
             ]
-        self.broadcast_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, name)
-        return cast(T, value if self.rank == 0 else _load(pickled, tensors))
+        self.broadcast_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, name, root)
+        return value if self.rank == root else _load(pickled, tensors)
 
-    def all_gather_object(self, value: T, name: str) -> list[T]:
+    def all_gather_pickled(self, value: T, name: str) -> list[T]:
         """Gather pickles; meant for small values."""
         with self.progress.during("communication"):
             return cast("list[T]", hvd.allgather_object(value, name=name))
+
+    def answer_with_zeros(self) -> int:
+        """Call Horovod's `join`."""
+        with self.progress.during("communication"):
+            return int(hvd.join())
 
     def has_lost_contact(self, error: BaseException) -> bool:
         """Return whether it is Horovod's word for a rank that has gone."""

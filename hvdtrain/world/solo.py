@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class SoloWorld(World):
         """Return a function that returns `tensor`."""
         return lambda: tensor
 
-    def start_broadcast_(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
+    def start_broadcast_(self, tensor: Tensor, name: str, root: int = 0) -> Callable[[], Tensor]:
         """Return a function that returns `tensor`."""
         return lambda: tensor
 
@@ -46,10 +46,10 @@ class SoloWorld(World):
         """Return a copy."""
         return tensor.clone()
 
-    def broadcast_object(self, value: T | None, name: str) -> T:
+    def broadcast_pickled(self, value: Any, name: str, root: int) -> Any:
         """Return `value`."""
-        return cast(T, value)
+        return value
 
-    def all_gather_object(self, value: T, name: str) -> list[T]:
+    def all_gather_pickled(self, value: T, name: str) -> list[T]:
         """Return `value` as the only one."""
         return [value]

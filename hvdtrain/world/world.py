@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.process.launch import Launch
-from hvdtrain.process.progress import Progress
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
-from hvdtrain.world.carriers import ReduceOp, bits_of, for_reduction
-from hvdtrain.world.replicas import all_in_one, digest_of, first_difference
+from hvdtrain.world.collectives import Collectives
+from hvdtrain.world.replicas import all_in_one, digest_of, first_difference, per_rank_buffers
+from hvdtrain.world.sampler import RankSampler
+from hvdtrain.world.state_file import read_state, write_state
 
 T = TypeVar("T")
 
 
-class World(ABC):
-    """The ranks of this run and what they do together.
+class World(Collectives):
+    """The ranks of this run and what they do together: see also `Collectives`."""
 
-    Every method marked "Collective." must be called by all ranks, in the same order, with the same `name`.
-    """
-
-    rank: int = 0
-    size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    device: torch.device
     launch: Launch
-    progress: Progress
-    """Where this rank is; blocking collectives note themselves."""
     num_wraps: int = 0
     """Optimizers that `wrap` was given: each one's collectives have names of their own."""
 
@@ -56,7 +49,7 @@ class World(ABC):
         self.check_averaging(averaging)
         return wrap_optimizer(self, optimizer, model, averaging)
 
-    def check_averaging(self, averaging: Averaging) -> None:  # noqa: B027  most can do all of it
+    def check_averaging(self, averaging: Averaging) -> None:
         """Raise ConfigError where this back end cannot average so."""
 
     def optimizer_type(
@@ -65,95 +58,61 @@ class World(ABC):
         """Return the class, derived from `inner`, that users of this back end's library expect, and its attributes."""
         return inner, {}
 
-    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Make every rank's model and optimizer bitwise those of rank 0. Collective.
+    def broadcast_state(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, root: int = 0) -> None:
+        """Make every rank's model and optimizer bitwise those of rank `root`. Collective.
 
         The optimizer's state is sent as it is: a fresh optimizer takes no hidden step on any rank. Its parameter groups
         stay the objects that they are, under schedulers and whoever else holds them.
 
         Raises:
-            UsageError: a tensor of the model cannot be sent; names it.
+            UsageError: a tensor of the model cannot be sent; names it. There is no rank `root`.
         """
+        self._check_rank(root)
         if self.size == 1:
             return
         if optimizer is not None:
-            state = self.broadcast_object(optimizer.state_dict() if self.rank == 0 else None, "optimizer")
-            if self.rank != 0:
-                load_in_place(optimizer, state)
+            self.broadcast_optimizer(optimizer, root)
         # Tensors last, as nothing may touch them afterwards.
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.broadcast_tensors(tensors, "model")
+        self.broadcast_tensors(tensors, "model", root)
 
-    def broadcast_tensors(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """Overwrite every rank's tensors, of any type and layout, with rank 0's, in place. Collective.
+    def broadcast_optimizer(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
+        """Make every rank's optimizer state that of rank `root`; its parameters are left alone. Collective."""
+        state = self.broadcast_object(optimizer.state_dict() if self.rank == root else None, "optimizer", root)
+        if self.rank != root:
+            load_in_place(optimizer, state)
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Make buffers equal on all ranks: the mean of real ones, such as running statistics. Collective.
+
+        Counts and flags become the largest over the ranks. What `keep_per_rank` was told of is left alone.
+        """
+        own = per_rank_buffers(model)
+        for name, buffer in model.named_buffers():
+            if name not in own:
+                is_real = buffer.is_floating_point() or buffer.is_complex()
+                buffer.copy_(self.all_reduce(buffer, "mean" if is_real else "max", f"buffers.{name}"))
+
+    def sampler(self, num_samples: int, *, shuffle: bool = True, seed: int = 0) -> RankSampler:
+        """Return this rank's part of `num_samples` samples, for a `DataLoader(dataset, sampler=...)`."""
+        return RankSampler(num_samples, self.rank, self.size, shuffle=shuffle, seed=seed)
+
+    def save(self, state: Mapping[str, Any], path: str | Path) -> None:
+        """Have rank 0 write what `torch.save` can, whole or not at all; returns when it is there. Collective.
 
         Raises:
-            UsageError: one is sparse, quantized, or overlaps itself; names it.
+            UsageError: the file cannot be written.
         """
-        all_bits = {key: bits_of(tensor, key) for key, tensor in tensors.items()}
-        waits = [self.start_broadcast_(bits, f"{name}.{key}") for key, (bits, _) in all_bits.items()]
-        for wait, (_, write_back) in zip(waits, all_bits.values(), strict=True):
-            wait()
-            write_back()
+        self.together(lambda: write_state(state, Path(path)) if self.rank == 0 else None, "save")
 
-    def all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Tensor:
-        """Return the sum, mean, minimum or maximum of `tensor` over the ranks, same shape and type. Collective.
+    def load(self, path: str | Path) -> Any:
+        """Return on every rank what rank 0 reads there, tensors in host memory; runs no code. Collective.
 
         Raises:
-            UsageError: its type has no such reduction, as integers have no mean.
+            UsageError: there is no such file, or it holds other things than tensors and plain values.
         """
-        return self.start_all_reduce(tensor, op, name)()
-
-    def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str) -> Callable[[], Tensor]:
-        """Begin an `all_reduce` and return the function that waits for its result. Collective."""
-        copy, restore = for_reduction(tensor, op, name)
-        wait = self.start_all_reduce_(copy, op, name)
-        return lambda: restore(wait())
-
-    @abstractmethod
-    def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
-        """Begin to reduce a contiguous tensor in place; returns the function that waits and returns it. Collective.
-
-        Its type is one of float16, float32, float64, int32 and int64.
-        adasum (arXiv:2006.02924) only where `check_averaging` lets it pass.
-        """
-
-    @abstractmethod
-    def start_broadcast_(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
-        """Begin to overwrite a flat tensor with rank 0's; returns the function that waits and returns it. Collective.
-
-        Its type is one of those of `start_all_reduce_`, uint8 and int16.
-        """
-
-    @abstractmethod
-    def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
-        """Begin to join the ranks' tensors along their first dimension, whose length may differ. Collective.
-
-        Returns the function that waits for the result, rank 0's part first.
-        """
-
-    @abstractmethod
-    def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
-        """Begin to send part r of `tensor`, cut into as many equal parts as there are ranks, to rank r. Collective.
-
-        Returns the function that waits for what this rank is sent, in the order of the ranks; the shape of `tensor`.
-        """
-
-    @abstractmethod
-    def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
-        """Return the reduction of `tensor` over some ranks. Collective among these; `init` was given the group."""
-
-    @abstractmethod
-    def broadcast_object(self, value: T | None, name: str) -> T:
-        """Return rank 0's `value` on every rank; it must pickle. Other ranks may pass None. Collective."""
-
-    @abstractmethod
-    def all_gather_object(self, value: T, name: str) -> list[T]:
-        """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective."""
-
-    def barrier(self, name: str) -> None:
-        """Wait until every rank is here. Collective."""
-        self.all_reduce(torch.zeros(1), "sum", f"barrier.{name}")
+        state = self.together(lambda: read_state(Path(path)) if self.rank == 0 else None, "load")
+        return self.broadcast_object(state, "load")
 
     def together(self, action: Callable[[], T], name: str) -> T:
         """Run `action` on every rank; where it raises HvdtrainError on any, raise the same on all. Collective.
@@ -199,5 +158,5 @@ class World(ABC):
         """Return whether an exception only says that another rank is gone."""
         return False
 
-    def close(self) -> None:  # noqa: B027  one process has nothing to leave
+    def close(self) -> None:
         """Leave the world. Further collectives are an error."""

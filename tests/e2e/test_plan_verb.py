@@ -26,12 +26,12 @@ def test_plan(hvdtrain, tmp_path, small_text, launcher, ranks):
     assert 0 < readiness[0] <= readiness[-1] <= 1
     assert "<svg" in (tmp_path / "out" / "plan.html").read_text()
     if ranks == 1:
-        assert "--network" in done.out
+        assert "--link" in done.out
     else:
         assert values["facts"]["network"]["controller"] == ("gloo" if "gloo" in launcher else "mpi")
         assert ("plain MPI takes" in done.out) == ("gloo" not in launcher)
         # Without a launcher, for a network that one does not have.
-        again = hvdtrain("plan", "--from", "out", "--to", "32", "--network", "25gbit,5us", "--ranks-per-host", "2")
+        again = hvdtrain("plan", "--from", "out", "--to", "32", "--link", "25gbit,5us", "--ranks-per-host", "2")
         assert again.code == 0, again.text
         assert re.search(r"^[> ] +32 ", again.out, re.MULTILINE)
     assert not (tmp_path / "runs").exists()

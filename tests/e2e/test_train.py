@@ -190,7 +190,7 @@ def test_help(hvdtrain):
     overview = hvdtrain("--help")
     assert overview.code == 0
     assert "recipes: lm, lm-10m, lm-124m, lm-1b, lm-3b, hf, mnist" in overview.out
-    details = hvdtrain("train", "lm", "--help", COLUMNS="200")
+    details = hvdtrain("train", "lm", "--help-all", COLUMNS="200")
     assert details.code == 0
     for words in ("--train.global-batch-size", "Optimizer steps of the whole run", "--data.path", "--model.num-layers"):
         assert words in details.out

@@ -21,7 +21,7 @@ class FolderWorld(SoloWorld):
         super().__init__(torch.device("cpu"), Launch("none"))
         self.folder, self.rank, self.size, self.count, self.is_late = folder, rank, size, 0, False
 
-    def all_gather_object(self, value, name):
+    def all_gather_pickled(self, value, name):
         self.count += 1
         path = self.folder / f"{self.count}-{self.rank}"
         path.with_suffix(".part").write_bytes(pickle.dumps(value))
@@ -31,8 +31,8 @@ class FolderWorld(SoloWorld):
             time.sleep(0.01)
         return [pickle.loads(other.read_bytes()) for other in others]
 
-    def broadcast_object(self, value, name):
-        value = self.all_gather_object(value, name)[0]
+    def broadcast_pickled(self, value, name, root):
+        value = self.all_gather_pickled(value, name)[root]
         while self.is_late and not (self.folder / "come").exists():
             time.sleep(0.01)
         return value

@@ -91,14 +91,14 @@ class ThreadWorld(World):
     def all_reduce_among(self, ranks, tensor, name, op="sum"):
         raise NotImplementedError
 
-    def broadcast_object(self, value, name):
-        return self._start(name, value, lambda parts: parts[0])()
+    def broadcast_pickled(self, value, name, root):
+        return self._start(name, value, lambda parts: parts[root])()
 
-    def all_gather_object(self, value, name):
+    def all_gather_pickled(self, value, name):
         return self._start(name, value, list)()
 
-    def start_broadcast_(self, tensor, name):
-        return self._start(name, tensor.clone(), lambda parts: tensor.copy_(parts[0]))
+    def start_broadcast_(self, tensor, name, root=0):
+        return self._start(name, tensor.clone(), lambda parts: tensor.copy_(parts[root]))
 
 
 def run_ranks(size, work):

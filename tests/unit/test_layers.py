@@ -16,6 +16,7 @@ LAYERS = {
     "verbs": 7,
     "recipes": 6,
     "trainer": 5,
+    "compat": 5,
     "world": 4,
     "rundir": 3,
     "data": 2,

@@ -61,7 +61,7 @@ def test_a_network_that_one_does_not_have():
     assert other.outside_latency_s == pytest.approx(5e-6)
     assert 1 / other.outside_byte_s == pytest.approx(25e9 / 8 * 0.957)
     for wrong in ("25gbit", "fast,5us", "0gbit,1us", "1gbit,5s"):
-        with pytest.raises(ConfigError, match="--network"):
+        with pytest.raises(ConfigError, match="--link"):
             other_network(None, wrong)
 
 
@@ -229,7 +229,7 @@ def test_a_slow_network_makes_few_workers_and_names_itself():
 def test_what_was_not_measured_is_not_predicted():
     nothing = answer(facts(network=None), 8)
     assert [row.workers for row in nothing.rows] == [1]
-    assert "--network 25gbit,5us" in nothing.unknown
+    assert "--link 25gbit,5us" in nothing.unknown
     inside = Network("mpi", 1e-4, 1e-6, 1e-10, None, None, 0.1, 2)
     some = answer(facts(network=inside, ranks_per_host=2), 8)
     assert [row.workers for row in some.rows] == [1, 2]

@@ -20,6 +20,7 @@ from hvdtrain.optim.schedule import check_schedule, describe_schedule, warmup_st
 from hvdtrain.recipes import RECIPES, load_recipe
 from hvdtrain.recipes.given import apply
 from hvdtrain.settings import Config, OptimConfig, changeable_settings, synonyms, to_dict
+from hvdtrain.settings.common import COMMON, SHORT, full_name
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags
 from hvdtrain.settings.help import docs_of
@@ -221,13 +222,43 @@ def test_help_needs_no_torch_and_half_a_second(line):
 
 
 def test_help_says_range_and_default():
-    text = " ".join(cli.parse(["train", "lm", "--help"]).split())
-    assert "--train.seed N Seed of the initial weights" in text
+    text = " ".join(cli.parse(["train", "lm", "--help-all"]).split())
+    assert "--train.seed, --seed N Seed of the initial weights" in text
     assert "every other random number. [at least 0; default: 0]" in text
     assert "--comm.compression none|fp16" in text
     assert "--eval.choices PATH" in text
     assert "--optim.momentum X" not in text
-    assert "--optim.momentum X" in cli.parse(["train", "lm", "--optim.name", "sgd", "--help"])
+    assert "--optim.momentum X" in cli.parse(["train", "lm", "--optim.name", "sgd", "--help-all"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_shows_what_most_people_set_and_then_all(recipe):
+    short, whole = cli.parse(["train", recipe, "--help"]), cli.parse(["train", recipe, "--help-all"])
+    every = [name for name, _, _ in fields_of(load_recipe(recipe)) if "." in name]
+
+    def shown(text):
+        return {name for name in every if re.search(rf"^  --{name.replace('_', '-')}[, \n]", text, re.MULTILINE)}
+
+    assert shown(whole) == set(every)
+    assert shown(short) == COMMON & set(every)
+    assert len(shown(short)) <= 25
+    assert f"all {len([*fields_of(load_recipe(recipe))])} settings: the same command with --help-all" in short
+    assert "--help-all" not in whole
+
+
+@pytest.mark.parametrize("short", SHORT)
+def test_short_names(short):
+    """Each means one setting in some recipe, and the long name beside it; the last one that is given counts."""
+    recipes = [name for name in RECIPES if full_name(short, known_flags(load_recipe(name))) != short]
+    assert recipes
+    full = full_name(short, known_flags(load_recipe(recipes[0])))
+    value = {"precision": "bf16", "data": "README.md", "model": "gpt2", "max_time": "1h", "lr": "0.5"}.get(short, "7")
+    flag, long = short.replace("_", "-"), full.replace("_", "-")
+    assert cli.parse(["train", recipes[0], f"--{flag}", value]) == cli.parse(["train", recipes[0], f"--{long}", value])
+    if value == "7":
+        both = cli.parse(["train", recipes[0], f"--{long}", "7", f"--{flag}", "8"]).recipe
+        section, name = full.split(".")
+        assert getattr(getattr(both, section), name) == 8
 
 
 def test_help_into_a_pipe_that_closes():
@@ -296,11 +327,11 @@ def test_a_recipes_own_warmup_yields_to_fewer_steps_of_the_user():
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("train lm --lr 1", "did you mean '--optim.peak-lr'?"),
+        ("train lm --learning-rate 1", "did you mean '--optim.peak-lr'?"),
         ("train lm --learning-rate=1", "did you mean '--optim.peak-lr'?"),
-        ("train lm --batch-size 3", "'--train.global-batch-size' or '--train.micro-batch-size'?"),
-        ("train lm --epochs 3", "did you mean '--train.epochs'?"),
-        ("train lm --steps 3", "did you mean '--train.steps'?"),
+        ("train lm --bs 3", "'--train.global-batch-size' or '--train.micro-batch-size'?"),
+        ("train lm --num-epochs 3", "did you mean '--train.epochs'?"),
+        ("train lm --max-steps 3", "did you mean '--train.steps'?"),
         ("train lm --train.lr 3", "did you mean '--optim.peak-lr'?"),
         ("train lm --gpus 4", "horovodrun -np 4"),
         ("train lm -n 4", "horovodrun -np 4"),
@@ -308,7 +339,7 @@ def test_a_recipes_own_warmup_yields_to_fewer_steps_of_the_user():
         ("train lm --resume", "did you mean '--run-dir'?"),
         ("train lm --version", "python -m hvdtrain --version"),
         ("train lm --gradient-checkpointing", "did you mean '--model.checkpoint-blocks'?"),
-        ("train mnist --data x", "did you mean '--data.root'?"),
+        ("train mnist --datadir x", "did you mean '--data.root'?"),
         ("train mnist --eval.choices x", "--eval.choices is a setting of the recipe lm"),
         ("train lm --data.text-field x", "--data.text-field is a setting of the recipe hf"),
         ("train lm --health.no-memory-checks", "did you mean '--health.memory-check'?"),

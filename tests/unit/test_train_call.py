@@ -101,6 +101,15 @@ def test_wrong_settings_are_raised_and_nothing_is_left(tmp_path, settings, says)
     assert [*tmp_path.iterdir()] == []
 
 
+def test_a_path_will_do_and_other_things_are_refused(tmp_path):
+    recipe = tmp_path / "odd.py"
+    recipe.write_text("recipe = 3\n")
+    with pytest.raises(hvdtrain.ConfigError, match=r"odd\.py"):
+        hvdtrain.train(recipe)
+    with pytest.raises(hvdtrain.ConfigError, match="not int"):
+        hvdtrain.train(3)
+
+
 def test_a_stop_is_raised_and_the_same_call_continues(tmp_path):
     with pytest.raises(hvdtrain.StopRequested, match=r"stopped at step \d of 8 on request \(SIGTERM"):
         hvdtrain.train(RECIPE, run_dir=tmp_path / "run", stops=True)

@@ -55,7 +55,7 @@ def answer(facts: Facts, to: int, price: float | None = None) -> Answer:
             kind = "between hosts" if layout.hosts > 1 else "inside a host"
             unknown = (
                 f"{workers} workers and more need the network {kind}, which was not measured: start plan on several"
-                f" {'hosts' if layout.hosts > 1 else 'ranks'}, or describe it with --network 25gbit,5us"
+                f" {'hosts' if layout.hosts > 1 else 'ranks'}, or describe it with --link 25gbit,5us"
             )
             break
         rows.append(row_of(facts, workers))

@@ -78,22 +78,22 @@ def _job(recipe: Recipe, task: Task, world: World) -> Job:
 
 
 def _ask(facts: Facts, options: PlanOptions, size: int = 1) -> Answer:
-    if options.network is not None:
+    if options.link is not None:
         facts = _on_other_network(facts, options)
     to = options.to or max(8, 4 * max([size, *facts.measured_steps_s]))
     return answer(facts, to, options.price)
 
 
 def _on_other_network(facts: Facts, options: PlanOptions) -> Facts:
-    assert options.network is not None
+    assert options.link is not None
     per_host = options.ranks_per_host or facts.ranks_per_host
     if per_host > 1 and (facts.network is None or facts.network.inside_byte_s is None):
         raise ConfigError(
-            f"--network describes the links between hosts, and nothing is known of the {per_host} ranks inside one:"
+            f"--link describes the links between hosts, and nothing is known of the {per_host} ranks inside one:"
             " measure on as many ranks, or give --ranks-per-host 1"
         )
     changed = {
-        name: None if network is None and name == "fp16_network" else other_network(network, options.network)
+        name: None if network is None and name == "fp16_network" else other_network(network, options.link)
         for name, network in (("network", facts.network), ("fp16_network", facts.fp16_network))
     }
     return dataclasses.replace(facts, ranks_per_host=per_host, **changed)  # type: ignore[arg-type]

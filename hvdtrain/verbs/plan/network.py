@@ -154,11 +154,11 @@ def other_network(measured: Network | None, given: str, controller: Controller =
     """
     match = re.fullmatch(r"([\d.]+)\s*([kmg])bit(?:/s)?\s*,\s*([\d.]+)\s*(us|ms)", given.strip().lower())
     if match is None:
-        raise ConfigError(f"--network {given}: write a rate and a one-way latency, such as 25gbit,5us or 200mbit,1ms")
+        raise ConfigError(f"--link {given}: write a rate and a one-way latency, such as 25gbit,5us or 200mbit,1ms")
     rate = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
     latency = float(match[3]) * {"us": 1e-6, "ms": 1e-3}[match[4]]
     if rate <= 0:
-        raise ConfigError(f"--network {given}: the rate must be greater than 0")
+        raise ConfigError(f"--link {given}: the rate must be greater than 0")
     base = measured or Network(controller, 0.0, None, None, None, None, 0.0, 1)
     return replace(base, outside_latency_s=latency, outside_byte_s=8 / rate / _PAYLOAD)
 

@@ -1,0 +1,37 @@
+"""A rank that calls one function of a program which has started it: `python -m hvdtrain.process.called FOLDER`."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+from pathlib import Path
+
+from hvdtrain.process.launch import prepare_process
+
+CALL, RESULT, FAILURE = "call.pickle", "result-{}.pickle", "failure-{}.txt"
+
+
+def main() -> int:
+    """Call the function in the folder's file; leave its result, or its traceback, there."""
+    launch = prepare_process()  # before torch starts
+    folder = Path(sys.argv[1])
+    try:
+        sys.path[:] = pickle.loads((folder / "path.pickle").read_bytes())
+        function, args, kwargs = pickle.loads((folder / CALL).read_bytes())
+        result = pickle.dumps(function(*args, **kwargs))
+    except BaseException as error:
+        (folder / FAILURE.format(launch.rank)).write_text(_story(error))
+        raise
+    (folder / RESULT.format(launch.rank)).write_bytes(result)
+    return 0
+
+
+def _story(error: BaseException) -> str:
+    """Return the traceback without what lies before the user's function."""
+    own = error.__traceback__.tb_next if error.__traceback__ else None
+    return "".join(traceback.format_exception(type(error), error, own))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

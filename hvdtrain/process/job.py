@@ -1,0 +1,155 @@
+"""Ranks on this machine, started by a program or by `hvdtrain -np N`, and ended with it. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.process.launch import detect_launch
+from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
+
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_MOST_RANKS = 4096
+
+
+def count_of_ranks(text: str) -> int:
+    """Return the number after `-np`.
+
+    Raises:
+        ConfigError: it is none from 1 to 4096.
+    """
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _MOST_RANKS):
+        raise ConfigError(f"-np {text[:40]}: give the number of ranks, from 1 to {_MOST_RANKS}, as in -np 4")
+    return int(text)
+
+
+def command_of(ranks: int, program: Sequence[str]) -> list[str]:
+    """Return the command that starts so many ranks of a program on this machine; one needs no launcher.
+
+    Raises:
+        LaunchError: this process is a rank itself, or Horovod is not installed.
+    """
+    launch = detect_launch()
+    if launch.is_parallel:
+        raise LaunchError(
+            f"this is rank {launch.rank} of {launch.size} that {launch.launcher} has started: start ranks once only,"
+            " from outside of them"
+        )
+    if ranks == 1:
+        return list(program)
+    beside = Path(sys.executable).with_name("horovodrun")
+    horovodrun = str(beside) if beside.exists() else shutil.which("horovodrun")
+    if horovodrun is None:
+        raise LaunchError(
+            f"{ranks} ranks need Horovod, which is not installed beside {sys.executable}: run launch/setup.sh in a"
+            " clone, or hvdtrain setup"
+        )
+    return [horovodrun, "-np", str(ranks), *program]
+
+
+def run_job(
+    ranks: int, program: Sequence[str], output: Callable[[str], object] | None = None, timeout_s: float | None = None
+) -> int:
+    """Run a program on so many ranks of this machine; returns its exit code, 1 where a signal has ended it.
+
+    Signals are passed on to every rank, which may save and leave; a second one ends them at once. Nothing outlives the
+    call.
+
+    Args:
+        ranks: how many.
+        program: the command of a rank.
+        output: is given each line that the ranks print; None: they print where this process does.
+        timeout_s: seconds after which they are ended; None: no limit.
+
+    Raises:
+        LaunchError: they cannot be started.
+        TimeoutError: the time was over.
+    """
+    mark = uuid.uuid4().hex
+    pipe = None if output is None else subprocess.PIPE
+    environ = {**os.environ, MARK: mark, **_path_to(sys.executable)}
+    command = command_of(ranks, program)
+    try:
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe and subprocess.STDOUT,
+            text=True,
+        )
+    except OSError as error:
+        raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from error
+    try:
+        with _passing_signals_on(mark):
+            reader = _read_lines(process, output) if output else None
+            code = process.wait(timeout_s)
+            if reader:
+                reader.join()
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"{ranks} ranks had not ended after {timeout_s:g} s, and were ended") from error
+    except KeyboardInterrupt:  # of a program whose own handler raises it
+        for pid in ranks_among(marked_processes(mark)):
+            kill(pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        raise
+    finally:
+        end_all(mark)
+        process.wait()
+    return code if code >= 0 else 1
+
+
+def _path_to(executable: str) -> dict[str, str]:
+    """Return the PATH on which a launcher finds this Python's own programs, also where nothing is activated."""
+    return {"PATH": os.pathsep.join([str(Path(executable).parent), os.environ.get("PATH", os.defpath)])}
+
+
+def _read_lines(process: subprocess.Popen[str], output: Callable[[str], object]) -> threading.Thread:
+    def read() -> None:
+        with contextlib.suppress(ValueError):  # closed by the main thread
+            for line in process.stdout or ():
+                output(line)
+
+    reader = threading.Thread(target=read, name="hvdtrain-output", daemon=True)
+    reader.start()
+    return reader
+
+
+@contextlib.contextmanager
+def _passing_signals_on(mark: str) -> Iterator[None]:
+    """Pass signals on to the ranks, where this is a process of its own: in a notebook Ctrl-C means an exception."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        pids = marked_processes(mark)
+        for pid in ranks_among(pids) if count == 1 else pids:
+            kill(pid, signal.SIGTERM if count == 1 else signal.SIGKILL)
+
+    wanted = [number for number in _STOPS if signal.getsignal(number) is signal.SIG_DFL or _is_pythons(number)]
+    before = {number: signal.signal(number, pass_on) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_pythons(number: int) -> bool:
+    return signal.getsignal(number) is signal.default_int_handler

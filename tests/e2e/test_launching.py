@@ -1,0 +1,107 @@
+"""Ranks that a program, a notebook or `hvdtrain -np N` starts."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+
+import pytest
+from conftest import environment
+
+import hvdtrain
+from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.process.job import command_of, count_of_ranks
+
+
+@contextlib.contextmanager
+def outside(monkeypatch):
+    """Be a process that no launcher has started."""
+    for name in list(os.environ):
+        if name.startswith(("OMPI_COMM", "PMIX", "PMI_", "HOROVOD_RANK")) or name == "OMP_NUM_THREADS":
+            monkeypatch.delenv(name)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    yield
+
+
+def test_a_function_on_one_rank_needs_no_launcher(monkeypatch, capsys):
+    factor = 3
+
+    def work(number, *, more):
+        print("at work")
+        return factor * number + more
+
+    with outside(monkeypatch):
+        assert hvdtrain.launch(work, 2, ranks=1, more=1) == [7]
+        assert "at work" in capsys.readouterr().out
+        with pytest.raises(LaunchError, match=r"(?s)rank 0 of 1 has failed:.*in work.*TypeError"):
+            hvdtrain.launch(work, None, ranks=1, more=1)
+        with pytest.raises(TimeoutError, match="had not ended after 1 s"):
+            hvdtrain.launch(time.sleep, 60, ranks=1, timeout_s=1)
+        with pytest.raises(LaunchError, match="exit code 7"):
+            hvdtrain.launch(os._exit, 7, ranks=1)
+        with pytest.raises(ConfigError, match="cannot be sent"):
+            hvdtrain.launch(print, sys.stdout, ranks=1)
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None])
+def test_numbers_of_ranks_that_are_none(ranks):
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        hvdtrain.launch(print, ranks=ranks)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "x", "2.0", "99999999999999", "٣"])
+def test_counts_that_are_none(text):
+    with pytest.raises(ConfigError, match="give the number of ranks"):
+        count_of_ranks(text)
+    assert count_of_ranks("4") == 4
+
+
+def test_a_rank_starts_no_ranks(monkeypatch):
+    monkeypatch.setenv("HOROVOD_RANK", "1")
+    monkeypatch.setenv("HOROVOD_SIZE", "2")
+    with pytest.raises(LaunchError, match="this is rank 1 of 2"):
+        command_of(2, ["true"])
+
+
+def test_a_function_on_two_ranks(monkeypatch):
+    def work():
+        import torch
+
+        world = hvdtrain.init()
+        return world.rank, world.size, world.all_reduce(torch.tensor(float(world.rank)), "sum").item()
+
+    def fails():
+        if hvdtrain.init().rank == 1:
+            raise ValueError("no luck")
+        time.sleep(60)
+
+    with outside(monkeypatch):
+        assert hvdtrain.launch(work, ranks=2, timeout_s=100) == [(0, 2, 1.0), (1, 2, 1.0)]
+        with pytest.raises(LaunchError, match=r"(?s)rank 1 of 2 has failed:.*ValueError: no luck"):
+            hvdtrain.launch(fails, ranks=2, timeout_s=100)
+
+
+def test_the_command_line_starts_its_own_ranks_and_passes_a_signal_on(start, tiny_lm, tmp_path):
+    command = [sys.executable, "-m", "hvdtrain", "-np", "2", *tiny_lm, "--train.steps", "100000", "--run-dir", "run"]
+    process = start(*command)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "checkpoints" / "latest").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, out
+    assert "2 ranks" in out
+    assert "stopped" in out
+
+
+def test_what_follows_np(run):
+    done = run(sys.executable, "-m", "hvdtrain", "-np", "many", "train", "lm")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "hvdtrain: -np many: give the number of ranks, from 1 to 4096, as in -np 4\n"
+    done = run(sys.executable, "-m", "hvdtrain", "-np", "1", "train", "lm", "--optim.peak-lr", "x")
+    assert done.code == 2
+    assert "Traceback" not in done.err
