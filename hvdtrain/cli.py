@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
-from hvdtrain.process.launch import Launch, prepare_process
+from hvdtrain.process.launch import Launch, open_outputs, prepare_process
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
 from hvdtrain.settings import nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 finished, 2 wrong usage, 75 stopped on request."""
     is_process = arguments is None  # of its own, not a call from a program
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    open_outputs()
     if arguments[:1] == ["--version"]:
         sys.stdout.write(f"hvdtrain {__version__}\n")
         return 0
@@ -362,7 +363,7 @@ def _silent_unless(talks: bool) -> Iterator[None]:
 
 def _refuse(error: HvdtrainError, launch: Launch) -> int:
     if launch.rank == 0:
-        sys.stderr.write(f"hvdtrain: {error}\n")
+        sys.stderr.write(f"hvdtrain: {error}\n{getattr(error, 'stack', '')}")
         sys.stderr.flush()
     return _leave(error.exit_code, launch)
 

@@ -28,6 +28,8 @@ class UsageError(HvdtrainError):
     """Something the user can mend: the message says how, on one line. Raised alike on all ranks."""
 
     exit_code = 2
+    stack = ""
+    """Where in the user's own code it happened, printed after the message."""
 
     def __str__(self) -> str:
         # What users give may hold line breaks, or turn the direction of writing.

@@ -10,8 +10,10 @@ Seen with torch 2.13.0+cpu and torchvision 0.28.0.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -19,6 +21,7 @@ import torch
 from hvdtrain.errors import DataError
 
 _MISSING_OPERATOR = re.compile(r"operator torchvision::(\w+) does not exist")
+_REGISTERED = re.compile(r"register_fake\(\s*f?[\"']torchvision::(\w+)[\"']")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _declared: set[str] = set()
 
@@ -44,9 +47,24 @@ def import_torchvision(module: str = "torchvision") -> ModuleType:
             missing = _MISSING_OPERATOR.search(str(error))
             if missing is None or missing[1] in _declared:
                 raise
+            names = {missing[1], *_registered_names()} - _declared
             _forget_torchvision()  # modules kept from a failed import are no attributes of the next
-            torch.library.define(f"torchvision::{missing[1]}", _SCHEMA)
-            _declared.add(missing[1])
+            for name in names:
+                if not hasattr(torch.ops.torchvision, name):
+                    torch.library.define(f"torchvision::{name}", _SCHEMA)
+            _declared.update(names)
+
+
+def _registered_names() -> set[str]:
+    """Return the operators for which torchvision registers shapes.
+
+    All are declared before it is imported again: up to torch 2.6 an operator whose shapes a first, failed import has
+    registered refuses to have them registered a second time.
+    """
+    found = importlib.util.find_spec("torchvision")
+    folders = [Path(folder) for folder in found.submodule_search_locations or ()] if found else []
+    sources = [file.read_text(errors="replace") for folder in folders for file in folder.glob("*.py")]
+    return {name for text in sources for name in _REGISTERED.findall(text)}
 
 
 def _forget_torchvision() -> None:

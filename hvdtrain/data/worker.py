@@ -12,7 +12,6 @@ import runpy
 import signal
 import socket
 import sys
-import traceback
 import types
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 from hvdtrain.data.draws import Request
 from hvdtrain.data.messages import receive, send, send_batch
 from hvdtrain.data.readers import BatchSource
+from hvdtrain.process.tracebacks import place_of, stack_of
 
 _PR_SET_PDEATHSIG = 1
 
@@ -43,6 +43,8 @@ class Failure(NamedTuple):
     """Pickled; None where that is impossible."""
     text: str
     """Its traceback."""
+    place: str = ""
+    """Where in a user's code it was raised."""
 
 
 def main(descriptor: int) -> None:
@@ -79,13 +81,13 @@ def _answer(connection: socket.socket, source: BatchSource, number: int, request
 
 
 def _failure(error: Exception) -> Failure:
-    text = "".join(traceback.format_exception(error))
+    text, place = stack_of(error), place_of(error)
     try:
         raw = pickle.dumps(error)
         pickle.loads(raw)
     except Exception:
-        return Failure(None, text)
-    return Failure(raw, text)
+        return Failure(None, text, place)
+    return Failure(raw, text, place)
 
 
 def _leave_signals_to_the_rank() -> None:

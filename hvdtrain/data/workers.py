@@ -163,8 +163,9 @@ class _Worker:
 class _RemoteTraceback(Exception):  # noqa: N818 - it only shows where the cause was raised
     """Where in a worker an exception was raised."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, users_place: str) -> None:
         super().__init__(text)
+        self.users_place = users_place
 
     def __str__(self) -> str:
         return f"in a data worker:\n{self.args[0]}"
@@ -174,7 +175,7 @@ def _raise(failure: Failure | None) -> None:
     """Raise here what was raised there."""
     if failure is None:
         return
-    cause = _RemoteTraceback(failure.text)
+    cause = _RemoteTraceback(failure.text, failure.place)
     if failure.error is None:
         raise WorkerError(f"reading has failed in a data worker: {failure.text.strip().splitlines()[-1]}") from cause
     raise pickle.loads(failure.error) from cause

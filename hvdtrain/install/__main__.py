@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvdtrain.install.clone import this_clone
 from hvdtrain.install.environment import Environment
 from hvdtrain.install.preflight import SetupError
-from hvdtrain.install.steps import PACKAGE, Setup
+from hvdtrain.install.steps import Setup
 
 _DESCRIPTION = """\
 Build Horovod 0.28.1 for the torch and the MPI of this environment, and install it there. It brings an MPI where there
@@ -61,12 +62,6 @@ def this_environment() -> Path:
         f"{sys.executable} belongs to no virtual environment, and Horovod is built for one.",
         "python3 -m venv <folder> && . <folder>/bin/activate, install hvdtrain there, then run this again",
     )
-
-
-def this_clone() -> Path | None:
-    """Return the clone that this package belongs to, None where it came by pip."""
-    root = PACKAGE.parents[1]
-    return root if (root / "setup.cfg").exists() and (root / "launch" / "setup.sh").exists() else None
 
 
 if __name__ == "__main__":

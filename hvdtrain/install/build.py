@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdtrain.install import recipe as recipes
+from hvdtrain.install.clone import other_environment
 from hvdtrain.install.preflight import BUILD_BYTES, SetupError, check_disk_space, explain_failure, find_compiler
 from hvdtrain.install.recipe import HOROVOD_VERSION, SDIST_SHA256, Gpu, Recipe, Torch
 
@@ -58,7 +59,7 @@ def check_torch_version(version: str) -> None:
         wanted = ".".join(map(str, MINIMUM_TORCH))
         raise SetupError(
             f"torch {version} is installed, and hvdtrain needs {wanted} or newer.",
-            f"python3 -m pip install --upgrade 'torch>={wanted}', or `deactivate` to let launch/setup.sh make .venv",
+            f"python3 -m pip install --upgrade 'torch>={wanted}', or `deactivate`, then {other_environment()}",
         )
 
 

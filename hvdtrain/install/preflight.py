@@ -16,6 +16,8 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+from hvdtrain.install.clone import other_environment, setup_command
+
 GIB = 2**30
 # Measured with torch 2.13.0: 1.6 GiB of packages (CPU) or 7 GiB (CUDA), and 0.3 GiB for Horovod's build tree.
 ENVIRONMENT_BYTES = 3 * GIB
@@ -61,7 +63,7 @@ def explain_failure(what: str, output: str, log: Path) -> SetupError:
             " python3 -m pip config set global.index-url <URL>",
         )
     tail = "\n".join(output.splitlines()[-LOG_TAIL_LINES:])
-    return SetupError(f"{tail}\n{what} failed.", f"see {log}, then run launch/setup.sh again")
+    return SetupError(f"{tail}\n{what} failed.", f"see {log}, then run {setup_command()} again")
 
 
 def install_command(*needs: str) -> str:
@@ -125,7 +127,7 @@ def check_tools(*, with_build: bool, with_venv: bool) -> None:
 
 def check_python(environment: Path, version: str | None) -> None:
     """Raise `SetupError` unless the environment's Python, version "3 11", is one that hvdtrain takes."""
-    leave = "`deactivate` (or `conda deactivate`), then run this again: launch/setup.sh makes an environment, .venv"
+    leave = f"`deactivate` (or `conda deactivate`), then {other_environment()}"
     if version is None:
         raise SetupError(f"The Python of the environment {environment} does not run.", f"remove it, or {leave}")
     if not MINIMUM_PYTHON <= tuple(map(int, version.split())) <= MAXIMUM_PYTHON:

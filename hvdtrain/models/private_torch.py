@@ -6,6 +6,7 @@ Who changes torch's version looks here first. Nothing else in hvdtrain reaches i
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ __all__ = [
     "backward_run",
     "can_skip_by_itself",
     "computed_node",
+    "holders_of",
     "hook_before_step",
+    "is_held_by_others",
     "is_transformed",
     "queue_after_run",
     "run_backward",
@@ -87,6 +90,36 @@ def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any])
     handle = optimizer.register_step_pre_hook(hook)
     hooks: Any = optimizer._optimizer_step_pre_hooks
     hooks.move_to_end(handle.id, last=False)
+
+
+def holders_of(tensor: Tensor) -> int:
+    """Return how many tensors share a tensor's memory, with it and torch's own bookkeeping counted."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def _references_to(parameter: Tensor) -> int:
+    gradient = parameter.grad
+    return sys.getrefcount(gradient)
+
+
+def _least_holders() -> tuple[int, int]:
+    """Return what the two counts are for a gradient that nobody else holds: versions of Python and torch differ."""
+    parameter = torch.zeros(1, requires_grad=True)
+    parameter.grad = torch.zeros(1)
+    return holders_of(parameter.grad), _references_to(parameter)
+
+
+_HOLDERS, _REFERENCES = _least_holders()
+
+
+def is_held_by_others(parameter: Tensor) -> bool:
+    """Return whether anybody but a parameter has its gradient, or memory of it: a list, or a flat buffer."""
+    gradient = parameter.grad
+    if gradient is None:
+        return False
+    holders = holders_of(gradient)
+    del gradient
+    return holders > _HOLDERS or _references_to(parameter) > _REFERENCES
 
 
 def version_of(tensor: Tensor) -> int:

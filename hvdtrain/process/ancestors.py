@@ -6,7 +6,9 @@ nobody notices a lost `horovodrun` under MPI, and its ranks would train on witho
 
 from __future__ import annotations
 
+import functools
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,22 +63,45 @@ def find_launcher() -> Ancestor | None:
     return found
 
 
+@functools.cache
+def own_launcher() -> Ancestor | None:
+    """Return the launcher that was there when this was first asked: one that is lost is no ancestor any more."""
+    return find_launcher()
+
+
 def seconds_since_launch() -> float:
     """Return how long ago this process's launcher was started, or this process where it has none."""
     own = _state(os.getpid())
-    first = find_launcher() or (Ancestor(os.getpid(), own.started) if own else None)
+    first = own_launcher() or (Ancestor(os.getpid(), own.started) if own else None)
     return first.age_s() if first else 0.0
 
 
 def _is_launcher(pid: int) -> bool:
-    """Tell by the program's name, or by that of the script that an interpreter runs (horovodrun is one)."""
+    """Tell by the program's name, by that of the script that an interpreter runs, or by a shell's only command.
+
+    `horovodrun` is a script, and with MPI it becomes a shell that waits for its `mpirun`.
+    """
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2]
+        words = [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:3]]
     except OSError:
         return False
-    names = [os.fsdecode(word).rpartition("/")[2] for word in words]
+    names = [word.rpartition("/")[2] for word in words]
+    if names[0] in _LAUNCHERS:
+        return True
+    if names[0] in _SHELLS and words[1:2] == ["-c"]:
+        return _waits_for_launcher("".join(words[2:]))
     is_script = names[0].startswith("python") or names[0] in _SHELLS
-    return names[0] in _LAUNCHERS or (is_script and names[-1] in _LAUNCHERS)
+    return is_script and "".join(names[1:2]) in _LAUNCHERS
+
+
+def _waits_for_launcher(command: str) -> bool:
+    """Return whether a shell's command is a launcher's and nothing else: one in the background outlives its shell."""
+    try:
+        words = list(shlex.shlex(command, posix=True, punctuation_chars=True))
+    except ValueError:  # no end of a quotation
+        return False
+    operators = [word for word in words if set(word) <= set("();<>|&") and not set(word) & set("<>")]
+    return not operators and "".join(words[:1]).rpartition("/")[2] in _LAUNCHERS
 
 
 def _state(pid: int) -> _State | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 DATA_WORKER = "HVDTRAIN_DATA_WORKER"
@@ -108,6 +110,7 @@ def prepare_process(environ: MutableMapping[str, str] = os.environ) -> Launch:
     What the user has set is left alone. Open MPI's waiting ranks spin unless told to yield; where the ranks' threads
     fill all cores, the spinning takes the core that another rank computes on.
     """
+    open_outputs()
     launch = detect_launch(environ)
     threads = threads_per_rank(launch.local_size)
     if not any(name in environ for name in THREAD_VARIABLES):
@@ -121,6 +124,16 @@ def prepare_process(environ: MutableMapping[str, str] = os.environ) -> Launch:
     if not any(name.startswith("MALLOC_") for name in environ):
         _keep_memory()
     return launch
+
+
+def open_outputs() -> None:
+    """Give a process that was started without a standard stream (`>&-`, some daemons) one that leads nowhere.
+
+    Python has None there. The stream takes the free number, so that no file opened later is printed into.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
 
 
 def _keep_memory() -> None:

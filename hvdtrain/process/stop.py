@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -18,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from hvdtrain.errors import StopRequested
-from hvdtrain.process.ancestors import find_launcher, seconds_since_launch
+from hvdtrain.process.ancestors import own_launcher, seconds_since_launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_FOR_INTERRUPT = 3.0
@@ -55,6 +56,7 @@ class StopRequest:
         if self._max_time_s is not None:
             # What came before the first step, such as preparing data, is part of what a scheduler gives.
             self._deadline = time.monotonic() + self._max_time_s - seconds_since_launch()
+        _Early.is_over = True
         self._signals.take()
         return self
 
@@ -82,8 +84,10 @@ class StoppedEarly(SystemExit):
 def end_on_signals() -> None:
     """Raise `StoppedEarly` in the main thread where a signal comes before training, or where a verb does not train.
 
-    If that thread is in a call that Python cannot interrupt, the process ends a few seconds later all the same.
+    If that thread is in a call that Python cannot interrupt, the process ends a few seconds later all the same. It also
+    ends where its launcher is lost before training.
     """
+    own_launcher()  # as early as can be
     _Signals(_raise_early, _end_after_early).take()
 
 
@@ -101,7 +105,7 @@ class _Launcher:
     """Looks for this process's launcher, about once a second."""
 
     def __init__(self) -> None:
-        self._found = find_launcher()
+        self._found = own_launcher()
         self._looked = time.monotonic()
         self._is_gone = False
 
@@ -163,13 +167,23 @@ def _raise_early(number: int, frame: FrameType | None) -> None:
 
 
 def _end_after_early(pipe: int) -> None:
-    """End the process where the main thread has not been interrupted by a signal after some seconds."""
-    while numbers := os.read(pipe, 64):
-        stops = [number for number in numbers if number in SIGNALS]
-        if stops:
-            time.sleep(_SECONDS_FOR_INTERRUPT)
-            early = StoppedEarly(signal.Signals(stops[0]).name)
-            _Leave.by(f"hvdtrain: {early.reason}", StopRequested.exit_code)
+    """End the process where the main thread has not been interrupted by a signal after some seconds.
+
+    Or where nobody owns it any more: there is nothing to save.
+    """
+    launcher = _Launcher()
+    while True:
+        stop = ""
+        if select.select([pipe], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
+            numbers = os.read(pipe, 64)
+            if not numbers:
+                break
+            stop = next((signal.Signals(number).name for number in numbers if number in SIGNALS), "")
+            time.sleep(_SECONDS_FOR_INTERRUPT if stop else 0)
+        elif launcher.is_gone() and not _Early.is_over:
+            stop = "the loss of its launcher"
+        if stop:
+            _Leave.by(f"hvdtrain: {StoppedEarly(stop).reason}", StoppedEarly.exit_code)
     os.close(pipe)
 
 
@@ -179,6 +193,11 @@ def _leave_alone(reason: str, exit_code: int) -> NoReturn:
         sys.stderr.flush()
     finally:
         os._exit(exit_code)
+
+
+class _Early:
+    is_over = False
+    """Training has begun: from then on, a lost launcher is a request to save and stop."""
 
 
 class _Leave:

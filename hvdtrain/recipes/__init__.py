@@ -5,14 +5,16 @@ A user's own recipe is a Python file with a function `recipe` that does the same
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.process.tracebacks import place_of, sentence_of, shown, stack_of
 from hvdtrain.settings import nearest
 from hvdtrain.settings.paths import check_path
 from hvdtrain.settings.units import shortened
@@ -54,14 +56,31 @@ def _from_file(path: Path) -> Recipe:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up by name
-    try:
+    with _in_a_sentence(path, "cannot be loaded"):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename or path} is not Python: {error.msg} (line {error.lineno})") from error
     function = getattr(module, "recipe", None)
     if not callable(function):
         raise ConfigError(f"{path} defines no function 'recipe' that returns a hvdtrain.Recipe")
-    recipe = function()
+    with _in_a_sentence(path, "defines a function 'recipe' that fails"):
+        recipe = function()
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"recipe() in {path} returned a {type(recipe).__name__}, not a hvdtrain.Recipe")
     return recipe
+
+
+@contextlib.contextmanager
+def _in_a_sentence(path: Path, what: str) -> Iterator[None]:
+    """Turn what a user's file raises into a ConfigError that names its line and keeps his part of the stack."""
+    try:
+        yield
+    except HvdtrainError:
+        raise
+    except SyntaxError as error:
+        where = f"{shown(error.filename or str(path))}, line {error.lineno}"
+        raise ConfigError(f"{where}, is not Python: {error.msg}") from error
+    except SystemExit as error:
+        raise ConfigError(f"{path} {what}: it calls sys.exit({error.code!r}) ({place_of(error)})") from error
+    except Exception as error:
+        refusal = ConfigError(f"{path} {what}: {sentence_of(error)}")
+        refusal.stack = stack_of(error)
+        raise refusal from error

@@ -73,6 +73,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     """The class that it had before."""
     _exchange: GradientExchange | None
     """None where there is one rank."""
+    _world: World
     _should_synchronize: bool
 
     @property
@@ -131,6 +132,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         self._inner.add_param_group(self, param_group)
         if self._exchange is not None:
             self._exchange.watch_parameters()
+            self._world.claim_gradients(self._exchange)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state, every tensor in the type that it was saved in."""
@@ -153,17 +155,22 @@ def wrap_optimizer(
     way `step` is called, by the user, a scheduler's wrapper or a scaler, it averages, and step hooks run once.
 
     Raises:
-        ConfigError: it is wrapped already, or the squared norms cannot be had here.
+        ConfigError: it is wrapped already, or only stands around another one, or the squared norms cannot be had here.
     """
     if isinstance(optimizer, WrappedOptimizer):
         raise ConfigError("this optimizer is wrapped already: wrap() changes the optimizer that it is given")
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise ConfigError(
+            f"{type(optimizer).__name__} is no whole torch optimizer: it has not called torch.optim.Optimizer.__init__."
+            " Wrap the optimizer that is inside it, before it is made"
+        )
     sparse = _sparse_parameters(model)
     if averaging.has_square and sparse:
         raise ConfigError(_NO_SQUARE)
     inner = type(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)
-    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None)
+    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world)
     # `step` is named again, as it is: a library's class may have another, and torch would hang its hooks on that too.
     members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__, "__module__": inner.__module__}
     optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
@@ -180,6 +187,7 @@ def wrap_optimizer(
     prefix = f"gradients.{world.num_wraps}"
     exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, averaging.codec())
     wrapped._exchange = exchange
+    world.claim_gradients(exchange)
 
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

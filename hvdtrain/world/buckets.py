@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import version_of
+from hvdtrain.models.private_torch import holders_of, is_held_by_others, version_of
 from hvdtrain.world.codec import Codec
 
 if TYPE_CHECKING:
@@ -30,13 +30,18 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
     room = min(FIRST_BUCKET_BYTES, bucket_bytes)
     for parameter in reversed(parameters):
         first = buckets[-1][0] if buckets else None
-        fits = first is not None and (parameter.dtype, parameter.device) == (first.dtype, first.device)
+        fits = first is not None and form_of(parameter)[:2] == form_of(first)[:2]
         if not fits or room < parameter.nbytes:
             room = bucket_bytes if buckets else room
             buckets.append([])
         buckets[-1].append(parameter)
         room -= parameter.nbytes
     return buckets
+
+
+def form_of(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device, torch.Size]:
+    """Return the type, device and shape of a parameter's gradient, whose type may be another than the parameter's."""
+    return getattr(parameter, "grad_dtype", None) or parameter.dtype, parameter.device, parameter.shape
 
 
 def mark_of(gradient: Tensor) -> Mark:
@@ -87,23 +92,45 @@ class Bucket:
         """What is on the wire: the part of the buffer, and the function that waits for its mean."""
         self._marks: list[Mark | None] = []
         """What the gradients were when they were sent."""
+        self._forms = [form_of(parameter) for parameter in self.parameters]
+        self._has_square = has_square
+        self._allocate()
+
+    def _allocate(self) -> None:
+        """Make the buffer, and views of its parts."""
         shapes = [_real(parameter.detach()).shape for parameter in self.parameters]
         counts = [shape.numel() for shape in shapes]
-        lengths = [*counts, len(counts), int(has_square)]
-        dtype = codec.buffer_type(self.parameters[0].dtype.to_real())
+        lengths = [*counts, len(counts), int(self._has_square)]
+        dtype = self._codec.buffer_type(self._forms[0][0].to_real())
         self._wire = torch.zeros(sum(lengths), dtype=dtype, device=self.parameters[0].device)
         *flat, self._users, self.square = torch.split(self._wire, lengths)
-        self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(has_square)])
+        self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(self._has_square)])
         self._views = [view.view(shape) for view, shape in zip(flat, shapes, strict=True)]
+        del flat
+        self._holders = holders_of(self._wire)
+
+    def _leave_to_holders(self) -> None:
+        """Take a new buffer where somebody still has a gradient of an earlier step: it stays what it was."""
+        first, end = self._wire.data_ptr(), self._wire.data_ptr() + self._wire.nbytes
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        own = sum(first <= gradient.data_ptr() < end for gradient in gradients if not gradient.is_sparse)
+        if holders_of(self._wire) > self._holders + own:
+            self._allocate()
 
     @property
     def is_sent(self) -> bool:
         """Return whether it is on the wire."""
         return bool(self._waits)
 
+    @property
+    def fits(self) -> bool:
+        """Return whether the parameters are what they were: `model.to(...)` converts them in place."""
+        return all(map(_has_form, self.parameters, self._forms))
+
     def send(self) -> None:
         """Put the gradients on the wire. Each rank divides its part first: the other way round, fp16 overflows."""
         size = self._world.size
+        self._leave_to_holders()
         self._users.fill_(1 / size)
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             if parameter.grad is None:
@@ -150,17 +177,19 @@ class Bucket:
             mean = wait()
             if mean is not part:
                 part.copy_(mean)
-        self._waits, self.ready = [], 0
+        self._waits, self._marks, self.ready = [], [], 0
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
+            is_free, dtype = _can_be_replaced(parameter), self._forms[i][0]
             gradient = parameter.grad
             if gradient is None and not self._users[i]:  # asked only where it is in doubt: on a GPU it waits
                 continue
-            mean = torch.view_as_complex(view.to(parameter.dtype.to_real())) if parameter.is_complex() else view
-            if mean.dtype == parameter.dtype and (gradient is None or gradient.is_contiguous()):
-                parameter.grad = mean
+            mean = torch.view_as_complex(view.to(dtype.to_real())) if parameter.is_complex() else view
+            if mean.dtype == dtype and is_free:
+                # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds.
+                parameter.grad = mean.detach()
             elif gradient is None or gradient.is_sparse:
-                parameter.grad = torch.empty_like(parameter).copy_(mean)
-            else:
+                parameter.grad = torch.empty_like(parameter, dtype=dtype).copy_(mean)
+            elif gradient.data_ptr() != mean.data_ptr():
                 gradient.detach().copy_(mean)
 
 
@@ -172,6 +201,7 @@ class AdasumTensor(Bucket):
         (parameter,) = self.parameters
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        self._leave_to_holders()
         (view,) = self._views
         view.copy_(_real(parameter.grad.detach()))
         self._waits = [(view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}"))]
@@ -224,6 +254,15 @@ class SparseRows:
             rows[None], values.to(self.parameter.dtype), self.parameter.shape, check_invariants=False
         )
         self.parameter.grad = gradient.coalesce()
+
+
+def _can_be_replaced(parameter: nn.Parameter) -> bool:
+    """Return whether another tensor may become the gradient: a user's list or flat buffer must see the mean."""
+    return parameter.grad is None or (parameter.grad.is_contiguous() and not is_held_by_others(parameter))
+
+
+def _has_form(parameter: nn.Parameter, form: tuple[torch.dtype, torch.device, torch.Size]) -> bool:
+    return form_of(parameter) == form
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.world.buckets import AdasumTensor, Bucket, Mark, SparseRows, has_changed, in_buckets, mark_of
+from hvdtrain.models.private_torch import backward_run
+from hvdtrain.world.buckets import Mark, has_changed, mark_of
 from hvdtrain.world.codec import Codec
+from hvdtrain.world.layout import Layout
 from hvdtrain.world.passes import EndOfBackward
 
 if TYPE_CHECKING:
@@ -61,10 +63,11 @@ class GradientExchange:
     ) -> None:
         self.codec = codec
         self._world = world
-        self._prefix = prefix
-        self._parameters = parameters
-        self._names = names
-        self._is_sparse = sparse
+        self._of_optimizer = parameters
+        self._yielded: set[nn.Parameter] = set()
+        """Parameters of the optimizer that one wrapped later has, too: that one averages them."""
+        self._later: list[GradientExchange] = []
+        """The exchanges that have them: kept, so that all ranks lose them at the same time."""
         self._averaging = averaging
         this = weakref.ref(self)
         self._end_of_backward = EndOfBackward(lambda: _end_pass(this))
@@ -79,23 +82,21 @@ class GradientExchange:
         self._is_averaged = False
         """Gradients were averaged since the last step."""
         self._hooks: dict[nn.Parameter, Any] = {}
-        self._bucket_of: dict[nn.Parameter, Bucket] = {}
-        self._buckets: list[Bucket] = []
-        self._sparse: list[SparseRows] = []
+        self._layout = Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
-        self._add_new(self._trainable())
+        self._layout.add(self._trainable())
 
     @property
     def is_under_way(self) -> bool:
-        """Return whether gradients are on the wire."""
-        return any(bucket.is_sent for bucket in self._buckets)
+        """Return whether gradients of the optimizer are on the wire."""
+        return any(exchange._layout.is_under_way for exchange in self._all())
 
     @property
     def mean_square(self) -> Tensor | None:
         """Return the mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
         if not self._averaging.has_square:
             return None
-        return torch.cat([bucket.square for bucket in self._buckets]).double().sum()
+        return torch.cat([bucket.square for bucket in self._layout.buckets]).double().sum()
 
     def finish(self) -> None:
         """Average what is not averaged yet, on a rank that has had fewer backward passes than others. Collective.
@@ -105,25 +106,60 @@ class GradientExchange:
         Raises:
             RuntimeError: a gradient was changed while it was still this rank's own.
         """
-        if self._is_averaged and not self._passes and not self._additions:
-            return
+        unfinished = [exchange for exchange in self._all() if not exchange._is_finished]
+        for exchange in unfinished:
+            exchange._check_own()
+        for exchange in unfinished:
+            exchange._send()
+        for exchange in unfinished:
+            exchange._receive()
+
+    @property
+    def _is_finished(self) -> bool:
+        # Within backward, a hook of the user's may run before this one's: nobody knows what it has seen.
+        is_within = backward_run() >= 0
+        return self._is_averaged and not self._passes and not self._additions and not is_within
+
+    def _check_own(self) -> None:
+        """Raise RuntimeError where a gradient was changed between two passes of a window."""
         for parameter, mark in self._marks.items():
             if parameter.grad is not None and has_changed(parameter.grad, mark):
+                name, steps = self._layout.name(parameter), self._averaging.accum_steps
                 raise RuntimeError(
-                    f"the gradient of {self._name(parameter)} was changed after backward pass {self._passes} of the"
-                    f" accum_steps = {self._averaging.accum_steps} that wrap() was given, before it was averaged over"
+                    f"the gradient of {name} was changed after backward pass {self._passes} of"
+                    f" the accum_steps = {steps} that wrap() was given, before it was averaged over"
                     " the ranks: call optimizer.synchronize() first, then clip, unscale or change gradients"
                 )
-        self._average()
 
     def end_step(self) -> None:
         """Expect new gradients: those that there are have been used."""
-        self._is_averaged = False
+        for exchange in self._all():
+            exchange._is_averaged = False
 
     def forget(self) -> None:
         """Start over: the gradients were cleared."""
-        self._is_averaged = False
-        self._start_window()
+        for exchange in self._all():
+            exchange._is_averaged = False
+            exchange._start_window()
+
+    def yield_to(self, later: GradientExchange) -> None:
+        """Leave the parameters that both have to `later`: a gradient must be averaged once."""
+        shared = set(self._parameters()) & set(later._parameters())
+        if shared and later is not self:
+            self._yielded |= shared
+            self._later.append(later)
+            self._start_window()
+            self._layout.build(self._trainable())
+
+    def _all(self) -> list[GradientExchange]:
+        """Return the exchanges that average the optimizer's parameters, in an order that is alike on all ranks."""
+        found = [self]
+        for exchange in found:  # grows meanwhile
+            found += [other for other in exchange._later if other not in found]
+        return found
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._of_optimizer() if parameter not in self._yielded]
 
     def watch_parameters(self) -> None:
         """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""
@@ -137,16 +173,20 @@ class GradientExchange:
         Raises:
             RuntimeError: the bucket has left before.
         """
+        if parameter in self._yielded:
+            return
+        if not self._additions and not self._passes:
+            self._follow_conversions()
         self._end_of_backward.expect()
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1
-        expected, bucket = self._expected.get(parameter), self._bucket_of.get(parameter)
+        expected, bucket = self._expected.get(parameter), self._layout.bucket_of.get(parameter)
         if expected is None or bucket is None or self._passes + 1 < self._averaging.accum_steps:
             return
         if count > expected and bucket.is_sent:
             raise RuntimeError(
-                f"this backward pass has added to the gradient of {self._name(parameter)} {count} times, an earlier one"
-                f" {expected} times, and it has been sent: let checkpoints with use_reentrant=True run in every pass,"
-                " or use use_reentrant=False"
+                f"this backward pass has added to the gradient of {self._layout.name(parameter)} {count} times, an"
+                f" earlier one {expected} times, and it has been sent: let checkpoints with use_reentrant=True run in"
+                " every pass, or use use_reentrant=False"
             )
         if count == expected:
             bucket.ready += 1
@@ -162,7 +202,10 @@ class GradientExchange:
             if self._expected.get(parameter, 0) < count:
                 self._expected[parameter] = count
         if self._passes >= self._averaging.accum_steps:
-            self._average()
+            self._send()
+            self._additions.clear()  # this may be called once more for the same pass
+            # Not before those of other optimizers have left: another rank may come to them in another order.
+            self._end_of_backward.then(self._receive)
             return
         for parameter in self._additions:
             if parameter.grad is not None:
@@ -170,70 +213,42 @@ class GradientExchange:
         self._additions.clear()
 
     @torch.no_grad()
-    def _average(self) -> None:
-        """Send what has not left, and wait for all: `.grad` then holds the mean, None where no rank has one.
-
-        Every rank sends every bucket exactly once, with zeros for what it has not computed.
-        """
-        trainable = self._trainable()
-        self._add_new(trainable)
-        parts: list[Bucket | SparseRows] = [*self._buckets, *self._sparse]
-        for part in parts:
+    def _send(self) -> None:
+        """Send what has not left."""
+        self._marks.clear()  # they hold the gradients, and a gradient that is held is not replaced
+        self._follow_conversions()
+        if self._layout.add(self._trainable()):
+            self.watch_parameters()
+        for part in self._layout.parts:
             if not part.is_sent:
                 part.send()
-        for part in parts:
+
+    @torch.no_grad()
+    def _receive(self) -> None:
+        """Wait for all: `.grad` then holds the mean, None where no rank has one."""
+        for part in self._layout.parts:
             with self._world.progress.during("communication"):
                 part.receive()
         self._start_window()
         self._is_averaged = True
-        if set(self._bucket_of) | {item.parameter for item in self._sparse} != set(trainable):
-            self._build(trainable)
+        trainable = self._trainable()
+        if not self._layout.is_of(trainable):
+            self._layout.build(trainable)
+
+    def _follow_conversions(self) -> None:
+        """Lay the buckets out anew where `model.to(...)` has converted a parameter."""
+        if not self._layout.is_under_way and self._layout.has_been_converted():
+            self._layout.build(self._trainable())
 
     def _start_window(self) -> None:
         self._passes = 0
         self._additions.clear()
         self._marks.clear()
-        for bucket in self._buckets:
+        for bucket in self._layout.buckets:
             bucket.ready = 0
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
-
-    def _build(self, trainable: list[nn.Parameter]) -> None:
-        """Lay the buckets out anew for what is trainable now. No gradient may be on its way."""
-        self._buckets, self._bucket_of, self._sparse = [], {}, []
-        self._add_new(trainable)
-
-    def _add_new(self, trainable: list[nn.Parameter]) -> None:
-        """Take in parameters that have become trainable: unfrozen, or added to the optimizer.
-
-        What is already laid out stays as it is, in buckets that may be on the wire; what is new gets buckets of its own
-        behind them, on all ranks alike, and joins the others when the layout is next built (`_build`).
-        """
-        known = {*self._bucket_of, *(item.parameter for item in self._sparse)}
-        new = [parameter for parameter in trainable if parameter not in known]
-        if not new:
-            return
-        self.watch_parameters()
-        sparse = [parameter for parameter in new if parameter in self._is_sparse]
-        self._sparse += [SparseRows(f"{self._prefix}.{self._name(p)}", p, self._world) for p in sparse]
-        dense = [parameter for parameter in new if parameter not in self._is_sparse]
-        is_adasum = self._averaging.op == "adasum"
-        # Adasum weighs each gradient by its own direction: one a tensor.
-        groups = [[p] for p in dense] if is_adasum else in_buckets(dense, self._averaging.bucket_bytes)
-        kind = AdasumTensor if is_adasum else Bucket
-        for group in groups:
-            name, has_square = self._name(group[0]), self._averaging.has_square
-            bucket = kind(self._prefix, name, group, self.codec, self._world, has_square)
-            self._buckets.append(bucket)
-            self._bucket_of.update((parameter, bucket) for parameter in group)
-
-    def _name(self, parameter: nn.Parameter) -> str:
-        """Return the parameter's name; one that is not the model's is named by its place in the optimizer."""
-        if parameter not in self._names:
-            place = next(i for i, other in enumerate(self._parameters()) if other is parameter)
-            self._names[parameter] = f"parameter {place}"
-        return self._names[parameter]
 
 
 def _hang(exchange: weakref.ref[GradientExchange], parameter: nn.Parameter) -> Any:

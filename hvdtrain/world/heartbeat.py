@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import secrets
 import selectors
@@ -28,7 +27,6 @@ import threading
 import time
 import traceback
 import weakref
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +34,7 @@ from hvdtrain.process.busy import BusyClock
 from hvdtrain.process.progress import Place
 from hvdtrain.world.door import Door, knock
 from hvdtrain.world.interfaces import addresses_towards, own_addresses
+from hvdtrain.world.peer import Peer
 from hvdtrain.world.verdict import Report, judge
 from hvdtrain.world.world import World
 
@@ -45,51 +44,7 @@ _SECONDS_FOR_VERDICT = 5.0
 _SECONDS_TO_LEAVE = _SECONDS_FOR_WRITERS + 15.0
 _TOKEN_BYTES = 32
 _LONGEST_REASON = 32_000
-_LONGEST_LINE = 256 << 10
 _KNOCKS = 3
-
-
-@dataclass
-class _Peer:
-    """A rank at the other end of a connection."""
-
-    socket: socket.socket
-    name: str
-    place: Place = field(default_factory=lambda: Place(None, "start", 0.0))
-    heard: float = field(default_factory=time.monotonic)
-    unread: bytes = b""
-    unsent: bytes = b""
-    has_left: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def send(self, **message: Any) -> None:
-        """Send, or keep what does not fit; a report is dropped while something is left. Never waits.
-
-        A peer that does not read is found out by its silence.
-        """
-        with self.lock, contextlib.suppress(OSError):
-            if "place" not in message or not self.unsent:
-                self.unsent += json.dumps(message).encode() + b"\n"
-            sent = self.socket.send(self.unsent, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            self.unsent = self.unsent[sent:]
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """Return the messages that have come in; None: the connection is over."""
-        try:
-            data = self.socket.recv(65536)
-        except BlockingIOError:
-            return []
-        except OSError:
-            data = b""
-        *lines, self.unread = (self.unread + data).split(b"\n")
-        if not data or len(self.unread) > _LONGEST_LINE:
-            return None
-        self.heard = time.monotonic()
-        return [json.loads(line) for line in lines]
-
-    def where(self) -> Place:
-        """Return where it is now, or was when it last reported."""
-        return self.place._replace(age_s=self.place.age_s + time.monotonic() - self.heard)
 
 
 class Heartbeat:
@@ -107,8 +62,9 @@ class Heartbeat:
         self._name = f"rank {world.rank} on {socket.gethostname()}"
         self._hosts: list[str] = []
         self._log: Path | None = None
-        self._peers: dict[socket.socket, _Peer] = {}
+        self._peers: dict[socket.socket, Peer] = {}
         self._selector = selectors.DefaultSelector()
+        self._waker, self._wakeful = socket.socketpair()
         self._door: Door | None = None
         self._are_all_in = False
         self._is_closing = False
@@ -146,6 +102,7 @@ class Heartbeat:
             self._is_closing = True
             for peer in list(self._peers.values()):
                 peer.send(bye=True)
+        self._waker.close()  # the thread is told: it waits at the other end
         self._thread.join(timeout=5 * self._interval_s)
 
     def fail(self, reason: str, exit_code: int = 1) -> NoReturn:
@@ -180,11 +137,11 @@ class Heartbeat:
         for address in addresses * _KNOCKS:
             connection = knock(address, token, self._world.rank)
             if connection is not None:
-                self._add(connection, _Peer(connection, f"rank 0 on {self._hosts[0]}"))
+                self._add(connection, Peer(connection, f"rank 0 on {self._hosts[0]}"))
                 return True
         return False
 
-    def _add(self, connection: socket.socket, peer: _Peer) -> None:
+    def _add(self, connection: socket.socket, peer: Peer) -> None:
         connection.setblocking(False)
         self._peers[connection] = peer
         self._selector.register(connection, selectors.EVENT_READ)
@@ -198,6 +155,7 @@ class Heartbeat:
 
     def _watch(self) -> None:
         """Send and receive reports until the end."""
+        self._selector.register(self._wakeful, selectors.EVENT_READ)
         last_beat, judge_from = 0.0, 0.0
         while not self._is_closing:
             ready = self._selector.select(self._interval_s)
@@ -213,13 +171,14 @@ class Heartbeat:
                 self._beat()
             if now >= judge_from and (verdict := self._judge()):
                 self._end(f"hvdtrain: {verdict}", 1, self._is_first())
+        self._wakeful.close()
 
     def _admit(self) -> None:
         """Let ranks in; when all have come, nobody may come any more."""
         if self._door is None:
             return
         for rank, connection in self._door.arrivals():
-            self._add(connection, _Peer(connection, f"rank {rank} on {self._hosts[rank]}"))
+            self._add(connection, Peer(connection, f"rank {rank} on {self._hosts[rank]}"))
         if self._are_all_in:
             self._selector.unregister(self._door)
             self._door.close()
@@ -234,7 +193,7 @@ class Heartbeat:
         for peer in list(self._peers.values()):
             peer.send(place=place)
 
-    def _read(self, peer: _Peer) -> None:
+    def _read(self, peer: Peer) -> None:
         messages = peer.receive()
         if messages is None:
             self._selector.unregister(peer.socket)
@@ -249,7 +208,7 @@ class Heartbeat:
         for message in messages or []:
             self._take(peer, message)
 
-    def _take(self, peer: _Peer, message: dict[str, Any]) -> None:
+    def _take(self, peer: Peer, message: dict[str, Any]) -> None:
         if "place" in message:
             peer.place = Place(*message["place"])
         elif "bye" in message:
@@ -304,7 +263,7 @@ class Heartbeat:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _sockets(self) -> list[socket.socket]:
-        return [*self._peers, *(self._door.sockets() if self._door else [])]
+        return [self._waker, self._wakeful, *self._peers, *(self._door.sockets() if self._door else [])]
 
 
 def _say(reason: str) -> None:

@@ -17,6 +17,7 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
 from hvdtrain.world.averaging import Averaging
@@ -152,7 +153,7 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
     if hvd.size() != launch.size:
         raise LaunchError(
             f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}: it was built for another"
-            " MPI, or HOROVOD_CONTROLLER is set for another launcher. Run launch/setup.sh with this MPI's mpicc and"
+            f" MPI, or HOROVOD_CONTROLLER is set for another launcher. Run {setup_command()} with this MPI's mpicc and"
             " mpirun first on PATH, and unset HOROVOD_CONTROLLER"
         )
     return HorovodWorld(launch, sets)

@@ -34,6 +34,16 @@ class HorovodBuild:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MpiLibrary:
+    """What mpi4py loads."""
+
+    name: str | None = None
+    """Name and version; None where mpi4py is missing or does not load."""
+    problem: str = ""
+    """Why it does not load; empty where it is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contact:
     """What came of connecting the ranks."""
 
@@ -64,17 +74,20 @@ def horovod_build() -> HorovodBuild:
     return HorovodBuild(version=version, torch=against, features=features)
 
 
-def mpi_library() -> str | None:
-    """Return name and version of mpi4py's MPI library; None without a working mpi4py. Does not start MPI."""
+def mpi_library() -> MpiLibrary:
+    """Return the MPI library that mpi4py loads, or why it loads none. Does not start MPI."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return MpiLibrary()
     try:
         import mpi4py
 
         mpi4py.rc.initialize = False  # Horovod starts it, or nobody
         from mpi4py import MPI
 
-        return str(MPI.Get_library_version().replace("\0", "").split(",")[0].splitlines()[0].strip())
-    except Exception:  # mpi4py is optional, and so is all that it may lack
-        return None
+        name = MPI.Get_library_version().replace("\0", "").split(",")[0].splitlines()[0].strip()
+    except Exception as error:  # mpi4py is optional, and so is all that it may lack
+        return MpiLibrary(problem=_one_line(error))
+    return MpiLibrary(name=name)
 
 
 def try_connect() -> Contact:
@@ -112,7 +125,7 @@ def plain_mpi(world: World) -> Callable[[int], None] | None:
     It needs mpi4py, the same ranks in MPI as in Horovod (not under `horovodrun --gloo`), and an MPI that threads may
     share. Every rank gets the same answer, from what it sees itself. The function is Collective.
     """
-    if mpi_library() is None:
+    if mpi_library().name is None:
         return None
     from mpi4py import MPI
 

@@ -30,6 +30,10 @@ class EndOfBackward:
             self._run = run
             queue_after_run(self._at_end)
 
+    def then(self, action: Callable[[], None]) -> None:
+        """Call another action, after those that wait for the end of the pass that is ending now."""
+        queue_after_run(action)
+
     def _at_end(self) -> None:
         # When a run is over, the node that is being computed is the one that has started it from within another run.
         outer = computed_node()

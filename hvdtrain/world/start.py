@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hvdtrain.errors import LaunchError
+from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, prepare_process
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.world import World
@@ -61,13 +62,13 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
 def _start_horovod(launch: Launch, groups: Sequence[tuple[int, ...]]) -> World:
     if importlib.util.find_spec("horovod") is None:
         raise LaunchError(
-            f"{launch.launcher} started {launch.size} ranks, but Horovod is not installed here: run launch/setup.sh"
+            f"{launch.launcher} started {launch.size} ranks, but Horovod is not installed here: run {setup_command()}"
         )
     try:
         from hvdtrain.world import horovod
     except ImportError as error:
         raise LaunchError(
-            f"Horovod does not load ({error}): run launch/setup.sh to build it for this torch and MPI"
+            f"Horovod does not load ({error}): run {setup_command()} to build it for this torch and MPI"
         ) from error
     return horovod.start(launch, groups)
 

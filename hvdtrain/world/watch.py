@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.stop import StoppedEarly, leaving_by
+from hvdtrain.process.tracebacks import place_of, sentence_of, stack_of
 from hvdtrain.settings import Config, to_dict
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.start import init
@@ -73,15 +73,16 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
         heartbeat.fail(f"hvdtrain: {where}: {error.reason}", StoppedEarly.exit_code)
     elif isinstance(error, SystemExit):
         # A recipe or a library has left by itself: nothing has finished, whatever its code says.
-        stack = "".join(traceback.format_exception(error))
-        heartbeat.fail(f"hvdtrain: {where} was left by sys.exit({error.code!r}) at {world.progress.read()}\n{stack}")
+        place = place_of(error)
+        by = f"sys.exit({error.code!r}){place and f' in {place}'}"
+        heartbeat.fail(f"hvdtrain: {where} was left by {by} at {world.progress.read()}\n{stack_of(error)}")
     elif isinstance(error, KeyboardInterrupt):
         heartbeat.fail(f"hvdtrain: interrupted at once, at {world.progress.read()}")
     elif isinstance(error, Exception):
         if world.has_lost_contact(error):
             heartbeat.lose(str(error))
-        stack = "".join(traceback.format_exception(error))
-        heartbeat.fail(f"hvdtrain: {where} failed at {world.progress.read()}\n{stack}")
+        words = f"{where} failed at {world.progress.read()}: {sentence_of(error)}"
+        heartbeat.fail(f"hvdtrain: {words}\n{stack_of(error)}")
 
 
 def _print_once(error: HvdtrainError, world: World) -> None:

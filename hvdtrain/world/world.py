@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,6 +15,7 @@ from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
 from hvdtrain.world.collectives import Collectives
+from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.replicas import all_in_one, digest_of, first_difference, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.state_file import read_state, write_state
@@ -29,6 +31,7 @@ class World(Collectives):
     launch: Launch
     num_wraps: int = 0
     """Optimizers that `wrap` was given: each one's collectives have names of their own."""
+    _exchanges: Sequence[weakref.ref[GradientExchange]] = ()
 
     def wrap(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
@@ -48,6 +51,13 @@ class World(Collectives):
         averaging = dataclasses.replace(averaging or Averaging(), **fields)
         self.check_averaging(averaging)
         return wrap_optimizer(self, optimizer, model, averaging)
+
+    def claim_gradients(self, exchange: GradientExchange) -> None:
+        """Have an exchange, and none that was made before it, average the parameters that it has now."""
+        alive = [other for ref in self._exchanges if (other := ref()) is not None]
+        for other in alive:
+            other.yield_to(exchange)
+        self._exchanges = [*map(weakref.ref, alive), *([] if exchange in alive else [weakref.ref(exchange)])]
 
     def check_averaging(self, averaging: Averaging) -> None:
         """Raise ConfigError where this back end cannot average so."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+FAULTY = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 BIN = Path(sys.executable).parent
 
 LAUNCHERS = {
@@ -44,30 +45,55 @@ def environment(**more):
     return {**kept, "PATH": path, "PYTHONPATH": str(REPOSITORY), **root, **more}
 
 
+def processes_naming(folder):
+    """Return the ids of the processes whose command line names a folder; `ps` would cut the lines to the terminal."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.fsencode(str(folder)) in path.read_bytes():  # one that is dead and not yet asked for has none
+                found.append(int(path.parent.name))
+    return found
+
+
+def run_to_end(*command, cwd, timeout=120, **env):
+    """Run a command, in a process group of its own that ends with it."""
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment(**env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        out, err = process.communicate()
+        pytest.fail(f"no end after {timeout} s: {command}\n{out[-5000:]}\n{err[-5000:]}")
+    return Done(process.returncode, out, err)
+
+
 @pytest.fixture
 def run(tmp_path):
-    """Run a command in an empty directory, in a process group of its own that ends with it."""
+    """Run a command in an empty directory."""
 
     def run(*command, timeout=120, cwd=tmp_path, **env):
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=cwd,
-            env=environment(**env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            out, err = process.communicate()
-            pytest.fail(f"no end after {timeout} s: {command}\n{out[-5000:]}\n{err[-5000:]}")
-        return Done(process.returncode, out, err)
+        return run_to_end(*command, cwd=cwd, timeout=timeout, **env)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A run of the faulty recipe on two ranks that nothing happens to; copy it, or look and do not touch."""
+    folder = tmp_path_factory.mktemp("whole")
+    launch = [word.format(n=2) for word in LAUNCHERS["mpirun"]]
+    done = run_to_end(*launch, sys.executable, "-m", "hvdtrain", "train", FAULTY, "--run-dir", "run", cwd=folder)
+    assert done.code == 0, done.text
+    return folder / "run"
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ import json
 import pytest
 from conftest import REPOSITORY
 
-pytestmark = pytest.mark.alone
-
 RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("launcher", "ranks"), [(None, 1), ("mpirun", 2)])
 def test_the_parts_are_the_whole(hvdtrain, tmp_path, launcher, ranks):
     arguments = ("--steps", "4", "--rounds", "2", "--pause", "0.02", "--json", "answer.json", "--no-knobs")
@@ -26,9 +25,11 @@ def test_the_parts_are_the_whole(hvdtrain, tmp_path, launcher, ranks):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.json"]
 
 
-def test_knobs_are_measured_side_by_side(hvdtrain, tiny_lm, tmp_path):
+def test_knobs_are_measured_side_by_side(hvdtrain, tiny_lm):
+    """But for torch.compile, which takes most of a minute and is tried in tests/ranks: here it does nothing."""
+    off = {"TORCHDYNAMO_DISABLE": "1"}
     fast = ("--steps", "1", "--rounds", "1", "--warmup", "1", "--train.precision", "bf16")
-    done = hvdtrain("bench", "lm", *tiny_lm[2:], *fast, launcher="mpirun", ranks=2, timeout=300)
+    done = hvdtrain("bench", "lm", *tiny_lm[2:], *fast, launcher="mpirun", ranks=2, timeout=300, **off)
     assert done.code == 0, done.text
     for knob in (
         "as it is",
@@ -42,6 +43,7 @@ def test_knobs_are_measured_side_by_side(hvdtrain, tiny_lm, tmp_path):
     assert "MFU" in done.out
 
 
+@pytest.mark.beside
 def test_mistakes_are_one_message(hvdtrain):
     done = hvdtrain("bench", RECIPE, "--rounds", "0")
     assert done.code == 2

@@ -10,8 +10,6 @@ from conftest import REPOSITORY
 from planted import __file__ as PLANTED
 from planted import can_make_namespaces
 
-pytestmark = pytest.mark.alone
-
 DOCTOR = [sys.executable, "-m", "hvdtrain", "doctor"]
 MPIRUN = ["mpirun", "--oversubscribe", "-np", "2"]
 needs_namespaces = pytest.mark.skipif(
@@ -42,6 +40,7 @@ def planted(*faults):
     return [sys.executable, PLANTED, *faults, "--", *DOCTOR]
 
 
+@pytest.mark.beside
 def test_one_process(run, tmp_path):
     done = run(*DOCTOR, "--json", "report/doctor.json", "--run-dir", "runs/mine", timeout=60)
     assert done.code == 0, done.text
@@ -54,6 +53,7 @@ def test_one_process(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
 def test_two_ranks(hvdtrain, tmp_path, launcher):
     threads = str(os.cpu_count()) if launcher == "horovodrun-gloo" else "1"
@@ -73,6 +73,7 @@ def test_two_ranks(hvdtrain, tmp_path, launcher):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["doctor.json"]
 
 
+@pytest.mark.beside
 def test_gloo_under_mpirun(run):
     done = run(*MPIRUN, *DOCTOR, timeout=60, HOROVOD_CONTROLLER="gloo")
     assert done.code == 1, done.text
@@ -82,6 +83,7 @@ def test_gloo_under_mpirun(run):
     assert "Traceback" not in done.text
 
 
+@pytest.mark.alone
 def test_faults_of_ranks_and_host(run, tmp_path):
     """Both ranks on one core, rank 1 with another hvdtrain, another variable, too few open files."""
     copy = tmp_path / "other" / "hvdtrain"
@@ -103,6 +105,7 @@ def test_faults_of_ranks_and_host(run, tmp_path):
         assert "> mpirun --bind-to none" in the(done, "error", "cores")
 
 
+@pytest.mark.alone
 @needs_namespaces
 def test_two_hosts(run):
     """Two names, each with its own small /dev/shm, and other directories of one name; a real network interface."""
@@ -118,6 +121,7 @@ def test_two_hosts(run):
     assert "over TCP" in the(done, "ok", "pairs of hosts")
 
 
+@pytest.mark.beside
 def test_fake_number_of_ranks(run):
     done = run(*DOCTOR, timeout=60, OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="0")
     assert done.code == 1, done.text
@@ -127,6 +131,7 @@ def test_fake_number_of_ranks(run):
     assert "Traceback" not in done.text
 
 
+@pytest.mark.beside
 def test_ranks_that_never_come(run):
     """Gloo waits for ever for a second rank and a rendezvous that are not there."""
     place = {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1"}
@@ -137,6 +142,7 @@ def test_ranks_that_never_come(run):
     assert "waited 2 s (--timeout) for the other ones" in the(done, "error", "launcher")
 
 
+@pytest.mark.beside
 def test_horovod_of_another_torch(run, tmp_path):
     """A Horovod that does not load, as one built against an older torch."""
     broken = tmp_path / "broken" / "horovod"
@@ -152,6 +158,7 @@ def test_horovod_of_another_torch(run, tmp_path):
     assert "Traceback" not in done.text
 
 
+@pytest.mark.beside
 def test_a_mistake_names_the_nearest_flag(run):
     done = run(*DOCTOR, "--jason", "x", timeout=60)
     assert done.code == 2

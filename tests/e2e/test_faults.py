@@ -4,25 +4,24 @@ import contextlib
 import json
 import os
 import re
-import subprocess
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAUNCHERS, REPOSITORY
+from conftest import FAULTY as RECIPE
+from conftest import processes_naming
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.alone
-
-RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 
 
 @pytest.fixture
 def train(hvdtrain, tmp_path):
     """Train the faulty recipe; afterwards no process and no shared memory of ours may be left."""
 
-    def train(*arguments, launcher="mpirun", ranks=2, name="run", timeout=60, **fault):
+    def train(*arguments, launcher="mpirun", ranks=2, name="run", timeout=120, **fault):
         run_dir = tmp_path / name
         before = shared_memory()
         done = hvdtrain(
@@ -33,7 +32,7 @@ def train(hvdtrain, tmp_path):
             FAULT=json.dumps(fault),
             RUN_DIR=str(run_dir),
         )
-        assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        assert not processes_naming(tmp_path)
         assert not (shared_memory() - before)
         return done
 
@@ -67,20 +66,6 @@ def assert_same_run(one, other):
     assert logs[0] == logs[1]
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole") / "run"
-
-
-@pytest.fixture
-def whole(hvdtrain, whole_run):
-    """A run that nothing happens to."""
-    if not (whole_run / "checkpoints" / "step-00000040").exists():
-        done = hvdtrain("train", RECIPE, "--run-dir", whole_run, launcher="mpirun", ranks=2)
-        assert done.code == 0, done.text
-    return whole_run
-
-
 def plain(text):
     """Return output without the prefixes by which launchers name ranks."""
     return re.sub(r"^\[[\d,]+\]<std(out|err)>: ?", "", text, flags=re.MULTILINE)
@@ -89,22 +74,23 @@ def plain(text):
 @pytest.mark.parametrize(
     ("launcher", "rank", "phase"),
     [
-        ("mpirun", 0, "backward"),
-        ("horovodrun-mpi", "all", "data"),
-        ("horovodrun-gloo", 1, "forward"),
+        ("mpirun", "all", "data"),
+        ("horovodrun-gloo", 1, "backward"),
     ],
 )
 def test_an_exception_is_told_once_by_name(train, launcher, rank, phase):
     done = train(launcher=launcher, kind="raise", rank=rank, phase=phase, step=8)
     assert done.code not in (0, 2, 75), done.text
     assert done.text.count("Traceback (most recent call last)") == 1, done.text
-    assert done.text.count(f"ValueError: bad luck in {phase}") == 1
+    assert done.text.count(f"ValueError: bad luck in {phase}") == 2  # in the sentence, and below his part of the stack
     assert "Horovod has been shut down" not in done.text
     who = "[01]" if rank == "all" else rank
-    assert re.search(rf"hvdtrain: rank {who} on \S+ failed at step 7, {phase}$", plain(done.text), re.MULTILINE)
+    says = rf"hvdtrain: rank {who} on \S+ failed at step 7, {phase}: ValueError: bad luck in {phase}"
+    assert re.search(says + r" \(.*, line \d+, in \w+\)$", plain(done.text), re.MULTILINE)
+    assert "hvdtrain/trainer" not in done.text
 
 
-@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
 def test_a_killed_rank_ends_the_job(train, launcher):
     done = train("--pause", 0.1, launcher=launcher, kind="kill", rank=1, phase="forward", step=20)
     assert done.code not in (0, 2, 75), done.text
@@ -112,20 +98,20 @@ def test_a_killed_rank_ends_the_job(train, launcher):
     assert "Traceback" not in done.text
 
 
-@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
 def test_a_rank_that_sleeps_in_its_loader_is_found(train, tmp_path, launcher):
-    done = train("--health.stall-limit", "3s", launcher=launcher, kind="sleep", rank=1, phase="data", step=8)
+    done = train("--health.stall-limit", "2s", launcher=launcher, kind="sleep", rank=1, phase="data", step=8)
     assert done.code not in (0, 2, 75), done.text
-    assert done.text.count("no rank has made progress for 3 s") == 1, done.text
+    assert done.text.count("no rank has made progress for 2 s") == 1, done.text
     assert re.search(r"rank 1 on \S+ has been at step 7, data for \d+ s; the others wait", done.text)
     logs = [(tmp_path / "run" / "logs" / f"rank-00{rank}.log").read_text() for rank in (0, 1)]
     assert "faulty_recipe.py" in logs[1].split("stacks of all threads")[1]  # where it sleeps
     assert "synchronize" in logs[0].split("stacks of all threads")[1]  # where it waits
 
 
-@pytest.mark.parametrize(("launcher", "rank"), [("mpirun", 0), ("horovodrun-mpi", 1), ("horovodrun-gloo", 0)])
+@pytest.mark.parametrize(("launcher", "rank"), [("mpirun", 0), ("horovodrun-gloo", 1)])
 def test_a_stopped_rank_is_missed(train, launcher, rank):
-    arguments = ["--health.stall-limit", "3s", "--pause", 0.1]
+    arguments = ["--health.stall-limit", "2s", "--pause", 0.1]
     done = train(*arguments, launcher=launcher, kind="stop", rank=rank, phase="forward", step=20)
     assert done.code not in (0, 2, 75), done.text
     assert re.search(rf"rank {rank} on \S+ has given no sign of life for \d s.*last seen at step 1\d", done.text)
@@ -138,13 +124,12 @@ def test_one_process_that_hangs_notices_it_itself(train):
     assert re.search(r"rank 0 on \S+ has been at step 9, evaluation", done.text)
 
 
-@pytest.mark.parametrize(("launcher", "phase"), [("mpirun", "forward"), ("horovodrun-gloo", "backward")])
-def test_what_is_not_finite_on_one_rank_is_skipped_by_all(train, tmp_path, launcher, phase):
-    done = train(launcher=launcher, kind="nan", rank=1, phase=phase, step=7, until=8)
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(train, tmp_path):
+    done = train(launcher="horovodrun-gloo", kind="nan", rank=1, phase="backward", step=7, until=8)
     assert done.code == 0, done.text
-    who = "the loss on rank 1" if phase == "forward" else "the gradient"
     for step in (7, 8):
-        assert done.text.count(f"WARNING: step {step} is skipped on all ranks: {who} is not finite") == 1, done.text
+        said = f"WARNING: step {step} is skipped on all ranks: the gradient is not finite"
+        assert done.text.count(said) == 1, done.text
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["step"]: line["train/skipped_steps"] for line in lines if "train/skipped_steps" in line} == {8: 2}
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
@@ -164,10 +149,10 @@ def test_too_many_in_a_row_end_the_run_and_the_checkpoint_is_good(train, tmp_pat
 @pytest.mark.parametrize(
     "fault", [{"kind": "full disk", "bytes": 3000}, {"kind": "read-only"}], ids=["full", "read-only"]
 )
-def test_a_save_that_fails_does_not_end_the_run(train, tmp_path, whole, fault):
+def test_a_save_that_fails_does_not_end_the_run(train, tmp_path, fault):
     # The pause lets the save of step 5 end before its directory fails.
-    pause = ("--pause", 0.1)
-    done = train("--width", 64, "--log.every", 50, *pause, rank=0, phase="forward", step=8, until=13, **fault)
+    arguments = ["--width", 64, "--log.every", 50, "--pause", 0.1]
+    done = train(*arguments, launcher=None, ranks=1, rank=0, phase="forward", step=8, until=13, **fault)
     assert done.code == 0, done.text
     assert done.text.count("could not be written") == 1, done.text
     assert "training goes on, the next save tries again" in done.text
@@ -179,7 +164,9 @@ def test_a_save_that_fails_does_not_end_the_run(train, tmp_path, whole, fault):
 def test_damaged_checkpoints_are_passed_over(train, tmp_path, whole):
     """The newest one with a changed bit, the one before cut short, the one before that without its weights."""
     run_dir = tmp_path / "run"
-    assert train("--train.steps", 20).code == 0
+    shutil.copytree(whole, run_dir)
+    for step in (25, 30, 35, 40):
+        shutil.rmtree(run_dir / "checkpoints" / f"step-{step:08d}")
     paths = {step: run_dir / "checkpoints" / f"step-{step:08d}" / "model.safetensors" for step in (20, 15, 10)}
     data = bytearray(paths[20].read_bytes())
     data[len(data) // 2] ^= 4
@@ -194,30 +181,29 @@ def test_damaged_checkpoints_are_passed_over(train, tmp_path, whole):
 
 
 def test_a_signal_in_any_phase_stops_and_goes_on(train, tmp_path, whole):
-    """Stopped four times; dropout, best-so-far, metrics: all bitwise as if nothing had happened."""
+    """Stopped three times; dropout, best-so-far, metrics: all bitwise as if nothing had happened.
+
+    First while a thread still writes a checkpoint.
+    """
     begun = 0
-    for phase, at in (("data", 6), ("forward", 13), ("backward", 20), ("evaluation", 30)):
-        done = train(kind="signal", signal="SIGTERM", rank=1, phase=phase, step=at - begun)
+    for number, rank, phase, at in (
+        ("SIGUSR1", 0, "data", 11),
+        ("SIGTERM", 1, "backward", 20),
+        ("SIGTERM", 1, "evaluation", 30),
+    ):
+        done = train(kind="signal", signal=number, rank=rank, phase=phase, step=at - begun)
         assert done.code == 75, done.text
         # An evaluation is cut short, and made up for when the run goes on.
-        stopped = re.search(r"stopped at step (\d+) of 40 on request \(SIGTERM, rank 1\)", done.text)
+        stopped = re.search(rf"stopped at step (\d+) of 40 on request \({number}, rank {rank}\)", done.text)
         assert stopped, done.text
         begun = int(stopped[1])
         assert at <= begun <= at + 1
+        assert checkpoints(tmp_path / "run")[-1] == begun
     done = train()
     assert done.code == 0, done.text
     assert_same_run(tmp_path / "run", whole)
     best = [(path / "checkpoints" / "best").read_text() for path in (tmp_path / "run", whole)]
     assert best[0] == best[1]
-
-
-def test_a_signal_while_saving(train, tmp_path, whole):
-    """The next step begins while the thread still writes."""
-    done = train(kind="signal", signal="SIGUSR1", rank=0, phase="data", step=11)
-    assert done.code == 75, done.text
-    assert checkpoints(tmp_path / "run")[-1] == 12
-    assert train().code == 0
-    assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_second_sigint_stops_at_once(start, tmp_path):
@@ -243,9 +229,9 @@ def wait_until(condition, seconds=30, pause=0.1):
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(train, tmp_path):
-    """2 -> 4 -> 1 in fp64, with dropout: the same weights, the same samples, no gap in the metrics."""
+    """1 -> 4 -> 2 in fp64, with dropout: the same weights, the same samples, no gap in the metrics."""
     exact = ["--train.precision", "fp64"]
-    for ranks, steps in ((2, 13), (4, 27), (1, 40)):
+    for ranks, steps in ((1, 13), (4, 27), (2, 40)):
         launcher = "mpirun" if ranks > 1 else None
         done = train(*exact, "--train.steps", steps, launcher=launcher, ranks=ranks)
         assert done.code == 0, done.text
@@ -253,26 +239,17 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(train, tmp_path):
     assert train(*exact, launcher=None, ranks=1, name="whole").code == 0
     one, other = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert max((one[name] - other[name]).abs().max() for name in other) < 1e-12
-    refused = train(*exact, "--train.steps", 50, launcher="mpirun", ranks=3)
-    assert refused.code == 2, refused.text
-    assert "does not divide among 3 ranks: go on with 1, 2, 4" in refused.text
 
 
-def test_a_change_can_be_allowed_by_name(train, tmp_path):
-    assert train("--train.steps", 5, launcher=None, ranks=1).code == 0
-    change = ["--optim.peak-lr", "0.02", "--dropout", "0.1"]
+def test_a_change_can_be_allowed_by_name(train, tmp_path, whole):
+    """Other numbers of ranks, and other settings, for a run that two ranks have begun."""
+    shutil.copytree(whole, tmp_path / "run")
+    change = ["--train.steps", 45, "--optim.peak-lr", "0.02", "--dropout", "0.1"]
     refused = train(*change, launcher=None, ranks=1)
     assert refused.code == 2
     assert "dropout was 0.2 and is 0.1 now; optim.peak_lr was 0.01 and is 0.02 now" in refused.text
     allowed = train(*change, "--allow-config-change", "optim.peak-lr", "dropout", launcher=None, ranks=1)
     assert allowed.code == 0, allowed.text
-    for setting, says in (("optim.peek_lr", "did you mean 'optim.peak_lr'"), ("train.seeds", "train.seed'")):
-        wrong = train("--allow-config-change", setting, launcher=None, ranks=1)
-        assert wrong.code == 2
-        assert says in wrong.text
-    wrong = train("--allow-config-change", "train.global-batch-size", launcher=None, ranks=1)
-    assert wrong.code == 2
-    assert "the global batch cannot change within a run" in wrong.text
 
 
 def test_ranks_with_different_settings_are_refused(hvdtrain, tmp_path):

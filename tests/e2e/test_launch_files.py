@@ -50,6 +50,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, start, tmp_path, site,
     assert out.startswith("+ ")  # the plain command
     assert "on request" in out
     step = int((tmp_path / "run" / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    if script != "mpirun.sh":  # what a run goes on with is the same for all
+        return
     done = run(
         *(REPOSITORY / "launch" / script, "train", RECIPE, "--train.steps", step + 5, "--pause", "0.02"), **site, **more
     )

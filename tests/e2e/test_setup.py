@@ -12,8 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from builds import make_environment
 from planted import can_make_namespaces
 
+from hvdtrain.install.__main__ import parse
 from hvdtrain.install.environment import Environment
 from hvdtrain.install.steps import install_hvdtrain
 
@@ -28,15 +30,18 @@ TOOLS = ("bash", "dirname", "id", "make", "c++", "g++", "uname")
 PYTHON = str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A fresh copy of what a set-up reads, without an environment."""
-    root = tmp_path / "checkout"
+def check_out(root):
+    """Copy what a set-up reads to `root`, without an environment."""
     shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "hvdtrain", root / "hvdtrain", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "setup.py"):
         shutil.copy(ROOT / name, root / name)
     return root
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return check_out(tmp_path / "checkout")
 
 
 @pytest.fixture
@@ -106,6 +111,7 @@ def test_without_network(checkout, tools):
         "PIP_RETRIES": "0",
         "PIP_NO_CACHE_DIR": "1",
     }
+    make_environment(checkout / ".venv")
     done = set_up(checkout, tools, **nowhere)
     assert_told(done, "the package index cannot be reached", "check the network")
     assert not (checkout / ".venv" / "hvdtrain-setup.json").exists()
@@ -121,8 +127,12 @@ finished = pytest.mark.skipif(
 
 
 @finished
-def test_a_second_run_takes_seconds_and_changes_nothing():
+def test_a_second_run_takes_seconds_and_changes_nothing(monkeypatch):
     stamp = environment_of_this_test() / "hvdtrain-setup.json"
+    # Anything else is a set-up of the environment that runs these tests, and maybe others at this moment.
+    monkeypatch.setenv("PATH", f"{stamp.parent / 'bin'}:{os.environ['PATH']}")
+    if not parse(["--root", str(ROOT), "--environment", str(stamp.parent)]).is_current():
+        pytest.skip("the last launch/setup.sh was that of another clone, or of other files: run it first")
     before = stamp.stat().st_mtime_ns
     start = time.monotonic()
     done = subprocess.run([ROOT / "launch" / "setup.sh"], capture_output=True, text=True, timeout=120)
@@ -132,10 +142,9 @@ def test_a_second_run_takes_seconds_and_changes_nothing():
 
 
 @finished
-@pytest.mark.parametrize("module", ["torchvision", "transformers"])
-def test_what_a_set_up_installs_imports_plainly(module):
+def test_what_a_set_up_installs_imports_plainly():
     """Without hvdtrain's own way to import torchvision: users' scripts do not know it."""
-    command = [environment_of_this_test() / "bin" / "python", "-c", f"import {module}; print({module}.__version__)"]
+    command = [environment_of_this_test() / "bin" / "python", "-c", "import torchvision, transformers"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -194,14 +203,14 @@ def test_local_lets_every_rank_save_when_it_is_asked_to_stop(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "ranks", "works"),
-    [("horovodrun", 2, True), ("horovodrun --gloo", 2, True), ("mpirun", 2, True), ("mpirun", 1, False)],
+    ("launcher", "works"),
+    [("horovodrun -np 2", True), ("horovodrun --gloo -np 2", True), ("", False)],
 )
-def test_the_check_with_two_ranks(launcher, ranks, works):
+def test_the_check_with_two_ranks(launcher, works):
     pytest.importorskip("horovod.torch")
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.getuid() == 0 else {}
     environment = {**os.environ, **root, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
-    command = [*launcher.split(), "-np", str(ranks), sys.executable, ROOT / "hvdtrain" / "install" / "selfcheck.py"]
+    command = [*launcher.split(), sys.executable, ROOT / "hvdtrain" / "install" / "selfcheck.py"]
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
     )
@@ -235,7 +244,8 @@ def test_every_folder_is_good_to_start_from(installed_clone, tmp_path, where):
     keep = {name: os.environ[name] for name in ("PATH", "TMPDIR", "LANG") if name in os.environ}
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     said = []
-    for words in (["-m", "hvdtrain", "--help"], ["-m", "hvdtrain", "doctor"], [str(script)]):
+    verb = "doctor" if where == "parent" else "--version"
+    for words in (["-m", "hvdtrain", verb], [str(script)]):
         done = subprocess.run(
             [clone / ".venv" / "bin" / "python", *words],
             cwd=cwd,
@@ -247,9 +257,8 @@ def test_every_folder_is_good_to_start_from(installed_clone, tmp_path, where):
         )
         assert "Traceback" not in done.stderr
         said.append(done.stdout)
-    assert said[0].startswith("usage: python -m hvdtrain")
-    assert re.search(r"^ok +launcher", said[1], re.MULTILINE)
-    assert said[2] == f"1 {clone}/hvdtrain/__init__.py\n"
+    assert re.search(r"^ok +launcher" if where == "parent" else r"^hvdtrain \d", said[0], re.MULTILINE)
+    assert said[1] == f"1 {clone}/hvdtrain/__init__.py\n"
 
 
 @needs_namespaces
@@ -272,12 +281,14 @@ def test_a_clone_that_cannot_be_written_is_installed_as_a_copy(installed_clone):
     assert (packages / "hvdtrain" / "cli.py").exists()
 
 
-@pytest.fixture
-def wheel(checkout, tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    checkout = check_out(folder / "checkout")
     (checkout / "README.md").write_text("hvdtrain")
-    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(checkout)], check=True, timeout=120)
-    (file,) = tmp_path.glob("hvdtrain-*.whl")
+    (file,) = folder.glob("hvdtrain-*.whl")
     return file
 
 

@@ -32,7 +32,8 @@ def wait_for(condition, seconds, what):
         time.sleep(0.3)
 
 
-TRAINING = ["train", RECIPE, "--train.steps", STEPS, "--pause", "0.02"]
+TRAINING = ["train", RECIPE, "--train.steps", STEPS]
+SLOWLY = ["--pause", "0.02"]
 
 
 def weights(run_dir):
@@ -48,56 +49,67 @@ def uninterrupted(tmp_path_factory):
     return weights(run_dir)
 
 
-@pytest.mark.slurm
-@pytest.mark.parametrize(
-    ("nodes", "launcher", "command"),
-    [(1, "mpirun", "mpirun -np 2"), (2, "srun", "srun --mpi=pmix")],
-    ids=["mpirun", "two-nodes-srun"],
-)
-def test_a_job_is_requeued_and_loses_nothing(cluster, uninterrupted, tmp_path, nodes, launcher, command):
-    output, run_dir = tmp_path / "job.out", tmp_path / "job"
-    given = {
-        "HOME": "/root",
-        "PATH": cluster.environ["PATH"],
-        "VIRTUAL_ENV": str(BIN.parent),
-        "HVDTRAIN_ROOT": str(REPOSITORY),
-        "HVDTRAIN_RUN_DIR": str(run_dir),
-        "HVDTRAIN_LAUNCHER": launcher,
-        # Both nodes are this machine: ranks on different ones must not look for each other's shared memory.
-        "OMPI_MCA_btl": "tcp,self",
-    }
-    answer = cluster.do(
-        *("sbatch", "--parsable", f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}", f"--output={output}"),
-        *("--time=5", f"--export={','.join(given)}", REPOSITORY / "launch" / "slurm.sbatch", *TRAINING),
-        **given,
-    )
-    job = answer.strip()
+class Job:
+    """A job of two ranks on one or two nodes, as slurm.sbatch starts it."""
 
-    def said(text):
-        return output.exists() and text in output.read_text()
+    def __init__(self, cluster, folder, nodes, launcher):
+        self.cluster, self.output, self.run_dir = cluster, folder / f"{launcher}.out", folder / launcher
+        given = {
+            "HOME": "/root",
+            "PATH": cluster.environ["PATH"],
+            "VIRTUAL_ENV": str(BIN.parent),
+            "HVDTRAIN_ROOT": str(REPOSITORY),
+            "HVDTRAIN_RUN_DIR": str(self.run_dir),
+            "HVDTRAIN_LAUNCHER": launcher,
+            # Both nodes are this machine: ranks on different ones must not look for each other's shared memory.
+            "OMPI_MCA_btl": "tcp,self",
+        }
+        self.number = cluster.do(
+            *("sbatch", "--parsable", f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}"),
+            *(f"--output={self.output}", "--time=5", f"--export={','.join(given)}"),
+            *(REPOSITORY / "launch" / "slurm.sbatch", *TRAINING, *SLOWLY),
+            **given,
+        ).strip()
 
-    def show():
+    def said(self, text):
+        return self.output.exists() and text in self.output.read_text()
+
+    def show(self):
         """Return what the job and Slurm say."""
-        said = output.read_text() if output.exists() else "no output yet"
-        log = (cluster.folder / "slurmctld.log").read_text()[-3000:]
-        return "\n".join((said, *(cluster.do("scontrol", "show", what) for what in ("job", "node")), log))
+        said = self.output.read_text() if self.output.exists() else "no output yet"
+        log = (self.cluster.folder / "slurmctld.log").read_text()[-3000:]
+        return "\n".join((said, *(self.cluster.do("scontrol", "show", what) for what in ("job", "node")), log))
 
-    def is_waiting():
-        return "PENDING BeginTime" in cluster.do("squeue", "-h", f"--jobs={job}", "-o", "%T %r", check=False)
+    def is_waiting(self):
+        state = self.cluster.do("squeue", "-h", f"--jobs={self.number}", "-o", "%T %r", check=False)
+        return "PENDING BeginTime" in state
 
-    wait_for(lambda: said("step  50/"), 90, show)
-    cluster.do("scancel", "--batch", "--signal=USR1", job)
-    wait_for(lambda: said("back into the queue (restart 1)"), 90, show)
-    assert "on request (SIGUSR1, rank" in output.read_text()
-    # Slurm lets a job that was put back wait for two minutes. An administrator may shorten that, though not to nothing:
-    # a node refuses the job in the second in which it has ended.
-    wait_for(is_waiting, 90, show)
+
+@pytest.mark.slurm
+def test_a_job_is_requeued_and_loses_nothing(cluster, uninterrupted, tmp_path):
+    """With either launcher; both jobs run at once, since most of their time is spent on waiting for Slurm."""
+    jobs = [Job(cluster, tmp_path, 1, "mpirun"), Job(cluster, tmp_path, 2, "srun")]
+    waiting = list(jobs)
+    deadline = time.monotonic() + 120
+    while waiting:
+        for job in [job for job in waiting if job.said("step  50/")]:
+            cluster.do("scancel", "--batch", "--signal=USR1", job.number)
+            waiting.remove(job)
+        assert time.monotonic() < deadline, waiting[0].show()
+        time.sleep(0.2)
+    for job in jobs:
+        wait_for(lambda job=job: job.said("back into the queue (restart 1)"), 90, job.show)
+        assert "on request (SIGUSR1, rank" in job.output.read_text()
+        # Slurm lets a job that was put back wait for two minutes. An administrator may shorten that, though not to
+        # nothing: a node refuses the job in the second in which it has ended.
+        wait_for(job.is_waiting, 90, job.show)
     time.sleep(3)
-    cluster.do("scontrol", "update", f"JobId={job}", "StartTime=now")
-    wait_for(lambda: said("finished in"), 120, show)
-    assert output.read_text().count(f"+ {command}") == 2, show()
-    ours = weights(run_dir)
-    torch.testing.assert_close(ours, uninterrupted, rtol=0, atol=0)
+    for job in jobs:
+        cluster.do("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    for job, command in zip(jobs, ("mpirun -np 2", "srun --mpi=pmix"), strict=True):
+        wait_for(lambda job=job: job.said("finished in"), 120, job.show)
+        assert job.output.read_text().count(f"+ {command}") == 2, job.show()
+        torch.testing.assert_close(weights(job.run_dir), uninterrupted, rtol=0, atol=0)
 
 
 @pytest.mark.slurm

@@ -37,12 +37,9 @@ def launch(start, tiny_lm, run_dir, launcher, *more):
 @pytest.mark.parametrize(
     ("launcher", "target", "number"),
     [
-        (None, "launcher", signal.SIGTERM),
         (None, "launcher", signal.SIGINT),
         ("mpirun", "launcher", signal.SIGUSR1),
-        ("mpirun", 1, signal.SIGTERM),
-        ("horovodrun-mpi", 0, signal.SIGUSR1),
-        ("horovodrun-gloo", 1, signal.SIGUSR1),
+        ("horovodrun-gloo", 1, signal.SIGTERM),
     ],
 )
 def test_a_signal_stops_all_ranks_and_the_run_goes_on(start, hvdtrain, tiny_lm, tmp_path, launcher, target, number):
@@ -51,7 +48,7 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on(start, hvdtrain, tiny_lm, 
     wait_for(lambda: len(lines_of(run_dir)) >= 2)
     ranks = json.loads((run_dir / "environment.json").read_text())["ranks"]
     os.kill(process.pid if target == "launcher" else ranks[target]["pid"], number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "Traceback" not in out
     assert out.count("on request") == 1
@@ -59,7 +56,7 @@ def test_a_signal_stops_all_ranks_and_the_run_goes_on(start, hvdtrain, tiny_lm, 
     checkpoint = (run_dir / "checkpoints" / "latest").read_text().strip()
     stopped_at = int(checkpoint.removeprefix("step-"))
     assert f"stopped at step {stopped_at} of 100000" in out
-    if (launcher, target) == ("mpirun", "launcher"):
+    if launcher is None:
         compare_with_uninterrupted(hvdtrain, tiny_lm, tmp_path, launcher, stopped_at + 3)
 
 

@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, processes_naming
 from digits import write_digits
 from safetensors.torch import load_file
 
@@ -294,5 +293,4 @@ def test_the_readmes_own_loop(run, tmp_path):
 def test_no_process_is_left(hvdtrain, tiny_lm, tmp_path):
     done = hvdtrain(*tiny_lm, "--train.steps", 3, "--run-dir", tmp_path / "run", launcher="horovodrun-gloo", ranks=2)
     assert done.code == 0, done.text
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(tmp_path) not in left
+    assert not processes_naming(tmp_path)

@@ -59,6 +59,8 @@ def test_mnist(hvdtrain, tmp_path):
     done = hvdtrain("verify", "mnist", "--data.root", tmp_path, launcher="mpirun", ranks=2)
     assert done.code == 0, done.text
     assert "all checks passed, 0 warnings" in done.out
+    assert "verify mnist on 2 ranks" in done.out
+    assert done.out.index("data:  ") < done.out.index("ranks are equal at the start")  # what is verified
 
 
 @pytest.mark.parametrize(

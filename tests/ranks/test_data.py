@@ -53,6 +53,8 @@ CASES = {
 }
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.same_on_gloo
 @pytest.mark.parametrize("name", CASES)
 def test_n_ranks_give_what_one_gives(world, shared_dir, tmp_path, name):
     """Samples draw at random; the run is interrupted, and goes on with one process alone."""
@@ -90,6 +92,7 @@ def test_ranks_with_different_data_are_told(world, shared_dir, data, says):
     assert len(set(world.all_gather_object(str(caught.value), "said"))) == 1
 
 
+@pytest.mark.ranks(1)
 def test_a_worker_that_dies_is_named(world, tmp_path):
     with pytest.raises(WorkerError, match=r"data worker 0 of rank 0 \(process \d+\) was killed by SIGKILL"):
         train(SOLO, tmp_path, Fatal(), workers=1)

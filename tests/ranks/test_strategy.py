@@ -95,7 +95,8 @@ def test_ranks_drift_apart_and_meet_again(world, shared_dir):
         assert is_equal == (step % 4 == 0)
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(2)
+@pytest.mark.same_on_gloo
 def test_a_whole_run_saves_and_evaluates_what_all_hold(world, shared_dir):
     metrics = fit(job_of(world, shared_dir / "run", LocalAveraging(4)))  # checks replicas in every step
     assert len(set(world.all_gather_object(metrics["val/loss"], "loss"))) == 1
@@ -105,7 +106,8 @@ def test_a_whole_run_saves_and_evaluates_what_all_hold(world, shared_dir):
     assert torch.isfinite(load_checkpoint(list_checkpoints(shared_dir / "run")[0]).weights["0.weight"]).all()
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(2)
+@pytest.mark.same_on_gloo
 def test_who_believes_that_ranks_are_equal_is_found_out(world, shared_dir):
     strategy = LocalAveraging(4)
     strategy.is_equal_after = lambda step: True
@@ -114,7 +116,8 @@ def test_who_believes_that_ranks_are_equal_is_found_out(world, shared_dir):
         fit(job_of(world, shared_dir / "run", strategy))
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(2)
+@pytest.mark.same_on_gloo
 def test_the_average_of_weights_is_that_of_one_process(world, shared_dir, tmp_path):
     """Without batch normalisation's own statistics, whose values depend on how a batch is cut."""
     averages = []

@@ -91,9 +91,10 @@ def both(recipe, world, shared_dir, tmp_path):
     return model, metrics, reference, expected
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("accum_steps", [1, 2])
+@pytest.mark.parametrize(
+    ("tied", "accum_steps", "precision"),
+    [(True, 1, "fp64"), (False, 2, "fp64"), pytest.param(True, 2, "fp32", marks=pytest.mark.ranks(2))],
+)
 def test_lm_equals_one_process(world, text, tmp_path, tied, accum_steps, precision):
     """Clipping bites (norm 0.5), and the epochs end in short batches with a short last window."""
     recipe = language_model(text, tied=tied, accum_steps=accum_steps, precision=precision, max_grad_norm=0.5)
@@ -103,8 +104,9 @@ def test_lm_equals_one_process(world, text, tmp_path, tied, accum_steps, precisi
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
-@pytest.mark.parametrize("precision", ["fp64", "fp32"])
-@pytest.mark.parametrize("accum_steps", [1, 2])
+@pytest.mark.parametrize(
+    ("accum_steps", "precision"), [(2, "fp64"), pytest.param(1, "fp32", marks=pytest.mark.ranks(2))]
+)
 def test_mnist_equals_one_process(world, images, tmp_path, accum_steps, precision):
     """150 images in batches of 16 end in a batch of 6: with 4 ranks and accumulation some have less than others."""
     recipe = digits(images, accum_steps=accum_steps, precision=precision, max_grad_norm=1.0)
@@ -114,6 +116,8 @@ def test_mnist_equals_one_process(world, images, tmp_path, accum_steps, precisio
     assert metrics == pytest.approx(expected, abs=10 * TOLERANCE[precision])
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.same_on_gloo
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_autocast_keeps_ranks_equal(world, text, precision):
     model, metrics = trained(language_model(text, precision=precision, steps=5), world, text / "run")
@@ -122,6 +126,7 @@ def test_autocast_keeps_ranks_equal(world, text, precision):
     assert len(set(world.all_gather_object(digest(model.parameters()), "end"))) == 1
 
 
+@pytest.mark.ranks(2, 4)
 def test_resuming_is_bitwise_the_same(world, text):
     """Stop after 7 of 12 steps (in mid-epoch), go on in a new process state, and compare every bit."""
     settings = {"steps": 12, "precision": "fp32", "accum_steps": 2}
@@ -152,6 +157,8 @@ class StopAt(MetricLog):
             raise StoppedError
 
 
+@pytest.mark.ranks(2, 4)
+@pytest.mark.same_on_gloo
 def test_evaluation_with_fewer_samples_than_ranks(world, images, tmp_path):
     if world.rank == 0:
         write_digits(images / "tiny", num_test=1)
@@ -217,6 +224,7 @@ def test_synchronised_batch_norm_equals_one_process(world, images, tmp_path):
     assert metrics == pytest.approx(expected, abs=1e-8)
 
 
+@pytest.mark.ranks(4)
 def test_synchronised_batch_norm_with_a_rank_without_images(world, images):
     """150 images in batches of 148 leave 2 for 4 ranks."""
     recipe = pictures(images, model=ModelConfig(sync_batch_norm=True), global_batch_size=148, steps=4)
@@ -225,6 +233,7 @@ def test_synchronised_batch_norm_with_a_rank_without_images(world, images):
     assert len(set(world.all_gather_object(digest(model.state_dict().values()), "end"))) == 1
 
 
+@pytest.mark.ranks(1)
 def test_synchronised_batch_norm_is_torchs_on_one_rank(images, tmp_path):
     ours, _ = trained(pictures(images, model=ModelConfig(sync_batch_norm=True), steps=4), SOLO, tmp_path / "ours")
     plain, _ = trained(pictures(images, steps=4), SOLO, tmp_path / "plain")
@@ -232,6 +241,8 @@ def test_synchronised_batch_norm_is_torchs_on_one_rank(images, tmp_path):
     assert max((a - b).abs().max().item() for a, b in pairs) < 1e-9
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.same_on_gloo
 def test_batch_norm_statistics_are_averaged(world, images):
     """Each rank normalises by its own samples; the statistics of evaluation are those of all."""
     model, _ = trained(pictures(images, steps=5), world, images / "run")
@@ -240,8 +251,18 @@ def test_batch_norm_statistics_are_averaged(world, images):
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])
-@pytest.mark.parametrize("what", ["compile", "compile_blocks", "checkpoint_blocks", "muon", "NAdam", "linear rule"])
+@pytest.mark.same_on_gloo
+@pytest.mark.parametrize(
+    ("what", "dropout"),
+    [
+        ("compile", 0.3),
+        ("compile_blocks", 0.0),
+        ("checkpoint_blocks", 0.3),
+        ("muon", 0.0),
+        ("NAdam", 0.3),
+        ("linear rule", 0.0),
+    ],
+)
 def test_other_ways_equal_one_process(world, images, tmp_path, what, dropout, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     model = {
@@ -261,6 +282,7 @@ def test_other_ways_equal_one_process(world, images, tmp_path, what, dropout, mo
     assert largest_difference(model, reference) < (1e-3 if what == "muon" else 1e-11)  # Muon computes in bfloat16
 
 
+@pytest.mark.ranks(1)
 def test_linear_rule_is_the_scaled_rate(images, tmp_path):
     scaled = OptimConfig(peak_lr=0.005, lr_rule="linear", reference_batch=8)
     ours, _ = trained(pictures(images, optim=scaled, steps=3), SOLO, tmp_path / "scaled")
@@ -268,6 +290,7 @@ def test_linear_rule_is_the_scaled_rate(images, tmp_path):
     assert digest(ours.parameters()) == digest(plain.parameters())
 
 
+@pytest.mark.ranks(2)
 def test_bfloat16_weights(world, text):
     model, metrics = trained(language_model(text, precision="bf16-true", steps=5), world, text / "run")
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
@@ -275,6 +298,8 @@ def test_bfloat16_weights(world, text):
     assert len(set(world.all_gather_object(digest(model.parameters()), "end"))) == 1
 
 
+@pytest.mark.ranks(1, 2)
+@pytest.mark.same_on_gloo
 def test_a_rank_that_drifts_is_named_before_the_next_save(world, text):
     recipe = dataclasses.replace(
         language_model(text, steps=9), health=HealthConfig(replica_check_every=5), checkpoint=CheckpointConfig(every=3)

@@ -1,7 +1,12 @@
 """What the tests of the set-up share: a build to start from, programs that are shell scripts, an MPI of such."""
 
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
+
+import pip
 
 from hvdtrain.install.recipe import Gpu, Mpi, Recipe, Torch
 
@@ -21,6 +26,17 @@ def script(file: Path, text: str) -> Path:
 def fake_mpi(folder: Path) -> None:
     script(folder / "mpirun", "echo 'mpirun (Open MPI) 4.1.4'; echo more")
     script(folder / "mpicc", "echo '-L/opt/mpi/lib -L/opt/mpi/hwloc -Wl,-rpath -Wl,/opt/mpi/lib -lmpi'")
+
+
+def make_environment(folder: Path) -> Path:
+    """Make a virtual environment with this one's pip, in a tenth of the time of ensurepip; return its packages."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    source = Path(pip.__file__).parent
+    shutil.copytree(source, packages / "pip")
+    (record,) = source.parent.glob(f"pip-{pip.__version__}.dist-info")
+    shutil.copytree(record, packages / record.name)
+    return packages
 
 
 def check_lock(lock) -> None:

@@ -2,6 +2,7 @@
 
 FAULT is JSON: {"kind": ..., "rank": 1, "phase": "data", "step": 5, "until": 5}; `step` counts the steps that
 this process has begun, from 1. Phases: build (step 0), data, forward, backward, evaluation, end (after the last step).
+`STRUCK` names a file that appears when it happens.
 """
 
 import json
@@ -31,6 +32,8 @@ def spin(plan):
 def fork_and_die(plan):
     child = os.fork()
     if child == 0:
+        for stream in (1, 2):  # launchers wait for the end of a rank's output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         time.sleep(60)
         os._exit(0)
     Path(os.environ["RUN_DIR"], "child").write_text(str(child))
@@ -69,6 +72,8 @@ class Fault:
         if not plan["step"] <= self.step <= plan.get("until", plan["step"]):
             return False
         kind = plan["kind"]
+        if "STRUCK" in os.environ:
+            Path(os.environ["STRUCK"]).touch()
         if kind == "raise":
             raise ValueError(f"bad luck in {phase}")
         if kind in SIGNALS or kind == "signal":

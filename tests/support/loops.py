@@ -474,7 +474,7 @@ def vectors(model, optimizer):
     nn.utils.vector_to_parameters(vector * 0.99, model.parameters())
 
 
-_SEEDED = threading.Lock()  # ranks that are threads share torch's generator
+SEEDED = threading.Lock()  # ranks that are threads share torch's generator
 PARAMETRIZATIONS = {
     "parametrizations.weight_norm": parametrizations.weight_norm,
     "parametrizations.spectral_norm": parametrizations.spectral_norm,
@@ -484,7 +484,7 @@ PARAMETRIZATIONS = {
 for _name, _change in PARAMETRIZATIONS.items():
 
     def _parametrized(env, change=_change):
-        with _SEEDED:
+        with SEEDED:
             model = network()
             torch.manual_seed(0)
             change(model[0])

@@ -1,5 +1,6 @@
 """Work is told from waiting by processor time."""
 
+import os
 import threading
 import time
 
@@ -49,3 +50,28 @@ def test_a_slow_download_is_work(tmp_path):
     assert seen_from_another_thread(clock)
     time.sleep(0.5)
     assert not seen_from_another_thread(clock)
+
+
+def test_what_waiting_threads_tell_each_other_is_no_work():
+    """As Gloo's do, a thousand times a second: more than 100 kB/s in all."""
+    is_over = threading.Event()
+    reader, writer = os.pipe()
+
+    def chat():
+        while not is_over.is_set():
+            os.write(writer, bytes(1000))
+            os.read(reader, 1000)
+            time.sleep(0.001)
+
+    before = threading.Thread(target=chat, daemon=True)
+    before.start()
+    clock = BusyClock()
+    clock.start()
+    time.sleep(0.5)
+    assert not seen_from_another_thread(clock)
+    is_over.set()
+    before.join()
+    time.sleep(0.1)
+    assert not seen_from_another_thread(clock)
+    os.close(reader)
+    os.close(writer)

@@ -1,21 +1,30 @@
 """Each check of `doctor` sees its fault in the facts, and nothing where all is well."""
 
+import ast
 import dataclasses
 import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
+import hvdtrain
 from hvdtrain import cli
 from hvdtrain.errors import ConfigError
+from hvdtrain.install.clone import setup_command
 from hvdtrain.verbs.doctor import diagnose
 from hvdtrain.verbs.doctor.facts import RankFacts, existing_parent
 from hvdtrain.verbs.doctor.findings import Finding, exit_code, table
 from hvdtrain.verbs.doctor.network import AllReduce, Network, Pair, _answer, _ask, schedule
+from hvdtrain.verbs.doctor.software import check_mpi
 from hvdtrain.verbs.options import DoctorOptions
 from hvdtrain.world.door import Door
-from hvdtrain.world.inspect import HorovodBuild
+from hvdtrain.world.inspect import HorovodBuild, mpi_library
 
 GIB = 2**30
 BUILD = HorovodBuild(version="0.28.1", torch="2.13.0", features=("MPI", "Gloo", "NCCL", "CUDA"))
@@ -188,6 +197,43 @@ def test_horovod_that_is_missing_or_broken_matters_to_a_launcher_only():
         assert {(f.status, f.what) for f in findings} == {("error", "launcher"), ("error", "horovod")}
         assert all("launch/setup.sh" in f.remedy for f in findings)
     assert "built against torch 2.1.0, 2.13.0 runs" in findings[1].figure
+
+
+def test_an_mpi4py_that_does_not_load_is_not_called_missing(tmp_path, monkeypatch):
+    versions = {**VERSIONS, "MPI": None}
+    (missing,) = check_mpi(plant(healthy(1), versions=versions))
+    assert missing.figure.startswith("mpi4py is not installed")
+    # As a real one says it, of another MPI's library.
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text(
+        "raise RuntimeError('cannot load MPI library\\nlibmpi.so.12: no')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]:
+        monkeypatch.delitem(sys.modules, name)
+    library = mpi_library()
+    assert (library.name, "cannot load MPI library" in library.problem) == (None, True)
+    problem = library.problem
+    finding = only(plant(healthy(1), versions=versions, mpi4py_problem=problem))
+    assert (finding.status, f"mpi4py does not load ({problem})" in finding.figure) == ("warning", True)
+
+
+def test_a_user_without_a_clone_is_sent_to_no_file_of_it(tmp_path):
+    """Wherever an answer of doctor or of a start names the set-up: the same code, installed by pip."""
+    shutil.copytree(Path(hvdtrain.__file__).parent, tmp_path / "hvdtrain", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from hvdtrain.install.clone import *; print(setup_command(), other_environment())"
+    command, environ = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("hvdtrain setup "), done.stderr
+    assert "launch/" not in done.stdout
+    assert setup_command() == "launch/setup.sh"
+    for file in (tmp_path / "hvdtrain").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        docstrings = {id(node.body[0].value) for node in nodes if node.body and isinstance(node.body[0], ast.Expr)}
+        constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings]
+        said = [node.lineno for node in constants if "launch/setup.sh" in str(node.value)]
+        assert file.name == "clone.py" or not said, f"{file}: {said}"
 
 
 @pytest.mark.parametrize("name", ["HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"])

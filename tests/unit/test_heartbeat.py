@@ -12,6 +12,11 @@ from pathlib import Path
 
 import heartbeat_rank as acts
 import pytest
+import torch
+
+from hvdtrain.process.launch import Launch
+from hvdtrain.world import SoloWorld
+from hvdtrain.world.heartbeat import Heartbeat
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +163,18 @@ def test_what_fails_in_the_watch_is_reported_as_what_it_is(job, tmp_path):
     assert text.count("watching over the ranks failed") == 1
     assert "TypeError" in text
     assert "is gone" not in text
+
+
+def test_farewell_waits_for_no_beat():
+    """A beat of ten seconds, and a thread that sleeps in it."""
+    beat = Heartbeat(SoloWorld(torch.device("cpu"), Launch("none")), limit_s=100.0)
+    beat._interval_s = 10.0
+    beat.start()
+    time.sleep(0.2)
+    started = time.monotonic()
+    beat.close()
+    assert time.monotonic() - started < 5
+    assert not beat._thread.is_alive()
 
 
 def test_strangers_at_the_door_while_ranks_come_in(begin, tmp_path):

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pip
 import pytest
-from builds import check_lock, fake_mpi, script
+from builds import check_lock, fake_mpi, make_environment, script
 
 import hvdtrain
 from hvdtrain.install import mpi, packages, steps
@@ -131,14 +132,16 @@ def test_a_moved_environment_names_its_new_folder(environment, tmp_path):
 @pytest.mark.parametrize("killed", ["before activate", "within pip"])
 def test_an_environment_whose_making_was_killed_is_mended(tmp_path, killed):
     environment = Environment(tmp_path / "environment")
-    environment.folder.mkdir()
-    environment.make()
+    packages = make_environment(environment.folder)
+    assert environment.ask("import pip._internal.cli.main") is not None
     if killed == "before activate":
         (environment.folder / "bin" / "activate").unlink()
+        for folder in packages.glob("pip*"):
+            shutil.rmtree(folder)
     else:
-        (internal,) = environment.folder.glob("lib/python3*/site-packages/pip/_internal/cli")
-        shutil.rmtree(internal)
-        assert environment.ask("import pip._internal.cli.main") is None
+        shutil.rmtree(packages / "pip" / "_internal" / "cli")
+        assert environment.version_of("pip") == pip.__version__
+    assert environment.ask("import pip._internal.cli.main") is None
     environment.make()
     assert (environment.folder / "bin" / "activate").exists()
     assert environment.ask("import pip._internal.cli.main; print('works')") == "works"

@@ -202,6 +202,13 @@ def test_flags_as_people_write_them():
     assert parse("lm --train.steps 5 --train.steps 6").train.steps == 6
     options = cli.parse(["train", "lm", "--allow-config-change", "optim.peak-lr", "train.seed", "--dry-run"]).options
     assert options.allow_config_change == ("optim.peak_lr", "train.seed")
+    for wrong, says in (
+        ("optim.peek_lr", "did you mean 'optim.peak_lr'"),
+        ("train.seeds", "train.seed'"),
+        ("train.global-batch-size", "the global batch cannot change within a run"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            cli.parse(["train", "lm", "--allow-config-change", wrong])
     prompts = cli.parse(["generate", "--run-dir", str(PACKAGE), "--prompt", "-1", "b", "--prompt=--c"]).options.prompt
     assert prompts == ("-1", "b", "--c")
 

@@ -1,6 +1,7 @@
 """Requests to stop, from signals, the clock and the launcher, in processes of their own."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.process.ancestors import Ancestor, find_launcher, seconds_since_launch
+from hvdtrain.process.ancestors import Ancestor, _waits_for_launcher, find_launcher, seconds_since_launch
 
 HEAD = """
 import os, signal, subprocess, sys, time
@@ -98,18 +99,57 @@ def test_the_clock_runs_since_the_launcher_was_started(tmp_path):
     assert (short, long) == ("--train.max-time is used up", "None")
 
 
-def test_a_launcher_that_is_gone_is_a_request(tmp_path):
+@pytest.mark.parametrize("is_in_shell", [False, True])
+def test_a_launcher_that_is_gone_is_a_request(tmp_path, is_in_shell):
+    """Or the shell that waits for it, which is what horovodrun becomes with MPI."""
     launcher = tmp_path / "mpirun"
     launcher.write_text('#!/bin/sh\n"$@" &\nwait\n')
     launcher.chmod(0o755)
     (tmp_path / "rank.py").write_text(HEAD + WAIT)
-    process = subprocess.Popen([launcher, sys.executable, tmp_path / "rank.py"], stdout=subprocess.PIPE, text=True)
+    command = [str(launcher), sys.executable, str(tmp_path / "rank.py")]
+    command = ["sh", "-c", f"{shlex.join(command)} 2>&1"] if is_in_shell else command
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     time.sleep(1.5)
     process.kill()
     assert process.stdout.read().strip() == "the launcher is gone"  # to the end: the rank has left, too
     process.stdout.close()
     process.wait(timeout=30)
+
+
+def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
+    """The shell that horovodrun has become; the launcher below it is still there."""
+    launcher = tmp_path / "mpirun"
+    launcher.write_text('#!/bin/sh\n"$@" &\nwait\n')
+    launcher.chmod(0o755)
+    early = "from hvdtrain.process.stop import end_on_signals\nend_on_signals()\nprint('up', flush=True)\n"
+    (tmp_path / "rank.py").write_text(f"{HEAD}{early}time.sleep(60)")
+    command = ["sh", "-c", f"{shlex.join(map(str, [launcher, sys.executable, tmp_path / 'rank.py']))} 2>&1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    started = time.monotonic()
+    process.kill()
+    assert "stopped by the loss of its launcher: nothing is lost" in process.stdout.read()
+    assert time.monotonic() - started < 30
+    process.stdout.close()
+    process.wait(timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("mpirun --tag-output -x PATH python -m hvdtrain 'a & b' > log 2>&1", True),
+        ("/opt/bin/mpirun -np 2 python", True),
+        ("mpirun -np 2 python &", False),  # outlives its shell
+        ("mpirun -np 2 python & sleep 5", False),
+        ("sleep 1; mpirun -np 2 python", False),
+        ("echo mpirun", False),
+        ("mpirun 'unfinished", False),
+        ("", False),
+    ],
+)
+def test_which_shells_wait_for_a_launcher(command, expected):
+    assert _waits_for_launcher(command) is expected
 
 
 def test_who_is_alive():

@@ -182,6 +182,19 @@ def test_a_closed_output_ends_no_run(tmp_path):
     assert "finished in" in (tmp_path / "run" / "logs" / "rank-000.log").read_text()
 
 
+@pytest.mark.parametrize("words", [["--version"], ["nonsense"], ["train", "--help"]])
+def test_a_process_without_standard_streams_ends_as_any_other(words):
+    """`>&- 2>&-`, as some daemons start programs: Python has None for these streams."""
+    code = 0 if words != ["nonsense"] else 2
+    command = [sys.executable, "-m", "hvdtrain", *words]
+    for closed in (">&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_own_sinks_are_given_the_metrics(tmp_path):
     class Kept:
         lines = []  # noqa: RUF012

@@ -223,10 +223,14 @@ def test_torchvision_can_be_imported_twice() -> None:
 
 def test_operators_that_do_not_exist_are_declared(no_torchvision: Path) -> None:
     (no_torchvision / "__init__.py").write_text(
-        "import torch\n"
+        "import inspect, torch\n"
         "import torchvision.part\n"
-        "for name in ('first_for_test', 'second_for_test'):\n"
-        "    torch.library.register_fake(f'torchvision::{name}', lambda dets, scores, iou_threshold: dets)\n"
+        # Up to torch 2.6 nothing may be registered twice, and there is no such argument.
+        "may = 'allow_override' in inspect.signature(torch.library.register_fake).parameters\n"
+        "strict = {'allow_override': False} if may else {}\n"
+        "def same(dets, scores, iou_threshold): return dets\n"
+        "torch.library.register_fake('torchvision::first_for_test', same, **strict)\n"
+        "torch.library.register_fake(\n    'torchvision::second_for_test', same, **strict)\n"
     )
     (no_torchvision / "part.py").write_text("ready = True\n")
     assert import_torchvision().part.ready is True  # kept from a failed import, it would be no attribute

@@ -51,6 +51,8 @@ class RankFacts:
     versions: Mapping[str, str | None]
     """hvdtrain, python, torch, numpy, horovod, and the MPI library."""
     horovod: HorovodBuild
+    mpi4py_problem: str = ""
+    """Why mpi4py does not load; empty where it does, and where it is not installed."""
     horovod_size: int | None = None
     """Ranks that Horovod sees; None where it did not start."""
     contact_problem: str = ""
@@ -98,7 +100,7 @@ class RankFacts:
 
 def own_facts(launch: Launch, run_dir: Path) -> RankFacts:
     """Return what this process can see on its own."""
-    build = horovod_build()
+    build, mpi = horovod_build(), mpi_library()
     existing = existing_parent(run_dir)
     shared_memory = os.statvfs(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
     return RankFacts(
@@ -116,9 +118,10 @@ def own_facts(launch: Launch, run_dir: Path) -> RankFacts:
             "torch": torch.__version__,
             "numpy": numpy.__version__,
             "horovod": build.version,
-            "MPI": mpi_library(),
+            "MPI": mpi.name,
         },
         horovod=build,
+        mpi4py_problem=mpi.problem,
         cores=cores_of(0),
         launcher_cores=tuple(sorted({*cores_of(0), *cores_of(os.getppid())})),
         core_quota=_core_quota(),

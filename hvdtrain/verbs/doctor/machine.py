@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from hvdtrain.errors import LaunchError
+from hvdtrain.install.clone import setup_command
 from hvdtrain.verbs.doctor.facts import RankFacts
 from hvdtrain.verbs.doctor.findings import Finding, error, ok, warning
 from hvdtrain.verbs.kit import counted, listed, ranks_text
@@ -124,7 +125,8 @@ def check_gpus(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
         yield error(
             "NCCL",
             f"Horovod was built with {', '.join(lacking[0].horovod.features)}, without NCCL, and the ranks have GPUs",
-            "with the CUDA toolkit on PATH and a CUDA torch: launch/setup.sh (builds with HOROVOD_GPU_OPERATIONS=NCCL)",
+            "with the CUDA toolkit on PATH and a CUDA torch:"
+            f" {setup_command()} (builds with HOROVOD_GPU_OPERATIONS=NCCL)",
         )
 
 
@@ -182,7 +184,9 @@ def _blind(own: Sequence[RankFacts], blind: list[int]) -> Finding:
     status = warning if len(blind) == len(own) else error
     if facts.torch_cuda is None:
         return status(
-            "GPUs", f"{figure}: torch is built for the CPU", "launch/setup.sh in a new .venv: with a CUDA torch"
+            "GPUs",
+            f"{figure}: torch is built for the CPU",
+            f"{setup_command()} in a new environment: with a CUDA torch",
         )
     if facts.visible_devices is not None:
         return status("GPUs", f"{figure}: CUDA_VISIBLE_DEVICES={facts.visible_devices}", "unset CUDA_VISIBLE_DEVICES")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from hvdtrain.install.clone import setup_command
 from hvdtrain.verbs.doctor.facts import RankFacts
 from hvdtrain.verbs.doctor.findings import Finding, error, ok, warning
 from hvdtrain.verbs.kit import counted, ranks_text
 
-_REBUILD = "launch/setup.sh (it builds Horovod for the torch and the MPI that come first on PATH)"
+_REBUILD = f"{setup_command()} (it builds Horovod for the torch and the MPI that come first on PATH)"
 
 
 def check_launch(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
@@ -69,7 +70,7 @@ def check_horovod(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
         status = error if needed else warning
         if build.version is None:
             yield status(
-                "horovod", f"not installed{where}: one process trains without, several do not", "launch/setup.sh"
+                "horovod", f"not installed{where}: one process trains without, several do not", setup_command()
             )
         elif build.problem:
             against = f"; it was built against torch {build.torch}, {torch_version} runs" if build.torch else ""
@@ -87,7 +88,16 @@ def check_mpi(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     if name:
         yield ok("MPI", name)
     elif "MPI" in ranks[0].horovod.features:
-        yield ok("MPI", "mpi4py is not installed, so plain MPI is not measured (pip install mpi4py)")
+        problem = ranks[0].mpi4py_problem
+        if not problem:
+            yield ok("MPI", "mpi4py is not installed, so plain MPI is not measured (pip install mpi4py)")
+        else:
+            yield warning(
+                "MPI",
+                f"mpi4py does not load ({problem}), so plain MPI is not measured",
+                "put the MPI that Horovod was built for first on PATH and LD_LIBRARY_PATH, or for it anew:"
+                " pip install --force-reinstall --no-binary mpi4py mpi4py",
+            )
 
 
 def _contact_problem(facts: RankFacts, started: str) -> Finding | None:

@@ -38,6 +38,8 @@ def _verify(name: str, recipe: Recipe, options: VerifyOptions, world: World) -> 
         shared = world.broadcast_object(Path(folder), "verify.folder")
         trial = Trial(recipe, task, world, plan, shared, options.steps)
         say(head_line("verify", name, world.size, f"global batch {plan.global_batch_size}"))
+        if task.description:
+            say(task.description)
         say(HEAD)
         rows = all_checks(trial, lambda row: say(shown(row)))
         world.barrier("verify.folder.end")

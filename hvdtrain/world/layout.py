@@ -1,0 +1,105 @@
+"""Which buckets there are: laid out for what is trainable, and anew when that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from hvdtrain.world.buckets import AdasumTensor, Bucket, SparseRows, in_buckets
+from hvdtrain.world.codec import Codec
+
+if TYPE_CHECKING:
+    from hvdtrain.world.averaging import Averaging
+    from hvdtrain.world.world import World
+
+
+class Layout:
+    """The parts in which an optimizer's gradients travel, alike on all ranks.
+
+    Args:
+        world: the ranks.
+        prefix: of the names of its collectives.
+        parameters: returns the optimizer's parameters, in the model's order.
+        names: of the model's parameters.
+        sparse: parameters whose gradients are sparse.
+        averaging: how they are averaged.
+        codec: what gradients become on the wire.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        prefix: str,
+        parameters: Callable[[], Iterable[nn.Parameter]],
+        names: dict[nn.Parameter, str],
+        sparse: set[nn.Parameter],
+        averaging: Averaging,
+        codec: Codec,
+    ) -> None:
+        self.buckets: list[Bucket] = []
+        self.bucket_of: dict[nn.Parameter, Bucket] = {}
+        self.sparse: list[SparseRows] = []
+        self._world = world
+        self._prefix = prefix
+        self._parameters = parameters
+        self._names = names
+        self._is_sparse = sparse
+        self._averaging = averaging
+        self._codec = codec
+
+    @property
+    def parts(self) -> list[Bucket | SparseRows]:
+        """Return all of them, in the order in which they are sent."""
+        return [*self.buckets, *self.sparse]
+
+    @property
+    def is_under_way(self) -> bool:
+        """Return whether gradients are on the wire."""
+        return any(bucket.is_sent for bucket in self.buckets)
+
+    def is_of(self, trainable: Sequence[nn.Parameter]) -> bool:
+        """Return whether these parameters, and no others, are laid out."""
+        return self._known() == set(trainable)
+
+    def has_been_converted(self) -> bool:
+        """Return whether a parameter has another type, device or shape than when it was laid out."""
+        return not all(bucket.fits for bucket in self.buckets)
+
+    def build(self, trainable: Sequence[nn.Parameter]) -> None:
+        """Lay the buckets out anew for what is trainable now. No gradient may be on its way."""
+        self.buckets, self.bucket_of, self.sparse = [], {}, []
+        self.add(trainable)
+
+    def add(self, trainable: Sequence[nn.Parameter]) -> bool:
+        """Take in parameters that have become trainable: unfrozen, or added to the optimizer. Returns whether any has.
+
+        What is already laid out stays as it is, in buckets that may be on the wire; what is new gets buckets of its own
+        behind them, on all ranks alike, and joins the others when the layout is next built.
+        """
+        known = self._known()
+        new = [parameter for parameter in trainable if parameter not in known]
+        sparse = [parameter for parameter in new if parameter in self._is_sparse]
+        self.sparse += [SparseRows(f"{self._prefix}.{self.name(p)}", p, self._world) for p in sparse]
+        dense = [parameter for parameter in new if parameter not in self._is_sparse]
+        is_adasum = self._averaging.op == "adasum"
+        # Adasum weighs each gradient by its own direction: one a tensor.
+        groups = [[p] for p in dense] if is_adasum else in_buckets(dense, self._averaging.bucket_bytes)
+        kind = AdasumTensor if is_adasum else Bucket
+        for group in groups:
+            name, has_square = self.name(group[0]), self._averaging.has_square
+            bucket = kind(self._prefix, name, group, self._codec, self._world, has_square)
+            self.buckets.append(bucket)
+            self.bucket_of.update((parameter, bucket) for parameter in group)
+        return bool(new)
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """Return the parameter's name; one that is not the model's is named by its place in the optimizer."""
+        if parameter not in self._names:
+            place = next(i for i, other in enumerate(self._parameters()) if other is parameter)
+            self._names[parameter] = f"parameter {place}"
+        return self._names[parameter]
+
+    def _known(self) -> set[nn.Parameter]:
+        return {*self.bucket_of, *(item.parameter for item in self.sparse)}

@@ -1,0 +1,63 @@
+"""A bug in a user's recipe file: one sentence first that names his line, his part of the stack, an exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from broken_recipes import PLACES, line_of
+
+from hvdtrain.process.tracebacks import place_of, sentence_of, stack_of
+
+SCRIPT = Path(__file__).parents[1] / "support" / "broken_recipes.py"
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """How each ended: exit code, output, error output."""
+    command = [sys.executable, SCRIPT, tmp_path_factory.mktemp("broken")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_the_first_line_names_the_users_line(ends, kind):
+    code, out, err = ends[kind]
+    is_before_training = kind in ("import", "syntax", "top", "exit", "recipe")
+    assert code == (2 if is_before_training else 1), err
+    (first,) = [line for line in err.splitlines() if line.startswith("hvdtrain: ")]
+    function = PLACES[kind][2]
+    assert f"mine.py, line {line_of(kind)}{function and f', in {function}'}" in first
+    assert "hvdtrain: " not in out
+    if is_before_training:
+        assert err.startswith("hvdtrain: ")
+        assert out == ""
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_the_stack_is_the_users_own(ends, kind):
+    _, _, err = ends[kind]
+    assert err.count("Traceback (most recent call last)") == (kind not in ("syntax", "exit")) + (kind == "worker"), err
+    assert "/hvdtrain/" not in err.replace(str(SCRIPT.parent), "")
+    if kind == "library":  # what he called stays in it: he needs to see which call it was
+        assert "torch.zeros(2) + torch.zeros(3)" in err
+
+
+def raised(action):
+    with pytest.raises(Exception) as caught:  # noqa: PT011  whatever it is
+        action()
+    return caught.value
+
+
+def test_an_exception_of_hvdtrains_own_keeps_its_whole_stack():
+    own = compile("1 / 0", sentence_of.__code__.co_filename, "exec")
+    error = raised(lambda: exec(own))
+    assert "exec(own)" in stack_of(error)
+    assert place_of(error).endswith(", in <lambda>")
+    while error.__traceback__.tb_next:
+        error = error.with_traceback(error.__traceback__.tb_next)
+    assert place_of(error) == ""
+    assert sentence_of(error) == "ZeroDivisionError: division by zero"
+    assert "tracebacks.py" in stack_of(error)
