@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,17 @@ def arguments(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {**inputs, **({"use_cache": False} if takes_any or "use_cache" in parameters else {})}
+
+
+def draws(device: torch.device, work: Callable[[], Any]) -> bool:
+    """Return whether `work` draws random numbers, on the host or this device; the generators are put back."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        generators = [torch.default_generator]
+        if device.type == "cuda":
+            generators.append(torch.cuda.default_generators[device.index or 0])
+        before = [generator.get_state() for generator in generators]
+        work()
+        return not all(map(torch.equal, before, [generator.get_state() for generator in generators]))
 
 
 class Head(Protocol):

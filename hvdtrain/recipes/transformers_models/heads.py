@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
-from hvdtrain.recipes.transformers_models.forward import arguments, run
+from hvdtrain.recipes.transformers_models.forward import arguments, draws, run
 
 Inputs = dict[str, Any]
 
@@ -200,19 +200,8 @@ def _named(leave: Any, name: str) -> Any:
 def _draws(model: nn.Module, head: OwnHead, output: Any, hidden: Tensor) -> bool:
     """Return whether the head draws random numbers while the model is trained: then they would be others in parts."""
     was_training = model.training
-    device = hidden.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model.train()
-        try:
-            before = _generator_states(device)
-            head.logits(model, output, hidden)
-            return not all(map(torch.equal, before, _generator_states(device)))
-        finally:
-            model.train(was_training)
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.default_generator.get_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.default_generators[device.index or 0].get_state())
-    return states
+    model.train()
+    try:
+        return draws(hidden.device, lambda: head.logits(model, output, hidden))
+    finally:
+        model.train(was_training)

@@ -6,7 +6,7 @@ Shapes: n samples of T tokens, as `PackedDocuments.batch` returns them; R rows o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,18 @@ def _rows(batch: Batch, starts: Tensor, lengths: Tensor, length: int) -> Call:
     at = origins.clamp(min=0)
     wanted = targets.flatten()[at].where(origins >= 0, IGNORE_INDEX)
     return Call({"input_ids": tokens.flatten()[at]}, wanted, origins)
+
+
+def pack(documents: Sequence[Tensor]) -> Batch:
+    """Return two samples, the first with two documents; targets are the tokens after each, of its document."""
+    tokens = torch.cat(list(documents)).view(2, -1)
+    lengths = [len(document) for document in documents]
+    number = torch.arange(len(documents)).repeat_interleave(torch.tensor(lengths)).to(tokens.device)
+    position = torch.cat([torch.arange(n) for n in lengths]).to(tokens.device)
+    targets = [
+        torch.cat((document[1:], document.new_full((min(1, len(document)),), IGNORE_INDEX))) for document in documents
+    ]
+    return tokens, torch.cat(targets).view_as(tokens), number.view_as(tokens), position.view_as(tokens)
 
 
 BY_POSITIONS = Layout("packed", _by_positions)

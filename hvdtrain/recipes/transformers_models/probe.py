@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from hvdtrain.errors import ConfigError, UsageError
 from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
 from hvdtrain.recipes.transformers_models.balance import Balance
-from hvdtrain.recipes.transformers_models.forward import DocumentLoss, Head, run
+from hvdtrain.recipes.transformers_models.forward import DocumentLoss, Head, draws, run
 from hvdtrain.recipes.transformers_models.heads import OwnHead, ProductHead, find_own_head
 from hvdtrain.recipes.transformers_models.layouts import (
     BY_MASKS,
     BY_POSITIONS,
     IN_EQUAL_ROWS,
     IN_ROWS,
-    Batch,
     Layout,
+    pack,
 )
 
 TOLERANCE = 1e-3
@@ -256,18 +256,6 @@ class _Trial:
         )
 
 
-def pack(documents: Sequence[Tensor]) -> Batch:
-    """Return two samples, the first with two documents; targets are the tokens after each, of its document."""
-    tokens = torch.cat(list(documents)).view(2, -1)
-    lengths = [len(document) for document in documents]
-    number = torch.arange(len(documents)).repeat_interleave(torch.tensor(lengths)).to(tokens.device)
-    position = torch.cat([torch.arange(n) for n in lengths]).to(tokens.device)
-    targets = [
-        torch.cat((document[1:], document.new_full((min(1, len(document)),), IGNORE_INDEX))) for document in documents
-    ]
-    return tokens, torch.cat(targets).view_as(tokens), number.view_as(tokens), position.view_as(tokens)
-
-
 def describe(error: Exception) -> str:
     """Return the kind of an error and the first line of its message, cut."""
     lines = str(error).strip().splitlines() or [""]
@@ -302,14 +290,7 @@ def _draws_random_numbers(model: nn.Module) -> bool:
     """Return whether a forward pass draws any, as for dropout; the generators are put back."""
     device = next(model.parameters()).device
     tokens = torch.arange(8, device=device)[None]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        generators = [torch.default_generator]
-        if device.type == "cuda":
-            generators.append(torch.cuda.default_generators[device.index or 0])
-        before = [generator.get_state() for generator in generators]
-        try:
-            run(model, {"input_ids": tokens})
-        except Exception:  # whatever a model's code does; the trial will tell
-            return True
-        after = [generator.get_state() for generator in generators]
-        return not all(map(torch.equal, before, after))
+    try:
+        return draws(device, lambda: run(model, {"input_ids": tokens}))
+    except Exception:  # whatever a model's code does; the trial will tell
+        return True
