@@ -52,8 +52,7 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
     horovodrun = str(beside) if beside.exists() else shutil.which("horovodrun")
     if horovodrun is None:
         raise LaunchError(
-            f"{ranks} ranks need Horovod, which is not installed beside {sys.executable}: run launch/setup.sh in a"
-            " clone, or hvdtrain setup"
+            f"{ranks} ranks need Horovod, which is not installed beside {sys.executable}: run hvdtrain setup"
         )
     return [horovodrun, "-np", str(ranks), *program]
 

@@ -41,11 +41,14 @@ def place_of(error: BaseException) -> str:
 def stack_of(error: BaseException) -> str:
     """Return the traceback of an exception, and of those that led to it, from the first line of a user's code on."""
     told = traceback.TracebackException.from_exception(error)
+    is_users = place_of(error) != ""
     todo: list[traceback.TracebackException | None] = [told]
     while todo:
         link = todo.pop()
         if link is not None:
-            first = next((i for i, frame in enumerate(link.stack) if _is_users(frame.filename)), 0)
+            first = next((i for i, frame in enumerate(link.stack) if _is_users(frame.filename)), None)
+            if first is None:  # raised in a data worker, and here once more
+                first = len(link.stack) if is_users else 0
             link.stack[:] = [frame for frame in link.stack[first:] if not _is_wrapper(frame)]
             todo += [link.__cause__, link.__context__]
     return "".join(told.format())

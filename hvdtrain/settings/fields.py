@@ -39,6 +39,7 @@ def setting(
     maximum: float | None = None,
     changeable: bool = False,
     path: PathKind | None = None,
+    several_ranks: bool = False,
 ) -> Any:
     """Declare a field of a section of settings.
 
@@ -50,12 +51,14 @@ def setting(
         maximum: it must be at most this.
         changeable: a run that goes on may have another value: it does not change what a step computes.
         path: it names a file or directory of this kind.
+        several_ranks: it has no effect on one rank, which is then said.
     """
     limits = {"above": above, "minimum": minimum, "below": below, "maximum": maximum}
     metadata = {
         "limits": {name: value for name, value in limits.items() if value is not None},
         "changeable": changeable,
         "path": path,
+        "several_ranks": several_ranks,
     }
     return dataclasses.field(default=default, metadata=metadata)
 

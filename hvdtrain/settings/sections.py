@@ -109,13 +109,18 @@ class OptimConfig(Section):
 class CommConfig(Section):
     """What travels between the ranks."""
 
-    compression: Literal["none", "fp16", "bf16"] = "none"
+    compression: Literal["none", "fp16", "bf16"] = setting("none", several_ranks=True)
     """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits; bf16 halves them too,
     and rounds to 8 bits with the range of fp32."""
-    bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True)
+    bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
     """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
-    op: Literal["average", "adasum"] = "average"
+    op: Literal["average", "adasum"] = setting("average", several_ranks=True)
     """adasum combines gradients by their directions (arXiv:2006.02924); MPI and 2, 4, 8, ... ranks only."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield what lays out buckets where there are none."""
+        if self.op == "adasum":
+            yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +169,7 @@ class HealthConfig(Section):
     """End the job with the stacks of all ranks when none makes progress for this long, or one gives no sign of life."""
     max_skipped_steps: int = setting(20, above=0, changeable=True)
     """Steps in a row that may be skipped because the loss or the gradient is not finite."""
-    replica_check_every: int | None = setting(100, above=0, changeable=True)
+    replica_check_every: int | None = setting(100, above=0, changeable=True, several_ranks=True)
     """Steps between two checks, also made before each save, that all ranks hold the same weights. None: never."""
     noise_scale: bool = setting(False, changeable=True)
     """Log the gradient noise scale in samples (arXiv:1812.06162), and how far the gradients of several ranks agree."""
@@ -186,7 +191,7 @@ class HealthConfig(Section):
 class ModelConfig(Section):
     """What can be done with any model."""
 
-    sync_batch_norm: bool = False
+    sync_batch_norm: bool = setting(False, several_ranks=True)
     """Batch normalisation over the samples of all ranks instead of each rank's own."""
     compile: Literal["none", "model", "blocks"] = setting("none", changeable=True)
     """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier."""

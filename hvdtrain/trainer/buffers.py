@@ -20,7 +20,8 @@ class ChangingBuffers(Component):
     """Averages, after each step, the buffers that a step changes on any rank.
 
     Which they are is found out in the first step, and again when a part of the model goes from evaluation to training
-    or back, as a frozen normalisation does that is trained later.
+    or back, as a frozen normalisation does that is trained later. One that begins to change by itself is noticed before
+    the next evaluation, comparison or save.
 
     Each rank has moved them by its own samples. The mean is what their averages over all samples are; counts take the
     largest. Then all ranks are equal at the end of every step, and it matters not at which step a run is saved.
@@ -30,6 +31,7 @@ class ChangingBuffers(Component):
 
     def __init__(self, job: Job) -> None:
         self._world = job.world
+        self._log = job.log
         self.names: list[str] | None = None
         """Of the buffers that change; None before the first step."""
         self._model: nn.Module | None = None
@@ -46,19 +48,41 @@ class ChangingBuffers(Component):
         if training.strategy.is_equal_after(step.number):
             self.average(self._world)
 
+    def before_looking(self, training: Training) -> None:
+        """Take in the buffers that have begun to change since the first step, and average them."""
+        if self._world.size == 1 or self.names is None or not training.strategy.is_equal_after(training.step):
+            return
+        before = self.names
+        self.names = self._changed(self._world)
+        late = [name for name in self.names if name not in before]
+        if late:
+            self._log.say(
+                f"buffers:    {', '.join(late[:3])}{', ...' * (len(late) > 3)} changed for the first time by step"
+                f" {training.step}: averaged over the ranks from now on, as others are (keep_per_rank leaves one alone)"
+            )
+            self._average(self._world, late)
+
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
         if world.size == 1 or not self._before or self._model is None:
             return
         modes = [module.training for module in self._model.modules()]
         if self.names is None or modes != self._modes:
-            now = _digests(self._model)
-            changed = [name for name, digest in now.items() if not self._before[name].equal(digest)]
-            everyone = world.all_gather_object(changed, "buffers.changed")
-            self.names = [name for name in now if any(name in names for names in everyone)]
-            self._modes = modes
+            self.names, self._modes = self._changed(world), modes
+        self._average(world, self.names)
+
+    def _changed(self, world: World) -> list[str]:
+        """Return the names of the buffers that have changed on any rank since training began. Collective."""
+        assert self._model is not None
+        now = _digests(self._model)
+        changed = [name for name, digest in now.items() if not digest.equal(self._before.get(name, ~digest))]
+        everyone = world.all_gather_object(changed, "buffers.changed")
+        return [name for name in now if any(name in names for names in everyone)]
+
+    def _average(self, world: World, names: list[str]) -> None:
+        assert self._model is not None
         buffers = dict(self._model.named_buffers())
-        tensors = [buffers[name] for name in self.names]
+        tensors = [buffers[name] for name in names]
         if not tensors:
             return
         tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]

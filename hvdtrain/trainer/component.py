@@ -87,6 +87,9 @@ class Component:
     def after_update(self, training: Training, step: Step) -> None:
         """Act on the updated weights. On a GPU, read no tensor's value here: that would wait for the device."""
 
+    def before_looking(self, training: Training) -> None:
+        """Make equal on all ranks what is about to be evaluated, compared or saved. Collective."""
+
     def note_on_skip(self) -> str:
         """Return what to add to the message that the last step was skipped."""
         return ""

@@ -68,7 +68,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         run = _Run(job, training, stopwatch, saver, request)
         if training.is_evaluation_due:
             evaluated = _evaluate_and_save(run, is_stop=False)
-        training.is_unchecked = training.step == 0
+        training.is_unchecked = True
         while training.step < job.num_steps:
             has_request = torch.tensor(float(request.reason is not None))
             agree = job.world.start_all_reduce(has_request, "max", "stop")
@@ -102,6 +102,9 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     evaluated: dict[str, float] = {}
     with run.stopwatch.paused():
         was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
+        due = (job.config.checkpoint.every, job.config.health.replica_check_every)
+        if is_evaluating or is_stop or any(is_due(step, every) for every in due):
+            training.before_looking()
         if is_last and not was_due:
             _save(run, evaluated)
         if is_evaluating and not is_stop:

@@ -57,7 +57,7 @@ class Training:
     step: int = 0
     """Optimizer steps completed."""
     is_unchecked: bool = False
-    """The recipe's contract is still to be checked, on the first micro-batch."""
+    """The recipe's contract is still to be checked in this process, on the first micro-batch of a step."""
     num_steps_then: int | None = None
     """Steps that the run was to have when the checkpoint that it goes on from was saved."""
     best_loss: float = math.inf
@@ -84,6 +84,11 @@ class Training:
         """Let the components act on the averaged gradients. Collective."""
         for component in self.components:
             component.after_backward(self, step)
+
+    def before_looking(self) -> None:
+        """Let the components make equal what is about to be evaluated, compared or saved. Collective."""
+        for component in self.components:
+            component.before_looking(self)
 
     def evaluated_component(self) -> Component | None:
         """Return the component whose weights are evaluated instead of the model's."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
-from hvdtrain.trainer.values import as_sum, count_targets
+from hvdtrain.trainer.values import as_sum, as_sums, count_targets
 
 
 def train_step(job: Job, training: Training) -> None:
@@ -41,8 +42,9 @@ def train_step(job: Job, training: Training) -> None:
     num_targets = count_targets(job.task.train_data, samples)
     sums = torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device)
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
+    is_checked = training.is_unchecked and _all_ranks_read(job, training)
     for place, positions in enumerate(micro_batches):
-        sums += _micro_batch(job, training, place, positions, num_targets)
+        sums += _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
     training.optimizer.synchronize()
     step = Step(number + 1, sums, num_targets, len(samples))
     training.after_backward(step)
@@ -50,7 +52,15 @@ def train_step(job: Job, training: Training) -> None:
     update(job, training, step)
 
 
-def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, num_targets: int) -> Tensor:
+def _all_ranks_read(job: Job, training: Training) -> bool:
+    """Return whether no rank is without samples in this step, as in the last one of an epoch; alike on all ranks."""
+    of_ranks = (job.order.micro_batches(training.step, rank, training.runs_in_step) for rank in range(job.world.size))
+    return all(micro_batches and len(micro_batches[0]) for micro_batches in of_ranks)
+
+
+def _micro_batch(
+    job: Job, training: Training, place: int, positions: Tensor, num_targets: int, is_checked: bool
+) -> Tensor:
     """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`.
 
     Args:
@@ -59,15 +69,20 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
         place: the micro-batch's number in the step.
         positions: where its samples stand in the global batch.
         num_targets: those of the global batch.
+        is_checked: whether the recipe's contract is checked on it. Collective then.
     """
     task, world, train = job.task, job.world, job.config.train
 
     world.progress.enter("data")
     read = partial(training.reader.read, training.step, place)
-    batch = _checked_batch(job, training, positions, read) if training.is_unchecked else read()
+    batch = _checked_batch(job, training, positions, read) if is_checked else read()
 
     def forward() -> dict[str, Tensor]:
-        return forward_batch(job, training.model, batch)
+        values = forward_batch(job, training.model, batch)
+        if task.reduction == "sum":
+            return values
+        samples = job.order.global_batch(training.step)[positions]
+        return cast("dict[str, Tensor]", as_sums(values, task.reduction, task.train_data, samples))
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -83,7 +98,7 @@ def _micro_batch(job: Job, training: Training, place: int, positions: Tensor, nu
 
 
 def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callable[[], Batch]) -> Batch:
-    """Return the run's first micro-batch, the recipe's contract checked on it. Collective."""
+    """Return the first micro-batch of this start, the recipe's contract checked on it. Collective."""
     training.is_unchecked = False
     samples = job.order.global_batch(training.step)[positions]
     forward = partial(training.randomness.apart, partial(forward_batch, job, training.model))
@@ -93,11 +108,12 @@ def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callab
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
     """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
     job.world.progress.enter("data")
-    return forward_batch(job, model, read_samples(job.task.train_data, samples))
+    values = forward_batch(job, model, read_samples(job.task.train_data, samples))
+    return cast("dict[str, Tensor]", as_sums(values, job.task.reduction, job.task.train_data, samples))
 
 
 def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Move a batch to the device and return its sums of `Task.metrics`."""
+    """Move a batch to the device and return what `Task.loss_sums` does: sums, or means, of `Task.metrics`."""
     world, precision = job.world, job.config.train.precision
     batch = to_device(batch, world.device, precision)
     world.progress.enter("forward")

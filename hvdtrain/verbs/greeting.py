@@ -13,6 +13,7 @@ from hvdtrain.optim.schedule import describe_schedule
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.memory import Memory, wire_bytes
+from hvdtrain.trainer.without_effect import without_effect
 
 
 def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
@@ -32,6 +33,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
         f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {_rate(job)},"
         f" {describe_schedule(config.optim, job.num_steps)}",
         f"directory:  {job.run}",
+        *without_effect(job),
     ]
     cores, machine = ranks[0]["cores"], os.cpu_count() or 1
     if world.launch.launcher == "mpirun" and cores < machine // world.local_size:

@@ -6,6 +6,7 @@ import torch
 from thread_world import run_ranks
 
 from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.strategy import EveryStep
 from hvdtrain.world import keep_per_rank
 
 LARGE = 2**53 + 1
@@ -26,7 +27,7 @@ def test_types_and_a_ranks_own():
         for name, tensor in start.items():
             model.register_buffer(name, tensor)
         keep_per_rank(model, "queue")
-        buffers = ChangingBuffers(types.SimpleNamespace(world=world))
+        buffers = ChangingBuffers(types.SimpleNamespace(world=world, log=None))
         buffers.begin(model)
         for _ in range(2):
             model.mean += world.rank
@@ -48,7 +49,7 @@ def test_a_normalisation_that_is_trained_later():
     def work(world):
         model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)).double()
         model[1].eval()
-        buffers = ChangingBuffers(types.SimpleNamespace(world=world))
+        buffers = ChangingBuffers(types.SimpleNamespace(world=world, log=None))
         buffers.begin(model)
         names = []
         for step in range(3):
@@ -62,3 +63,33 @@ def test_a_normalisation_that_is_trained_later():
     (names, first), (_, second) = run_ranks(2, work)
     assert names == [3, 3, 6]
     assert first == second
+
+
+def test_one_that_begins_to_change_late_is_noticed_and_averaged():
+    """On some ranks only, and one that is registered late."""
+
+    def work(world):
+        said = []
+        model = torch.nn.BatchNorm1d(2).double()
+        model.register_buffer("late", torch.zeros(2))
+        log = types.SimpleNamespace(say=said.append)
+        buffers = ChangingBuffers(types.SimpleNamespace(world=world, log=log))
+        training = types.SimpleNamespace(strategy=EveryStep(), step=0)
+        buffers.begin(model)
+        for step in range(4):
+            training.step = step + 1
+            model(torch.arange(8.0).view(4, 2).double() * (world.rank + 1))
+            if step == 2 and world.rank == 1:
+                model.late += 4
+            if step == 3:
+                model.register_buffer("later", torch.full((1,), float(world.rank)))
+            buffers.average(world)
+            buffers.before_looking(training)
+        return said, buffers.names, [tensor.tolist() for tensor in model.buffers()]
+
+    (said, names, first), (_, _, second) = run_ranks(2, work)
+    assert first == second
+    assert first[-2:] == [[2.0, 2.0], [0.5]]
+    assert names[-2:] == ["late", "later"]
+    assert [line.split(":")[1].split()[0] for line in said] == ["late", "later"]
+    assert "by step 3: averaged over the ranks from now on" in said[0]

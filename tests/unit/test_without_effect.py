@@ -1,0 +1,98 @@
+"""Settings that do nothing where they are given: said in one line, and nothing else changes by them."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_components import SOLO, job_of
+from thread_world import run_ranks
+
+from hvdtrain.data.dataset import TensorSamples
+from hvdtrain.errors import ConfigError
+from hvdtrain.recipes.given import apply
+from hvdtrain.settings import CheckpointConfig, DataConfig
+from hvdtrain.settings.fields import fields_of
+from hvdtrain.settings.values import Source
+from hvdtrain.trainer import Recipe, train_step
+from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.without_effect import without_effect
+
+OTHERS = {str: "bf16", int: 7, bool: True, type(None): 5}
+
+
+def of_several_ranks():
+    return [name for name, item, _ in fields_of(Recipe()) if item.metadata.get("several_ranks")]
+
+
+def other_value(name):
+    if name == "comm.op":
+        return "adasum"
+    section, _, field = name.partition(".")
+    return OTHERS[type(getattr(getattr(Recipe(), section), field))]
+
+
+def with_setting(job, name, value):
+    section, _, field = name.partition(".")
+    changed = dataclasses.replace(getattr(job.config, section), **{field: value})
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, **{section: changed}))
+
+
+def weights(job):
+    training = start_training(job)
+    for _ in range(2):
+        train_step(job, training)
+    return [tensor.clone() for tensor in training.model.state_dict().values()]
+
+
+@pytest.mark.parametrize("name", of_several_ranks())
+def test_on_one_rank_it_is_said_and_changes_nothing(tmp_path, name):
+    plain = job_of(tmp_path, precision="fp64")
+    job = with_setting(plain, name, other_value(name))
+    (line,) = without_effect(job)
+    assert f"--{name.replace('_', '-')}" in line
+    assert line.startswith("one rank:")
+    # Synchronised batch normalisation is another formula, with other last bits.
+    torch.testing.assert_close(weights(job), weights(job_of(tmp_path, precision="fp64")), rtol=1e-5, atol=1e-6)
+    assert without_effect(plain) == []
+
+
+def test_on_several_ranks_nothing_is_said(tmp_path):
+    job = with_setting(job_of(tmp_path), "comm.compression", "fp16")
+    assert run_ranks(2, lambda world: without_effect(dataclasses.replace(job, world=world))) == [[], []]
+    assert job.world is SOLO
+
+
+def test_reading_ahead_of_data_that_is_not_read_by_threads(tmp_path):
+    class Own(TensorSamples):
+        def batch(self, indices):
+            return super().batch(indices)
+
+    job = with_setting(job_of(tmp_path), "data.ahead", 4)
+    assert without_effect(job) == []
+    task = dataclasses.replace(job.task, train_data=Own(*job.task.train_data.tensors))
+    (line,) = without_effect(dataclasses.replace(job, task=task))
+    assert "--data.ahead: Own is not read by threads; give --data.workers" in line
+    config = dataclasses.replace(job.config, data=DataConfig(ahead=4, workers=1))
+    assert without_effect(dataclasses.replace(job, task=task, config=config)) == []
+
+
+def test_workers_that_a_stream_does_not_have(tmp_path):
+    job = with_setting(job_of(tmp_path), "data.workers", 2)
+    assert without_effect(job) == []
+    task = dataclasses.replace(job.task, train_data=(pair for pair in [(torch.ones(1), torch.ones(1))]))
+    (line,) = without_effect(dataclasses.replace(job, task=task))
+    assert "no effect of --data.workers: a stream is read by each rank itself" in line
+
+
+@pytest.mark.parametrize(("every", "keep", "is_said"), [(4, 8, False), (4, 6, False), (5, 7, True), (None, 5, True)])
+def test_checkpoints_that_are_never_kept(tmp_path, every, keep, is_said):
+    job = job_of(tmp_path)  # 12 steps
+    evaluations = dataclasses.replace(job.config.eval, every=None)
+    checkpoint = CheckpointConfig(every=every, keep_every=keep)
+    config = dataclasses.replace(job.config, checkpoint=checkpoint, eval=evaluations)
+    assert len(without_effect(dataclasses.replace(job, config=config))) == is_said
+
+
+def test_buckets_that_adasum_does_not_have_are_refused():
+    with pytest.raises(ConfigError, match=r"--comm\.bucket-mib has no effect|bucket_mib has no effect"):
+        apply(Recipe(), [({"comm": {"op": "adasum", "bucket_mib": 3}}, Source("train()"))])
