@@ -97,8 +97,8 @@ def test_an_evaluation_that_hangs_in_a_run_that_has_finished_is_named(train, tmp
 
 
 def test_long_work_before_the_first_step_is_no_hang(train):
-    """Twice the patience, spent on work."""
-    done = train("--health.stall-limit", "1s", kind="spin", rank=1, phase="build", step=0, seconds=6)
+    """Half as much again as the patience, spent on work."""
+    done = train("--health.stall-limit", "2s", kind="spin", rank=1, phase="build", step=0, seconds=9)
     assert done.code == 0, done.text
 
 
