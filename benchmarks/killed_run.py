@@ -115,7 +115,9 @@ class KilledRun:
 
     def set_ranks(self, ranks: int) -> None:
         """From the next start on, have so many."""
-        self.ranks.write_text(str(ranks))
+        new = self.ranks.with_suffix(".new")
+        new.write_text(str(ranks))
+        new.replace(self.ranks)  # in one step: a launcher may be about to read it
 
     def strike(self, family: Family, most: int) -> None:
         """Choose a moment and a victim, strike, look at what is left; perhaps damage it, or strike again."""

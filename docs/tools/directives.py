@@ -66,6 +66,16 @@ class Presets(SphinxDirective):
         return self.parse_text_to_nodes(settings_page.presets())
 
 
+class ShortNames(SphinxDirective):
+    """The short names of settings."""
+
+    has_content = False
+
+    def run(self) -> list[nodes.Node]:
+        """Return the nodes."""
+        return self.parse_text_to_nodes(settings_page.short_names())
+
+
 class Messages(SphinxDirective):
     """The errors that are raised in the files or folders that are named."""
 
@@ -118,6 +128,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("optimizer-settings", OptimizerSettings)
     app.add_directive("verb-options", VerbOptions)
     app.add_directive("presets", Presets)
+    app.add_directive("short-names", ShortNames)
     app.add_directive("messages", Messages)
     app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # napoleon's own has 500
     app.connect("autodoc-process-docstring", _mark_code, priority=400)

@@ -12,6 +12,7 @@ from hvdtrain.cli import VERBS
 from hvdtrain.optim.table import OPTIMIZERS, settings_class
 from hvdtrain.recipes import RECIPES, load_recipe
 from hvdtrain.settings import Config
+from hvdtrain.settings.common import SHORT
 from hvdtrain.settings.fields import alternatives, fields_of, hints_of, range_of
 from hvdtrain.settings.help import docs_of
 
@@ -59,6 +60,15 @@ def presets() -> str:
         recipe = load_recipe(name)
         changed = [f"`{setting} = {_shown(value)}`" for setting, value in _changed(recipe)]
         rows.append(f"| `{name}` | {', '.join(changed)} |")
+    return "\n".join(rows)
+
+
+def short_names() -> str:
+    """Return a table of the short names of settings."""
+    rows = ["| short | is |", "|---|---|"]
+    for short, settings in SHORT.items():
+        names = (f"`--{name}`".replace("_", "-") for name in settings)
+        rows.append(f"| `--{short.replace('_', '-')}` | {' or '.join(names)} |")
     return "\n".join(rows)
 
 

@@ -41,15 +41,16 @@ class TextConfig(CorpusConfig):
     """Text to train on."""
 
     path: str | None = setting(None, path="data")
-    """UTF-8 text file, directory or glob, or .bin files of tokens as nanoGPT or llm.c write them. None: the source code
-    of the running Python's standard library."""
+    """UTF-8 text file, directory or glob, or .bin files of tokens as nanoGPT or llm.c write them (nanochat writes none:
+    the recipe hf reads its parquet files). None: the source code of the running Python's standard library."""
     val_path: str | None = setting(None, path="data")
     """Held-out text, or .bin files. None: part of --data.path, split by file."""
     tokenizer: str = setting("byte", path="file or name")
     """byte; bpe: a byte-level BPE trained on the training text; or the path of a tokenizer.json."""
     vocab_size: int = setting(4096, minimum=257, maximum=2**31)
     """Tokens of a bpe that is trained, or of the .bin files; at least the 256 bytes and the end of text."""
-
+    end_of_text: str | None = None
+    """Token of a tokenizer.json that stands between documents. None: found by its usual names."""
     token_type: TokenType = "auto"
     """Of .bin files without a header. auto: recognised by their content."""
 
@@ -63,6 +64,8 @@ class TextConfig(CorpusConfig):
         yield from super().unused()
         if not self.is_tokens:
             yield "token_type", "it is for .bin files"
+        if self.is_tokens or self.tokenizer in ("byte", "bpe"):
+            yield "end_of_text", "it is for a tokenizer.json of --data.tokenizer"
         if self.is_tokens:
             yield "tokenizer", f"{self.path} holds tokens, not text"
         elif self.tokenizer != "bpe":

@@ -10,9 +10,12 @@ import functools
 import os
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+OWNER = "HVDTRAIN_OWNER"
+"""Environment variable: number of the process that has started the launcher, and without which its ranks end."""
 _LAUNCHERS = {
     *("horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "prun", "prted", "orted"),
     *("mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
@@ -52,15 +55,8 @@ def find_launcher() -> Ancestor | None:
 
     Of `horovodrun`, which starts `mpirun`, which starts ranks, it is `horovodrun`.
     """
-    found, pid = None, os.getppid()
-    for _ in range(_MOST_ANCESTORS):
-        state = _state(pid)
-        if state is None or pid <= 1:
-            break
-        if _is_launcher(pid):
-            found = Ancestor(pid, state.started)
-        pid = state.parent
-    return found
+    launchers = [ancestor for ancestor in _ancestors() if _is_launcher(ancestor.pid)]
+    return launchers[-1] if launchers else None
 
 
 @functools.cache
@@ -69,11 +65,33 @@ def own_launcher() -> Ancestor | None:
     return find_launcher()
 
 
+@functools.cache
+def owners() -> tuple[Ancestor, ...]:
+    """Return whom this process works for, as they were when this was first asked.
+
+    That is the launcher, and the program that has started the launcher and given its number in `OWNER`.
+    """
+    given = os.environ.get(OWNER, "")
+    programs = [ancestor for ancestor in _ancestors() if str(ancestor.pid) == given]
+    return tuple(found for found in (own_launcher(), *programs) if found is not None)
+
+
 def seconds_since_launch() -> float:
     """Return how long ago this process's launcher was started, or this process where it has none."""
     own = _state(os.getpid())
     first = own_launcher() or (Ancestor(os.getpid(), own.started) if own else None)
     return first.age_s() if first else 0.0
+
+
+def _ancestors() -> Iterator[Ancestor]:
+    """Yield the processes above this one, the nearest first."""
+    pid = os.getppid()
+    for _ in range(_MOST_ANCESTORS):
+        state = _state(pid)
+        if state is None or pid <= 1:
+            break
+        yield Ancestor(pid, state.started)
+        pid = state.parent
 
 
 def _is_launcher(pid: int) -> bool:

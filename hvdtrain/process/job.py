@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.process.ancestors import OWNER
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
 
@@ -51,8 +52,7 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
     horovodrun = str(beside) if beside.exists() else shutil.which("horovodrun")
     if horovodrun is None:
         raise LaunchError(
-            f"{ranks} ranks need Horovod, which is not installed beside {sys.executable}: run launch/setup.sh in a"
-            " clone, or hvdtrain setup"
+            f"{ranks} ranks need Horovod, which is not installed beside {sys.executable}: run hvdtrain setup"
         )
     return [horovodrun, "-np", str(ranks), *program]
 
@@ -63,7 +63,7 @@ def run_job(
     """Run a program on so many ranks of this machine; returns its exit code, 1 where a signal has ended it.
 
     Signals are passed on to every rank, which may save and leave; a second one ends them at once. Nothing outlives the
-    call.
+    call; where this process is killed, the ranks save and end.
 
     Args:
         ranks: how many.
@@ -77,7 +77,7 @@ def run_job(
     """
     mark = uuid.uuid4().hex
     pipe = None if output is None else subprocess.PIPE
-    environ = {**os.environ, MARK: mark, **_path_to(sys.executable)}
+    environ = {**os.environ, MARK: mark, OWNER: str(os.getpid()), **_path_to(sys.executable)}
     command = command_of(ranks, program)
     try:
         process = subprocess.Popen(

@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from hvdtrain.errors import StopRequested
-from hvdtrain.process.ancestors import own_launcher, seconds_since_launch
+from hvdtrain.process.ancestors import owners, seconds_since_launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_FOR_INTERRUPT = 3.0
@@ -87,7 +87,7 @@ def end_on_signals() -> None:
     If that thread is in a call that Python cannot interrupt, the process ends a few seconds later all the same. It also
     ends where its launcher is lost before training.
     """
-    own_launcher()  # as early as can be
+    owners()  # as early as can be
     _Signals(_raise_early, _end_after_early).take()
 
 
@@ -102,18 +102,18 @@ def leaving_by(leave: Callable[[str, int], NoReturn]) -> Iterator[None]:
 
 
 class _Launcher:
-    """Looks for this process's launcher, about once a second."""
+    """Looks for this process's launcher, and for the program that has started it, about once a second."""
 
     def __init__(self) -> None:
-        self._found = own_launcher()
+        self._found = owners()
         self._looked = time.monotonic()
         self._is_gone = False
 
     def is_gone(self) -> bool:
-        """Return whether there was a launcher and it has ended."""
+        """Return whether one of them was there and has ended."""
         now = time.monotonic()
-        if self._found is not None and now - self._looked > _SECONDS_BETWEEN_LOOKS:
-            self._looked, self._is_gone = now, not self._found.is_alive()
+        if self._found and now - self._looked > _SECONDS_BETWEEN_LOOKS:
+            self._looked, self._is_gone = now, not all(one.is_alive() for one in self._found)
         return self._is_gone
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hvdtrain.settings import EvalConfig, setting
 from hvdtrain.trainer.task import Evaluation
@@ -30,6 +30,7 @@ def choice_evaluation(
     begin: Sequence[int],
     max_length: int,
     logits_of: Callable[[nn.Module, Tensor], Tensor],
+    write: Callable[[Any], str] = str,
 ) -> tuple[Evaluation]:
     """Return the evaluation of the questions in a file, for a `Task`.
 
@@ -39,6 +40,7 @@ def choice_evaluation(
         begin: tokens before every context.
         max_length: the most tokens that the model is shown.
         logits_of: maps model and tokens, int64 `(B, T)`, to logits `(B, T, V)`.
+        write: returns what stands before a choice, of a line's context.
 
     Raises:
         DataError: a line is no question.
@@ -47,7 +49,7 @@ def choice_evaluation(
 
     return (
         Evaluation(
-            data=Choices(path, encode, begin, max_length),
+            data=Choices(path, encode, begin, max_length, write),
             loss_sums=lambda model, batch: count_right(model, batch, logits_of),
             metrics=("choice_accuracy", "choice_accuracy_per_byte"),
         ),

@@ -9,7 +9,7 @@ Documents are packed to full length, and no document sees another one. `python -
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -63,12 +63,27 @@ class DocumentsConfig(CorpusConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatEvalConfig(LanguageEvalConfig):
+    """Evaluation on the held-out data, and of questions, as texts or as conversations."""
+
+    chat: bool = setting(False, changeable=True)
+    """Ask --eval.choices by the chat template: a context is a user's message, or a list of messages; choices are what
+    the assistant may answer."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield the way of asking where nothing is asked."""
+        yield from super().unused()
+        if self.choices is None:
+            yield "chat", "it says how --eval.choices are asked"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Transformers(Recipe):
     """A causal language model of transformers."""
 
     model: TransformersConfig = field(default_factory=TransformersConfig)
     data: DocumentsConfig = field(default_factory=DocumentsConfig)
-    eval: LanguageEvalConfig = field(default_factory=LanguageEvalConfig)
+    eval: ChatEvalConfig = field(default_factory=ChatEvalConfig)
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Tokenise the documents, once per host, load or make the model, and try how documents pass through it."""
@@ -85,7 +100,7 @@ def hf() -> Transformers:
     return Transformers(
         train=TrainConfig(epochs=1, global_batch_size=16),
         optim=AdamWConfig(peak_lr=2e-5, weight_decay=0.01),
-        eval=LanguageEvalConfig(every=200),
+        eval=ChatEvalConfig(every=200),
         checkpoint=CheckpointConfig(every=200),
         data=DocumentsConfig(sequence_length=512),
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hvdtrain.data.config import cache_dir
-from hvdtrain.data.text.chat import check_template
+from hvdtrain.data.text.chat import ChatTemplate, check_template
 from hvdtrain.data.text.documents import DocumentReader
 from hvdtrain.data.text.packed import PackedDocuments, read_meta, write_packed
 from hvdtrain.data.text.show import show_samples
@@ -113,13 +113,14 @@ def _tokenizer_source(recipe: Transformers) -> str:
 def _questions(recipe: Transformers, tokenizer: Any, length: int) -> tuple[Evaluation, ...]:
     if recipe.eval.choices is None:
         return ()
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return choice_evaluation(
         recipe.eval.choices,
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        begin,
+        [] if recipe.eval.chat else begin,  # a template writes what it begins with itself
         length,
         lambda model, tokens: run(model, {"input_ids": tokens}).logits,
+        ChatTemplate(tokenizer).question if recipe.eval.chat else str,
     )
 
 

@@ -40,6 +40,7 @@ class Manifest:
     """Held-out loss of these weights, if they were evaluated when they were saved."""
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
+    """The largest that memory is known to hold, whatever fitted the number of ranks."""
     skipped_in_a_row: int = 0
     """Steps just before the save that were skipped, because a loss or gradient was not finite."""
     is_finite: bool = True

@@ -16,6 +16,8 @@ class BatchPlan:
     micro_batch_size: int
     accum_steps: int
     world_size: int
+    largest_micro_batch_size: int | None = None
+    """What memory is known to hold, where a run that goes on has smaller ones; None: it has not gone on."""
 
     def __str__(self) -> str:
         return (
@@ -56,9 +58,10 @@ def plan_batch(train: TrainConfig, world_size: int) -> BatchPlan:
 
 
 def keep_batch(train: TrainConfig, world_size: int, total: int, largest_micro: int) -> BatchPlan:
-    """Split the global batch of a run that goes on, on another number of ranks than before.
+    """Split the global batch of a run that goes on, on however many ranks.
 
-    A micro-batch is as large as memory is known to hold, or as `train` asks for; accumulation does the rest.
+    A micro-batch is as large as memory is known to hold, or as `train` asks for; accumulation does the rest. How often
+    the run has gone on before, and on how many ranks, makes no difference: it would be another run in the last bits.
 
     Raises:
         ConfigError: it does not divide among the ranks; the message names numbers of ranks that would do.
@@ -73,7 +76,10 @@ def keep_batch(train: TrainConfig, world_size: int, total: int, largest_micro: i
     share = total // world_size
     limit = train.micro_batch_size or largest_micro
     micro = max(n for n in range(1, min(limit, share) + 1) if share % n == 0)
-    return BatchPlan(total, micro, share // micro, world_size)
+    accum = train.accum_steps
+    if train.micro_batch_size is None and accum and share % accum == 0 and share // accum <= limit:
+        micro = share // accum
+    return BatchPlan(total, micro, share // micro, world_size, largest_micro_batch_size=limit)
 
 
 def _multiples_beside(total: int, unit: int) -> str:

@@ -142,7 +142,7 @@ def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> 
 
     Raises:
         ConfigError: it returns no dictionary of scalar tensors with all metrics, the loss does not depend on the
-            weights, or a value is a mean.
+            weights, or a value is a mean where a sum is promised, or the other way round.
     """
     rows = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
     can_halve = all(_has_rows(tensor, rows) for tensor in tensors_in(batch))
@@ -159,12 +159,23 @@ def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> 
             again = _values(forward, map_tensors(lambda tensor: torch.cat((tensor, tensor)), half))
     for name in task.metrics if again is not _FAILED else ():
         doubled = float(again[name])
-        if _is_mean(sums[name], doubled):
+        if task.reduction == "mean":
+            _check_mean(name, sums[name], doubled)
+        elif _is_mean(sums[name], doubled):
             raise ConfigError(
                 f"loss_sums returns a mean as '{name}' (the same samples twice give {doubled:.6g}, once"
                 f" {sums[name]:.6g}): return the sum over the targets, as with reduction='sum'; hvdtrain divides it by"
-                " the number of targets of the whole global batch"
+                " the number of targets of the whole global batch. Or say so: Task(reduction='mean')"
             )
+
+
+def _check_mean(name: str, once: float, twice: float) -> None:
+    """Raise ConfigError where a mean is promised, and the value is a sum."""
+    if _is_mean(2 * once, twice):
+        raise ConfigError(
+            f"loss_sums returns a sum as '{name}' (the same samples twice give {twice:.6g}, once {once:.6g}), and the"
+            " task says reduction='mean': return the mean over the batch's targets, or leave out reduction="
+        )
 
 
 def _values(forward: Forward, batch: Batch) -> Any:

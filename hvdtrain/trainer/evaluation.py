@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.step import autocast, to_device
 from hvdtrain.trainer.task import Evaluation
-from hvdtrain.trainer.values import as_figure, as_sum, count_targets
+from hvdtrain.trainer.values import as_figure, as_sum, as_sums, count_targets
 
 
 def evaluate(job: Job, training: Training, request: StopRequest | None = None) -> dict[str, float]:
@@ -23,7 +25,7 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
     Returns nothing if a rank has a request to stop before the end. Means over no targets are not a number.
     """
     task = job.task
-    held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics)
+    held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics, reduction=task.reduction)
     means: dict[str, float] = {}
     weights = training.strategy.made_equal(job.world, training), training.with_evaluated_weights()
     with weights[0], weights[1], in_eval_mode(training.model), torch.no_grad():
@@ -91,7 +93,8 @@ def _totals(
 
     def forward() -> dict[str, Tensor]:
         with autocast(precision, device):
-            return part.loss_sums(model, to_device(batch, device, precision))
+            values = part.loss_sums(model, to_device(batch, device, precision))
+        return cast("dict[str, Tensor]", as_sums(values, part.reduction, part.data, indices))
 
     sums = randomness.run(indices, (job.config.train.seed, "evaluation"), forward, lambda sums: None)
     totals = [as_sum(sums[key], key, device) for key in part.metrics]

@@ -82,7 +82,7 @@ def settle(
         run: the directory of the run.
         log: where metrics go.
         allowed_changes: settings that may differ from those of the checkpoint that the run goes on from.
-        before: that checkpoint; on another number of ranks the run keeps its global batch.
+        before: that checkpoint; on any number of ranks the run keeps its global batch.
 
     Raises:
         ConfigError: the settings do not fit together, the number of ranks or the data.
@@ -119,7 +119,7 @@ def order_of(task: Task, plan: BatchPlan, seed: int) -> SampleOrder:
 
 
 def _plan(config: Config, world_size: int, before: Manifest | None) -> BatchPlan:
-    if before is None or before.world_size == world_size or not (before.global_batch_size and before.micro_batch_size):
+    if before is None or not (before.global_batch_size and before.micro_batch_size):
         return plan_batch(config.train, world_size)
     if config.train.global_batch_size not in (None, before.global_batch_size):
         return plan_batch(config.train, world_size)  # resuming will say that it must not change

@@ -122,7 +122,7 @@ def _manifest(job: Job, training: Training, evaluated: Mapping[str, float]) -> M
         samples=job.order.samples_before(training.step),
         world_size=job.world.size,
         global_batch_size=job.plan.global_batch_size,
-        micro_batch_size=job.plan.micro_batch_size,
+        micro_batch_size=job.plan.largest_micro_batch_size or job.plan.micro_batch_size,
         val_loss=evaluated.get("val/loss"),
         skipped_in_a_row=skipped.in_a_row if skipped else 0,
     )

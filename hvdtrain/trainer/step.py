@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
-from hvdtrain.trainer.values import as_sum, count_targets
+from hvdtrain.trainer.values import as_sum, as_sums, count_targets
 
 
 def train_step(job: Job, training: Training) -> None:
@@ -77,7 +78,11 @@ def _micro_batch(
     batch = _checked_batch(job, training, positions, read) if is_checked else read()
 
     def forward() -> dict[str, Tensor]:
-        return forward_batch(job, training.model, batch)
+        values = forward_batch(job, training.model, batch)
+        if task.reduction == "sum":
+            return values
+        samples = job.order.global_batch(training.step)[positions]
+        return cast("dict[str, Tensor]", as_sums(values, task.reduction, task.train_data, samples))
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -103,11 +108,12 @@ def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callab
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
     """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
     job.world.progress.enter("data")
-    return forward_batch(job, model, read_samples(job.task.train_data, samples))
+    values = forward_batch(job, model, read_samples(job.task.train_data, samples))
+    return cast("dict[str, Tensor]", as_sums(values, job.task.reduction, job.task.train_data, samples))
 
 
 def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Move a batch to the device and return its sums of `Task.metrics`."""
+    """Move a batch to the device and return what `Task.loss_sums` does: sums, or means, of `Task.metrics`."""
     world, precision = job.world, job.config.train.precision
     batch = to_device(batch, world.device, precision)
     world.progress.enter("forward")

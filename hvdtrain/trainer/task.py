@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hvdtrain.errors import DataError
 from hvdtrain.optim.table import build_optimizer
@@ -34,6 +34,8 @@ class Evaluation:
     loss_sums: Callable[[nn.Module, Batch], dict[str, Tensor]]
     """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
     metrics: tuple[str, ...]
+    reduction: Literal["sum", "mean"] = "sum"
+    """As `Task.reduction`."""
 
     def __post_init__(self) -> None:
         """Adapt users' own data sets."""
@@ -62,6 +64,10 @@ class Task:
     """Leave out what is left of an epoch after its last full global batch."""
     loss_sums: Callable[[nn.Module, Batch], dict[str, Tensor]]
     """Returns, for one batch on the model's device, a *sum* over its targets for each name in `metrics`."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """mean: `loss_sums` returns means over a batch's targets instead, as torch's losses do by themselves; each is
+    weighted by the number of targets that the data set's `num_targets` counts (for most, samples), so that the loss is
+    exactly the mean over the global batch on any number of ranks."""
     metrics: tuple[str, ...] = ("loss",)
     """Names of the sums that `loss_sums` returns; "loss" is the one that is minimised."""
     evaluations: tuple[Evaluation, ...] = ()

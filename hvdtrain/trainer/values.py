@@ -39,6 +39,21 @@ def count_targets(data: Dataset, samples: Tensor) -> int:
     return int(value)
 
 
+def as_sums(values: Any, reduction: str, data: Any, samples: Tensor) -> Any:
+    """Return what `loss_sums` returned as sums over the targets of `samples`, int64 `(n,)`, whatever it promises.
+
+    Raises:
+        ConfigError: `num_targets` returned no number of targets.
+    """
+    if reduction == "sum" or not isinstance(values, Mapping):
+        return values
+    count = count_targets(data, samples)
+    # The mean over nothing is nan, and its sum is none.
+    return {
+        name: value * count if count else torch.zeros_like(torch.as_tensor(value)) for name, value in values.items()
+    }
+
+
 def as_sum(value: Any, name: str, device: torch.device) -> Tensor:
     """Return one entry of what `loss_sums` returned as a float64 scalar on the device.
 

@@ -38,6 +38,8 @@ def _default(item: dataclasses.Field[object]) -> object:
 
 def _ahead(job: Job) -> Iterator[str]:
     reading, data = job.reading, job.task.train_data
+    if reading.workers and getattr(data, "is_sequential", False):
+        yield "reading:    no effect of --data.workers: a stream is read by each rank itself, one sample after another"
     if reading.ahead and not reading.workers and not says_it_reads_ahead(data):
         kind = type(getattr(data, "data", data)).__name__
         yield f"reading:    no effect of --data.ahead: {kind} is not read by threads; give --data.workers"

@@ -100,9 +100,9 @@ def test_a_killed_rank_ends_the_job(train, launcher):
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
 def test_a_rank_that_sleeps_in_its_loader_is_found(train, tmp_path, launcher):
-    done = train("--health.stall-limit", "2s", launcher=launcher, kind="sleep", rank=1, phase="data", step=8)
+    done = train("--health.stall-limit", "3s", launcher=launcher, kind="sleep", rank=1, phase="data", step=8)
     assert done.code not in (0, 2, 75), done.text
-    assert done.text.count("no rank has made progress for 2 s") == 1, done.text
+    assert done.text.count("no rank has made progress for 3 s") == 1, done.text
     assert re.search(r"rank 1 on \S+ has been at step 7, data for \d+ s; the others wait", done.text)
     logs = [(tmp_path / "run" / "logs" / f"rank-00{rank}.log").read_text() for rank in (0, 1)]
     assert "faulty_recipe.py" in logs[1].split("stacks of all threads")[1]  # where it sleeps
@@ -111,7 +111,7 @@ def test_a_rank_that_sleeps_in_its_loader_is_found(train, tmp_path, launcher):
 
 @pytest.mark.parametrize(("launcher", "rank"), [("mpirun", 0), ("horovodrun-gloo", 1)])
 def test_a_stopped_rank_is_missed(train, launcher, rank):
-    arguments = ["--health.stall-limit", "2s", "--pause", 0.1]
+    arguments = ["--health.stall-limit", "3s", "--pause", 0.1]
     done = train(*arguments, launcher=launcher, kind="stop", rank=rank, phase="forward", step=20)
     assert done.code not in (0, 2, 75), done.text
     assert re.search(rf"rank {rank} on \S+ has given no sign of life for \d s.*last seen at step 1\d", done.text)
@@ -216,11 +216,11 @@ def test_a_second_sigint_stops_at_once(start, tmp_path):
     for _ in range(2):
         wait_until(lambda: True, pause=1)
         os.kill(pid, 2)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode not in (0, 2, 75), out
 
 
-def wait_until(condition, seconds=30, pause=0.1):
+def wait_until(condition, seconds=90, pause=0.1):
     deadline = time.monotonic() + seconds
     time.sleep(pause)
     while not condition():

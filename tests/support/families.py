@@ -250,4 +250,5 @@ def as_batch(samples):
 
 def _short(error):
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {' '.join(lines)[:150]}"
+    text = re.sub(r"/\S*/config\.json", "config.json", " ".join(lines))  # which lay in a folder of this moment
+    return f"{type(error).__name__}: {text[:150]}"

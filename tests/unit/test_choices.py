@@ -102,3 +102,30 @@ def test_a_file_without_questions(tmp_path):
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(DataError, match="holds no question"):
         Choices(tmp_path / "empty", encode, [256], 9)
+
+
+def test_context_and_choice_are_tokenised_together(tmp_path):
+    """Tokens of two letters: the one across the border belongs to the choice."""
+
+    def pairs(text):
+        return [ord(text[i]) + 300 * ord(text[i + 1 : i + 2] or " ") for i in range(0, len(text), 2)]
+
+    data = Choices(
+        write(tmp_path / "q.jsonl", [{"context": "abc", "choices": ["d", "x"], "answer": 0}]), pairs, [256], 9
+    )
+    tokens, targets, _, _ = data.batch(torch.tensor([0]))
+    for row, text in enumerate(("abcd", "abcx")):
+        assert tokens[0, row].tolist() == [256, pairs(text)[0]]
+        assert targets[0, row].tolist() == [-100, pairs(text)[1]]
+
+
+def test_a_context_can_be_written_by_a_template(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"context": ["?"], "choices": ["b"], "answer": 0}])
+    data = Choices(path, encode, [], 9, write=lambda asked: f"<{asked[0]}>")
+    assert data.batch(torch.tensor([0]))[0].flatten().tolist() == encode("<?>")
+
+    def refuses(asked):
+        raise DataError("no")
+
+    with pytest.raises(DataError, match=r"q\.jsonl, line 1: no"):
+        Choices(path, encode, [], 9, write=refuses)

@@ -119,12 +119,25 @@ def test_a_warmup_longer_than_the_run_is_refused():
         ({"micro_batch_size": 16}, 1, (16, 1)),  # unless asked for
         ({"micro_batch_size": 3}, 2, (2, 4)),
         ({}, 16, (1, 1)),
+        ({"accum_steps": 4}, 2, (2, 4)),
+        ({"accum_steps": 1}, 1, (8, 2)),  # 16 at a time are more than memory is known to hold
     ],
 )
 def test_a_run_keeps_its_global_batch_on_other_ranks(settings, ranks, expected):
     plan = keep_batch(TrainConfig(**settings), ranks, total=16, largest_micro=8)
     assert (plan.micro_batch_size, plan.accum_steps) == expected
     assert plan.micro_batch_size * plan.accum_steps * ranks == plan.global_batch_size == 16
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 8}, {"global_batch_size": 16, "accum_steps": 1}])
+def test_a_batch_is_the_same_however_often_a_run_has_gone_on(settings):
+    """Killed or not, and whatever other numbers of ranks it had meanwhile."""
+    train = TrainConfig(**settings)
+    plans = {ranks: keep_batch(train, ranks, 16, largest_micro=8) for ranks in (1, 2, 4)}
+    plan = plans[2]
+    for ranks in (2, 1, 1, 4, 4, 1, 2, 2):
+        plan = keep_batch(train, ranks, 16, plan.largest_micro_batch_size)
+        assert plan == plans[ranks]
 
 
 def test_a_global_batch_that_cannot_be_kept_names_numbers_of_ranks():

@@ -15,9 +15,10 @@ from hvdtrain.errors import UsageError
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
-from hvdtrain.settings import Config, LogConfig
+from hvdtrain.settings import Config, EvalConfig, LogConfig
 from hvdtrain.trainer import fit, settle, step, train_step
 from hvdtrain.trainer.contract import check_loss, first_batch
+from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.state import start_training
 from hvdtrain.world import SoloWorld
 
@@ -273,6 +274,40 @@ def test_a_step_in_which_a_rank_has_no_samples_is_not_the_one_that_is_checked(tm
         return found
 
     assert run_ranks(2, work) == [[True, False]] * 2
+
+
+MEANS = {
+    "samples": (lambda model, batch: {"loss": F.cross_entropy(model(batch[0]), batch[1])}, cross_entropy, task),
+    "padded texts": (padded_mean, padded_sum, lambda loss, **more: task(loss, language(), Padded(), **more)),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_are_weighted_by_their_targets(name, tmp_path):
+    """In micro-batches of unequal numbers of targets, and in evaluations whose last batch is short."""
+    mean, total, made = MEANS[name]
+
+    def figures(world, loss, **more):
+        train = TrainConfig(steps=3, global_batch_size=12, micro_batch_size=3, precision="fp64")
+        config = Config(train=train, log=LogConfig(every=1), eval=EvalConfig(batch_size=5))
+        job = settle(made(loss, **more), config, world, RunDirectory(tmp_path), MetricLog(None, []))
+        training = start_training(job)
+        for _ in range(3):
+            train_step(job, training)
+        weights = torch.cat([parameter.detach().view(-1) for parameter in training.model.parameters()])
+        return weights, evaluate(job, training)["val/loss"]
+
+    weights, held_out = figures(SOLO, total)
+    found, loss = figures(SOLO, mean, reduction="mean")
+    torch.testing.assert_close(found, weights, rtol=1e-12, atol=1e-12)
+    assert loss == pytest.approx(held_out, rel=1e-12)
+
+
+def test_a_sum_where_a_mean_is_promised(tmp_path):
+    with pytest.raises(UsageError, match=r"returns a sum as 'loss'.*reduction='mean'"):
+        train(task(cross_entropy, reduction="mean"), tmp_path)
+    with pytest.raises(UsageError, match=r"Or say so: Task\(reduction='mean'\)"):
+        train(task(padded_mean, language(), Padded()), tmp_path)
 
 
 def test_what_one_rank_finds_all_ranks_tell(tmp_path):

@@ -25,6 +25,7 @@ RESULTS = pages.ROOT / "benchmarks" / "results"
 LANGUAGES = {"python", "bash", "toml", "text", "{toctree}", "{eval-rst}"}
 GENERATED = {
     "{presets}",
+    "{short-names}",
     "{shared-settings}",
     "{optimizer-settings}",
     "{recipe-settings}",

@@ -12,7 +12,7 @@ from templates import make_chat_tokenizer
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig, hf
+from hvdtrain.recipes.hf import ChatEvalConfig, DocumentsConfig, Transformers, TransformersConfig, hf
 from hvdtrain.rundir.trained import open_trained
 
 import_transformers()
@@ -40,11 +40,12 @@ def place(tmp_path):
     return tmp_path
 
 
-def build(place, said=None, **data):
+def build(place, said=None, evaluation=None, **data):
     config = DocumentsConfig(
         **{"path": str(place / "chats.jsonl"), "cache_dir": str(place / "cache"), "sequence_length": 48, **data}
     )
-    recipe = Transformers(model=TransformersConfig(path=str(place / "model")), data=config)
+    asked = ChatEvalConfig(**evaluation or {})
+    recipe = Transformers(model=TransformersConfig(path=str(place / "model")), data=config, eval=asked)
     return recipe.build((said if said is not None else []).append)
 
 
@@ -85,6 +86,29 @@ def test_a_template_from_a_file_is_exported(place):
     task.write_model_files(place)
     exported = import_transformers().AutoTokenizer.from_pretrained(place)
     assert exported.chat_template == (place / "chat.jinja").read_text()
+
+
+def test_questions_are_asked_by_the_template(place):
+    tokenizer = make_chat_tokenizer("bytes", "chatml")
+    questions = [
+        {"context": "hello", "choices": ["world", "there"], "answer": 0},
+        {
+            "context": [{"role": "system", "content": "1"}, {"role": "user", "content": "2"}],
+            "choices": ["3"],
+            "answer": 0,
+        },
+    ]
+    (place / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    (asked,) = build(place, evaluation={"choices": place / "q.jsonl", "chat": True}).evaluations
+    for i, question in enumerate(questions):
+        context = question["context"]
+        talk = context if isinstance(context, list) else [{"role": "user", "content": context}]
+        talk = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+        tokens, targets, _, _ = asked.data.batch(torch.tensor([i]))
+        assert tokens[0, 0, : len(talk)].tolist() == talk
+        assert targets[0, 0, len(talk) - 1 :].tolist() == tokenizer(question["choices"][0])["input_ids"]
+        assert (targets[0, 0, : len(talk) - 1] == -100).all()
+    assert ("chat", "it says how --eval.choices are asked") in ChatEvalConfig(chat=True).unused()
 
 
 def test_samples_are_shown_first(place):

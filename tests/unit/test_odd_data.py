@@ -34,13 +34,15 @@ def tokenizer():
 def read(tmp_path, tokenizer):
     """Write files and read them; returns the number of records of each format by split, and what was said."""
 
-    def read(files, path="data"):
+    def read(files, path="data", **settings):
         for name, content in files.items():
             place = tmp_path / "data" / name
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(content if isinstance(content, bytes) else content.encode())
         said = []
-        config = CorpusConfig(path=str(tmp_path / path), cache_dir=str(tmp_path / "cache"), val_fraction=0.2)
+        config = CorpusConfig(
+            path=str(tmp_path / path), cache_dir=str(tmp_path / "cache"), val_fraction=0.2, **settings
+        )
         counts = {}
         for name, part in find_sources(config, said.append).items():
             reader = DocumentReader(tokenizer, "text", "stop")
@@ -179,13 +181,16 @@ def test_links(read, tmp_path):
     assert in_all(counts) == {"text": 27}  # the circle's first turn shows a.jsonl once more
 
 
-def test_splits_that_a_folder_names(read):
+def test_splits_that_a_folder_names(read, tmp_path):
     counts, said = read({"train-00000-of-00002.jsonl": LINES, "train-00001-of-00002.jsonl": LINES, "test.jsonl": LINES})
     assert counts == {"train": {"text": 18}, "val": {"text": 9}}
     assert said == ["held out is the test split that the folder names (1 files)"]
     counts, said = read({"validation.jsonl": GOOD[0], "more.jsonl": LINES})
     assert counts == {"train": {"text": 27}, "val": {"text": 1}}
     assert "left out is its test split (1 files)" in said[0]
+    counts, said = read({}, val_path=str(tmp_path / "data" / "validation.jsonl"))
+    assert counts == {"train": {"text": 27}, "val": {"text": 1}}
+    assert said == ["left out are 2 files, whose names say that they are for validation or tests"]
 
 
 def test_a_folder_of_one_split_is_held_out_of_by_hash(read):

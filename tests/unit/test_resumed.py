@@ -11,6 +11,7 @@ from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
+from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.trainer import fit, settle
 from hvdtrain.trainer.component import Component
 from hvdtrain.trainer.resumed import resume_lines
@@ -106,3 +107,14 @@ def test_a_component_of_the_recipes_own_is_saved_and_restored(tmp_path):
     fit(job_of(tmp_path, [], steps=3, components=(build,)))
     fit(job_of(tmp_path, [], steps=5, components=(build,)))
     assert [counter.count for counter in made] == [3, 5]
+
+
+@pytest.mark.parametrize("batch", [{"global_batch_size": 16}, {"micro_batch_size": 8}])
+def test_a_run_that_has_changed_its_ranks_keeps_its_batch_when_it_goes_on_again(tmp_path, batch):
+    """Begun on two ranks, gone on with one: the manifest of that one leads to the same batch as that of the two."""
+    job = job_of(tmp_path, [])
+    config = Config(train=TrainConfig(steps=8, **batch))
+    for ranks in (2, 1):
+        before = Manifest(step=1, samples=16, world_size=ranks, global_batch_size=16, micro_batch_size=8)
+        plan = settle(job.task, config, SOLO, job.directory, job.log, before=before).plan
+        assert (plan.global_batch_size, plan.micro_batch_size, plan.accum_steps) == (16, 8, 2)

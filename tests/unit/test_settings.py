@@ -209,6 +209,8 @@ def test_flags_as_people_write_them():
     ):
         with pytest.raises(ConfigError, match=says):
             cli.parse(["train", "lm", "--allow-config-change", wrong])
+    with pytest.raises(ConfigError, match="'soon' is no duration"):
+        cli.parse(["train", "lm", "--train.max-time", "soon"])
     prompts = cli.parse(["generate", "--run-dir", str(PACKAGE), "--prompt", "-1", "b", "--prompt=--c"]).options.prompt
     assert prompts == ("-1", "b", "--c")
 

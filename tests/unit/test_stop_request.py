@@ -117,15 +117,17 @@ def test_a_launcher_that_is_gone_is_a_request(tmp_path, is_in_shell):
     process.wait(timeout=30)
 
 
-def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
-    """The shell that horovodrun has become; the launcher below it is still there."""
+@pytest.mark.parametrize("has_launcher", [True, False])
+def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path, has_launcher):
+    """The shell that horovodrun has become, while the launcher below it is still there; or a program that owns it."""
     launcher = tmp_path / "mpirun"
     launcher.write_text('#!/bin/sh\n"$@" &\nwait\n')
     launcher.chmod(0o755)
     early = "from hvdtrain.process.stop import end_on_signals\nend_on_signals()\nprint('up', flush=True)\n"
     (tmp_path / "rank.py").write_text(f"{HEAD}{early}time.sleep(60)")
-    command = ["sh", "-c", f"{shlex.join(map(str, [launcher, sys.executable, tmp_path / 'rank.py']))} 2>&1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    rank = shlex.join([sys.executable, str(tmp_path / "rank.py")])
+    script = f"{shlex.quote(str(launcher))} {rank} 2>&1" if has_launcher else f"HVDTRAIN_OWNER=$$ {rank} 2>&1; true"
+    process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     started = time.monotonic()
     process.kill()

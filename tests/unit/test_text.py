@@ -329,3 +329,36 @@ def test_the_baseline_is_fitted_to_a_part_of_a_large_text_and_says_so(corpus, tm
     assert "(fitted to the first 0 of 0 MB, tested on the first 0 of 0 MB)" in lm_task._compare(
         {"val/bits_per_byte": 2.0}, text
     )
+
+
+def test_an_end_of_text_by_another_name(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<|bos|>": 1, "?": 2}, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text").mkdir()
+    for name in "xy":
+        (tmp_path / "text" / name).write_text("a " * 9)
+    settings = {"path": str(tmp_path / "text"), "cache_dir": str(tmp_path / "cache"), "sequence_length": 4}
+    config = TextConfig(**settings, tokenizer=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        DataError, match=r"has no end-of-text token of the names .*: give its own, as in --data\.end-of"
+    ):
+        prepare_text(config)
+    with pytest.raises(DataError, match=r"--data\.end-of-text: .*tokenizer\.json has no token '<s>'"):
+        prepare_text(dataclasses.replace(config, end_of_text="<s>"))
+    for _ in range(2):  # made, and found in the cache
+        text = prepare_text(dataclasses.replace(config, end_of_text="<|bos|>"))
+        assert text.tokenizer.eot == 1
+        assert text.num_train_tokens == 11
+        assert np.fromfile(text.train_shards[0].path, np.uint16).tolist() == [1, *[0] * 9, 1]
+
+
+def test_files_of_records_are_no_texts(corpus, tmp_path):
+    (corpus / "more.jsonl").write_text('{"text": "hello"}\n')
+    said = []
+    settings = {"cache_dir": str(tmp_path / "cache"), "sequence_length": 4}
+    prepare_text(TextConfig(path=str(corpus), **settings), said.append)
+    assert any("left out 1 files" in line and "they hold records" in line for line in said)
+    with pytest.raises(DataError, match=r"more\.jsonl holds records, and this recipe takes texts: the recipe hf"):
+        prepare_text(TextConfig(path=str(corpus / "more.jsonl"), **settings))

@@ -76,6 +76,14 @@ def test_reading_ahead_of_data_that_is_not_read_by_threads(tmp_path):
     assert without_effect(dataclasses.replace(job, task=task, config=config)) == []
 
 
+def test_workers_that_a_stream_does_not_have(tmp_path):
+    job = with_setting(job_of(tmp_path), "data.workers", 2)
+    assert without_effect(job) == []
+    task = dataclasses.replace(job.task, train_data=(pair for pair in [(torch.ones(1), torch.ones(1))]))
+    (line,) = without_effect(dataclasses.replace(job, task=task))
+    assert "no effect of --data.workers: a stream is read by each rank itself" in line
+
+
 @pytest.mark.parametrize(("every", "keep", "is_said"), [(4, 8, False), (4, 6, False), (5, 7, True), (None, 5, True)])
 def test_checkpoints_that_are_never_kept(tmp_path, every, keep, is_said):
     job = job_of(tmp_path)  # 12 steps

@@ -165,6 +165,25 @@ class ChatTemplate:
         with at_most(_SECONDS_A_TEMPLATE, DataError(_TOO_LONG)):
             return self._write(conversation, learned)
 
+    def question(self, asked: Any) -> str:
+        """Return what the template writes up to an answer.
+
+        Args:
+            asked: a user's words, or messages.
+
+        Raises:
+            ConfigError: there is no template.
+            DataError: it does not write this.
+        """
+        if not self._tokenizer.chat_template:
+            raise ConfigError(
+                "--eval.chat needs a chat template, and the tokenizer has none: give --data.chat-template"
+            )
+        values = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        messages = tuple(read_message(value)[0] for value in values)
+        with at_most(_SECONDS_A_TEMPLATE, DataError(_TOO_LONG)):
+            return self._render(Conversation(messages, ()), len(messages), asks=True)
+
     def _write(self, conversation: Conversation, learned: list[int]) -> list[Passage]:
         whole = self._render(conversation, len(conversation.messages))
         answers = [self._render(conversation, i + 1) for i in learned]

@@ -1,12 +1,15 @@
 """Multiple-choice questions: a language model answers with the continuation that it finds likeliest.
 
-A line of the file is `{"context": "...", "choices": ["...", ...], "answer": 1}`, the answer counted from 0.
+A line of the file is `{"context": "...", "choices": ["...", ...], "answer": 1}`, the answer counted from 0. Context and
+choice are tokenised together, as in a text; a token that holds the end of the one and the beginning of the other is the
+choice's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,8 @@ class Choices:
         encode: returns the tokens of a text.
         begin: tokens before every context.
         max_length: the most tokens that the model is shown; of a longer context the beginning is left out.
+        write: returns what stands before a choice, of what a line has as its context: the text itself, or what a chat
+            template makes of it.
 
     Raises:
         DataError: a line is no question; names it.
@@ -34,7 +39,10 @@ class Choices:
 
     reads_ahead = True
 
-    def __init__(self, path: Path, encode: Encode, begin: Sequence[int], max_length: int) -> None:
+    def __init__(
+        self, path: Path, encode: Encode, begin: Sequence[int], max_length: int, write: Callable[[Any], str] = str
+    ) -> None:
+        self._write = write
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -51,19 +59,23 @@ class Choices:
     def _add(self, line: str, place: str, encode: Encode, begin: list[int], max_length: int) -> None:
         try:
             value = parse_json(line)
-            context, choices, answer = str(value["context"]), [str(text) for text in value["choices"]], value["answer"]
+            context, choices = self._write(value["context"]), [str(text) for text in value["choices"]]
+            answer = value["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f'{place} is not {{"context": ..., "choices": [...], "answer": ...}}: {error!r}') from error
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
         if not isinstance(answer, int) or not 0 <= answer < len(choices):
             raise DataError(f"{place}: the answer {answer} is none of the {len(choices)} choices, counted from 0")
         before = begin + list(encode(context))
         rows = []
         for text in choices:
-            tokens = list(encode(text))
-            if not before or not tokens or len(tokens) > max_length:
+            whole = begin + list(encode(context + text))
+            shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+            count = len(whole) - min(shared, len(whole))
+            if shared == 0 or not 0 < count <= max_length:
                 raise DataError(f"{place}: a context and choices of 1 to {max_length} tokens are needed")
-            row = (before + tokens)[-(max_length + 1) :]
-            rows.append((row, len(tokens)))
+            rows.append((whole[-(max_length + 1) :], count))
         self._rows.append(rows)
         self._bytes.append([len(text.encode()) for text in choices])
         self._answers.append(answer)

@@ -34,15 +34,25 @@ def is_turn(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
+def holds_records(path: Path) -> bool:
+    """Return whether a file's name says that it holds nothing but records; a .json may hold anything."""
+    return _named(path) in ("lines", "parquet", "arrow")
+
+
+def _named(path: Path) -> Kind | None:
+    """Return the kind of records that a file's name says, compressed or not."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] and suffixes[-1] in SUFFIXES:
+        suffixes.pop()
+    return _KINDS.get(suffixes[-1]) if suffixes else None
+
+
 def kind_of(path: Path) -> Kind | None:
     """Return what kind of records a file holds, by its name and by how it begins; None for a text.
 
     A file that begins as JSON does is none of text, whatever it is called.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] and suffixes[-1] in SUFFIXES:
-        suffixes.pop()
-    named = _KINDS.get(suffixes[-1]) if suffixes else None
+    named = _named(path)
     if named in ("parquet", "arrow"):
         return named
     try:

@@ -65,7 +65,7 @@ def find_sources(config: CorpusConfig, say: Callable[[str], None]) -> dict[str, 
     """
     sources = _sources(config, config.path, say)
     if config.val_path:
-        return {"train": sources, "val": _sources(config, config.val_path, say)}
+        return {"train": _of_training(sources, say), "val": _sources(config, config.val_path, say)}
     texts = {source.document: source for source in sources if source.kind is None}
     records = [source for source in sources if source.kind is not None]
     train: list[Document] = list(texts)
@@ -76,6 +76,16 @@ def find_sources(config: CorpusConfig, say: Callable[[str], None]) -> dict[str, 
     for name, part in _split_records(records, config.val_fraction, say).items():
         split[name] += part
     return split
+
+
+def _of_training(sources: list[Source], say: Callable[[str], None]) -> list[Source]:
+    """Return the sources without files of records that name themselves another split than that for training."""
+    named = named_splits([source.document for source in sources if source.kind is not None])
+    if named is None:
+        return sources
+    train = [source for source in sources if source.kind is None or source.document in named.train]
+    say(f"left out are {len(sources) - len(train)} files, whose names say that they are for validation or tests")
+    return train
 
 
 def _split_records(

@@ -15,6 +15,7 @@ from hvdtrain.data.text.corpus import (
     standard_library,
 )
 from hvdtrain.data.text.known import KnownFiles
+from hvdtrain.data.text.records import holds_records
 from hvdtrain.errors import DataError
 
 Hashed = dict[Document, str]
@@ -40,7 +41,7 @@ def find_splits(config: CorpusConfig, say: Callable[[str], None]) -> tuple[Hashe
 
 def _usable(config: CorpusConfig, path: str | None, say: Callable[[str], None]) -> Hashed:
     """Return the documents that hold text, each with its hash."""
-    documents = find_documents(path) if path else standard_library()
+    documents = _texts(path, find_documents(path), say) if path else standard_library()
     hashes = _hashes(config, f"files of {_full(path)}", documents)
     usable = {document: found for document, found in hashes.items() if found}
     if not usable:
@@ -51,6 +52,16 @@ def _usable(config: CorpusConfig, path: str | None, say: Callable[[str], None]) 
     if left_out and path:
         say(f"left out {left_out} of {len(documents)} files of {path}: they are not UTF-8 text")
     return usable
+
+
+def _texts(path: str, documents: list[Document], say: Callable[[str], None]) -> list[Document]:
+    """Return the documents without files of records, which are none of text, by their names."""
+    texts = [document for document in documents if not holds_records(document.path)]
+    if not texts:
+        raise DataError(f"{path} holds records, and this recipe takes texts: the recipe hf trains on records")
+    if len(texts) < len(documents):
+        say(f"left out {len(documents) - len(texts)} files of {path}: they hold records, which the recipe hf trains on")
+    return texts
 
 
 def _hashes(config: CorpusConfig, corpus: str, documents: Sequence[Document]) -> dict[Document, str | None]:

@@ -88,6 +88,7 @@ def _content_hash(config: TextConfig, train: Hashed, held_out: Hashed) -> str:
         digest.update(f" {config.vocab_size}".encode())
     elif config.tokenizer != "byte":
         digest.update(_read_bytes(Path(config.tokenizer)))
+        digest.update(f" {config.end_of_text}".encode() if config.end_of_text is not None else b"")
     for split in (train, held_out):
         digest.update(b"\0split")
         for hashed in split.values():
@@ -115,7 +116,7 @@ def _write(
     with written_whole(folder) as new:
         tokenizer = _build_tokenizer(config, train)
         tokenizer.save(new)
-        meta: dict[str, int] = {"vocab_size": tokenizer.vocab_size}
+        meta: dict[str, int] = {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
         meter = Meter(say)
         for name, documents in (("train", train), ("val", held_out)):
             _write_split(new, name, documents, tokenizer, meta, meter)
@@ -128,7 +129,7 @@ def _build_tokenizer(config: TextConfig, train: Iterable[Document]) -> Tokenizer
         return ByteTokenizer()
     if config.tokenizer == "bpe":
         return train_bpe((piece for _, piece in read_all(train)), config.vocab_size)
-    return load_bpe(Path(config.tokenizer))
+    return load_bpe(Path(config.tokenizer), name=config.end_of_text)
 
 
 def _write_split(
@@ -143,7 +144,7 @@ def _write_split(
 
 def _read_prepared(folder: Path, digest: str) -> PreparedText:
     meta = json.loads((folder / "meta.json").read_text())
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, meta.pop("eot", None))
     dtype = token_dtype(tokenizer.vocab_size)
     text = "{}.bin" if isinstance(tokenizer, ByteTokenizer) else "{}.bytes.bin"
     return PreparedText(

@@ -78,7 +78,10 @@ class BpeTokenizer:
             return
         found = [inner.token_to_id(name) for name in _END_OF_TEXT_NAMES if inner.token_to_id(name) is not None]
         if not found:
-            raise DataError(f"{source} has no end-of-text token: one of {', '.join(_END_OF_TEXT_NAMES)} is needed")
+            raise DataError(
+                f"{source} has no end-of-text token of the names {', '.join(_END_OF_TEXT_NAMES)}: give its own, as in"
+                " --data.end-of-text '<|bos|>'"
+            )
         self.eot = found[0]
 
     def encode(self, text: str) -> NDArray[np.int64]:
@@ -115,8 +118,13 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> BpeTokenizer:
     return BpeTokenizer(inner, "the trained tokenizer")
 
 
-def load_bpe(path: Path, eot: int | None = None) -> BpeTokenizer:
-    """Load a `tokenizer.json`; `eot` is its end-of-text token, where that is known.
+def load_bpe(path: Path, eot: int | None = None, name: str | None = None) -> BpeTokenizer:
+    """Load a `tokenizer.json`.
+
+    Args:
+        path: the file.
+        eot: its end-of-text token, where that is known.
+        name: what that token is called, else; None where it has one of the usual names.
 
     Raises:
         DataError: it cannot be read, or has no end-of-text token.
@@ -128,13 +136,22 @@ def load_bpe(path: Path, eot: int | None = None) -> BpeTokenizer:
         raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
     except Exception as error:  # the library raises bare Exception for files it does not understand
         raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+    if name is not None and eot is None:
+        eot = inner.token_to_id(name)
+        if eot is None:
+            raise DataError(f"--data.end-of-text: {path} has no token {name!r}")
     return BpeTokenizer(inner, str(path), eot)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Return the tokenizer that was saved in `folder`: its `tokenizer.json`, or bytes where there is none."""
+def load_tokenizer(folder: Path, eot: int | None = None) -> Tokenizer:
+    """Return the tokenizer that was saved in `folder`: its `tokenizer.json`, or bytes where there is none.
+
+    Args:
+        folder: where.
+        eot: the token between documents; None: found by its usual names.
+    """
     path = folder / "tokenizer.json"
-    return load_bpe(path) if path.exists() else ByteTokenizer()
+    return load_bpe(path, eot) if path.exists() else ByteTokenizer()
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
