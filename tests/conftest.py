@@ -101,10 +101,22 @@ def children():
         except OSError:  # the thread has ended
             continue
         for number in numbers:
-            try:
-                command = Path("/proc", number, "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            except OSError:
-                continue
+            command = command_of(number)
             if command and not any(name in command for name in KNOWN_PROCESSES):
                 found[int(number)] = command[:100]
     return found
+
+
+def command_of(number):
+    """Return the command of a process, empty where it has ended; one that is just being started has none as yet."""
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        try:
+            command = Path("/proc", number, "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            state = Path("/proc", number, "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return ""
+        if command or state in "ZX":
+            return command
+        time.sleep(0.001)
+    return "(no command)"

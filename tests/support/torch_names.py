@@ -12,6 +12,10 @@ from torch.optim import optimizer as of_optimizers
 from torch.utils import checkpoint
 
 
+def _is_foreign(value):
+    return inspect.isfunction(value) and not value.__module__.startswith("torch")
+
+
 def _names(prefix, space, only=None):
     """Return the public names of a module or class: those it declares, else those that it defines itself."""
     names = getattr(space, "__all__", None)
@@ -19,6 +23,8 @@ def _names(prefix, space, only=None):
         names = [name for name in dir(space) if not name.startswith("_")]
         if inspect.ismodule(space):
             names = [name for name in names if getattr(getattr(space, name), "__module__", "") == space.__name__]
+        else:  # transformers hangs a method of its own on nn.Module
+            names = [name for name in names if not _is_foreign(getattr(space, name))]
     return {f"{prefix}.{name}" for name in names if only is None or only in name}
 
 
