@@ -20,7 +20,7 @@ class Reverser(torch.nn.Module):
         self.letters = torch.nn.Embedding(LETTERS + 1, width)
         self.places = torch.nn.Parameter(torch.randn(LENGTH, width) * 0.1)
         self.body = torch.nn.Transformer(
-            width, 4, 1, 1, dim_feedforward=128, dropout=0.0, batch_first=True, norm_first=True
+            width, 4, 1, 1, dim_feedforward=128, dropout=0.0, batch_first=True, norm_first=False
         )
         self.head = torch.nn.Linear(width, LETTERS)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.process.stop import StoppedEarly
 from hvdtrain.process.tracebacks import place_of, sentence_of, shown, stack_of
 from hvdtrain.settings import nearest
 from hvdtrain.settings.paths import check_path
@@ -73,7 +74,7 @@ def _in_a_sentence(path: Path, what: str) -> Iterator[None]:
     """Turn what a user's file raises into a ConfigError that names its line and keeps his part of the stack."""
     try:
         yield
-    except HvdtrainError:
+    except (HvdtrainError, StoppedEarly):  # a signal may come while the file is read
         raise
     except SyntaxError as error:
         where = f"{shown(error.filename or str(path))}, line {error.lineno}"

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from broken_recipes import PLACES, line_of
 
+from hvdtrain.process.stop import StoppedEarly
 from hvdtrain.process.tracebacks import place_of, sentence_of, stack_of
+from hvdtrain.recipes import load_recipe
 
 SCRIPT = Path(__file__).parents[1] / "support" / "broken_recipes.py"
 
@@ -62,3 +64,10 @@ def test_an_exception_of_hvdtrains_own_keeps_its_whole_stack():
     assert place_of(error) == ""
     assert sentence_of(error) == "ZeroDivisionError: division by zero"
     assert "tracebacks.py" in stack_of(error)
+
+
+def test_a_signal_while_a_file_is_read_is_no_error_of_it(tmp_path):
+    file = tmp_path / "slow.py"
+    file.write_text("from hvdtrain.process.stop import StoppedEarly\nraise StoppedEarly('SIGTERM')\n")
+    with pytest.raises(StoppedEarly):
+        load_recipe(str(file))
