@@ -91,9 +91,14 @@ def test_ranks_whose_data_ends_earlier():
     """The mean over all is what one process would take over the samples of all ranks."""
     batches = {0: [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], 1: [[7.0, 8.0]]}
 
-    def work(world):
-        torch.manual_seed(0)
+    def line():  # not from a seed: ranks that are threads share torch's generator
         layer = torch.nn.Linear(1, 1).double()
+        torch.nn.init.constant_(layer.weight, 0.5)
+        torch.nn.init.constant_(layer.bias, 0.25)
+        return layer
+
+    def work(world):
+        layer = line()
         optimizer = world.wrap(torch.optim.SGD(layer.parameters(), lr=0.01), layer)
         seen = 0
         for batch in world.join(batches[world.rank]):
@@ -106,8 +111,7 @@ def test_ranks_whose_data_ends_earlier():
 
     (first, weight), (second, other) = run_ranks(2, work)
     assert (first, second, weight) == (3, 1, other)
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(1, 1).double()
+    layer = line()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
     for step in range(3):
         optimizer.zero_grad()
