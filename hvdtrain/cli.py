@@ -363,7 +363,7 @@ def _silent_unless(talks: bool) -> Iterator[None]:
 
 def _refuse(error: HvdtrainError, launch: Launch) -> int:
     if launch.rank == 0:
-        sys.stderr.write(f"hvdtrain: {error}\n{getattr(error, 'stack', '')}")
+        sys.stderr.write(f"hvdtrain: {error}\n{error.stack}")
         sys.stderr.flush()
     return _leave(error.exit_code, launch)
 

@@ -22,14 +22,14 @@ class HvdtrainError(Exception):
     exit_code = 1
     is_on_all_ranks = False
     """Whether every rank raises it at the same place. One that is not ends its rank, and with it the job."""
+    stack = ""
+    """Where in the user's own code it happened, printed after the message."""
 
 
 class UsageError(HvdtrainError):
     """Something the user can mend: the message says how, on one line. Raised alike on all ranks."""
 
     exit_code = 2
-    stack = ""
-    """Where in the user's own code it happened, printed after the message."""
 
     def __str__(self) -> str:
         # What users give may hold line breaks, or turn the direction of writing.

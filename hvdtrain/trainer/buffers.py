@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
-from hvdtrain.world import ReduceOp, World, digest_of, per_rank_buffers
+from hvdtrain.world import World, digest_of, per_rank_buffers
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -82,29 +80,10 @@ class ChangingBuffers(Component):
     def _average(self, world: World, names: list[str]) -> None:
         assert self._model is not None
         buffers = dict(self._model.named_buffers())
-        tensors = [buffers[name] for name in names]
-        if not tensors:
-            return
-        tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
-        real = [tensor for tensor in tensors if tensor.is_floating_point()]
-        counts = [tensor for tensor in tensors if not tensor.is_floating_point()]
-        parts: list[tuple[list[Tensor], ReduceOp]] = [(real, "mean"), (counts, "max")]
-        waits = [(part, _start(world, part, op)) for part, op in parts if part]
-        with torch.no_grad():
-            for part, wait in waits:
-                values = torch.split(wait(), [tensor.numel() for tensor in part])
-                for tensor, value in zip(part, values, strict=True):
-                    tensor.copy_(value.view(tensor.shape))
+        world.average_tensors([buffers[name] for name in names], "buffers")
 
 
 def _digests(model: nn.Module) -> dict[str, Tensor]:
     """Return what changes when a buffer does; its version counter does not tell: batch_norm leaves it alone."""
     own = per_rank_buffers(model)
     return {name: digest_of(buffer) for name, buffer in model.named_buffers() if name not in own}
-
-
-def _start(world: World, tensors: list[Tensor], op: ReduceOp) -> Callable[[], Tensor]:
-    # Integers stay integers: a double holds those up to 2^53 only.
-    dtype = torch.float64 if op == "mean" else torch.int64
-    flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
-    return world.start_all_reduce(flat, op, f"buffers.{op}")

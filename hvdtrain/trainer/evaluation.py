@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +92,7 @@ def _totals(
     def forward() -> dict[str, Tensor]:
         with autocast(precision, device):
             values = part.loss_sums(model, to_device(batch, device, precision))
-        return cast("dict[str, Tensor]", as_sums(values, part.reduction, part.data, indices))
+        return as_sums(values, part.reduction, part.data, indices)
 
     sums = randomness.run(indices, (job.config.train.seed, "evaluation"), forward, lambda sums: None)
     totals = [as_sum(sums[key], key, device) for key in part.metrics]

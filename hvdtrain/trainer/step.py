@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def _micro_batch(
         if task.reduction == "sum":
             return values
         samples = job.order.global_batch(training.step)[positions]
-        return cast("dict[str, Tensor]", as_sums(values, task.reduction, task.train_data, samples))
+        return as_sums(values, task.reduction, task.train_data, samples)
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
@@ -109,7 +108,7 @@ def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tenso
     """Read `samples`, int64 `(n,)`, and return their sums of `Task.metrics`."""
     job.world.progress.enter("data")
     values = forward_batch(job, model, read_samples(job.task.train_data, samples))
-    return cast("dict[str, Tensor]", as_sums(values, job.task.reduction, job.task.train_data, samples))
+    return as_sums(values, job.task.reduction, job.task.train_data, samples)
 
 
 def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

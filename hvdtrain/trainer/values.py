@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,14 +39,14 @@ def count_targets(data: Dataset, samples: Tensor) -> int:
     return int(value)
 
 
-def as_sums(values: Any, reduction: str, data: Any, samples: Tensor) -> Any:
+def as_sums(values: Any, reduction: str, data: Any, samples: Tensor) -> dict[str, Tensor]:
     """Return what `loss_sums` returned as sums over the targets of `samples`, int64 `(n,)`, whatever it promises.
 
     Raises:
         ConfigError: `num_targets` returned no number of targets.
     """
     if reduction == "sum" or not isinstance(values, Mapping):
-        return values
+        return cast("dict[str, Tensor]", values)
     count = count_targets(data, samples)
     # The mean over nothing is nan, and its sum is none.
     return {

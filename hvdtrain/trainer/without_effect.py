@@ -6,7 +6,6 @@ the length of the run, with which the same settings may be right elsewhere.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -26,14 +25,10 @@ def _alone(job: Job) -> Iterator[str]:
     names = [
         f"--{name.replace('_', '-')}"
         for name, item, section in fields_of(job.config)
-        if item.metadata.get("several_ranks") and getattr(section, item.name) != _default(item)
+        if item.metadata.get("several_ranks") and getattr(section, item.name) != item.default
     ]
     if names:
         yield f"one rank:   no effect here of {', '.join(names)}"
-
-
-def _default(item: dataclasses.Field[object]) -> object:
-    return item.default
 
 
 def _ahead(job: Job) -> Iterator[str]:

@@ -98,10 +98,7 @@ class World(Collectives):
         Counts and flags become the largest over the ranks. What `keep_per_rank` was told of is left alone.
         """
         own = per_rank_buffers(model)
-        for name, buffer in model.named_buffers():
-            if name not in own:
-                is_real = buffer.is_floating_point() or buffer.is_complex()
-                buffer.copy_(self.all_reduce(buffer, "mean" if is_real else "max", f"buffers.{name}"))
+        self.average_tensors([buffer for name, buffer in model.named_buffers() if name not in own], "own_buffers")
 
     def sampler(self, num_samples: int, *, shuffle: bool = True, seed: int = 0) -> RankSampler:
         """Return this rank's part of `num_samples` samples, for a `DataLoader(dataset, sampler=...)`."""
