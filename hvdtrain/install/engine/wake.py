@@ -1,26 +1,10 @@
-"""Changes to the engine of Horovod 0.28.1 that make it wait well: none of them changes what is computed.
-
-As released, its background loop sleeps out a cycle of 1 ms before it looks at what was enqueued, whoever waits for a
-result polls for it and takes Python's lock at each turn, and a rank that is early polls within MPI.
-
-- **Park**: who waits for a result sleeps until it is there.
-- **Wake**: what is enqueued wakes the loop. While results are outstanding the loop goes on at once, so that ranks
-  cannot stay out of phase; where nothing comes of that several times in a row, it sleeps for a sixteenth of the time
-  waited so far.
-- **Patience**: a rank that waits for a later one in a negotiation sleeps between its looks. Waiting being cheap, an
-  idle loop joins one every 10 ms instead of each 1 ms. `HOROVOD_CYCLE_TIME` is heeded as before.
-
-With the response cache off, or process sets that come and go, ranks wait within MPI before the first patient place;
-with process sets, those who are in none wait for the others' cycle too: there an idle cycle stays at 1 ms.
-"""
+"""Wake: what is enqueued wakes the background loop, and outstanding work keeps it awake."""
 
 from __future__ import annotations
 
 from hvdtrain.install.edits import Edit
 
-_PARK = "who waits for a result took Python's lock again and again instead of sleeping"
 _WAKE = "what was enqueued waited for the end of a cycle"
-_PATIENCE = "a rank that was early kept a core busy within MPI"
 
 _SIGNAL_DECLARED = """\
 // Wakes the background loop. One a process, never destroyed: the loop may outlive what is static.
@@ -121,85 +105,9 @@ _WAIT_FOR_WORK = """\
   LoopSignal::Get().Wait(sleep_duration);
 """
 
-_ALL_REDUCE = """\
-// As MPI_Allreduce in place; while others are late this thread sleeps between its looks, where MPI would poll.
-static int AllreducePatiently(void* data, int count, MPI_Op op, MPI_Comm comm) {
-  MPI_Request request;
-  int code = MPI_Iallreduce(MPI_IN_PLACE, data, count, MPI_LONG_LONG_INT, op, comm, &request);
-  Patience patience;
-  for (int is_done = 0; code == MPI_SUCCESS;) {
-    code = MPI_Test(&request, &is_done, MPI_STATUS_IGNORE);
-    if (is_done) {
-      break;
-    }
-    patience.Pause();
-  }
-  return code;
-}
 
-// MPIController
-void MPIController::DoInitialization() {
-"""
-
-
-def engine_edits() -> tuple[Edit, ...]:
-    """Return the changes to the engine."""
-    return (*_park(), *_wake(), *_be_patient())
-
-
-def _park() -> tuple[Edit, ...]:
-    header, source = "horovod/torch/handle_manager.h", "horovod/torch/handle_manager.cc"
-    return (
-        Edit(header, "#include <atomic>\n", "#include <atomic>\n#include <condition_variable>\n", _PARK),
-        Edit(
-            header,
-            "  bool PollHandle(int handle);\n",
-            "  bool PollHandle(int handle);\n"
-            "  // Sleeps until the handle is done or gone.\n"
-            "  void WaitHandle(int handle);\n",
-            _PARK,
-        ),
-        Edit(header, "  std::mutex mutex_;\n", "  std::mutex mutex_;\n  std::condition_variable changed_;\n", _PARK),
-        Edit(
-            source,
-            "  std::lock_guard<std::mutex> guard(mutex_);\n  results_[handle] = std::make_shared<Status>(status);\n}\n",
-            "  {\n"
-            "    std::lock_guard<std::mutex> guard(mutex_);\n"
-            "    results_[handle] = std::make_shared<Status>(status);\n"
-            "  }\n"
-            "  changed_.notify_all();\n"
-            "}\n\n"
-            "void HandleManager::WaitHandle(int handle) {\n"
-            "  std::unique_lock<std::mutex> lock(mutex_);\n"
-            "  changed_.wait(lock, [&] {\n"
-            "    auto found = results_.find(handle);\n"
-            "    return found == results_.end() || found->second != nullptr;\n"
-            "  });\n"
-            "}\n",
-            _PARK,
-        ),
-        Edit(source, "  last_handle_ = 0;\n", "  last_handle_ = 0;\n  changed_.notify_all();\n", _PARK),
-        Edit(
-            "horovod/torch/mpi_ops_v2.cc",
-            "  while (true) {\n"
-            "    if (handle_manager.PollHandle(handle)) break;\n"
-            "    {\n"
-            "      py::gil_scoped_release release_python_gil;\n"
-            "      std::this_thread::yield();\n"
-            "    }\n"
-            "  }\n"
-            "  auto status = handle_manager.ReleaseHandle(handle);\n",
-            "  if (!handle_manager.PollHandle(handle)) {\n"
-            "    py::gil_scoped_release release_python_gil;\n"
-            "    handle_manager.WaitHandle(handle);\n"
-            "  }\n"
-            "  auto status = handle_manager.ReleaseHandle(handle);\n",
-            _PARK,
-        ),
-    )
-
-
-def _wake() -> tuple[Edit, ...]:
+def wake_edits() -> tuple[Edit, ...]:
+    """Return the changes to the queue of tensors and to the loop; they bring the class Patience, too."""
     header, source, loop = "tensor_queue.h", "tensor_queue.cc", "operations.cc"
     folder = "horovod/common"
     return (
@@ -266,47 +174,5 @@ def _wake() -> tuple[Edit, ...]:
             "    LoopSignal::Get().Raise();\n"
             "    horovod_global.background_thread.join();\n",
             _WAKE,
-        ),
-    )
-
-
-def _be_patient() -> tuple[Edit, ...]:
-    controller, loop = "horovod/common/mpi/mpi_controller.cc", "horovod/common/operations.cc"
-    return (
-        Edit(controller, "// MPIController\nvoid MPIController::DoInitialization() {\n", _ALL_REDUCE, _PATIENCE),
-        *(
-            Edit(
-                controller,
-                "  int ret_code = MPI_Allreduce(MPI_IN_PLACE, bitvector.data(), count,\n"
-                f"                               MPI_LONG_LONG_INT, {op}, mpi_ctx_.mpi_comm);\n",
-                f"  int ret_code = AllreducePatiently(bitvector.data(), count, {op}, mpi_ctx_.mpi_comm);\n",
-                _PATIENCE,
-            )
-            for op in ("MPI_BAND", "MPI_BOR")
-        ),
-        Edit(
-            loop,
-            "      GetBoolEnvOrDefault(HOROVOD_DYNAMIC_PROCESS_SETS, false);\n",
-            "      GetBoolEnvOrDefault(HOROVOD_DYNAMIC_PROCESS_SETS, false);\n"
-            "  if (horovod_cycle_time == nullptr && !enable_xla_ops && !state.dynamic_process_sets &&\n"
-            "      state.process_set_ranks_to_register.empty() && state.cache_capacity > 0) {\n"
-            "    state.parameter_manager.SetCycleTimeMs(10);\n"
-            "  }\n",
-            _PATIENCE,
-        ),
-        Edit(
-            loop,
-            "  // Set background thread affinity\n",
-            "#ifdef __linux__\n"
-            "  prctl(PR_SET_TIMERSLACK, 1000); // naps of microseconds; Linux adds 50 to each otherwise\n"
-            "#endif\n"
-            "  // Set background thread affinity\n",
-            _PATIENCE,
-        ),
-        Edit(
-            loop,
-            "#include <unordered_set>\n",
-            "#include <unordered_set>\n\n#ifdef __linux__\n#include <sys/prctl.h>\n#endif\n",
-            _PATIENCE,
         ),
     )
