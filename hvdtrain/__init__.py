@@ -44,6 +44,8 @@ if TYPE_CHECKING:
         setting,
     )  # fmt: skip
     from hvdtrain.trainer import Recipe, Task
+    from hvdtrain.trainer.callback import Callback
+    from hvdtrain.trainer.unfreezing import GradualUnfreezing
     from hvdtrain.verbs.train import TrainResult, train
     from hvdtrain.world import World, init
     from hvdtrain.world.launched import launch
@@ -66,11 +68,14 @@ _HOMES = {
         "CheckpointError", "ConfigError", "DivergedError", "HvdtrainError", "StopRequested", "UsageError",
     ),
     "hvdtrain.trainer": ("Recipe", "Task"),
+    "hvdtrain.trainer.callback": ("Callback",),
+    "hvdtrain.trainer.unfreezing": ("GradualUnfreezing",),
     "hvdtrain.verbs.train": ("TrainResult", "train"),
 }  # fmt: skip
 
 __all__ = [
     "AdamWConfig",
+    "Callback",
     "CheckpointConfig",
     "CheckpointError",
     "CommConfig",
@@ -81,6 +86,7 @@ __all__ = [
     "DivergedError",
     "Draws",
     "EvalConfig",
+    "GradualUnfreezing",
     "HealthConfig",
     "HvdtrainError",
     "InOrder",
