@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hvdtrain.data.dataset import Dataset, TensorSamples
     from hvdtrain.data.draws import Draws
     from hvdtrain.data.samplers import InOrder, Shuffled, Weighted
+    from hvdtrain.data.shards import ParquetSamples, TarSamples
     from hvdtrain.errors import (
         CheckpointError,
         ConfigError,
@@ -61,6 +62,7 @@ _HOMES = {
     "hvdtrain.optim.sgd": ("SgdConfig",),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
     "hvdtrain.data.draws": ("Draws",),
+    "hvdtrain.data.shards": ("ParquetSamples", "TarSamples"),
     "hvdtrain.data.samplers": ("InOrder", "Shuffled", "Weighted"),
     "hvdtrain.world": ("World", "init"),
     "hvdtrain.world.launched": ("launch",),
@@ -94,11 +96,13 @@ __all__ = [
     "ModelConfig",
     "MuonConfig",
     "OptimConfig",
+    "ParquetSamples",
     "Recipe",
     "Section",
     "SgdConfig",
     "Shuffled",
     "StopRequested",
+    "TarSamples",
     "Task",
     "TensorSamples",
     "TrainConfig",
