@@ -195,6 +195,21 @@ def facts(**more):
     return Facts(**{**given, **more})
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.9])
+def test_measurements_that_contradict_each_other_recommend_nothing(tmp_path, factor):
+    """147 ms were predicted where 431 had been measured for the same two ranks, on a busy machine."""
+    step_s = answer(facts(), 2).rows[1].step.total_s
+    fine = answer(facts(measured_steps_s={2: 1.1 * step_s}), 4)
+    assert fine.recommended is not None
+    busy = answer(facts(measured_steps_s={2: factor * step_s}), 4)
+    assert busy.recommended is None
+    text = table(busy)
+    assert f"no recommendation: a step of 2 workers took {factor * step_s * 1e3:.4g} ms" in text
+    assert "\n>" not in text
+    save_html(tmp_path / "plan.html", busy)
+    assert "lm: no recommendation" in (tmp_path / "plan.html").read_text()
+
+
 def test_worker_counts():
     assert worker_counts(1) == [1]
     assert worker_counts(8) == [1, 2, 4, 8]
