@@ -106,6 +106,11 @@ def measure(runner: str, seconds: float) -> None:
             taken[size].append(time.perf_counter() - started)
     if rank == 0:
         print(json.dumps(taken), flush=True)
+    if runner == "torch-gloo":
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def by_horovod() -> tuple[int, Callable[[int], Callable[[int], None]]]:
@@ -117,7 +122,11 @@ def by_horovod() -> tuple[int, Callable[[int], Callable[[int], None]]]:
 
     def of(size: int) -> Callable[[int], None]:
         tensor = torch.ones(size // 4)
-        return lambda _: hvd.synchronize(hvd.allreduce_async_(tensor, name=f"size{size}", op=hvd.Sum)) and None
+
+        def call(_: int) -> None:
+            hvd.synchronize(hvd.allreduce_async_(tensor, name=f"size{size}", op=hvd.Sum))
+
+        return call
 
     return hvd.rank(), of
 
@@ -132,7 +141,11 @@ def by_torch() -> tuple[int, Callable[[int], Callable[[int], None]]]:
 
     def of(size: int) -> Callable[[int], None]:
         tensor = torch.ones(size // 4)
-        return lambda _: dist.all_reduce(tensor) and None
+
+        def call(_: int) -> None:
+            dist.all_reduce(tensor)
+
+        return call
 
     return rank, of
 
