@@ -55,6 +55,17 @@ class Averaging:
         """Return the codec, a new one where it was named."""
         return codec_of(self.compression) if isinstance(self.compression, str) else self.compression
 
+    def conflict_with(self, other: Averaging) -> str:
+        """Say by which field one gradient cannot be averaged both ways; empty where it can."""
+        if self.accum_steps != other.accum_steps:
+            return f"accum_steps = {self.accum_steps}, the other {other.accum_steps}"
+        if self.op != other.op:
+            return f"op = {self.op}, the other {other.op}"
+        own, others = self.codec(), other.codec()
+        if own is not others and (own.name != others.name or type(own) is not type(others)):
+            return f"compression = {own.name}, the other {others.name}"
+        return "squared norms to average, of all its parameters" if self.has_square or other.has_square else ""
+
 
 _NO_SQUARE = (
     "--health.noise-scale needs averaged, dense gradients in their own type: leave out --comm.op, --comm.compression"
@@ -99,6 +110,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient was changed before it was averaged.
+            ConfigError: an optimizer that was wrapped later has parameters of this one, and averages in another way.
         """
         if self._exchange is not None:
             self._exchange.finish()

@@ -53,7 +53,10 @@ class World(Collectives):
         return wrap_optimizer(self, optimizer, model, averaging)
 
     def claim_gradients(self, exchange: GradientExchange) -> None:
-        """Have an exchange, and none that was made before it, average the parameters that it has now."""
+        """Have an exchange, and none that was made before it, average the parameters that it has now.
+
+        One that was made before and averages in another way can then be used no more: it says so.
+        """
         alive = [other for ref in self._exchanges if (other := ref()) is not None]
         for other in alive:
             other.yield_to(exchange)

@@ -196,6 +196,49 @@ def test_adasum_gives_each_tensor_undivided():
     assert run_ranks(2, work) == [({"adasum"}, True)] * 2
 
 
+@pytest.mark.parametrize("place", ["first", "second"])
+@pytest.mark.parametrize(
+    ("settings", "other", "says"),
+    [
+        ({"accum_steps": 4}, {}, "has accum_steps = 4, the other 1"),
+        ({}, {"accum_steps": 4}, "has accum_steps = 1, the other 4"),
+        ({"op": "adasum"}, {}, "has op = adasum, the other average"),
+        ({"compression": "fp16"}, {}, "has compression = fp16, the other none"),
+        ({"has_square": True}, {}, "has squared norms to average"),
+        ({"accum_steps": 2, "compression": "bf16"}, {"accum_steps": 2, "compression": "bf16"}, None),
+        ({"bucket_bytes": 1}, {}, None),
+    ],
+)
+def test_optimizers_that_share_parameters_average_alike_or_the_earlier_is_refused(settings, other, says, place):
+    """The one wrapped last averages what both have: with its settings, and not in silence with the earlier one's."""
+
+    def work(world):
+        model = network()
+        optimizers = [world.wrap(sgd(model), model, **settings), world.wrap(sgd(model[2]), model, **other)]
+        optimizer = optimizers[place == "second"]
+        if says is None or place == "second":
+            train(model, optimizer, 2)
+            return True
+        with pytest.raises(ConfigError, match=f"wrapped later, and {says}"):
+            train(model, optimizer, 2)
+        return True
+
+    assert run_ranks(2, work) == [True, True]
+
+
+def test_whoever_goes_on_to_another_optimizer_may_still_hold_the_first():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model)
+        train(model, optimizer, 2)
+        optimizer = world.wrap(sgd(model), model, accum_steps=2)
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+        train(model, optimizer, 2)
+        return True
+
+    assert run_ranks(2, work) == [True, True]
+
+
 def test_an_exchange_needs_nothing_but_a_world():
     """The interface that a back end must serve: see `tests/support/thread_world.py`."""
 
