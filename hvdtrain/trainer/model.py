@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.errors import ConfigError
@@ -48,8 +51,11 @@ def prepare_blocks(model: nn.Module, settings: ModelConfig) -> None:
         ConfigError: it has no blocks.
     """
     if settings.checkpoint_blocks:
+        # A compiler accepts no contexts; what it computes again, it decides itself.
+        has_contexts = settings.compile == "none"
         for block in _blocks(model, "--model.checkpoint-blocks"):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            more: dict[str, Any] = {"context_fn": partial(_computed_again, block)} if has_contexts else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **more)
     if settings.compile == "model":
         model.compile()
     elif settings.compile == "blocks":
@@ -62,3 +68,39 @@ def _blocks(model: nn.Module, asked_by: str) -> list[nn.Module]:
     if not blocks:
         raise ConfigError(f"{asked_by} has no effect: the model has no blocks (no nn.ModuleList)")
     return blocks
+
+
+def _computed_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return contexts for a block's forward pass and for its repetition, which changes no buffer once more.
+
+    The repetition begins with the buffers that the pass began with, as batch normalisation counts a batch and spectral
+    normalisation goes on from its last vectors. Of what is not saved, such as tables, no copy is kept until then.
+    """
+    before: list[tuple[nn.Module, str, Tensor]] = []
+
+    @contextmanager
+    def first() -> Iterator[None]:
+        before.extend((module, name, buffer.clone()) for module, name, buffer in _buffers(block, is_saved=True))
+        yield
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        kept = [*_buffers(block)]
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer.clone()
+        for module, name, buffer in before:
+            module._buffers[name] = buffer
+        try:
+            yield
+        finally:  # it ends by an exception as soon as all is there that was wanted
+            for module, name, buffer in kept:
+                module._buffers[name] = buffer
+
+    return first(), again()
+
+
+def _buffers(block: nn.Module, is_saved: bool = False) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in block.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not (is_saved and name in module._non_persistent_buffers_set):
+                yield module, name, buffer

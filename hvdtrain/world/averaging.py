@@ -31,8 +31,8 @@ class Averaging:
     compression: str | Codec = "none"
     """Format of the gradients on the wire: a name that `codec_of` knows, or a codec of your own."""
     op: Literal["average", "adasum"] = "average"
-    """adasum combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging; no clipping may
-    follow, as that has no meaning across ranks then."""
+    """adasum combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging, before the
+    optimizer sees them. All ranks then hold the same gradient, and what follows, such as clipping, sees that one."""
     bucket_bytes: int = 25 << 20
     """Gradients travel in parts of this size, each as soon as backward has finished it."""
     has_square: bool = False
@@ -179,6 +179,8 @@ def wrap_optimizer(
     sparse = _sparse_parameters(model)
     if averaging.has_square and sparse:
         raise ConfigError(_NO_SQUARE)
+    if averaging.op == "adasum" and sparse:
+        raise ConfigError("--comm.op adasum needs dense gradients: leave it out, or sparse embeddings")
     inner = type(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)

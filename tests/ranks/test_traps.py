@@ -295,10 +295,16 @@ def test_adasum(world):
     x, y = data(0)
     F.cross_entropy(model(share(world, x)), share(world, y)).backward()
     optimizer.synchronize()
+    combined = []
     for parameter, a, b in zip(model.parameters(), *parts, strict=True):
         dot = (a * b).sum()
-        expected = (1 - dot / (2 * a.square().sum())) * a + (1 - dot / (2 * b.square().sum())) * b
-        assert torch.allclose(parameter.grad, expected, rtol=1e-6, atol=1e-9)
+        combined.append((1 - dot / (2 * a.square().sum())) * a + (1 - dot / (2 * b.square().sum())) * b)
+        assert torch.allclose(parameter.grad, combined[-1], rtol=1e-6, atol=1e-9)
+    # All ranks hold the combined gradient: what is clipped is that one.
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    assert torch.allclose(norm, torch.stack([gradient.norm() for gradient in combined]).norm(), rtol=1e-6)
+    optimizer.step()
+    assert len(set(world.all_gather_object(digest(model.parameters()), "adasum.end"))) == 1
 
 
 def test_optimizers_that_share_parameters_have_one_accumulation(world):
