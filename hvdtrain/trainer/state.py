@@ -19,6 +19,7 @@ from hvdtrain.models.weights import check_can_be_saved, extra_state, load_model_
 from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
 from hvdtrain.trainer.components import build_components
+from hvdtrain.trainer.contract import owned
 from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
@@ -188,7 +189,7 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     }
     for component in components:
         options.update(component.wrap_options)
-    return job.strategy.wrap(job.world, job.task.build_optimizer(job.config.optim, model), model, **options)
+    return job.strategy.wrap(job.world, owned(job.task.build_optimizer(job.config.optim, model), model), model, **options)
 
 
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -17,6 +19,8 @@ from hvdtrain.world.exchange import GradientExchange
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
+
+_log = logging.getLogger("hvdtrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +128,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
         finally:
             self._should_synchronize = True
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients.
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Clear the gradients, as the optimizer's own class does: torch's takes `set_to_none`.
 
         Raises:
             RuntimeError: an exception has ended backward while gradients were on the wire.
@@ -137,7 +141,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
                     " the rest of them: end this rank, or call synchronize() before zero_grad()"
                 )
             self._exchange.forget()
-        self._inner.zero_grad(self, set_to_none)
+        self._inner.zero_grad(self, *args, **kwargs)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its gradients are averaged from the next backward pass on."""
@@ -193,8 +197,12 @@ def wrap_optimizer(
         return wrapped
     order = {parameter: place for place, parameter in enumerate(names)}
 
+    of_ranks = weakref.ref(wrapped)  # no circle: whoever drops it drops it on all ranks at once
+
     def parameters() -> list[nn.Parameter]:
-        own = [parameter for group in wrapped.param_groups for parameter in group["params"]]
+        alive = of_ranks()
+        groups = [] if alive is None else alive.param_groups
+        own = [parameter for group in groups for parameter in group["params"]]
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
     world.num_wraps += 1
@@ -203,6 +211,8 @@ def wrap_optimizer(
     wrapped._exchange = exchange
     world.claim_gradients(exchange)
 
+    left_out = [model]  # looked at once, in the first step
+
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
@@ -210,11 +220,25 @@ def wrap_optimizer(
             return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
         if optimizer._should_synchronize:
             exchange.finish()
+        if left_out:
+            _say_what_is_left_out(world, left_out.pop())
         return None
 
     hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
     wrapped.register_step_post_hook(lambda *_: exchange.end_step())
     return wrapped
+
+
+def _say_what_is_left_out(world: World, model: nn.Module) -> None:
+    """Warn of gradients that no optimizer averages: harmless, until a norm over the whole model clips by them."""
+    names = [] if world.rank else world.not_averaged(model)
+    if names:
+        _log.warning(
+            "the gradient of %s stays each rank's own, as no wrapped optimizer has this parameter: a norm over the whole"
+            " model, as in clip_grad_norm_, differs on every rank then, and so do the weights. Clip what the optimizer has,"
+            " or freeze the rest with requires_grad_(False)",
+            f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}",
+        )
 
 
 def _over_ranks(world: World, exchange: GradientExchange, closure: Callable[[], Any], name: str) -> Callable[[], Any]:
@@ -260,9 +284,12 @@ def _restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
     NAdam's running product, for one, is fp32 beside fp64 parameters, and would go on with other last bits.
     """
-    saved = state["state"]
+    saved = state.get("state")
+    if not isinstance(saved, Mapping):
+        return  # a form of the class's own, which it has loaded itself
     owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for place, parameter in enumerate(owned):
         for name, value in saved.get(place, {}).items():
-            if isinstance(value, Tensor) and optimizer.state[parameter][name].dtype != value.dtype:
-                optimizer.state[parameter][name] = value.detach().clone().to(optimizer.state[parameter][name].device)
+            loaded = optimizer.state[parameter].get(name)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.detach().clone().to(loaded.device)

@@ -64,7 +64,7 @@ class GradientExchange:
     ) -> None:
         self.codec = codec
         self._world = world
-        self._of_optimizer = parameters
+        self.of_optimizer = parameters
         self._yielded: set[nn.Parameter] = set()
         """Parameters of the optimizer that one wrapped later has, too: that one averages them."""
         self._later: list[GradientExchange] = []
@@ -175,7 +175,7 @@ class GradientExchange:
         return found
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._of_optimizer() if parameter not in self._yielded]
+        return [parameter for parameter in self.of_optimizer() if parameter not in self._yielded]
 
     def watch_parameters(self) -> None:
         """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""

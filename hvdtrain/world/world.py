@@ -62,6 +62,13 @@ class World(Collectives):
             other.yield_to(exchange)
         self._exchanges = [*map(weakref.ref, alive), *([] if exchange in alive else [weakref.ref(exchange)])]
 
+    def not_averaged(self, model: nn.Module) -> list[str]:
+        """Return the names of a model's parameters that have a gradient here, and no optimizer that averages it."""
+        alive = [exchange for ref in self._exchanges if (exchange := ref()) is not None]
+        known = {parameter for exchange in alive for parameter in exchange.of_optimizer()}
+        named = model.named_parameters()
+        return [name for name, p in named if p.requires_grad and p.grad is not None and p not in known]
+
     def check_averaging(self, averaging: Averaging) -> None:
         """Raise ConfigError where this back end cannot average so."""
 
