@@ -68,8 +68,8 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         _say_what_has_no_effect(gradient_predivide_factor, num_groups, groups)
         if word == "adasum":
             _log.warning(
-                "DistributedOptimizer(op=Adasum) combines the ranks' gradients, and Horovod the updates that the optimizer"
-                " makes of them: with momentum, Adam and the like the weights are others than under Horovod"
+                "DistributedOptimizer(op=Adasum) combines the ranks' gradients, and Horovod the updates that the"
+                " optimizer makes of them: with momentum, Adam and the like the weights are others than under Horovod"
             )
     codec: str | Codec = formats[compression]
     if word == "sum":

@@ -79,8 +79,8 @@ def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Opt
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         if parameter not in own:
             raise ConfigError(
-                f"build_optimizer gave the optimizer a parameter of shape {tuple(parameter.shape)} that is not one of the"
-                " model's: it would be in no checkpoint, and not alike on all ranks. Make it an attribute of the model"
+                f"build_optimizer gave the optimizer a parameter of shape {tuple(parameter.shape)} that is not one of"
+                " the model's: it would be in no checkpoint, and not alike on all ranks. Make it a part of the model"
             )
     return optimizer
 

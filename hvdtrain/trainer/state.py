@@ -182,14 +182,12 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
 
 def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> WrappedOptimizer:
     comm = job.config.comm
-    options: dict[str, Any] = {
-        "accum_steps": job.plan.accum_steps,
-        "op": comm.op,
-        "bucket_bytes": comm.bucket_mib << 20,
-    }
+    options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
+    options["bucket_bytes"] = comm.bucket_mib << 20
     for component in components:
         options.update(component.wrap_options)
-    return job.strategy.wrap(job.world, owned(job.task.build_optimizer(job.config.optim, model), model), model, **options)
+    optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
+    return job.strategy.wrap(job.world, optimizer, model, **options)
 
 
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:

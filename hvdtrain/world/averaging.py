@@ -200,9 +200,7 @@ def wrap_optimizer(
     of_ranks = weakref.ref(wrapped)  # no circle: whoever drops it drops it on all ranks at once
 
     def parameters() -> list[nn.Parameter]:
-        alive = of_ranks()
-        groups = [] if alive is None else alive.param_groups
-        own = [parameter for group in groups for parameter in group["params"]]
+        own = _parameters_of(of_ranks())
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
     world.num_wraps += 1
@@ -220,8 +218,7 @@ def wrap_optimizer(
             return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
         if optimizer._should_synchronize:
             exchange.finish()
-        if left_out:
-            _say_what_is_left_out(world, left_out.pop())
+        _say_what_is_left_out(world, left_out)
         return None
 
     hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
@@ -229,14 +226,22 @@ def wrap_optimizer(
     return wrapped
 
 
-def _say_what_is_left_out(world: World, model: nn.Module) -> None:
-    """Warn of gradients that no optimizer averages: harmless, until a norm over the whole model clips by them."""
-    names = [] if world.rank else world.not_averaged(model)
+def _parameters_of(optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:
+    """Warn of gradients that no optimizer averages: harmless, until a norm over the whole model clips by them.
+
+    Takes the models out of the list, so that each is looked at once.
+    """
+    names = world.not_averaged(models.pop()) if models and not world.rank else []
     if names:
         _log.warning(
-            "the gradient of %s stays each rank's own, as no wrapped optimizer has this parameter: a norm over the whole"
-            " model, as in clip_grad_norm_, differs on every rank then, and so do the weights. Clip what the optimizer has,"
-            " or freeze the rest with requires_grad_(False)",
+            "the gradient of %s stays each rank's own, as no wrapped optimizer has this parameter: a norm over the"
+            " whole model, as in clip_grad_norm_, differs on every rank then, and so do the weights. Clip what the"
+            " optimizer has, or freeze the rest with requires_grad_(False)",
             f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}",
         )
 

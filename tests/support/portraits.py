@@ -6,15 +6,18 @@ Left out is what only repeats a setting: config.toml, and the settings in a chec
 import dataclasses
 import json
 import re
+import warnings
 from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import HvdtrainError
 from hvdtrain.process.launch import Launch
+from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.given import apply
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
@@ -73,17 +76,19 @@ class Small(Recipe):
             return {"loss": (model(batch[0]) - batch[1]).square().sum()}
 
         held_out = TensorSamples(x[:5], y[:5])
-        return Task(model=Network(self.train.seed), train_data=TensorSamples(x, y), val_data=held_out, loss_sums=loss_sums)
+        return Task(
+            model=Network(self.train.seed), train_data=TensorSamples(x, y), val_data=held_out, loss_sums=loss_sums
+        )
 
 
 def small():
     """Return the recipe's own settings."""
     return Small(
-        train=TrainConfig(steps=8, global_batch_size=4),
+        train=TrainConfig(steps=6, global_batch_size=4),
         optim=OptimConfig(peak_lr=0.05),
         log=LogConfig(every=3),
         eval=EvalConfig(every=4),
-        checkpoint=CheckpointConfig(every=2),
+        checkpoint=CheckpointConfig(every=2, keep_last=2),
     )
 
 
@@ -141,7 +146,8 @@ def _trained(folder, recipe):
 
     job = dataclasses.replace(job, task=dataclasses.replace(task, build_optimizer=build_optimizer))
     folder.mkdir(parents=True)
-    with torch.compiler.set_stance("force_eager"), closing(log):
+    with torch.compiler.set_stance("force_eager"), closing(log), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when its compiler is imported
         reached = fit(job)
     model = task.model
     return {
@@ -181,3 +187,38 @@ def differences(one, other):
     if isinstance(one, str) or isinstance(other, str):
         return [] if one == other else ["refused"]
     return [key for key in one if repr(one[key]) != repr(other[key])]
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the largest tensor that anything returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def task_portrait(given, folders):
+    """Return what the recipe lm builds with the settings given, and what it writes to some folders."""
+    try:
+        recipe = apply(load_recipe("lm"), [(nested(given), Source("train()"))])
+        task = recipe.build(lambda text: None)
+    except HvdtrainError as error:
+        return f"{type(error).__name__}: {error}"
+    batch = task.train_data.batch(torch.tensor([0]))
+    with torch.no_grad(), Sizes() as sizes:
+        loss = task.loss_sums(task.model, batch)["loss"].item()
+    return {
+        "weights": {name: tensor.sum().item() for name, tensor in task.model.state_dict().items()},
+        "tied": len(list(task.model.parameters())),
+        "lengths": (len(task.train_data), len(task.val_data)),
+        "samples": [tensor.tolist() for tensor in batch],
+        "held out": [tensor.tolist() for tensor in task.val_data.batch(torch.tensor([0]))],
+        "loss": loss,
+        "largest": sizes.largest,
+        "folders": [folder.exists() for folder in folders],
+    }

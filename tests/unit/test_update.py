@@ -65,7 +65,9 @@ def test_a_step_that_is_not_finite_leaves_running_statistics_alone(tmp_path):
             return {"loss": ((model(batch[0]) - batch[1]) ** 2).sum()}
 
         torch.manual_seed(0)
-        task = Task(model=nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)), train_data=data, val_data=data, loss_sums=loss)
+        task = Task(
+            model=nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)), train_data=data, val_data=data, loss_sums=loss
+        )
         config = Config(train=TrainConfig(steps=6, global_batch_size=4), optim=SGD)
         world = SoloWorld(torch.device("cpu"), Launch("none"))
         job = settle(task, config, world, RunDirectory(folder), Said())
