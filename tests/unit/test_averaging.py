@@ -250,6 +250,21 @@ def test_optimizers_that_share_parameters_average_alike_or_the_earlier_is_refuse
     assert run_ranks(2, work) == [True, True]
 
 
+def test_a_gradient_that_no_optimizer_averages_is_said_once(caplog):
+    """A norm over the whole model would clip every rank in another way."""
+
+    def work(world, is_frozen):
+        model = network()
+        model[0].requires_grad_(not is_frozen)
+        train(model, world.wrap(sgd(model[2]), model), 3)
+
+    run_ranks(2, lambda world: work(world, True))
+    assert caplog.messages == []
+    run_ranks(2, lambda world: work(world, False))
+    (line,) = caplog.messages
+    assert line.startswith("the gradient of 0.weight and 1 more stays each rank's own, as no wrapped optimizer has")
+
+
 def test_whoever_goes_on_to_another_optimizer_may_still_hold_the_first():
     def work(world):
         model = network()
