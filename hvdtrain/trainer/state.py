@@ -15,7 +15,7 @@ from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.errors import ResumeError
-from hvdtrain.models.weights import check_can_be_saved, extra_state, load_model_weights, model_weights
+from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, load_model_weights, model_weights
 from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
 from hvdtrain.trainer.components import build_components
@@ -170,6 +170,8 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
     Raises:
         ConfigError: a component cannot do what is asked of it, or a checkpoint could not hold the state.
     """
+    if job.directory is not None:  # a rehearsal saves nothing
+        check_types(training.model)
     for component in training.components:
         component.begin(training.model)
         if state is not None:

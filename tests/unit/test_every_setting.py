@@ -105,6 +105,23 @@ ELSEWHERE = {
 }
 
 
+# What is to change how or when something is done, and nothing of what is learned: in what a run may differ.
+ONLY = {
+    "model.checkpoint_blocks": {"types", "times"},
+    "model.compile": {"compiled"},
+    "log.every": {"metrics"},
+    "log.tensorboard": {"files"},
+    "checkpoint.every": {"files", "checks"},
+    "checkpoint.keep_last": {"files"},
+    "checkpoint.keep_every": {"files"},
+    "health.stall_limit": {"plan"},
+    "health.replica_check_every": {"checks", "said"},
+    "health.noise_scale": {"said", "exchange"},
+    "data.ahead": {"plan"},
+    **{name: {"said", "exchange"} for name in ("comm.compression", "comm.bucket_mib", "comm.op")},
+}
+
+
 def cases(table):
     """Return each setting with one value, and what else is given."""
     for name, values in table.items():
@@ -162,6 +179,12 @@ def test_another_value_changes_something(portraits, name, value, beside):
     assert differences(before, after)
     if isinstance(after, str):  # what ends a run is one of the effects
         assert name in ("train.max_time", "health.max_skipped_steps") or "tensorboard" in after
+
+
+@pytest.mark.parametrize(("name", "value", "beside"), [case for case in cases(SHARED) if case[0] in ONLY], ids=label)
+def test_what_is_no_matter_of_learning_changes_nothing_else(portraits, name, value, beside):
+    before, after = portraits(beside), portraits({**beside, name: value})
+    assert isinstance(after, str) or set(differences(before, after)) <= ONLY[name]
 
 
 @pytest.mark.parametrize("name", ONE_OF)
