@@ -16,7 +16,7 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
-from hvdtrain.world.replicas import all_in_one, digest_of, first_difference, per_rank_buffers
+from hvdtrain.world.replicas import all_in_one, check_forward_pass, digest_of, first_difference, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.state_file import read_state, write_state
 
@@ -46,10 +46,12 @@ class World(Collectives):
 
         Raises:
             ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients; squared norms need dense
-                gradients, averaged in their own type.
+                gradients, averaged in their own type; an embedding has `max_norm`, and there are several ranks.
         """
         averaging = dataclasses.replace(averaging or Averaging(), **fields)
         self.check_averaging(averaging)
+        if self.size > 1:
+            check_forward_pass(model)
         return wrap_optimizer(self, optimizer, model, averaging)
 
     def claim_gradients(self, exchange: GradientExchange) -> None:

@@ -265,6 +265,26 @@ def test_a_gradient_that_no_optimizer_averages_is_said_once(caplog):
     assert line.startswith("the gradient of 0.weight and 1 more stays each rank's own, as no wrapped optimizer has")
 
 
+def test_weights_that_a_forward_pass_changes_are_refused():
+    """Ranks would drift apart by their samples; what the message says instead is right."""
+
+    def work(world):
+        words = torch.nn.Embedding(5, 2, max_norm=1.0)
+        model = torch.nn.ModuleDict({"words": words})
+        with pytest.raises(ConfigError, match=r"Embedding\(max_norm=1\) words shortens its rows"):
+            world.wrap(sgd(model), model)
+        with torch.no_grad():
+            words.weight.fill_(3.0).renorm_(2, 0, 1.0)
+        words.max_norm = None
+        world.wrap(sgd(model), model)
+        return words.weight.norm(dim=1).tolist()
+
+    for norms in run_ranks(2, work):
+        assert norms == pytest.approx([1.0] * 5)
+    alone = torch.nn.Embedding(5, 2, max_norm=1.0)
+    SoloWorld(torch.device("cpu"), Launch("none")).wrap(sgd(alone), alone)
+
+
 def test_whoever_goes_on_to_another_optimizer_may_still_hold_the_first():
     def work(world):
         model = network()
