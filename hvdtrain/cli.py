@@ -19,7 +19,7 @@ from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, open_outputs, prepare_process
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
-from hvdtrain.settings import nearest, to_dict
+from hvdtrain.settings import NONE, nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
 from hvdtrain.settings.help import help_of
 from hvdtrain.settings.units import shortened
@@ -334,7 +334,7 @@ def _check_changeable(setting: str, known: list[str]) -> None:
 def _toml(recipe: Recipe) -> str:
     import tomli_w
 
-    return tomli_w.dumps(to_dict(recipe))
+    return tomli_w.dumps(to_dict(recipe, NONE))
 
 
 def _answer(text: str, launch: Launch) -> int:

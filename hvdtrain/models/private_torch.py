@@ -11,25 +11,39 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 __all__ = [
     "BatchNorm",
     "FakeTensorMode",
+    "apply_to_tensors",
     "backward_run",
     "can_skip_by_itself",
     "computed_node",
     "holders_of",
     "hook_before_step",
     "is_held_by_others",
+    "is_saved_buffer",
     "is_transformed",
     "queue_after_run",
     "run_backward",
     "skipping_where",
     "version_of",
 ]
+
+
+def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Put `function` of each parameter and buffer in its place, as `model.to` does; parameters stay the objects."""
+    whole: Any = model
+    whole._apply(function)
+    return model
+
+
+def is_saved_buffer(module: nn.Module, name: str) -> bool:
+    """Return whether a buffer of the module itself is part of its state."""
+    return name not in module._non_persistent_buffers_set
 
 
 def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:

@@ -169,7 +169,8 @@ def _refuse_without_effect(values: Mapping[str, Any], source: Source, stages: tu
     unused = dict(stages[1].unused())
     plain = {name: item.default for name, item, _ in fields_of(stages[1])}
     for name in flattened(values):
-        if name in unused and (not source.file or recipe.get(name) not in (defaults.get(name), plain.get(name))):
+        harmless = (None, *((defaults.get(name), plain.get(name)) if source.file else ()))
+        if name in unused and recipe.get(name) not in harmless:
             raise ConfigError(f"{source.name(name)} has no effect: {unused[name]}")
         if recipe.get(name) != resolved.get(name):
             raise ConfigError(

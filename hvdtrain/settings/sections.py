@@ -116,7 +116,8 @@ class CommConfig(Section):
     bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
     """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
     op: Literal["average", "adasum"] = setting("average", several_ranks=True)
-    """adasum combines gradients by their directions (arXiv:2006.02924); MPI and 2, 4, 8, ... ranks only."""
+    """adasum combines gradients by their directions (arXiv:2006.02924), before they are clipped; MPI and 2, 4, 8, ...
+    ranks only."""
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what lays out buckets where there are none."""

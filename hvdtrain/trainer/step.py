@@ -18,7 +18,7 @@ from hvdtrain.settings import Precision
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.model import own_type
+from hvdtrain.trainer.model import own_type, type_as
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
@@ -125,8 +125,7 @@ def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch
     dtype = own_type(precision)
 
     def move(tensor: Tensor) -> Tensor:
-        own = dtype if tensor.is_floating_point() else None
-        return tensor.to(device, own, non_blocking=device.type == "cuda")
+        return tensor.to(device, type_as(tensor, dtype), non_blocking=device.type == "cuda")
 
     return map_tensors(move, batch)
 

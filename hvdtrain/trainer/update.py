@@ -26,7 +26,7 @@ def update(job: Job, training: Training, step: Step) -> None:
         step: what is known of the step; learns the norm and whether it is finite.
     """
     optimizer = training.optimizer
-    step.grad_norm = _clip(training.model, job.config.train.max_grad_norm)
+    step.grad_norm = _clip(training.model, optimizer, job.config.train.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * job.lr_factor
     step.is_finite = training.strategy.agree(job.world, step.grad_norm.isfinite())
@@ -41,17 +41,22 @@ def update(job: Job, training: Training, step: Step) -> None:
         component.after_update(training, step)
 
 
-def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer."""
-    for parameter in model.parameters():
+def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+    """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer.
+
+    Of what the optimizer moves: what it leaves alone is not averaged, and differs on every rank.
+    """
+    owned = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    moved = [parameter for parameter in model.parameters() if parameter in owned]
+    for parameter in moved:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
     # Of a sparse gradient, the rows that are there.
     values = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
     norm = nn.utils.get_total_norm(values)
     if max_norm is not None:
-        dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+        dense = [p for p in moved if p.grad is not None and not p.grad.is_sparse]
         nn.utils.clip_grads_with_norm_(dense, max_norm, norm)
         for rows in (rows for rows, gradient in zip(values, gradients, strict=True) if gradient.is_sparse):
             rows.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))

@@ -19,7 +19,7 @@ from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.rundir.lock import Claim
 from hvdtrain.rundir.log import MetricLog, close_rank_log, open_rank_log
 from hvdtrain.rundir.sinks import Console, build_sinks, describe
-from hvdtrain.settings import to_dict
+from hvdtrain.settings import NONE, to_dict
 from hvdtrain.settings.units import duration
 from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Job, Recipe, Task, fit, settle
@@ -240,7 +240,7 @@ def _begin(job: Job, run: RunDirectory, environment: dict[str, Any]) -> None:
     if job.world.rank != 0:
         return
     try:
-        run.begin(to_dict(job.config), environment, job.task.write_model_files)
+        run.begin(to_dict(job.config, NONE), environment, job.task.write_model_files)
     except OSError as error:
         if not run.config.exists():
             raise ConfigError(f"{run} cannot be written ({error}): choose another --run-dir") from error

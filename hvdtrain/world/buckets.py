@@ -197,14 +197,20 @@ class AdasumTensor(Bucket):
     """One gradient that is combined by Adasum (arXiv:2006.02924): each rank gives its own mean, undivided."""
 
     def send(self) -> None:
-        """Put the gradient on the wire, zeros where there is none."""
-        (parameter,) = self.parameters
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+        """Put the gradient on the wire, zeros where there is none, and which ranks have one."""
+        (parameter,), (view,) = self.parameters, self._views
         self._leave_to_holders()
-        (view,) = self._views
-        view.copy_(_real(parameter.grad.detach()))
-        self._waits = [(view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}"))]
+        self._users.fill_(parameter.grad is not None)
+        if parameter.grad is None:
+            view.zero_()
+        else:
+            gradient = parameter.grad.detach()
+            view.copy_(_real(gradient.to_dense() if gradient.is_sparse else gradient))
+        users = self._world.start_all_reduce_(self._users, "sum", f"{self.prefix}.{self.name}.users")
+        self._waits = [
+            (self._users, users),
+            (view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}")),
+        ]
         self._mark()
 
 

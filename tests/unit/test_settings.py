@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 
 import hvdtrain
 from hvdtrain import cli
@@ -19,9 +20,9 @@ from hvdtrain.optim import table
 from hvdtrain.optim.schedule import check_schedule, describe_schedule, warmup_steps
 from hvdtrain.recipes import RECIPES, load_recipe
 from hvdtrain.recipes.given import apply
-from hvdtrain.settings import Config, OptimConfig, changeable_settings, synonyms, to_dict
+from hvdtrain.settings import NONE, Config, OptimConfig, changeable_settings, synonyms, to_dict
 from hvdtrain.settings.common import COMMON, SHORT, full_name
-from hvdtrain.settings.fields import fields_of
+from hvdtrain.settings.fields import fields_of, hints_of, is_optional
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags
 from hvdtrain.settings.help import docs_of
 from hvdtrain.settings.values import Source, Words, nested
@@ -376,3 +377,28 @@ def test_synonyms_name_settings_that_exist():
 def test_help_and_version_as_words():
     assert cli.parse(["help"]) == cli.parse(["--help"]) == cli.parse(["-h"])
     assert cli.parse(["--version"]) == cli.parse(["version"]) == f"hvdtrain {hvdtrain.__version__}\n"
+
+
+@pytest.mark.parametrize("recipe", RECIPE_CLASSES)
+def test_what_is_not_given_is_not_given_in_a_file_either(recipe, tmp_path):
+    """A default of the recipe must not come back by the way: TOML has no None."""
+    chosen = load_recipe(recipe)
+    optional = [
+        name
+        for name, item, section in fields_of(chosen)
+        if is_optional(hints_of(type(section))[item.name]) and name not in ("train.steps", "train.global_batch_size")
+    ]
+    assert "train.max_grad_norm" in optional
+    assert "checkpoint.keep_last" in optional
+    flags = [f"--{name.replace('_', '-')}=none" for name in optional if name != "train.epochs"]
+    given = cli.parse(["train", recipe, "--train.steps", "60", *flags]).recipe
+    file = tmp_path / "settings.toml"
+    file.write_text(tomli_w.dumps(to_dict(given, NONE)))
+    assert cli.parse(["train", recipe, "--config", str(file)]).recipe == given
+    assert given.train.max_grad_norm is given.checkpoint.keep_last is None
+
+
+def test_the_directory_of_a_run_says_what_was_not_given(tmp_path):
+    values = to_dict(load_recipe("mnist"), NONE)
+    assert values["train"]["max_grad_norm"] == "none"
+    assert "max_grad_norm" not in to_dict(load_recipe("mnist"))["train"]

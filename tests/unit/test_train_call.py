@@ -80,8 +80,8 @@ def test_a_file_of_settings_and_two_that_fix_the_batch(tmp_path):
     assert result.step == 3
     settings = (tmp_path / "run" / "config.toml").read_text()
     assert "accum_steps = 2" in settings
-    assert "global_batch_size" not in settings
-    assert "max_grad_norm" not in settings
+    assert 'global_batch_size = "none"' in settings
+    assert 'max_grad_norm = "none"' in settings
 
 
 @pytest.mark.parametrize(

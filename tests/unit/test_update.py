@@ -52,6 +52,40 @@ def start(tmp_path, optim, bad=(), most=20):
     return job, start_training(job)
 
 
+def test_a_step_that_is_not_finite_leaves_running_statistics_alone(tmp_path):
+    """They would be nan from then on, and with them every evaluation."""
+
+    def run(folder, bad):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(24, 2, generator=generator)
+        x[bad] = math.nan
+        data = TensorSamples(x, x.sum(1, keepdim=True))
+
+        def loss(model, batch):
+            return {"loss": ((model(batch[0]) - batch[1]) ** 2).sum()}
+
+        torch.manual_seed(0)
+        task = Task(
+            model=nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)), train_data=data, val_data=data, loss_sums=loss
+        )
+        config = Config(train=TrainConfig(steps=6, global_batch_size=4), optim=SGD)
+        world = SoloWorld(torch.device("cpu"), Launch("none"))
+        job = settle(task, config, world, RunDirectory(folder), Said())
+        training, seen = start_training(job), []
+        for _ in range(6):
+            train_step(job, training)
+            seen.append([buffer.clone() for buffer in training.model.buffers()])
+        return job, seen
+
+    job, _ = run(tmp_path / "healthy", [])
+    for number in (0, 3):
+        _, seen = run(tmp_path / str(number), job.order.global_batch(number)[:1])
+        assert all(buffer.isfinite().all() for buffers in seen for buffer in buffers)
+        before = seen[number - 1] if number else [torch.zeros(2), torch.ones(2), torch.tensor(0)]
+        assert all(map(torch.equal, before, seen[number]))
+        assert seen[-1][2] == 5
+
+
 def order_of(job):
     return [int(job.order.global_batch(step)) for step in range(8)]
 
