@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvdtrain.errors import ConfigError, LaunchError
-from hvdtrain.process.ancestors import OWNER
+from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
 
@@ -77,7 +77,7 @@ def run_job(
     """
     mark = uuid.uuid4().hex
     pipe = None if output is None else subprocess.PIPE
-    environ = {**os.environ, MARK: mark, OWNER: str(os.getpid()), **_path_to(sys.executable)}
+    environ = {**os.environ, MARK: mark, **as_owner(), **_path_to(sys.executable)}
     command = command_of(ranks, program)
     try:
         process = subprocess.Popen(
