@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
@@ -117,8 +118,6 @@ def verify_checkpoint(path: Path) -> None:
     manifest = read_manifest(path)
     with _in_a_sentence(path):
         _verify(path, manifest)
-        with safe_open(path / WEIGHTS, "pt") as file:
-            file.keys()
         _load_state(path, is_mapped=True)
 
 
@@ -140,6 +139,14 @@ def _load_state(path: Path, is_mapped: bool = False) -> dict[str, Any]:
 
 
 def _verify(path: Path, manifest: Manifest) -> None:
+    # First what takes no time, whatever size a file pretends to have: a header says how long the weights' is, and an
+    # archive has its directory at the end.
+    try:
+        safe_open(regular_file(path / WEIGHTS), "pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / WEIGHTS} is damaged: {_reason(error)}") from error
+    if not zipfile.is_zipfile(regular_file(path / STATE)):
+        raise CheckpointError(f"{path / STATE} is damaged: it is cut short, or something else")
     for name, expected in manifest.sha256.items():
         if _hash(regular_file(path / name)) != expected:
             raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")

@@ -268,7 +268,12 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-BREAKS = {"bit": flip_a_bit, "cut": lambda path: os.truncate(path, 40), "gone": os.unlink}
+BREAKS = {
+    "bit": flip_a_bit,
+    "cut": lambda path: os.truncate(path, 40),
+    "huge": lambda path: os.truncate(path, 1 << 42),  # its hash would take hours
+    "gone": os.unlink,
+}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
