@@ -137,6 +137,14 @@ def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
     process.wait(timeout=30)
 
 
+OWN = (
+    HEAD
+    + """
+from hvdtrain.process.stop import end_without_launcher
+end_without_launcher(2.0)
+print('up', flush=True)
+"""
+)
 STARTS = """
 import os, signal, subprocess, sys
 from hvdtrain.process.ancestors import as_owner
@@ -157,8 +165,15 @@ subprocess.Popen(again, env=environ)
         (0, HEAD + "end_on_signals()\nprint('up', flush=True)\ntime.sleep(60)", "nothing is lost"),
         # The program has ended before its rank could look.
         (0, "import time; time.sleep(1)  # slow\n" + HEAD + WAIT, "the launcher is gone"),
+        (0, OWN + "time.sleep(60)", "this rank ends"),
+        (0, OWN + "signal.signal(15, lambda *_: exit('saved'))\ntime.sleep(60)", "saved"),
+        (0, OWN + "signal.signal(15, signal.SIG_IGN)\ntime.sleep(60)", "this rank ends"),
+        (0, OWN.replace("print", "0 and print") + WAIT + "time.sleep(60)", "the launcher is gone\nhvdtrain: the la"),
     ],
-    ids=["training", "nested", "before training", "before it looks"],
+    ids=[
+        *("training", "nested", "before training", "before it looks"),
+        *("own loop", "own handler", "own loop that ignores it", "trained within a program"),
+    ],
 )
 def test_a_program_that_is_lost_ends_the_ranks_that_it_has_started(tmp_path, depth, rank, says):
     (tmp_path / "starts.py").write_text(STARTS)
