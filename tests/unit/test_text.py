@@ -17,6 +17,7 @@ import torch
 
 from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
+from hvdtrain.data.text.sources import find_sources
 from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenizer import ByteTokenizer
 from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
@@ -118,6 +119,21 @@ def test_what_is_known_of_files_is_not_taken_from_a_damaged_memory(corpus, tmp_p
     for path in (tmp_path / "cache" / "known").glob("*.json"):
         CHANGES[how](path)
     assert prepare_text(config(corpus, tmp_path)).content_hash == first.content_hash
+
+
+def test_a_file_that_may_not_be_read_is_an_error(corpus, tmp_path, monkeypatch):
+    """Not one without text; to root all files are open."""
+    opened = Path.open
+
+    def closed(path, *how):
+        if path.name == "f.txt":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *how)
+
+    monkeypatch.setattr(Path, "open", closed)
+    for find in (prepare_text, find_sources):
+        with pytest.raises(DataError, match=r"f.txt cannot be read \(Permission denied\)"):
+            find(config(corpus, tmp_path), print)
 
 
 @pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt", "s*/*"])

@@ -18,6 +18,10 @@ from hvdtrain.settings import nearest
 PIECE_BYTES = 1 << 20
 
 
+class NotTextError(DataError):
+    """A file that is not UTF-8."""
+
+
 @dataclass(frozen=True)
 class Document:
     """A file of text, or a part of one.
@@ -30,20 +34,33 @@ class Document:
     start: int = 0
     stop: int | None = None
 
+    def open(self) -> BinaryIO:
+        """Return the file, to be read from its beginning.
+
+        Raises:
+            DataError: it may not be read: that is not to be taken for a file without text.
+        """
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be read ({error.strerror}): give the right to read it, or keep it elsewhere"
+            ) from error
+
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces that end with a line, of about a megabyte: a file may be larger than memory.
 
         Raises:
-            DataError: the file is not UTF-8; names the place.
+            DataError: the file cannot be read, or is not UTF-8 (`NotTextError`); names the place.
         """
-        with self.path.open("rb") as file:
+        with self.open() as file:
             file.seek(self.start)
             done = 0
             while raw := self._next(file):
                 try:
                     text = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise DataError(
+                    raise NotTextError(
                         f"{self.path} is not UTF-8 text (byte {self.start + done + error.start:,}):"
                         f" {how_to_convert(raw)}; token files are named *.bin"
                     ) from error
@@ -72,7 +89,7 @@ class Document:
             for piece in self.pieces():
                 digest.update(piece.encode())
                 is_empty = False
-        except DataError:
+        except NotTextError:
             return None
         return None if is_empty else digest.hexdigest()
 
