@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvdtrain.errors import ConfigError, LaunchError
-from hvdtrain.process.ancestors import OWNER
+from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
 from hvdtrain.process.session import session_folder
@@ -79,7 +79,7 @@ def run_job(
     mark = uuid.uuid4().hex
     command = command_of(ranks, program)
     with session_folder() as for_launcher:
-        environ = {**for_launcher, **os.environ, MARK: mark, OWNER: str(os.getpid()), **_path_to(sys.executable)}
+        environ = {**for_launcher, **os.environ, MARK: mark, **as_owner(), **_path_to(sys.executable)}
         process = _started(command, environ, is_read=output is not None)
         try:
             with _passing_signals_on(mark):

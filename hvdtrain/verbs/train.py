@@ -150,7 +150,8 @@ def _agree(request: Request, world: World) -> RunDirectory:
 
 def _settle(request: Request, task: Task, world: World, run: RunDirectory, log: MetricLog) -> Job:
     """Return the job; on another number of ranks, it keeps the global batch of its newest checkpoint. Collective."""
-    found = world.together(lambda: run.checkpoints.newest_manifest() if world.rank == 0 else None, "newest")
+    with world.progress.during("resume"):
+        found = world.together(lambda: run.checkpoints.newest_manifest() if world.rank == 0 else None, "newest")
     before = world.broadcast_object(found, "before")
     return world.together(
         lambda: settle(task, request.recipe, world, run, log, request.allowed_changes, before), "settle"
