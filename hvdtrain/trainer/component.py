@@ -90,6 +90,19 @@ class Component:
     def before_looking(self, training: Training) -> None:
         """Make equal on all ranks what is about to be evaluated, compared or saved. Collective."""
 
+    def before_evaluation(self, training: Training) -> None:
+        """Get ready for an evaluation of the held-out data, whose batches come next."""
+
+    def after_evaluation(self, training: Training, metrics: Mapping[str, float]) -> None:
+        """Act on what an evaluation has found, `val/...`, alike on all ranks. Not called where a stop cut it short.
+
+        A save that is due at this step comes afterwards, so the state that is saved knows of it. Collective.
+        """
+
+    def lr_factor(self) -> float:
+        """Return by what the scheduled learning rate of the next step is multiplied, alike on all ranks."""
+        return 1.0
+
     def note_on_skip(self) -> str:
         """Return what to add to the message that the last step was skipped."""
         return ""

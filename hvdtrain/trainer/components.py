@@ -8,6 +8,7 @@ from hvdtrain.trainer.ema import WeightAverage
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.modes import Modes
 from hvdtrain.trainer.noise import NoiseScale
+from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.stream_place import StreamPlace
@@ -25,6 +26,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     SkippedSteps,
     WireFormat.of,
     StreamPlace.of,
+    Plateau.of,
 )
 
 

@@ -26,6 +26,8 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
     held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics, reduction=task.reduction)
     means: dict[str, float] = {}
     weights = training.strategy.made_equal(job.world, training), training.with_evaluated_weights()
+    for component in training.components:
+        component.before_evaluation(training)
     with weights[0], weights[1], in_eval_mode(training.model), torch.no_grad():
         for number, part in enumerate((held_out, *task.evaluations)):
             name = f"evaluate.{number}"
@@ -36,7 +38,10 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
             if found is None:
                 return {}
             means.update(found)
-    return {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
+    figures = {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
+    for component in training.components:
+        component.after_evaluation(training, figures)
+    return figures
 
 
 def _order(job: Job, part: Evaluation) -> EvaluationOrder:
