@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvdtrain.data.torchvision_import import import_torchvision
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.models.mlp import Mlp
 from hvdtrain.models.small_resnet import DEPTHS, SmallResNet
 from hvdtrain.settings import nearest
+from hvdtrain.settings.untrusted import read_json
+
+_LARGEST = 1 << 14
 
 MODEL_TYPE = "image-classifier"
 """What `config.json` says of such a model."""
@@ -36,9 +42,58 @@ class Description:
     """Of a channel, on a scale from 0 to 1."""
     std: tuple[float, ...]
 
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return bytes, uint8 `(n, channels, height, width)`, as what the model is shown, fp32."""
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def read_description(folder: Path) -> Description:
+    """Read the `config.json` in `folder`.
+
+    Raises:
+        DataError: there is none, or it is not that of an image classifier.
+    """
+    values = read_json(folder / "config.json")
+    if values.get("model_type") != MODEL_TYPE:
+        raise DataError(f"{folder} holds a model of type {values.get('model_type')!r}, not a classifier of images")
+    kept: dict[str, Any] = {item.name: values.get(item.name, item.default) for item in dataclasses.fields(Description)}
+    sizes = (kept["image_size"], kept["resize"], kept["channels"])
+    is_sane = (
+        isinstance(kept["name"], str)
+        and all(type(size) is int and 0 < size <= _LARGEST for size in sizes)
+        and isinstance(kept["classes"], list)
+        and all(isinstance(name, str) for name in kept["classes"])
+        and all(isinstance(kept[part], list) and len(kept[part]) == kept["channels"] for part in ("mean", "std"))
+        and all(type(value) is float and 0 <= value <= 1 for value in (*kept["mean"], *kept["std"]))
+    )
+    if not is_sane or not kept["classes"]:
+        raise DataError(f"{folder / 'config.json'} is no description of a classifier that hvdtrain has written")
+    kept.update({name: tuple(value) for name, value in kept.items() if isinstance(value, list)})
+    return Description(**kept)
+
+
+def load_classifier(about: Description, weights: Mapping[str, Tensor], source: str) -> nn.Module:
+    """Return the classifier with trained weights, in evaluation mode, on the CPU.
+
+    Raises:
+        DataError: the weights do not fit their description.
+    """
+    try:
+        if about.channels == 1:
+            model: nn.Module = Mlp()
+        else:
+            model = build_classifier(about.name, len(about.classes), about.image_size, seed=0)
+        model.load_state_dict(weights)
+    except (ConfigError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the weights of {source} do not fit its config.json: {reason}") from error
+    kinds = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
+    return model.to(kinds[0]).eval() if kinds else model.eval()
 
 
 def model_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Images in folders: found, decoded, augmented by (seed, epoch, sample), mixed, and passed over where they are broken."""
+"""Images in folders: found, decoded, augmented by (seed, epoch, sample), mixed, passed over where they are broken."""
 
 import pickle
 from collections import Counter
