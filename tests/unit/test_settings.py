@@ -153,7 +153,7 @@ def test_every_optimizer_builds():
     assert names == {"adamw": "AdamW", "sgd": "SGD", "muon": "Composite", "lars": "Lars", "lamb": "Lamb"}
     with pytest.raises(ConfigError, match="there is no optimizer 'Adan'; did you mean"):
         table.build_optimizer(OptimConfig(name="Adan"), model)
-    with pytest.raises(ConfigError, match=r"known are adamw, sgd, muon and the classes of torch\.optim"):
+    with pytest.raises(ConfigError, match=r"known are adamw, sgd, muon, lars, lamb and the classes of torch\.optim"):
         table.build_optimizer(OptimConfig(name="adamv"), model)
 
 
