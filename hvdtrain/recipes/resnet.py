@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.optim.sgd import SgdConfig
@@ -32,8 +32,9 @@ class ImageModelConfig(ModelConfig):
     32x32, resnet20, 32, 44, 56 or 110 of arXiv:1512.03385, section 4.2."""
     zero_init_gamma: bool = True
     """ResNets: the last gain of each residual block begins with zero (arXiv:1706.02677, section 5.1)."""
-    channels_last: bool = True
-    """Keep the channels of a pixel beside each other in memory: faster convolutions."""
+    channels_last: Literal["auto", "yes", "no"] = "auto"
+    """Keep the channels of a pixel beside each other in memory. auto: on GPUs, whose convolutions are faster then; on
+    CPUs it gains nothing, and costs where images are small."""
 
     @property
     def has_residual_gains(self) -> bool:

@@ -32,7 +32,7 @@ def build_task(recipe: ImageClassifier) -> Task:
     classes = images.train.classes if images else tuple(map(str, range(config.num_classes)))
     zero_gamma = settings.zero_init_gamma and settings.has_residual_gains
     model = build_classifier(settings.name, len(classes), config.size, seed=recipe.train.seed, zero_gamma=zero_gamma)
-    if settings.channels_last:
+    if is_channels_last(recipe):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     train, held_out = _samples(recipe, images)
     confusion = ConfusionMatrix(classes)
@@ -53,6 +53,12 @@ def build_task(recipe: ImageClassifier) -> Task:
         description=_describe(recipe, images, len(train), len(held_out), len(classes)),
         components=(confusion.of,),
     )
+
+
+def is_channels_last(recipe: ImageClassifier) -> bool:
+    """Return what `--model.channels-last` comes to on this machine."""
+    chosen = recipe.model.channels_last
+    return torch.cuda.is_available() if chosen == "auto" else chosen == "yes"
 
 
 def _samples(recipe: ImageClassifier, images: Images | None) -> tuple[Any, Any]:
@@ -77,7 +83,7 @@ class ClassificationLoss:
 
     def __init__(self, recipe: ImageClassifier, num_classes: int, confusion: ConfusionMatrix) -> None:
         self._smoothing = recipe.labels.smoothing
-        self._is_channels_last = recipe.model.channels_last
+        self._is_channels_last = is_channels_last(recipe)
         self._top = min(_TOP, num_classes)
         self._confusion = confusion
         top = (f"top{_TOP}",) if num_classes > _TOP else ()

@@ -247,6 +247,21 @@ def test_the_commonest_mistakes_of_many_classes_are_named():
     assert matrix.describe().count("taken for") == 2
 
 
+def test_channels_last_is_another_layout_of_the_same():
+    torch.manual_seed(0)
+    images, labels = torch.randint(256, (4, 3, SIZE, SIZE), dtype=torch.uint8), torch.arange(4)
+    sums = []
+    for layout in ("yes", "no"):
+        recipe = ours(data={"synthetic": True, "image_size": SIZE}, model={"name": "resnet20", "channels_last": layout})
+        task = recipe.build(lambda text: None)
+        weight = task.model.blocks[8].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "yes")
+        found = task.loss_sums(task.model, (images, labels))["loss"]
+        found.backward()
+        sums.append((float(found.detach()), float(weight.grad.norm())))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-4)
+
+
 def test_no_images_and_no_model(tmp_path):
     with pytest.raises(DataError, match=r"--data\.root"):
         ours().build(lambda text: None)

@@ -61,7 +61,7 @@ WITHOUT_EFFECT = [
     "resnet --data.num-classes 5",
     "resnet --data.augment none --data.flip 0.2",
     "resnet --data.dataset cifar10 --data.val-fraction 0.2",
-    "resnet --model.name vgg11 --no-model.zero-init-gamma",
+    "resnet --model.name vgg11 --model.no-zero-init-gamma",
     "resnet --data.path {file}",
 ]
 
