@@ -73,6 +73,11 @@ class Component:
     """Arguments that it needs of `World.wrap`."""
     about: str = ""
     """A line for the person who starts the run, if there is something to know."""
+    ends_after_steps: bool = False
+    """Whether `reason_to_end` is asked after every step, which costs a collective, and not after evaluations only."""
+
+    def attach(self, training: Training) -> None:
+        """See all that is trained: called once, before `begin`. What is seen changes until then."""
 
     def begin(self, model: nn.Module) -> None:
         """Get ready: called once, with the weights of the first step in the model, before `load_state_dict`."""
@@ -94,14 +99,24 @@ class Component:
         """Get ready for an evaluation of the held-out data, whose batches come next."""
 
     def after_evaluation(self, training: Training, metrics: Mapping[str, float]) -> None:
-        """Act on what an evaluation has found, `val/...`, alike on all ranks. Not called where a stop cut it short.
+        """Act on the metrics of an evaluation, `val/loss` and so on, the same on all ranks. Collective.
 
-        A save that is due at this step comes afterwards, so the state that is saved knows of it. Collective.
+        Not called where a stop cut it short. A save that is due at this step comes afterwards, and knows of it.
         """
 
     def lr_factor(self) -> float:
         """Return by what the scheduled learning rate of the next step is multiplied, alike on all ranks."""
         return 1.0
+
+    def reason_to_end(self) -> str:
+        """Return why the run should end here, as if this step were its last; empty: it goes on.
+
+        One rank's reason is enough.
+        """
+        return ""
+
+    def end(self, reason: str) -> None:
+        """Learn that the run ends for a reason that some rank had."""
 
     def note_on_skip(self) -> str:
         """Return what to add to the message that the last step was skipped."""

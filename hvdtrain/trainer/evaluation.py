@@ -38,10 +38,7 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
             if found is None:
                 return {}
             means.update(found)
-    figures = {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
-    for component in training.components:
-        component.after_evaluation(training, figures)
-    return figures
+    return {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
 
 
 def _order(job: Job, part: Evaluation) -> EvaluationOrder:
