@@ -30,6 +30,7 @@ from hvdtrain.verbs.options import (
     ExportOptions,
     GenerateOptions,
     PlanOptions,
+    PredictOptions,
     TrainOptions,
     VerifyOptions,
 )
@@ -54,6 +55,8 @@ class Verb:
     """The word after it: "RECIPE", the flag whose value it is, such as "run-dir", or nothing."""
     about: str
     """What it does, for the overview."""
+    more: str = ""
+    """The option that all words after that one are values of."""
 
     @property
     def has_recipe(self) -> bool:
@@ -97,7 +100,14 @@ VERBS = {
         "hvdtrain.verbs.export:export",
         ExportOptions,
         "run-dir",
-        "write a run's model as transformers reads it",
+        "write a run's model as transformers, or torch, reads it",
+    ),
+    "predict": Verb(
+        "hvdtrain.verbs.predict:predict",
+        PredictOptions,
+        "run-dir",
+        "say what images show, by a trained classifier",
+        more="files",
     ),
 }
 
@@ -107,8 +117,9 @@ _VERB_SYNONYMS = {
     "bench": "benchmark profile time measure speed",
     "plan": "scale predict-scaling estimate advise how-many",
     "doctor": "diagnose check info env status health debug",
-    "generate": "sample infer inference complete chat prompt write",
+    "generate": "sample complete chat prompt write",
     "export": "convert save to-hf upload",
+    "predict": "classify infer inference label recognise recognize",
 }
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
@@ -200,8 +211,8 @@ def parse(arguments: list[str]) -> Invocation | str:
     verb = VERBS.get(name)
     if verb is None:
         raise ConfigError(f"there is no verb '{shortened(name)}'{_meant_verb(name)}; see {PROGRAM} --help")
-    following = words[1:2] or (["lm"] if verb.has_recipe else [])
-    if len(words) > 2 or (following and not verb.takes):
+    following = words[1:] if verb.more else words[1:2] or (["lm"] if verb.has_recipe else [])
+    if (len(words) > 2 and not verb.more) or (following and not verb.takes):
         word = words[2] if len(words) > 2 else words[1]
         raise ConfigError(f"'{shortened(word)}' is one word too many: settings are written --section.setting VALUE")
     if verb.has_recipe:
@@ -232,9 +243,15 @@ def _asks_for_help(flags: list[str]) -> bool:
 def _parse_plain(name: str, words: list[str], flags: list[str]) -> Invocation | str:
     verb = VERBS[name]
     if _asks_for_help(flags):
-        return f"usage: {PROGRAM} {name} {verb.takes.upper()} [--option VALUE ...]\n{_help(verb)}\n"
-    given = [*((verb.takes.replace("-", "_"), Words((word,))) for word in words), *read_flags(flags)]
+        return f"usage: {PROGRAM} {name} {_asked(verb)} [--option VALUE ...]\n{_help(verb)}\n"
+    given = [*((verb.takes.replace("-", "_"), Words((word,))) for word in words[:1]), *read_flags(flags)]
+    given[1:1] = [(verb.more, Words(words[1:]))] if words[1:] else []
     return Invocation(name, make_options(verb.options, settle_flags(given, known_flags(verb.options))))
+
+
+def _asked(verb: Verb) -> str:
+    """Return the words after a verb, for a person."""
+    return f"{verb.takes} {verb.more and verb.more + '...'}".upper().replace("-", "_").strip()
 
 
 def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation | str:
@@ -291,7 +308,7 @@ def _help(verb: Verb, recipe: Recipe | None = None, has_all: bool = True) -> str
 def _overview() -> str:
     from hvdtrain.recipes import RECIPES
 
-    titles = {name: f"{name} {verb.takes.upper().replace('-', '_')}".strip() for name, verb in VERBS.items()}
+    titles = {name: f"{name} {_asked(verb)}".strip() for name, verb in VERBS.items()}
     width = max(map(len, titles.values()))
     verbs = "\n".join(f"  {titles[name]:{width}}  {verb.about}" for name, verb in VERBS.items())
     verbs += f"\n  {'setup':{width}}  build Horovod for this torch and this MPI, and install it in this environment"

@@ -84,6 +84,13 @@ def load_images(config: VisionConfig, *, train: bool) -> ImageTensors:
     return _read(dataset_class, root, raw, train)
 
 
+def class_names(dataset: DatasetName) -> tuple[str, ...]:
+    """Return what the labels 0 to 9 of a data set mean."""
+    if dataset == "mnist":
+        return tuple(map(str, range(10)))
+    return tuple(import_torchvision("torchvision.datasets").FashionMNIST.classes)
+
+
 def _missing(raw: Path) -> list[str]:
     return [name for name in _FILES if not (raw / name).is_file()]
 

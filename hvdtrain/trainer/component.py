@@ -95,8 +95,18 @@ class Component:
     def before_looking(self, training: Training) -> None:
         """Make equal on all ranks what is about to be evaluated, compared or saved. Collective."""
 
+    def before_evaluation(self, training: Training) -> None:
+        """Get ready for an evaluation of the held-out data, whose batches come next."""
+
     def after_evaluation(self, training: Training, metrics: Mapping[str, float]) -> None:
-        """Act on the metrics of an evaluation, `val/loss` and so on, the same on all ranks."""
+        """Act on the metrics of an evaluation, `val/loss` and so on, the same on all ranks. Collective.
+
+        Not called where a stop cut it short. A save that is due at this step comes afterwards, and knows of it.
+        """
+
+    def lr_factor(self) -> float:
+        """Return by what the scheduled learning rate of the next step is multiplied, alike on all ranks."""
+        return 1.0
 
     def reason_to_end(self) -> str:
         """Return why the run should end here, as if this step were its last; empty: it goes on.

@@ -124,7 +124,7 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
         if is_evaluating and not is_stop:
             evaluated = evaluate(job, training, run.request)
         training.is_evaluation_due = is_evaluating and not evaluated
-        if evaluated and not run.ended:
+        if evaluated:
             run.ended = _after_evaluation(run, evaluated)
             is_last = is_last or bool(run.ended)
         is_stop = is_stop or training.is_evaluation_due
@@ -145,7 +145,7 @@ def _after_evaluation(run: _Run, evaluated: Mapping[str, float]) -> str:
     """Let the components act on an evaluation; returns why they end the run, if they do. Collective."""
     for component in run.training.components:
         component.after_evaluation(run.training, evaluated)
-    return run.training.reason_to_end(run.job.world, is_evaluated=True)
+    return run.ended or run.training.reason_to_end(run.job.world, is_evaluated=True)
 
 
 def _save(run: _Run, evaluated: dict[str, float]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +29,9 @@ def update(job: Job, training: Training, step: Step) -> None:
     """
     optimizer = training.optimizer
     step.grad_norm = _clip(training.model, optimizer, job.config.train.max_grad_norm)
+    factor = math.prod((component.lr_factor() for component in training.components), start=job.lr_factor)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * job.lr_factor
+        group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * factor
     step.is_finite = training.strategy.agree(job.world, step.grad_norm.isfinite())
     if can_skip_by_itself(optimizer):
         with skipping_where(optimizer, ~step.is_finite):

@@ -28,7 +28,7 @@ from hvdtrain.settings.help import docs_of
 from hvdtrain.settings.values import Source, Words, nested
 
 PACKAGE = Path(hvdtrain.__file__).parent
-RECIPE_CLASSES = ("lm", "hf", "mnist")
+RECIPE_CLASSES = ("lm", "hf", "mnist", "resnet")
 
 # Command lines whose setting has no effect beside the others: each is refused.
 WITHOUT_EFFECT = [
@@ -51,6 +51,19 @@ WITHOUT_EFFECT = [
     "lm --optim.momentum 0.5",
     "lm --optim.name NAdam --optim.beta2 0.5",
     "mnist --optim.name muon --optim.momentum 0.5",
+    "mnist --optim.nesterov",
+    "lm --optim.decay-factor 0.5",
+    "lm --optim.schedule step --optim.milestones 0.5",
+    "lm --optim.schedule multistep --optim.step-fraction 0.5",
+    "lm --optim.schedule step --optim.patience 2",
+    "lm --optim.schedule plateau --optim.final-lr-fraction 0.2",
+    "resnet --data.synthetic --data.augment none",
+    "resnet --data.synthetic --data.workers 3",
+    "resnet --data.num-classes 5",
+    "resnet --data.augment none --data.flip 0.2",
+    "resnet --data.dataset cifar10 --data.val-fraction 0.2",
+    "resnet --model.name vgg11 --model.no-zero-init-gamma",
+    "resnet --data.path {file}",
 ]
 
 
@@ -92,7 +105,7 @@ def test_a_setting_without_effect_is_refused(line, tmp_path):
 
 
 def test_the_error_says_whose_setting_it_is():
-    with pytest.raises(ConfigError, match=r"--optim.momentum is a setting of sgd, and the optimizer is adamw"):
+    with pytest.raises(ConfigError, match=r"--optim.momentum is a setting of sgd and lars, and the optimizer is adamw"):
         parse("lm --optim.momentum 0.5")
     with pytest.raises(ConfigError, match=r"adamw and muon, and the optimizer is sgd.*--optim.name adamw"):
         parse("mnist --optim.kernel loop")
@@ -122,7 +135,9 @@ def test_the_name_chooses_the_class_and_common_values_are_kept():
 def test_a_file_that_chose_another_optimizer_is_not_forgotten():
     file = ({"optim": {"name": "sgd", "momentum": 0.9}}, Source("a.toml"))
     assert apply(load_recipe("lm"), [file]).optim.momentum == 0.9
-    with pytest.raises(ConfigError, match=r"a.toml: optim.momentum is a setting of sgd, and the optimizer is adamw"):
+    with pytest.raises(
+        ConfigError, match=r"a.toml: optim.momentum is a setting of sgd and lars, and the optimizer is adamw"
+    ):
         apply(load_recipe("lm"), [file, (nested({"optim.name": Words(("adamw",))}), COMMAND_LINE)])
 
 
@@ -136,10 +151,10 @@ def test_every_optimizer_builds():
 
     model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
     names = {name: type(table.build_optimizer(OptimConfig(name=name), model)).__name__ for name in table.OPTIMIZERS}
-    assert names == {"adamw": "AdamW", "sgd": "SGD", "muon": "Composite"}
+    assert names == {"adamw": "AdamW", "sgd": "SGD", "muon": "Composite", "lars": "Lars", "lamb": "Lamb"}
     with pytest.raises(ConfigError, match="there is no optimizer 'Adan'; did you mean"):
         table.build_optimizer(OptimConfig(name="Adan"), model)
-    with pytest.raises(ConfigError, match=r"known are adamw, sgd, muon and the classes of torch\.optim"):
+    with pytest.raises(ConfigError, match=r"known are adamw, sgd, muon, lars, lamb and the classes of torch\.optim"):
         table.build_optimizer(OptimConfig(name="adamv"), model)
 
 
