@@ -74,6 +74,11 @@ class Training:
         """Return the component of a class, if the job has one."""
         return next((component for component in self.components if isinstance(component, kind)), None)
 
+    @property
+    def differentiates_as_is(self) -> bool:
+        """Return whether no component differentiates anything but a micro-batch's loss."""
+        return all(type(component).before_backward is Component.before_backward for component in self.components)
+
     def before_backward(self, loss: Tensor) -> Tensor:
         """Return what is differentiated for a micro-batch's loss, a scalar."""
         for component in self.components:
