@@ -43,7 +43,7 @@ def train_step(job: Job, training: Training) -> None:
     training.optimizer.zero_grad()
     samples = job.order.global_batch(number)
     num_targets = count_targets(job.task.train_data, samples)
-    totals = no_totals(job.task.metrics, world.device)
+    totals = no_totals(job.task.metrics, world)
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
     is_checked = training.is_unchecked and _all_ranks_read(job, training)
     for place, positions in enumerate(micro_batches):
@@ -94,19 +94,19 @@ def _micro_batch(
         # gradient of a loss that is not finite not finite either, which all ranks then see in the average. A batch
         # without targets has a gradient of zeros.
         share = world.size / num_targets if num_targets else 0.0
-        factor = _plus_zero_times(share, sums["loss"])
+        factor = _plus_zero_times(share, sums["loss"], world.reads_at_once)
         if training.differentiates_as_is:
             sums["loss"].backward(factor)  # type: ignore[no-untyped-call]
         else:
             training.before_backward(sums["loss"] * factor).backward()  # type: ignore[no-untyped-call]
 
     sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
-    return as_totals(sums, task.metrics, world.device)
+    return as_totals(sums, task.metrics, world)
 
 
-def _plus_zero_times(share: float, loss: Tensor) -> Tensor:
-    """Return `share + 0 x loss`, of the loss's type and shape."""
-    if loss.device.type != "cpu" or loss.numel() != 1:
+def _plus_zero_times(share: float, loss: Tensor, at_once: bool) -> Tensor:
+    """Return `share + 0 x loss`, of the loss's type and shape; by a look at it, where that need not wait."""
+    if not at_once or loss.numel() != 1:
         return share + 0 * loss.detach()
     return torch.full_like(loss, share if math.isfinite(loss.item()) else math.nan, requires_grad=False)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.errors import ConfigError
 from hvdtrain.trainer.component import Totals
+from hvdtrain.world import World
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -55,11 +56,11 @@ def as_sums(values: Any, reduction: str, data: Any, samples: Tensor) -> dict[str
     }
 
 
-def no_totals(names: Sequence[str], device: torch.device) -> Totals:
+def no_totals(names: Sequence[str], world: World) -> Totals:
     """Return zeros for the metrics of these names."""
-    if device.type == "cpu":
+    if world.reads_at_once:
         return [0.0] * len(names)
-    return torch.zeros(len(names), dtype=torch.float64, device=device)
+    return torch.zeros(len(names), dtype=torch.float64, device=world.device)
 
 
 def added(one: Totals, other: Totals) -> Totals:
@@ -69,15 +70,15 @@ def added(one: Totals, other: Totals) -> Totals:
     return [a + b for a, b in zip(one, other, strict=True)]
 
 
-def as_totals(sums: Mapping[str, Any], names: Sequence[str], device: torch.device) -> Totals:
+def as_totals(sums: Mapping[str, Any], names: Sequence[str], world: World) -> Totals:
     """Return the entries of what `loss_sums` returned that have these names, bitwise as `as_sum` has them.
 
     Raises:
         ConfigError: one is no single number.
     """
-    if device.type != "cpu":
-        return torch.stack([as_sum(sums[name], name, device) for name in names])
-    return [_as_number(sums[name], name, device) for name in names]
+    if world.reads_at_once:
+        return [_as_number(sums[name], name, world.device) for name in names]
+    return torch.stack([as_sum(sums[name], name, world.device) for name in names])
 
 
 def _as_number(value: Any, name: str, device: torch.device) -> float:

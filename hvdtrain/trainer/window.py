@@ -47,7 +47,7 @@ class MetricWindow(Component):
         return self._on_device + torch.tensor(self._on_host, dtype=torch.float64, device=self._world.device)
 
     def _set(self, totals: Tensor) -> None:
-        if totals.device.type == "cpu" and self._world.device.type == "cpu":
+        if self._world.reads_at_once:
             self._on_host = totals.tolist()
         else:
             self._on_device.copy_(totals)
