@@ -4,9 +4,10 @@
     python benchmarks/overhead.py --ranks 2
     python benchmarks/overhead.py --mnist
 
-One rank: the loop in bare torch. Several: DistributedDataParallel on Gloo, and bare Horovod with its own cycle time (1 ms)
-and with a tenth of it. `--mnist`: samples a second of the recipe mnist, of a textbook's script (torchvision's transforms,
-image by image, in a DataLoader) and of bare torch on tensors; the images are random, of which no runner is any slower.
+One rank: the loop in bare torch. Several: DistributedDataParallel on Gloo, and bare Horovod with its own cycle time
+(1 ms) and with a tenth of it. `--mnist`: samples a second of the recipe mnist, of a textbook's script (torchvision's
+transforms, image by image, in a DataLoader) and of bare torch on tensors; the images are random, of which no runner is
+any slower.
 
 Each runner is launched in turn, `--repeats` times, one thread a rank; a launch gives the median of the windows of 100
 steps, without the first ones. Ratios are of launches that followed each other. "torch's mm" is hvdtrain with
@@ -48,7 +49,7 @@ def launcher(runner: str, ranks: int) -> list[str]:
 
 
 def environment(runner: str) -> dict[str, str]:
-    """Return the environment of a launch, in which ranks have one thread and yield while they wait, as hvdtrain's do."""
+    """Return the environment of a launch, in which ranks have one thread and yield while they wait, as hvdtrain's."""
     environ = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if runner != "ddp":
         environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

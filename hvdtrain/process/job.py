@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
 from hvdtrain.process.ancestors import OWNER
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
@@ -109,6 +109,16 @@ def run_job(
         end_all(mark)
         process.wait()
     return code if code >= 0 else 1
+
+
+def start_ranks(arguments: Sequence[str]) -> int:
+    """Run `hvdtrain` on ranks of this machine: how many is the first argument. Returns the exit code."""
+    try:
+        ranks = count_of_ranks(arguments[0] if arguments else "")
+        return run_job(ranks, [sys.executable, "-m", "hvdtrain", *arguments[1:]])
+    except HvdtrainError as error:
+        sys.stderr.write(f"hvdtrain: {error}\n")
+        return error.exit_code
 
 
 def _path_to(executable: str) -> dict[str, str]:
