@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hvdtrain.data.dataset import Dataset, TensorSamples
     from hvdtrain.data.draws import Draws
     from hvdtrain.data.samplers import InOrder, Shuffled, Weighted
+    from hvdtrain.data.shards import ParquetSamples, TarSamples
     from hvdtrain.errors import (
         CheckpointError,
         ConfigError,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
         setting,
     )  # fmt: skip
     from hvdtrain.trainer import Recipe, Task
+    from hvdtrain.trainer.callback import Callback
+    from hvdtrain.trainer.unfreezing import GradualUnfreezing
     from hvdtrain.verbs.train import TrainResult, train
     from hvdtrain.world import World, init
     from hvdtrain.world.launched import launch
@@ -59,6 +62,7 @@ _HOMES = {
     "hvdtrain.optim.sgd": ("SgdConfig",),
     "hvdtrain.data.dataset": ("Dataset", "TensorSamples"),
     "hvdtrain.data.draws": ("Draws",),
+    "hvdtrain.data.shards": ("ParquetSamples", "TarSamples"),
     "hvdtrain.data.samplers": ("InOrder", "Shuffled", "Weighted"),
     "hvdtrain.world": ("World", "init"),
     "hvdtrain.world.launched": ("launch",),
@@ -66,11 +70,14 @@ _HOMES = {
         "CheckpointError", "ConfigError", "DivergedError", "HvdtrainError", "StopRequested", "UsageError",
     ),
     "hvdtrain.trainer": ("Recipe", "Task"),
+    "hvdtrain.trainer.callback": ("Callback",),
+    "hvdtrain.trainer.unfreezing": ("GradualUnfreezing",),
     "hvdtrain.verbs.train": ("TrainResult", "train"),
 }  # fmt: skip
 
 __all__ = [
     "AdamWConfig",
+    "Callback",
     "CheckpointConfig",
     "CheckpointError",
     "CommConfig",
@@ -81,6 +88,7 @@ __all__ = [
     "DivergedError",
     "Draws",
     "EvalConfig",
+    "GradualUnfreezing",
     "HealthConfig",
     "HvdtrainError",
     "InOrder",
@@ -88,11 +96,13 @@ __all__ = [
     "ModelConfig",
     "MuonConfig",
     "OptimConfig",
+    "ParquetSamples",
     "Recipe",
     "Section",
     "SgdConfig",
     "Shuffled",
     "StopRequested",
+    "TarSamples",
     "Task",
     "TensorSamples",
     "TrainConfig",

@@ -18,6 +18,7 @@ from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
 from hvdtrain.process.ancestors import OWNER
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
+from hvdtrain.process.session import session_folder
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _MOST_RANKS = 4096
@@ -76,11 +77,34 @@ def run_job(
         TimeoutError: the time was over.
     """
     mark = uuid.uuid4().hex
-    pipe = None if output is None else subprocess.PIPE
-    environ = {**os.environ, MARK: mark, OWNER: str(os.getpid()), **_path_to(sys.executable)}
     command = command_of(ranks, program)
+    with session_folder() as for_launcher:
+        environ = {**for_launcher, **os.environ, MARK: mark, OWNER: str(os.getpid()), **_path_to(sys.executable)}
+        process = _started(command, environ, is_read=output is not None)
+        try:
+            with _passing_signals_on(mark):
+                reader = _read_lines(process, output) if output else None
+                code = process.wait(timeout_s)
+                if reader:
+                    reader.join()
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"{ranks} ranks had not ended after {timeout_s:g} s, and were ended") from error
+        except KeyboardInterrupt:  # of a program whose own handler raises it
+            for pid in ranks_among(marked_processes(mark)):
+                kill(pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            raise
+        finally:
+            end_all(mark)
+            process.wait()
+    return code if code >= 0 else 1
+
+
+def _started(command: list[str], environ: dict[str, str], is_read: bool) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE if is_read else None
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             env=environ,
             start_new_session=True,
@@ -91,24 +115,6 @@ def run_job(
         )
     except OSError as error:
         raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from error
-    try:
-        with _passing_signals_on(mark):
-            reader = _read_lines(process, output) if output else None
-            code = process.wait(timeout_s)
-            if reader:
-                reader.join()
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{ranks} ranks had not ended after {timeout_s:g} s, and were ended") from error
-    except KeyboardInterrupt:  # of a program whose own handler raises it
-        for pid in ranks_among(marked_processes(mark)):
-            kill(pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        raise
-    finally:
-        end_all(mark)
-        process.wait()
-    return code if code >= 0 else 1
 
 
 def start_ranks(arguments: Sequence[str]) -> int:

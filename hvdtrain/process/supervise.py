@@ -28,6 +28,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.process.hosts import lost_hosts, named_hosts, restricted, run_directory
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among, training_among
 from hvdtrain.process.run_files import named_checkpoint
+from hvdtrain.process.session import session_folder
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _LONGEST_PAUSE_S = 300.0
@@ -110,18 +111,19 @@ class Supervisor:
 
     def _attempt(self, command: list[str]) -> int:
         """Run the command once, in a session of its own, and end what it leaves behind."""
-        environ = {**os.environ, MARK: self.mark}
-        try:
-            self._process = subprocess.Popen(command, env=environ, start_new_session=True)
-        except OSError as error:
-            raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
-        try:
-            return self._wait(self._process)
-        finally:
-            self._process = None
-            left = end_all(self.mark)
-            if left:
-                _say(f"process {', '.join(map(str, left))} cannot be ended: the system does not let go of it")
+        with session_folder() as for_launcher:
+            environ = {**for_launcher, **os.environ, MARK: self.mark}
+            try:
+                self._process = subprocess.Popen(command, env=environ, start_new_session=True)
+            except OSError as error:
+                raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
+            try:
+                return self._wait(self._process)
+            finally:
+                self._process = None
+                left = end_all(self.mark)
+                if left:
+                    _say(f"process {', '.join(map(str, left))} cannot be ended: the system does not let go of it")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """Return the launcher's exit code, 1 where it had to be ended because its ranks are gone."""

@@ -50,6 +50,11 @@ class MetricLog:
             with self._patience_with(sink):
                 sink.write(step, metrics, event)
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar after a step without a line of metrics."""
+        if self._console:
+            self._console.advance(step)
+
     def close(self) -> None:
         """Close every sink."""
         for sink in self._sinks:

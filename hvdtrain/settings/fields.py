@@ -187,7 +187,10 @@ def is_optional(hint: Any) -> bool:
 
 def words_for(hint: Any) -> str:
     """Say what a field of this type may be."""
-    kind = alternatives(hint)[0]
+    return " or ".join(_words_for_one(kind) for kind in alternatives(hint))
+
+
+def _words_for_one(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(kind)))}"
     return _KINDS.get(kind) or str(getattr(kind, "__name__", kind))

@@ -93,7 +93,7 @@ def _value_of(hint: Any, value: Any) -> str:
         return " " + "|".join(map(str, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return f" {_VALUES.get(typing.get_args(kind)[0], 'VALUE')} ..."
-    return f" {_VALUES.get(kind, 'VALUE')}"
+    return f" {'|'.join(_VALUES.get(kind, 'VALUE') for kind in alternatives(hint))}"
 
 
 def _remark(item: dataclasses.Field[Any], hint: Any, value: Any) -> str:

@@ -38,6 +38,7 @@ _SETTINGS = {
     "log.every": "log_every log_interval logging_steps log_steps print_freq print_every log_freq",
     "log.tensorboard": "tb logger",
     "eval.every": "eval_interval eval_steps val_every val_check_interval eval_freq evaluation_strategy validate_every",
+    "eval.patience": "patience early_stopping early_stopping_patience early_stop stop_patience",
     "eval.batch_size": "eval_batch_size val_batch_size test_batch_size per_device_eval_batch_size",
     "checkpoint.every": "save_every save_steps save_interval checkpoint_interval save_freq checkpoint_every save",
     "checkpoint.keep_last": "save_total_limit keep max_checkpoints save_top_k",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -153,7 +154,8 @@ def convert(value: Any, hint: Any, name: str) -> Any:
         return _from_words(value, hint, name)
     if value is None and is_optional(hint):
         return None
-    kind = alternatives(hint)[0]
+    kinds = alternatives(hint)
+    kind = next((kind for kind in kinds if type(value) is kind), kinds[0])
     origin = typing.get_origin(kind)
     if origin is Literal:
         return _choice(value, kind, name)
@@ -171,7 +173,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _from_words(words: Words, hint: Any, name: str) -> Any:
-    kind = alternatives(hint)[0]
+    *others, kind = alternatives(hint)
     if typing.get_origin(kind) is tuple:
         return tuple(_from_text(word, typing.get_args(kind)[0], name) for word in words)
     if kind is bool and not words:
@@ -182,6 +184,9 @@ def _from_words(words: Words, hint: Any, name: str) -> Any:
         raise ConfigError(f"'{shortened(words[1])}' belongs to no flag: {name} takes one value")
     if is_optional(hint) and words[0] in ("None", "none"):
         return None
+    for other in others:  # of int | str, a number is the former
+        with contextlib.suppress(ConfigError):
+            return _from_text(words[0], other, name)
     return _from_text(words[0], kind, name)
 
 

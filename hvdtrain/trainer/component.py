@@ -84,6 +84,11 @@ class Component:
     """Arguments that it needs of `World.wrap`."""
     about: str = ""
     """A line for the person who starts the run, if there is something to know."""
+    ends_after_steps: bool = False
+    """Whether `reason_to_end` is asked after every step, which costs a collective, and not after evaluations only."""
+
+    def attach(self, training: Training) -> None:
+        """See all that is trained: called once, before `begin`. What is seen changes until then."""
 
     def begin(self, model: nn.Module) -> None:
         """Get ready: called once, with the weights of the first step in the model, before `load_state_dict`."""
@@ -100,6 +105,19 @@ class Component:
 
     def before_looking(self, training: Training) -> None:
         """Make equal on all ranks what is about to be evaluated, compared or saved. Collective."""
+
+    def after_evaluation(self, training: Training, metrics: Mapping[str, float]) -> None:
+        """Act on the metrics of an evaluation, `val/loss` and so on, the same on all ranks."""
+
+    def reason_to_end(self) -> str:
+        """Return why the run should end here, as if this step were its last; empty: it goes on.
+
+        One rank's reason is enough.
+        """
+        return ""
+
+    def end(self, reason: str) -> None:
+        """Learn that the run ends for a reason that some rank had."""
 
     def note_on_skip(self) -> str:
         """Return what to add to the message that the last step was skipped."""
@@ -126,6 +144,11 @@ class Component:
     def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
         """Return what this rank gets of per-rank states that another number of ranks saved; None: it begins anew."""
         return None
+
+
+def leave_the_loss(components: Sequence[Component]) -> bool:
+    """Tell whether none of them differentiates anything but a micro-batch's loss."""
+    return all(type(component).before_backward is Component.before_backward for component in components)
 
 
 ComponentFactory = Callable[["Job"], Component | None]

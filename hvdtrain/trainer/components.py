@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.callback import callback_components
 from hvdtrain.trainer.component import Component, ComponentFactory
+from hvdtrain.trainer.early_stopping import EarlyStopping
 from hvdtrain.trainer.ema import WeightAverage
+from hvdtrain.trainer.grad_norms import GradNorms
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.modes import Modes
 from hvdtrain.trainer.noise import NoiseScale
@@ -21,7 +24,9 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     ChangingBuffers,
     MetricWindow,
     NoiseScale.of,
+    GradNorms.of,
     WeightAverage.of,
+    EarlyStopping.of,
     SkippedSteps,
     WireFormat.of,
     StreamPlace.of,
@@ -29,6 +34,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
 
 
 def build_components(job: Job) -> list[Component]:
-    """Return the components that the job's settings ask for, then those of the task."""
+    """Return the components that the job's settings ask for, then those of the task, then its callbacks."""
     factories = (*COMPONENTS, *job.task.components)
-    return [component for build in factories if (component := build(job)) is not None]
+    components = [component for build in factories if (component := build(job)) is not None]
+    return components + callback_components(job)

@@ -14,6 +14,7 @@ from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
+from hvdtrain.settings.intervals import parse_every
 from hvdtrain.trainer.contract import check_task
 from hvdtrain.trainer.strategy import EveryStep, Strategy
 from hvdtrain.trainer.task import Evaluation, Task
@@ -101,7 +102,21 @@ def settle(
             raise ConfigError("give --train.steps: the stream does not say how many samples an epoch has")
         num_steps = max(1, round(config.train.epochs * order.steps_per_epoch))
     check_schedule(config.optim, num_steps)
+    if order.num_samples >= ENDLESS:
+        _check_no_epochs(config)
     return Job(task, config, world, run, log, plan, order, num_steps, allowed_changes)
+
+
+def _check_no_epochs(config: Config) -> None:
+    for name, every in (
+        ("log", config.log.every),
+        ("eval", config.eval.every),
+        ("checkpoint", config.checkpoint.every),
+    ):
+        if every is not None and parse_every(name, every, seconds=True).unit == "epochs":
+            raise ConfigError(
+                f"--{name}.every {every}: the stream does not say how many samples an epoch has; give a number of steps"
+            )
 
 
 def order_of(task: Task, plan: BatchPlan, seed: int) -> SampleOrder:

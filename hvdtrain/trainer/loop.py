@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
+from hvdtrain.data.stream import ENDLESS
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.stop import StopRequest
+from hvdtrain.trainer.due import LogDue, is_due
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.lone_samples import check_lone_samples
@@ -24,7 +26,7 @@ from hvdtrain.trainer.values import count_targets
 from hvdtrain.world import ask_with_gradients
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
     """What belongs together while `fit` runs."""
 
@@ -33,6 +35,8 @@ class _Run:
     stopwatch: Stopwatch
     saver: Saver
     request: StopRequest
+    ended: str = ""
+    """Why a component has ended the run before its last step."""
 
 
 def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -58,25 +62,35 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
     stopwatch, evaluated = Stopwatch(training.step), {}
     begin()
     job.log.begin(training.step, job.num_steps)
-    if training.step >= job.num_steps and not training.is_evaluation_due:
-        job.log.say(f"this run has finished before, at step {training.step}")
+    ended = training.reason_to_end(job.world, is_evaluated=True) if training.step else ""
+    if (ended or training.step >= job.num_steps) and not training.is_evaluation_due:
+        because = f": {ended}" if ended else ""
+        job.log.say(f"this run has finished before, at step {training.step}{because}")
         evaluated = evaluate(job, training)
         training.use_evaluated_weights()
         return evaluated
     with closing(training), Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
-        run = _Run(job, training, stopwatch, saver, request)
+        run, log_due = _Run(job, training, stopwatch, saver, request), LogDue(job, training.step)
         if training.is_evaluation_due:
+            run.ended = ended
             evaluated = _evaluate_and_save(run, is_stop=False)
         training.is_unchecked = True
-        while training.step < job.num_steps:
+        while training.step < job.num_steps and not run.ended:
             agree = ask_with_gradients(job.world, training.optimizer, request.reason is not None, "stop")
             train_step(job, training)
             is_stop = agree()
-            if training.step == job.num_steps or is_due(training.step, job.config.log.every):
-                job.log.write(training.step, {**step_metrics(job, training, stopwatch), **saver.metrics()})
+            run.ended = training.reason_to_end(job.world, is_evaluated=False)
+            if training.step == job.num_steps or run.ended or log_due.after(training.step):
+                metrics = step_metrics(job, training, stopwatch)
+                job.log.write(training.step, {**metrics, **saver.metrics()})
+                log_due.note(training.step, metrics["time/step_s"])
+            else:
+                job.log.advance(training.step)
             evaluated = _evaluate_and_save(run, is_stop)
         saver.finish()
         job.world.progress.leave()
+    if run.ended:
+        job.log.say(f"ended at step {training.step} of {job.num_steps}: {run.ended}")
     last = {**evaluated, **saver.metrics(), "time/train_s": stopwatch.seconds}
     job.log.write(training.step, last, "finished")
     training.use_evaluated_weights()
@@ -95,12 +109,12 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     Nothing here is asked of one rank alone: `is_stop` is what all have agreed on.
     """
     job, training = run.job, run.training
-    step, is_last = training.step, training.step == job.num_steps
-    is_evaluating = is_last or is_due(step, job.config.eval.every)
+    step, is_last = training.step, training.step == job.num_steps or bool(run.ended)
+    is_evaluating = is_last or is_due(job, step, job.config.eval.every)
     evaluated: dict[str, float] = {}
     was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
     due = (job.config.checkpoint.every, job.config.health.replica_check_every)
-    if not (is_evaluating or is_stop or any(is_due(step, every) for every in due)):
+    if not (is_evaluating or is_stop or any(is_due(job, step, every) for every in due)):
         return evaluated
     with run.stopwatch.paused():
         training.before_looking()
@@ -109,18 +123,28 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
         if is_evaluating and not is_stop:
             evaluated = evaluate(job, training, run.request)
         training.is_evaluation_due = is_evaluating and not evaluated
+        if evaluated and not run.ended:
+            run.ended = _after_evaluation(run, evaluated)
+            is_last = is_last or bool(run.ended)
         is_stop = is_stop or training.is_evaluation_due
         if evaluated and not is_last:
             job.log.write(step, evaluated)
-        is_saving = is_stop or is_best(training, evaluated) or is_due(step, job.config.checkpoint.every)
+        is_saving = is_stop or is_best(training, evaluated) or is_due(job, step, job.config.checkpoint.every)
         if evaluated if is_last else is_saving:
             _save(run, evaluated)
-        elif is_due(step, job.config.health.replica_check_every):
+        elif is_due(job, step, job.config.health.replica_check_every):
             _check_replicas(job, training)
     if is_stop and (not is_last or training.is_evaluation_due):
         run.saver.finish()
         raise stopped(job, step, run.request)
     return evaluated
+
+
+def _after_evaluation(run: _Run, evaluated: Mapping[str, float]) -> str:
+    """Let the components act on an evaluation; returns why they end the run, if they do. Collective."""
+    for component in run.training.components:
+        component.after_evaluation(run.training, evaluated)
+    return run.training.reason_to_end(run.job.world, is_evaluated=True)
 
 
 def _save(run: _Run, evaluated: dict[str, float]) -> None:
@@ -155,18 +179,14 @@ def is_best(training: Training, evaluated: Mapping[str, float]) -> bool:
     return training.best_loss < before
 
 
-def is_due(step: int, every: int | None) -> bool:
-    """Tell whether something that happens every so many steps happens now."""
-    return every is not None and step % every == 0
-
-
 def step_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:
     """Return the components' figures of the steps since the last call, and how fast they were. Collective.
 
     Raises:
         DivergedError: as `train_step`.
     """
-    metrics: dict[str, float] = {}
+    epochs = training.step / job.order.steps_per_epoch
+    metrics: dict[str, float] = {"train/epoch": epochs} if job.order.num_samples < ENDLESS else {}
     for component in training.components:
         metrics.update(component.metrics(training))
     step_s = stopwatch.lap(training.step)

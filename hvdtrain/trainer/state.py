@@ -27,7 +27,7 @@ from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.same_data import compare_data, explain_resume
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
-from hvdtrain.world import WrappedOptimizer, has_synchronized_layers
+from hvdtrain.world import World, WrappedOptimizer, has_synchronized_layers
 
 C = TypeVar("C", bound=Component)
 
@@ -74,11 +74,6 @@ class Training:
         """Return the component of a class, if the job has one."""
         return next((component for component in self.components if isinstance(component, kind)), None)
 
-    @property
-    def differentiates_as_is(self) -> bool:
-        """Return whether no component differentiates anything but a micro-batch's loss."""
-        return all(type(component).before_backward is Component.before_backward for component in self.components)
-
     def before_backward(self, loss: Tensor) -> Tensor:
         """Return what is differentiated for a micro-batch's loss, a scalar."""
         for component in self.components:
@@ -94,6 +89,20 @@ class Training:
         """Let the components make equal what is about to be evaluated, compared or saved. Collective."""
         for component in self.components:
             component.before_looking(self)
+
+    def reason_to_end(self, world: World, is_evaluated: bool) -> str:
+        """Return why a component ends the run here, if one of any rank does; empty: it goes on. Collective."""
+        kinds = [item for item in self.components if type(item).reason_to_end is not Component.reason_to_end]
+        asked = [item for item in kinds if is_evaluated or item.ends_after_steps]
+        if not asked:
+            return ""
+        own = next(filter(None, (component.reason_to_end() for component in asked)), "")
+        if not bool(world.all_reduce(torch.tensor(float(bool(own))), "max", "end")):
+            return ""
+        reason = str(next(filter(None, world.all_gather_object(own, "end.reason"))))
+        for component in asked:
+            component.end(reason)
+        return reason
 
     def evaluated_component(self) -> Component | None:
         """Return the component whose weights are evaluated instead of the model's."""
@@ -175,6 +184,7 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
         ConfigError: a component cannot do what is asked of it, or a checkpoint could not hold the state.
     """
     for component in training.components:
+        component.attach(training)
         component.begin(training.model)
         if state is not None:
             with in_a_sentence(job):

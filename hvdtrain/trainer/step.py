@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.readers import read_samples
 from hvdtrain.settings import Precision
-from hvdtrain.trainer.component import Step, Totals
+from hvdtrain.trainer.component import Step, Totals, leave_the_loss
 from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type
@@ -95,7 +95,7 @@ def _micro_batch(
         # without targets has a gradient of zeros.
         share = world.size / num_targets if num_targets else 0.0
         factor = _plus_zero_times(share, sums["loss"], world.reads_at_once)
-        if training.differentiates_as_is:
+        if leave_the_loss(training.components):
             sums["loss"].backward(factor)  # type: ignore[no-untyped-call]
         else:
             training.before_backward(sums["loss"] * factor).backward()  # type: ignore[no-untyped-call]

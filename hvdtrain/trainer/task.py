@@ -90,6 +90,9 @@ class Task:
     needs; its learning rate is set before every step, in all groups, as the settings' schedule says."""
     sinks: tuple[Any, ...] = ()
     """Where metrics go besides the run directory, on rank 0: objects like those in rundir/."""
+    callbacks: tuple[Any, ...] | list[Any] = ()
+    """Objects with any of the methods of `Callback`: `after_step(run)`, `after_evaluation(run, metrics)`, and
+    `state_dict` and `load_state_dict` for what a run that goes on needs."""
     components: tuple[Any, ...] = ()
     """What else takes part in every step: classes derived from `trainer.component.Component`, or functions, each of
     which is given the job and returns a component."""

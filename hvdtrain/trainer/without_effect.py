@@ -6,12 +6,14 @@ the length of the run, with which the same settings may be right elsewhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from hvdtrain.data.readers import says_it_reads_ahead
 from hvdtrain.settings.fields import fields_of
+from hvdtrain.trainer.due import is_due
 from hvdtrain.trainer.job import Job
+
+_MOST_KEPT = 10_000  # multiples that are looked at
 
 
 def without_effect(job: Job) -> list[str]:
@@ -41,7 +43,7 @@ def _ahead(job: Job) -> Iterator[str]:
 
 
 def _kept(job: Job) -> Iterator[str]:
-    keep, saves = job.config.checkpoint.keep_every, [job.config.checkpoint.every, job.config.eval.every]
-    meets = [math.lcm(keep, every) for every in saves if keep and every]
-    if keep and job.num_steps % keep and not any(step <= job.num_steps for step in meets):
+    keep, saves = job.config.checkpoint.keep_every, (job.config.checkpoint.every, job.config.eval.every)
+    kept = range(keep, min(job.num_steps, keep * _MOST_KEPT) + 1, keep) if keep else ()
+    if keep and job.num_steps % keep and not any(is_due(job, step, every) for step in kept for every in saves):
         yield f"saving:     no effect of --checkpoint.keep-every {keep}: nothing is saved at a multiple of it"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hvdtrain.process.session import session_folder
+
 REPOSITORY = Path(__file__).parents[2]
 FAULTY = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 BIN = Path(sys.executable).parent
@@ -57,22 +59,23 @@ def processes_naming(folder):
 
 def run_to_end(*command, cwd, timeout=120, **env):
     """Run a command, in a process group of its own that ends with it."""
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=environment(**env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        out, err = process.communicate()
-        pytest.fail(f"no end after {timeout} s: {command}\n{out[-5000:]}\n{err[-5000:]}")
+    with session_folder() as for_launcher:  # not that of a killed one with the same number
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=cwd,
+            env={**for_launcher, **environment(**env)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            out, err = process.communicate()
+            pytest.fail(f"no end after {timeout} s: {command}\n{out[-5000:]}\n{err[-5000:]}")
     return Done(process.returncode, out, err)
 
 
@@ -100,12 +103,13 @@ def whole(tmp_path_factory):
 def start(tmp_path):
     """Start a command in the background; whatever is left of its process group ends with the test."""
     started = []
+    folders = contextlib.ExitStack()
 
     def start(*command, **env):
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=tmp_path,
-            env=environment(**env),
+            env={**folders.enter_context(session_folder()), **environment(**env)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -115,11 +119,12 @@ def start(tmp_path):
         started.append(process)
         return process
 
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.communicate(timeout=30)
+    with folders:
+        yield start
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.communicate(timeout=30)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import environment
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, LaunchError
-from hvdtrain.process.job import command_of, count_of_ranks
+from hvdtrain.process.job import command_of, count_of_ranks, run_job
 
 
 @contextlib.contextmanager
@@ -43,6 +44,23 @@ def test_a_function_on_one_rank_needs_no_launcher(monkeypatch, capsys):
             hvdtrain.launch(os._exit, 7, ranks=1)
         with pytest.raises(ConfigError, match="cannot be sent"):
             hvdtrain.launch(print, sys.stdout, ranks=1)
+
+
+def test_a_launch_shares_no_folder_with_an_earlier_one(monkeypatch, tmp_path):
+    """A killed mpirun leaves a folder named by its number, and one of the same number would not start."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    program = "import os, pathlib, sys; print(sorted(f.name for f in pathlib.Path(sys.argv[1]).glob('*/ompi.*')))"
+    lines = []
+    with outside(monkeypatch):
+        assert run_job(2, [sys.executable, "-c", program, str(tmp_path)], lines.append, timeout_s=60) == 0
+        assert sum("'ompi." in line for line in lines) == 2, lines
+        assert not list(tmp_path.iterdir())
+        lines.clear()
+        monkeypatch.setenv("PRTE_MCA_prte_local_tmpdir_base", str(tmp_path / "own"))  # what the user chose stays
+        show = "import os; print(os.environ['PRTE_MCA_prte_local_tmpdir_base'])"
+        assert run_job(1, [sys.executable, "-c", show], lines.append, timeout_s=60) == 0
+        assert "".join(lines).strip() == str(tmp_path / "own")
 
 
 @pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None])

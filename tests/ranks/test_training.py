@@ -319,3 +319,25 @@ def test_a_rank_that_drifts_is_named_before_the_next_save(world, text):
         fit(job)
     saved = sorted(path.name for path in (text / "run" / "checkpoints").glob("step-*"))
     assert saved == ["step-00000003"]
+
+
+@pytest.mark.ranks(2)
+def test_a_callback_of_one_rank_ends_all(world, images, tmp_path):
+    """All end at the same step, save, and know the reason when the run is started again."""
+
+    class Enough:
+        def after_step(self, run):
+            if run.step == 3 and run.world.rank == run.world.size - 1:
+                run.stop("the last rank has enough")
+
+    said = []
+    recipe = digits(images, micro_batch_size=4)
+    task = dataclasses.replace(recipe.build(quiet), callbacks=[Enough()])
+    for _ in range(2):
+        log = MetricLog(None, [])
+        log.say = said.append
+        job = settle(task, recipe, world, RunDirectory(images / "ended"), log)
+        fit(job)
+    assert "ended at step 3 of 20: the last rank has enough" in said
+    assert "this run has finished before, at step 3: the last rank has enough" in said
+    assert len(set(world.all_gather_object(digest(task.model.state_dict().values()), "ended"))) == 1

@@ -77,6 +77,14 @@ class Console:
                 self._last_line = now
             self.say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {text}")
 
+    def advance(self, step: int) -> None:
+        """Move the bar; it is drawn some times a second at most."""
+        if self._bar is not None:
+            try:
+                self._bar.update(step - self._bar.n)
+            except (OSError, ValueError) as error:
+                self._give_up_if_closed(error)
+
     def close(self) -> None:
         """Remove the progress bar, and print what is waiting."""
         self._remove_bar()

@@ -1,0 +1,25 @@
+"""The folder in which Open MPI's launcher keeps what its processes share. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+
+_VARIABLES = ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_local_tmpdir_base")  # of Open MPI 5 and 4
+
+
+@contextlib.contextmanager
+def session_folder() -> Iterator[dict[str, str]]:
+    """Hold an empty folder for one launch; gives the variables that make a launcher on this host use it.
+
+    Left to itself, `mpirun` takes a folder that is named by its process number. One that was killed leaves it behind,
+    and a later one with the same number, which in a container comes at every start, does not start ("The PMIx server's
+    listener thread failed to start").
+    """
+    with contextlib.ExitStack() as held:
+        given = {}
+        with contextlib.suppress(OSError):  # nothing can be written: the launcher says so better
+            folder = tempfile.TemporaryDirectory(prefix="hvdtrain-mpi-", ignore_cleanup_errors=True)
+            given = dict.fromkeys(_VARIABLES, held.enter_context(folder))
+        yield given

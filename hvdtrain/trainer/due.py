@@ -1,0 +1,46 @@
+"""What is due after a step: alike on all ranks, without asking them at every step."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from hvdtrain.settings.intervals import Every, Interval, parse_every
+from hvdtrain.trainer.job import Job
+
+
+def is_due(job: Job, step: int, every: Every | None) -> bool:
+    """Tell whether something that happens every so many steps or epochs happens after `step` completed steps."""
+    return every is not None and _interval(every).is_due(step, job.order.steps_per_epoch)
+
+
+@functools.lru_cache(maxsize=64)
+def _interval(every: Every) -> Interval:
+    """Return what is asked for after every step."""
+    return parse_every("every", every)
+
+
+class LogDue:
+    """Says which steps end with a line of metrics.
+
+    Where lines go by seconds, all ranks agree at each line on the step of the next, from how long steps take.
+    """
+
+    def __init__(self, job: Job, step: int) -> None:
+        self._job = job
+        self._interval = parse_every("log.every", job.config.log.every, seconds=True)
+        self._next = step + 1
+
+    def after(self, step: int) -> bool:
+        """Tell whether there is a line after `step` completed steps."""
+        if self._interval.unit == "seconds":
+            return step >= self._next
+        return self._interval.is_due(step, self._job.order.steps_per_epoch)
+
+    def note(self, step: int, step_s: float) -> None:
+        """Take the time, in seconds, of a step before the line that has just been written. Collective."""
+        if self._interval.unit == "seconds":
+            seconds = torch.tensor(step_s, dtype=torch.float64)
+            slowest = float(self._job.world.all_reduce(seconds, "max", "log.step_s"))
+            self._next = step + max(1, round(self._interval.number / max(slowest, 1e-9)))
