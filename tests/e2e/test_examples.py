@@ -1,5 +1,6 @@
 """The examples of docs/examples: short, and run on two ranks."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -33,6 +34,8 @@ def test_on_two_ranks(run):
     assert float(re.search(r"images \{.*'val/accuracy': ([\d.]+)", done.text)[1]) > 0.5
     assert float(re.search(r"reversing \{.*'val/right': ([\d.]+)", done.text)[1]) > 0.1
     assert float(re.search(r"own_optimizer \{'val/loss': ([\d.]+)", done.text)[1]) < 0.2
+    keras = re.search(r"keras_model \{.*'val/accuracy': ([\d.]+)", done.text)
+    assert float(keras[1]) > 0.85 if importlib.util.find_spec("keras") else keras is None
 
 
 def test_the_notebook(run, tmp_path):
