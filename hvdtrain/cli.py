@@ -24,16 +24,8 @@ from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, rea
 from hvdtrain.settings.help import help_of
 from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, nested
-from hvdtrain.verbs.options import (
-    BenchOptions,
-    DoctorOptions,
-    ExportOptions,
-    GenerateOptions,
-    PlanOptions,
-    PredictOptions,
-    TrainOptions,
-    VerifyOptions,
-)
+from hvdtrain.verbs.options import TrainOptions
+from hvdtrain.verbs.table import VERB_SYNONYMS, VERBS, Verb
 
 if TYPE_CHECKING:
     from hvdtrain.settings import OptimConfig
@@ -42,85 +34,6 @@ if TYPE_CHECKING:
 PROGRAM = "python -m hvdtrain"
 _HELP_ALL = "--help-all"
 
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """A verb of the command line."""
-
-    answer: str
-    """Module and function that answers it."""
-    options: type[Any]
-    """What it is asked, besides the settings of a recipe."""
-    takes: str
-    """The word after it: "RECIPE", the flag whose value it is, such as "run-dir", or nothing."""
-    about: str
-    """What it does, for the overview."""
-    more: str = ""
-    """The option that all words after that one are values of."""
-
-    @property
-    def has_recipe(self) -> bool:
-        """Return whether the word after it is a recipe."""
-        return self.takes == "RECIPE"
-
-
-VERBS = {
-    "train": Verb(
-        "hvdtrain.verbs.train:answer",
-        TrainOptions,
-        "RECIPE",
-        "train, or go on with the run in --run-dir; without a verb and a recipe: train lm",
-    ),
-    "verify": Verb(
-        "hvdtrain.verbs.verify:verify",
-        VerifyOptions,
-        "RECIPE",
-        "prove that training it on these ranks is the same as on one",
-    ),
-    "bench": Verb(
-        "hvdtrain.verbs.bench:bench",
-        BenchOptions,
-        "RECIPE",
-        "measure where a step's time goes, and what would make it shorter",
-    ),
-    "plan": Verb("hvdtrain.verbs.plan:plan", PlanOptions, "RECIPE", "measure, and say how many workers to use"),
-    "doctor": Verb(
-        "hvdtrain.verbs.doctor:doctor",
-        DoctorOptions,
-        "",
-        "look at the machine, the ranks and the network, and say what to mend",
-    ),
-    "generate": Verb(
-        "hvdtrain.verbs.generate:generate",
-        GenerateOptions,
-        "run-dir",
-        "continue prompts with a trained language model, of a run or exported",
-    ),
-    "export": Verb(
-        "hvdtrain.verbs.export:export",
-        ExportOptions,
-        "run-dir",
-        "write a run's model as transformers, or torch, reads it",
-    ),
-    "predict": Verb(
-        "hvdtrain.verbs.predict:predict",
-        PredictOptions,
-        "run-dir",
-        "say what images show, by a trained classifier",
-        more="files",
-    ),
-}
-
-_VERB_SYNONYMS = {
-    "train": "run fit start resume continue finetune fine-tune pretrain learn go",
-    "verify": "test prove compare validate",
-    "bench": "benchmark profile time measure speed",
-    "plan": "scale predict-scaling estimate advise how-many",
-    "doctor": "diagnose check info env status health debug",
-    "generate": "sample complete chat prompt write",
-    "export": "convert save to-hf upload",
-    "predict": "classify infer inference label recognise recognize",
-}
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
 _SECONDS_FOR_RANK_0 = 5.0
@@ -155,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return set_up(arguments[1:])
     if arguments[:1] in (["-np"], ["--np"]):
-        return _start_ranks(arguments[1:])
+        from hvdtrain.process.job import start_ranks
+
+        return start_ranks(arguments[1:])
     if is_process:
         end_on_signals()
     launch = prepare_process()
@@ -165,19 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.rank == 0:
             sys.stderr.write(f"hvdtrain: {stop.reason}\n")
         return stop.exit_code
-
-
-def _start_ranks(arguments: list[str]) -> int:
-    """Run the rest of the command line on ranks of this machine, by the launcher that is installed."""
-    from hvdtrain.process.job import count_of_ranks, run_job
-
-    try:
-        return run_job(
-            count_of_ranks(arguments[0] if arguments else ""), [sys.executable, "-m", "hvdtrain", *arguments[1:]]
-        )
-    except HvdtrainError as error:
-        sys.stderr.write(f"hvdtrain: {error}\n")
-        return error.exit_code
 
 
 def _run(arguments: list[str], launch: Launch) -> int:
@@ -226,7 +128,7 @@ def _meant_verb(name: str) -> str:
 
     if name in RECIPES or name.endswith(".py"):
         return f"; did you mean 'train {name}'?"
-    by_meaning = [verb for verb, words in _VERB_SYNONYMS.items() if name.lower() in words.split()]
+    by_meaning = [verb for verb, words in VERB_SYNONYMS.items() if name.lower() in words.split()]
     return f"; did you mean '{by_meaning[0]}'?" if by_meaning else nearest(name, VERBS)
 
 
@@ -257,7 +159,7 @@ def _asked(verb: Verb) -> str:
 def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation | str:
     from hvdtrain.optim.table import all_settings
     from hvdtrain.recipes import load_recipe
-    from hvdtrain.recipes.given import apply, read_toml
+    from hvdtrain.recipes.given import apply, changeable, read_toml
 
     verb, recipe = VERBS[name], load_recipe(recipe_name)
     if _asks_for_help(flags):
@@ -272,7 +174,11 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     for_recipe = {flag: words for flag, words in given.items() if flag not in of_verb}
     layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
     recipe = apply(recipe, [*layers, (nested(for_recipe), COMMAND_LINE)])
-    return Invocation(name, _with_changes_checked(options, recipe), recipe_name, recipe)
+    if isinstance(options, TrainOptions):
+        options = dataclasses.replace(
+            options, allow_config_change=changeable(options.allow_config_change, recipe, COMMAND_LINE)
+        )
+    return Invocation(name, options, recipe_name, recipe)
 
 
 def _named_optimizer(flags: list[str], recipe: Recipe) -> OptimConfig:
@@ -321,31 +227,6 @@ recipes: {", ".join(RECIPES)}, or the path of your own .py file
 settings: {PROGRAM} VERB [RECIPE] --help, all of them: --help-all
 several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE], or on this machine: hvdtrain -np 4 VERB [RECIPE]
 """
-
-
-def _with_changes_checked(options: Any, recipe: Recipe) -> Any:
-    """Return the options with the settings that may change written as they are named.
-
-    Raises:
-        ConfigError: there is no such setting, or it never may change.
-    """
-    if not isinstance(options, TrainOptions):
-        return options
-    allowed = tuple(name.replace("-", "_") for name in options.allow_config_change)
-    for name in allowed:
-        _check_changeable(name, [*known_flags(recipe)])
-    return dataclasses.replace(options, allow_config_change=allowed)
-
-
-def _check_changeable(setting: str, known: list[str]) -> None:
-    known = known + sorted({name.split(".")[0] for name in known if "." in name})
-    if setting not in known:
-        raise ConfigError(f"--allow-config-change: there is no setting '{shortened(setting)}'{nearest(setting, known)}")
-    if setting in ("model", "train") or setting.startswith("model.") or setting == "train.global_batch_size":
-        raise ConfigError(
-            f"--allow-config-change {setting}: the model and the global batch cannot change within a run; begin another"
-            " with --run-dir"
-        )
 
 
 def _toml(recipe: Recipe) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "is_held_by_others",
     "is_saved_buffer",
     "is_transformed",
+    "norm_of",
     "queue_after_run",
     "run_backward",
     "skipping_where",
@@ -62,6 +63,21 @@ def skipping_where(optimizer: Any, is_skipped: Tensor) -> Iterator[None]:
         yield
     finally:
         del optimizer.found_inf
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all numbers of dense tensors, a scalar: bitwise torch's `get_total_norm`.
+
+    Plain tensors of one type in host memory need not be sorted by these first, which takes as long as the norms.
+    """
+    dtype = tensors[0].dtype if tensors else None
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype != dtype or tensor.requires_grad:
+            return torch.nn.utils.get_total_norm(tensors)
+    if dtype is None:
+        return torch.tensor(0.0)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2.0)), 2.0)
+    return norm
 
 
 def run_backward(

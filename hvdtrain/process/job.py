@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
@@ -115,6 +115,16 @@ def _started(command: list[str], environ: dict[str, str], is_read: bool) -> subp
         )
     except OSError as error:
         raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from error
+
+
+def start_ranks(arguments: Sequence[str]) -> int:
+    """Run `hvdtrain` on ranks of this machine: how many is the first argument. Returns the exit code."""
+    try:
+        ranks = count_of_ranks(arguments[0] if arguments else "")
+        return run_job(ranks, [sys.executable, "-m", "hvdtrain", *arguments[1:]])
+    except HvdtrainError as error:
+        sys.stderr.write(f"hvdtrain: {error}\n")
+        return error.exit_code
 
 
 def _path_to(executable: str) -> dict[str, str]:

@@ -256,7 +256,8 @@ class DataConfig(Section):
     workers: int = setting(0, minimum=0, maximum=256, changeable=True)
     """Processes of each rank that read batches, where decoding or augmenting takes long. 0: the rank itself reads."""
     ahead: int | None = setting(None, minimum=0, changeable=True)
-    """Batches that are read before they are needed. None: two a worker; without workers, one where the data allows."""
+    """Batches that are read before they are needed. None: two a worker; without workers, one where the data allows,
+    none of data in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 
 from hvdtrain.errors import ConfigError, UsageError
 from hvdtrain.recipes import load_recipe
-from hvdtrain.recipes.given import apply, read_toml
+from hvdtrain.recipes.given import apply, changeable, read_toml
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.rundir.lock import Claim
@@ -81,7 +81,8 @@ def train(
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     layers = [(read_toml(Path(config)), Source(str(config)))] if config is not None else []
     chosen = apply(chosen, [*layers, (settings, Source("train()"))])
-    request = Request(name, chosen, None if run_dir is None else Path(run_dir), False, allow_config_change)
+    allowed = changeable(allow_config_change, chosen, Source("train()"))
+    request = Request(name, chosen, None if run_dir is None else Path(run_dir), False, allowed)
     return run(request, leaves=False)
 
 

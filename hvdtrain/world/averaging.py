@@ -16,6 +16,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
 from hvdtrain.world.codec import Codec, codec_of
 from hvdtrain.world.exchange import GradientExchange
+from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -101,6 +102,11 @@ class WrappedOptimizer(torch.optim.Optimizer):
         return None if self._exchange is None else self._exchange.mean_square
 
     @property
+    def question(self) -> Question | None:
+        """Return what travels with the gradients besides them; None where there is one rank only."""
+        return None if self._exchange is None else self._exchange.question
+
+    @property
     def codec(self) -> Codec | None:
         """Return what gradients become on the wire, with what it remembers; None where there is one rank."""
         return None if self._exchange is None else self._exchange.codec
@@ -141,7 +147,12 @@ class WrappedOptimizer(torch.optim.Optimizer):
                     " the rest of them: end this rank, or call synchronize() before zero_grad()"
                 )
             self._exchange.forget()
-        self._inner.zero_grad(self, *args, **kwargs)
+        if args or kwargs or self._inner.zero_grad is not torch.optim.Optimizer.zero_grad:
+            self._inner.zero_grad(self, *args, **kwargs)
+            return
+        for group in self.param_groups:  # what torch does too, in a tenth of the time
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its gradients are averaged from the next backward pass on."""

@@ -29,6 +29,7 @@ from hvdtrain.world.buckets import Mark, has_changed, mark_of
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.layout import Layout
 from hvdtrain.world.passes import EndOfBackward
+from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -91,6 +92,11 @@ class GradientExchange:
     def is_under_way(self) -> bool:
         """Return whether gradients of the optimizer are on the wire."""
         return any(exchange._layout.is_under_way for exchange in self._all())
+
+    @property
+    def question(self) -> Question:
+        """Return what travels with the gradients."""
+        return self._layout.question
 
     @property
     def mean_square(self) -> Tensor | None:

@@ -33,6 +33,11 @@ class World(Collectives):
     """Optimizers that `wrap` was given: each one's collectives have names of their own."""
     _exchanges: Sequence[weakref.ref[GradientExchange]] = ()
 
+    @property
+    def reads_at_once(self) -> bool:
+        """Return whether reading a tensor's value waits for nothing; a GPU computes while Python goes on."""
+        return self.device.type == "cpu"
+
     def wrap(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
     ) -> WrappedOptimizer:
