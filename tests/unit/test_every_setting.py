@@ -32,15 +32,20 @@ SHARED = {
     "train.precision": ("bf16", "fp16", "bf16-true", "fp64"),
     "train.max_grad_norm": (0.1, None),
     "train.ema": 0.5,
-    "optim.name": ("sgd", "muon", "NAdam"),
+    "optim.name": ("sgd", "muon", "lars", "lamb", "NAdam"),
     "optim.peak_lr": 0.01,
     "optim.lr_rule": ("sqrt", {"optim.lr_rule": "linear", "optim.reference_batch": 8}),
     "optim.reference_batch": (16, {"optim.lr_rule": "sqrt", "optim.reference_batch": 8}),
-    "optim.schedule": ("linear", "constant", "wsd"),
+    "optim.schedule": ("linear", "constant", "wsd", "step", "multistep", "plateau"),
     "optim.warmup_steps": 3,
     "optim.warmup_fraction": 0.5,
     "optim.final_lr_fraction": 0.5,
     "optim.decay_fraction": (0.7, {"optim.schedule": "wsd"}),
+    "optim.decay_factor": (0.5, {"optim.schedule": "multistep"}),
+    "optim.step_fraction": (0.5, {"optim.schedule": "step"}),
+    "optim.milestones": ((0.5,), {"optim.schedule": "multistep"}),
+    "optim.nesterov": (True, {"optim.name": "sgd", "optim.momentum": 0.5}),
+    "optim.trust": (0.5, {"optim.name": "lars"}),
     "optim.weight_decay": 0.5,
     "optim.beta1": 0.5,
     "optim.beta2": 0.5,
@@ -103,6 +108,15 @@ ELSEWHERE = {
     "data.download": "unit/test_vision.py",
     **dict.fromkeys(("model.path", "model.config", "model.attention"), "unit/test_hf_trainer.py"),
     **dict.fromkeys(("model.resize_embeddings", "model.trust_remote_code"), "unit/test_embeddings.py"),
+    **dict.fromkeys(
+        (
+            *("data.augment", "data.auto_augment", "data.cutmix", "data.flip", "data.image_size", "data.mixup"),
+            *("data.num_classes", "data.random_erase", "data.synthetic", "data.synthetic_images", "data.val_resize"),
+        ),
+        "unit/test_image_data.py",
+    ),
+    **dict.fromkeys(("model.channels_last", "model.name", "model.zero_init_gamma"), "unit/test_image_models.py"),
+    **dict.fromkeys(("labels.smoothing", "optim.patience"), "unit/test_large_batches.py"),
     **dict.fromkeys(("data.text_field", "data.on_error", "data.show", "data.chat_template"), "unit/test_hf_task.py"),
 }
 
@@ -164,7 +178,7 @@ def portraits(quick, tmp_path_factory):
 
 
 def test_every_setting_has_a_line_here():
-    recipes = [*map(load_recipe, ("lm", "hf", "mnist")), small()]
+    recipes = [*map(load_recipe, ("lm", "hf", "mnist", "resnet")), small()]
     names = {name for recipe in recipes for name, _, _ in fields_of(recipe) if name != "seen"}
     names |= {f"optim.{name}" for kind in OPTIMIZERS for name, _, _ in fields_of(settings_class(kind)())}
     assert names == {*SHARED, *ONE_OF, *LM, *ELSEWHERE}
