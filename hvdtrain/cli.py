@@ -19,20 +19,13 @@ from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, open_outputs, prepare_process
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
-from hvdtrain.settings import nearest, to_dict
+from hvdtrain.settings import NONE, nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
 from hvdtrain.settings.help import help_of
 from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, nested
-from hvdtrain.verbs.options import (
-    BenchOptions,
-    DoctorOptions,
-    ExportOptions,
-    GenerateOptions,
-    PlanOptions,
-    TrainOptions,
-    VerifyOptions,
-)
+from hvdtrain.verbs.options import TrainOptions
+from hvdtrain.verbs.table import VERB_SYNONYMS, VERBS, Verb
 
 if TYPE_CHECKING:
     from hvdtrain.settings import OptimConfig
@@ -41,75 +34,6 @@ if TYPE_CHECKING:
 PROGRAM = "python -m hvdtrain"
 _HELP_ALL = "--help-all"
 
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """A verb of the command line."""
-
-    answer: str
-    """Module and function that answers it."""
-    options: type[Any]
-    """What it is asked, besides the settings of a recipe."""
-    takes: str
-    """The word after it: "RECIPE", the flag whose value it is, such as "run-dir", or nothing."""
-    about: str
-    """What it does, for the overview."""
-
-    @property
-    def has_recipe(self) -> bool:
-        """Return whether the word after it is a recipe."""
-        return self.takes == "RECIPE"
-
-
-VERBS = {
-    "train": Verb(
-        "hvdtrain.verbs.train:answer",
-        TrainOptions,
-        "RECIPE",
-        "train, or go on with the run in --run-dir; without a verb and a recipe: train lm",
-    ),
-    "verify": Verb(
-        "hvdtrain.verbs.verify:verify",
-        VerifyOptions,
-        "RECIPE",
-        "prove that training it on these ranks is the same as on one",
-    ),
-    "bench": Verb(
-        "hvdtrain.verbs.bench:bench",
-        BenchOptions,
-        "RECIPE",
-        "measure where a step's time goes, and what would make it shorter",
-    ),
-    "plan": Verb("hvdtrain.verbs.plan:plan", PlanOptions, "RECIPE", "measure, and say how many workers to use"),
-    "doctor": Verb(
-        "hvdtrain.verbs.doctor:doctor",
-        DoctorOptions,
-        "",
-        "look at the machine, the ranks and the network, and say what to mend",
-    ),
-    "generate": Verb(
-        "hvdtrain.verbs.generate:generate",
-        GenerateOptions,
-        "run-dir",
-        "continue prompts with a trained language model, of a run or exported",
-    ),
-    "export": Verb(
-        "hvdtrain.verbs.export:export",
-        ExportOptions,
-        "run-dir",
-        "write a run's model as transformers reads it",
-    ),
-}
-
-_VERB_SYNONYMS = {
-    "train": "run fit start resume continue finetune fine-tune pretrain learn go",
-    "verify": "test prove compare validate",
-    "bench": "benchmark profile time measure speed",
-    "plan": "scale predict-scaling estimate advise how-many",
-    "doctor": "diagnose check info env status health debug",
-    "generate": "sample infer inference complete chat prompt write",
-    "export": "convert save to-hf upload",
-}
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
 _SECONDS_FOR_RANK_0 = 5.0
@@ -144,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return set_up(arguments[1:])
     if arguments[:1] in (["-np"], ["--np"]):
-        return _start_ranks(arguments[1:])
+        from hvdtrain.process.job import start_ranks
+
+        return start_ranks(arguments[1:])
     if is_process:
         end_on_signals()
     launch = prepare_process()
@@ -154,19 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.rank == 0:
             sys.stderr.write(f"hvdtrain: {stop.reason}\n")
         return stop.exit_code
-
-
-def _start_ranks(arguments: list[str]) -> int:
-    """Run the rest of the command line on ranks of this machine, by the launcher that is installed."""
-    from hvdtrain.process.job import count_of_ranks, run_job
-
-    try:
-        return run_job(
-            count_of_ranks(arguments[0] if arguments else ""), [sys.executable, "-m", "hvdtrain", *arguments[1:]]
-        )
-    except HvdtrainError as error:
-        sys.stderr.write(f"hvdtrain: {error}\n")
-        return error.exit_code
 
 
 def _run(arguments: list[str], launch: Launch) -> int:
@@ -200,8 +113,8 @@ def parse(arguments: list[str]) -> Invocation | str:
     verb = VERBS.get(name)
     if verb is None:
         raise ConfigError(f"there is no verb '{shortened(name)}'{_meant_verb(name)}; see {PROGRAM} --help")
-    following = words[1:2] or (["lm"] if verb.has_recipe else [])
-    if len(words) > 2 or (following and not verb.takes):
+    following = words[1:] if verb.more else words[1:2] or (["lm"] if verb.has_recipe else [])
+    if (len(words) > 2 and not verb.more) or (following and not verb.takes):
         word = words[2] if len(words) > 2 else words[1]
         raise ConfigError(f"'{shortened(word)}' is one word too many: settings are written --section.setting VALUE")
     if verb.has_recipe:
@@ -215,7 +128,7 @@ def _meant_verb(name: str) -> str:
 
     if name in RECIPES or name.endswith(".py"):
         return f"; did you mean 'train {name}'?"
-    by_meaning = [verb for verb, words in _VERB_SYNONYMS.items() if name.lower() in words.split()]
+    by_meaning = [verb for verb, words in VERB_SYNONYMS.items() if name.lower() in words.split()]
     return f"; did you mean '{by_meaning[0]}'?" if by_meaning else nearest(name, VERBS)
 
 
@@ -232,15 +145,21 @@ def _asks_for_help(flags: list[str]) -> bool:
 def _parse_plain(name: str, words: list[str], flags: list[str]) -> Invocation | str:
     verb = VERBS[name]
     if _asks_for_help(flags):
-        return f"usage: {PROGRAM} {name} {verb.takes.upper()} [--option VALUE ...]\n{_help(verb)}\n"
-    given = [*((verb.takes.replace("-", "_"), Words((word,))) for word in words), *read_flags(flags)]
+        return f"usage: {PROGRAM} {name} {_asked(verb)} [--option VALUE ...]\n{_help(verb)}\n"
+    given = [*((verb.takes.replace("-", "_"), Words((word,))) for word in words[:1]), *read_flags(flags)]
+    given[1:1] = [(verb.more, Words(words[1:]))] if words[1:] else []
     return Invocation(name, make_options(verb.options, settle_flags(given, known_flags(verb.options))))
+
+
+def _asked(verb: Verb) -> str:
+    """Return the words after a verb, for a person."""
+    return f"{verb.takes} {verb.more and verb.more + '...'}".upper().replace("-", "_").strip()
 
 
 def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation | str:
     from hvdtrain.optim.table import all_settings
     from hvdtrain.recipes import load_recipe
-    from hvdtrain.recipes.given import apply, read_toml
+    from hvdtrain.recipes.given import apply, changeable, read_toml
 
     verb, recipe = VERBS[name], load_recipe(recipe_name)
     if _asks_for_help(flags):
@@ -255,7 +174,11 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     for_recipe = {flag: words for flag, words in given.items() if flag not in of_verb}
     layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
     recipe = apply(recipe, [*layers, (nested(for_recipe), COMMAND_LINE)])
-    return Invocation(name, _with_changes_checked(options, recipe), recipe_name, recipe)
+    if isinstance(options, TrainOptions):
+        options = dataclasses.replace(
+            options, allow_config_change=changeable(options.allow_config_change, recipe, COMMAND_LINE)
+        )
+    return Invocation(name, options, recipe_name, recipe)
 
 
 def _named_optimizer(flags: list[str], recipe: Recipe) -> OptimConfig:
@@ -291,7 +214,7 @@ def _help(verb: Verb, recipe: Recipe | None = None, has_all: bool = True) -> str
 def _overview() -> str:
     from hvdtrain.recipes import RECIPES
 
-    titles = {name: f"{name} {verb.takes.upper().replace('-', '_')}".strip() for name, verb in VERBS.items()}
+    titles = {name: f"{name} {_asked(verb)}".strip() for name, verb in VERBS.items()}
     width = max(map(len, titles.values()))
     verbs = "\n".join(f"  {titles[name]:{width}}  {verb.about}" for name, verb in VERBS.items())
     verbs += f"\n  {'setup':{width}}  build Horovod for this torch and this MPI, and install it in this environment"
@@ -306,35 +229,10 @@ several ranks: horovodrun -np 4 {PROGRAM} VERB [RECIPE], or on this machine: hvd
 """
 
 
-def _with_changes_checked(options: Any, recipe: Recipe) -> Any:
-    """Return the options with the settings that may change written as they are named.
-
-    Raises:
-        ConfigError: there is no such setting, or it never may change.
-    """
-    if not isinstance(options, TrainOptions):
-        return options
-    allowed = tuple(name.replace("-", "_") for name in options.allow_config_change)
-    for name in allowed:
-        _check_changeable(name, [*known_flags(recipe)])
-    return dataclasses.replace(options, allow_config_change=allowed)
-
-
-def _check_changeable(setting: str, known: list[str]) -> None:
-    known = known + sorted({name.split(".")[0] for name in known if "." in name})
-    if setting not in known:
-        raise ConfigError(f"--allow-config-change: there is no setting '{shortened(setting)}'{nearest(setting, known)}")
-    if setting in ("model", "train") or setting.startswith("model.") or setting == "train.global_batch_size":
-        raise ConfigError(
-            f"--allow-config-change {setting}: the model and the global batch cannot change within a run; begin another"
-            " with --run-dir"
-        )
-
-
 def _toml(recipe: Recipe) -> str:
     import tomli_w
 
-    return tomli_w.dumps(to_dict(recipe))
+    return tomli_w.dumps(to_dict(recipe, NONE))
 
 
 def _answer(text: str, launch: Launch) -> int:

@@ -42,7 +42,8 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         named_parameters: names for messages; what has none is called by its place.
         compression: `Compression.none` or `Compression.fp16`.
         backward_passes_per_step: that are summed before they are averaged: divide the loss by them.
-        op: Average, Sum or Adasum.
+        op: Average, Sum or Adasum, which combines gradients, and not as Horovod does the updates that an optimizer has
+            made of them: the same for plain SGD, and said.
         gradient_predivide_factor: without effect, which is said: each rank divides before the sum is taken.
         num_groups: without effect, which is said: gradients travel in buckets of a fixed layout.
         groups: as `num_groups`.
@@ -65,6 +66,11 @@ def DistributedOptimizer(  # noqa: N802  Horovod's name
         )
     if world().rank == 0:
         _say_what_has_no_effect(gradient_predivide_factor, num_groups, groups)
+        if word == "adasum":
+            _log.warning(
+                "DistributedOptimizer(op=Adasum) combines the ranks' gradients, and Horovod the updates that the"
+                " optimizer makes of them: with momentum, Adam and the like the weights are others than under Horovod"
+            )
     codec: str | Codec = formats[compression]
     if word == "sum":
         codec = SummedFp16() if codec == "fp16" else Summed()

@@ -7,13 +7,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# torch has no `index_select` of numbers of these types.
+_NOT_SELECTED = (torch.uint16, torch.uint32, torch.uint64)
+
 
 class Dataset(Protocol):
     """Samples by index. The same on every rank; reading one never needs another rank.
 
     Where `batch` draws no random numbers but those of `draws`, and may be called by another thread, a class attribute
     `reads_ahead = True` beside it lets batches be read while earlier ones are computed; subclasses with a `batch` of
-    their own say it again.
+    their own say it again. Where it also does no more than copy rows that are in memory, `is_in_memory = True` beside
+    that has a batch read when it is needed: that takes less time than to hand it over from a thread.
 
     Random augmentation: a method `batch(indices, draws)` also gets the batch's `hvdtrain.data.draws.Draws`, from which
     each sample draws alike on any number of ranks.
@@ -36,6 +40,7 @@ class TensorSamples:
     """A `Dataset` of tensors held in memory; sample i is row i of each."""
 
     reads_ahead = True
+    is_in_memory = True
 
     def __init__(self, *tensors: Tensor) -> None:
         if not tensors or any(len(tensor) != len(tensors[0]) for tensor in tensors):
@@ -47,11 +52,18 @@ class TensorSamples:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Return the rows `indices`, int64 `(n,)`, of each tensor."""
-        return tuple(tensor[indices] for tensor in self.tensors)
+        return tuple(_rows(tensor, indices) for tensor in self.tensors)
 
     def num_targets(self, indices: Tensor) -> int:
         """Return one a sample."""
         return len(indices)
+
+
+def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return rows of a tensor; `index_select` takes a fraction of the time of `tensor[indices]`."""
+    if tensor.ndim == 1 and tensor.dtype in _NOT_SELECTED:
+        return tensor[indices]
+    return tensor.index_select(0, indices)
 
 
 def in_batches(indices: Tensor, batch_size: int) -> list[Tensor]:

@@ -66,11 +66,11 @@ class Request:
 
 
 @contextlib.contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Put the generators of torch (on the CPU), numpy and Python back as they were."""
+def kept_random_state() -> Iterator[tuple[Tensor, Any, Any]]:
+    """Put the generators of torch (on the CPU), numpy and Python back as they were: the state that this yields."""
     before = random_state()
     try:
-        yield
+        yield before
     finally:
         torch.set_rng_state(before[0])
         np.random.set_state(before[1])

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.draws import Request
 from hvdtrain.data.nested import map_tensors
-from hvdtrain.data.readers import BatchSource, Inline, Reader, Threaded, says_it_reads_ahead
+from hvdtrain.data.readers import BatchSource, Inline, Reader, Threaded, says_it_is_in_memory, says_it_reads_ahead
 from hvdtrain.data.workers import WorkerPool
 
 _Place = tuple[int, int]
@@ -37,7 +37,7 @@ class Reading:
     workers: int = 0
     """Processes of each rank."""
     ahead: int | None = None
-    """Batches beyond the one that is needed. None: two a process, or one where a thread reads."""
+    """Batches beyond the one that is needed. None: two a process, one where a thread reads, none of data in memory."""
     patience_s: float = 150.0
     """A worker that takes longer for a batch is taken to hang."""
 
@@ -46,7 +46,7 @@ class Reading:
         if self.workers and not getattr(data, "is_sequential", False):
             depth = 2 * self.workers if self.ahead is None else self.ahead
             return WorkerPool(data, self.workers, depth, owner, self.patience_s)
-        depth = 1 if self.ahead is None else self.ahead
+        depth = (0 if says_it_is_in_memory(data) else 1) if self.ahead is None else self.ahead
         return Threaded(BatchSource(data), depth) if depth and says_it_reads_ahead(data) else Inline(BatchSource(data))
 
 

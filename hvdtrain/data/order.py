@@ -6,6 +6,7 @@ slice of an epoch may be shorter, or be left out.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,12 @@ from hvdtrain.data.draws import Draws, Request
 from hvdtrain.data.samplers import Sampler, Shuffled
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import BatchPlan
+
+# A permutation costs numpy about as much for one small batch as for so many samples: it is computed for many steps.
+_SAMPLES_AT_ONCE = 1 << 13
+
+_Chunk = tuple[tuple[int, int], Tensor]
+"""An epoch and the first of some steps in it, and these steps' samples, int64 `(n,)`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,8 @@ class SampleOrder:
     """Which sample stands where in an epoch."""
     drop_last: bool = False
     """Leave out what is left of an epoch after its last full batch."""
+    _chunks: tuple[_Chunk, ...] = field(default=(), init=False, repr=False, compare=False)
+    """The two that were asked for last: whoever reads ahead is already in the next one."""
 
     def __post_init__(self) -> None:
         if self.num_samples < self.plan.global_batch_size:
@@ -65,14 +74,33 @@ class SampleOrder:
         return step // self.steps_per_epoch
 
     def global_batch(self, step: int) -> Tensor:
-        """Return the samples, int64 `(n,)`, of the step that follows `step` completed ones, over all ranks."""
-        positions, epoch = self._positions(step), self.epoch(step)
-        return torch.from_numpy(self.sampler.samples(positions, self.num_samples, self.seed, epoch))
+        """Return the samples, int64 `(n,)`, of the step that follows `step` completed ones, over all ranks.
 
-    def _positions(self, step: int) -> NDArray[np.int64]:
-        """Return where the samples of a step stand in its epoch."""
-        start = step % self.steps_per_epoch * self.plan.global_batch_size
-        return np.arange(start, min(start + self.plan.global_batch_size, self.num_samples))
+        It is a part of a longer tensor, and not to be changed.
+        """
+        epoch, epoch_step = divmod(step, self.steps_per_epoch)
+        batch = self.plan.global_batch_size
+        steps = max(1, _SAMPLES_AT_ONCE // batch)
+        first = epoch_step - epoch_step % steps
+        samples = self._samples(epoch, first, steps)
+        start = (epoch_step - first) * batch
+        return samples[start : start + batch]
+
+    def _samples(self, epoch: int, first: int, steps: int) -> Tensor:
+        """Return the samples, int64 `(n,)`, of so many steps of an epoch, `first` and those that follow it."""
+        for place, samples in self._chunks:
+            if place == (epoch, first):
+                return samples
+        positions = self._positions(first, steps)
+        samples = torch.from_numpy(self.sampler.samples(positions, self.num_samples, self.seed, epoch))
+        # Frozen for whoever has an order; one tuple, replaced as a whole, for whichever thread looks.
+        object.__setattr__(self, "_chunks", (((epoch, first), samples), *self._chunks[:1]))
+        return samples
+
+    def _positions(self, first: int, steps: int = 1) -> NDArray[np.int64]:
+        """Return where the samples of so many steps of an epoch, `first` and those that follow it, stand in it."""
+        batch = self.plan.global_batch_size
+        return np.arange(first * batch, min((first + steps) * batch, self.num_samples))
 
     def micro_batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
         """Return the positions in `global_batch(step)`, int64 `(n,)`, of each of a rank's micro-batches.
@@ -82,22 +110,29 @@ class SampleOrder:
         """
         epoch_step = step % self.steps_per_epoch
         num_samples = min(self.plan.global_batch_size, self.num_samples - epoch_step * self.plan.global_batch_size)
-        share = contiguous_share(num_samples, rank, self.plan.world_size)
-        batches = in_batches(share, self.plan.micro_batch_size)
-        if in_step:
-            largest_share = -(-num_samples // self.plan.world_size)
-            most = -(-largest_share // self.plan.micro_batch_size)
-            batches += [share[:0]] * (most - len(batches))
-        return batches
+        return [*_micro_batches(num_samples, rank, self.plan.world_size, self.plan.micro_batch_size, in_step)]
 
     def requests(self, step: int, rank: int, in_step: bool = False) -> list[Request]:
         """Return a rank's micro-batches, as `micro_batches` cuts the step."""
-        samples = self.global_batch(step)
-        keys = torch.from_numpy(self._positions(step)) if getattr(self.sampler, "repeats", False) else samples
-        return [
-            Request(samples[positions], Draws(self.seed, self.epoch(step), keys[positions]))
-            for positions in self.micro_batches(step, rank, in_step)
-        ]
+        samples, epoch = self.global_batch(step), self.epoch(step)
+        parts = [samples.index_select(0, positions) for positions in self.micro_batches(step, rank, in_step)]
+        keys = parts
+        if getattr(self.sampler, "repeats", False):
+            places = torch.from_numpy(self._positions(step % self.steps_per_epoch))
+            keys = [places[positions] for positions in self.micro_batches(step, rank, in_step)]
+        return [Request(part, Draws(self.seed, epoch, of_part)) for part, of_part in zip(parts, keys, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def _micro_batches(num_samples: int, rank: int, size: int, micro_batch_size: int, in_step: bool) -> tuple[Tensor, ...]:
+    """Return a rank's micro-batches of a step of so many samples, as `SampleOrder.micro_batches`: nearly all alike."""
+    share = contiguous_share(num_samples, rank, size)
+    batches = in_batches(share, micro_batch_size)
+    if in_step:
+        largest_share = -(-num_samples // size)
+        most = -(-largest_share // micro_batch_size)
+        batches += [share[:0]] * (most - len(batches))
+    return tuple(batches)
 
 
 @dataclass(frozen=True)

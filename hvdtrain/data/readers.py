@@ -29,6 +29,7 @@ class BatchSource:
     def __init__(self, data: Dataset) -> None:
         self.data = data
         self._takes_draws = "draws" in inspect.signature(data.batch).parameters
+        self._draws_nothing = says_it_reads_ahead(data)
         self._draws_itself = False
 
     def read(self, request: Request) -> Any:
@@ -41,12 +42,11 @@ class BatchSource:
         read: Callable[..., Any] = self.data.batch
         if self._takes_draws:
             return read(request.samples, draws=request.draws)
-        if says_it_reads_ahead(self.data):  # and with that, that it draws nothing
+        if self._draws_nothing:
             return read(request.samples)
-        with kept_random_state():
+        with kept_random_state() as before:
             if self._draws_itself and len(request.samples):
                 return self._one_by_one(request)
-            before = random_state()
             batch = read(request.samples)
             if is_same_state(before, random_state()) or len(request.samples) == 0:
                 return batch
@@ -136,9 +136,19 @@ class Threaded:
 
 
 def says_it_reads_ahead(data: Dataset) -> bool:
+    """Tell whether another thread may call the data's `batch`, which draws no random numbers of its own."""
+    return _says(data, "reads_ahead")
+
+
+def says_it_is_in_memory(data: Dataset) -> bool:
+    """Tell whether the data's `batch` only copies what is in memory."""
+    return _says(data, "is_in_memory")
+
+
+def _says(data: Dataset, name: str) -> bool:
     """Tell whether the class that defines the data's `batch` says so: what a subclass does instead, nobody knows."""
     owner = next((kind for kind in type(data).__mro__ if "batch" in vars(kind)), type(data))
-    return bool(vars(owner).get("reads_ahead", False))
+    return bool(vars(owner).get(name, False))
 
 
 def _work(calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None]) -> None:

@@ -30,6 +30,9 @@ class ImageTensors:
         labels: int64 `(n,)`.
     """
 
+    reads_ahead = True
+    is_in_memory = True
+
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         if images.dtype != torch.uint8 or images.dim() != 3 or labels.shape != images.shape[:1]:
             raise ValueError(
@@ -49,8 +52,8 @@ class ImageTensors:
             Images, fp32 `(n, 1, height, width)`, brought from 0..255 to -1..1 (mean 0.5 and standard deviation 0.5 of
             a scale from 0 to 1), and labels, int64 `(n,)`.
         """
-        pixels = self.images[indices].unsqueeze(1).float()
-        return (pixels / 255 - 0.5) / 0.5, self.labels[indices]
+        pixels = self.images.index_select(0, indices).unsqueeze(1).float()
+        return pixels.div_(255).sub_(0.5).div_(0.5), self.labels.index_select(0, indices)
 
     def num_targets(self, indices: Tensor) -> int:
         """Return one a sample."""
@@ -82,6 +85,13 @@ def load_images(config: VisionConfig, *, train: bool) -> ImageTensors:
             raise DataError(_explain_missing(config, raw))
         _download(dataset_class, root, raw)
     return _read(dataset_class, root, raw, train)
+
+
+def class_names(dataset: DatasetName) -> tuple[str, ...]:
+    """Return what the labels 0 to 9 of a data set mean."""
+    if dataset == "mnist":
+        return tuple(map(str, range(10)))
+    return tuple(import_torchvision("torchvision.datasets").FashionMNIST.classes)
 
 
 def _missing(raw: Path) -> list[str]:

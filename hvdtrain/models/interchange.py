@@ -183,7 +183,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         DataError: they are not there, or damaged.
     """
     index = folder / "model.safetensors.index.json"
-    files = indexed_files(folder) if index.exists() else [file_in(folder, "model.safetensors")]
+    files = indexed_files(index) if index.exists() else [file_in(folder, "model.safetensors")]
     weights: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -193,16 +193,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def indexed_files(folder: Path) -> list[Path]:
-    """Return the files that the folder's `model.safetensors.index.json` names.
+def indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index of weights, such as `model.safetensors.index.json`, names.
 
     Raises:
         DataError: it is no index, or names what is not a file beside it.
     """
-    index = read_json(folder / "model.safetensors.index.json").get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise DataError(f"{folder / 'model.safetensors.index.json'} has no 'weight_map' of file names")
-    return [file_in(folder, name) for name in sorted(set(index.values()))]
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise DataError(f"{index} has no 'weight_map' of file names")
+    return [file_in(index.parent, name) for name in sorted(set(named.values()))]
 
 
 def load_decoder(model: Decoder, folder: Path) -> None:

@@ -11,25 +11,40 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 __all__ = [
     "BatchNorm",
     "FakeTensorMode",
+    "apply_to_tensors",
     "backward_run",
     "can_skip_by_itself",
     "computed_node",
     "holders_of",
     "hook_before_step",
     "is_held_by_others",
+    "is_saved_buffer",
     "is_transformed",
+    "norm_of",
     "queue_after_run",
     "run_backward",
     "skipping_where",
     "version_of",
 ]
+
+
+def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Put `function` of each parameter and buffer in its place, as `model.to` does; parameters stay the objects."""
+    whole: Any = model
+    whole._apply(function)
+    return model
+
+
+def is_saved_buffer(module: nn.Module, name: str) -> bool:
+    """Return whether a buffer of the module itself is part of its state."""
+    return name not in module._non_persistent_buffers_set
 
 
 def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
@@ -48,6 +63,21 @@ def skipping_where(optimizer: Any, is_skipped: Tensor) -> Iterator[None]:
         yield
     finally:
         del optimizer.found_inf
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all numbers of dense tensors, a scalar: bitwise torch's `get_total_norm`.
+
+    Plain tensors of one type in host memory need not be sorted by these first, which takes as long as the norms.
+    """
+    dtype = tensors[0].dtype if tensors else None
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not tensor.is_cpu or tensor.dtype != dtype or tensor.requires_grad:
+            return torch.nn.utils.get_total_norm(tensors)
+    if dtype is None:
+        return torch.tensor(0.0)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2.0)), 2.0)
+    return norm
 
 
 def run_backward(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +79,32 @@ def check_can_be_saved(model: nn.Module) -> None:
             f"this model could not be resumed: {error}. Give each state-dict hook that renames or drops something its"
             " counterpart (register_load_state_dict_pre_hook)"
         ) from error
+
+
+def check_types(model: nn.Module) -> None:
+    """Make sure that the file of weights has a word for the type of each.
+
+    Raises:
+        ConfigError: it has none, as for complex128 and for sparse tensors.
+    """
+    known: dict[torch.dtype, bool] = {}
+    for name, value in model_weights(model).items():
+        if value.dtype not in known:
+            known[value.dtype] = _can_be_written(value.dtype)
+        if not known[value.dtype] or value.layout != torch.strided:
+            kind = value.dtype if value.layout == torch.strided else value.layout
+            raise ConfigError(
+                f"{name} is of the type {kind}, which a checkpoint cannot hold: keep it as another, such as complex64,"
+                " pairs of real numbers (torch.view_as_real) or a dense tensor"
+            )
+
+
+def _can_be_written(dtype: torch.dtype) -> bool:
+    try:
+        safetensors.torch.save({"tensor": torch.empty(0, dtype=dtype)})
+    except Exception:  # of whatever kind the library has for it
+        return False
+    return True
 
 
 def _problems(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

@@ -13,14 +13,27 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
 
     Warm-up is linear and ends at the peak: update `s` (from 0) uses `peak (s + 1) / warmup_steps`. Afterwards, with
     `progress` from 0 (end of the warm-up) to 1 (last update), cosine (arXiv:1608.03983, eq. 5), linear and wsd
-    (warm-up, stable, decay: arXiv:2404.06395, section 4) fall from the peak to `final_lr_fraction` of it.
+    (warm-up, stable, decay: arXiv:2404.06395, section 4) fall from the peak to `final_lr_fraction` of it. step and
+    multistep multiply by `decay_factor` where a share of all `num_steps` is reached, warm-up included. plateau depends
+    on evaluations: `trainer.plateau` multiplies what is constant here.
     """
     warmup = warmup_steps(optim, num_steps)
     if step < warmup:
         return optim.peak_lr * (step + 1) / warmup
+    if optim.schedule in ("step", "multistep", "plateau"):
+        return optim.peak_lr * float(optim.decay_factor ** _num_drops(optim, step, num_steps))
     progress = min(1.0, (step - warmup) / max(1, num_steps - 1 - warmup))
     final = optim.final_lr_fraction
     return optim.peak_lr * (final + (1 - final) * _height(optim, progress, num_steps))
+
+
+def _num_drops(optim: OptimConfig, step: int, num_steps: int) -> int:
+    """Return how often the rate was multiplied before the update that follows `step` completed ones."""
+    if optim.schedule == "multistep":
+        return sum(step >= round(share * num_steps) for share in optim.milestones)
+    if optim.schedule == "step":
+        return step // max(1, round(optim.step_fraction * num_steps))
+    return 0
 
 
 def warmup_steps(optim: OptimConfig, num_steps: int) -> int:

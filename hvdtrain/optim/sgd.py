@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,14 @@ class SgdConfig(OptimConfig):
     """The optimizer; see --optim.name of any recipe for the others."""
     momentum: float = setting(0.0, minimum=0, below=1)
     """SGD: momentum."""
+    nesterov: bool = False
+    """SGD: Nesterov's momentum, which looks one step ahead."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield what needs momentum."""
+        yield from super().unused()
+        if not self.momentum:
+            yield "nesterov", "it is a kind of momentum: give --optim.momentum"
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer over the model's trainable parameters."""
@@ -28,4 +37,5 @@ class SgdConfig(OptimConfig):
         from hvdtrain.optim.groups import decay_groups, trainable
 
         groups = decay_groups(model, trainable(model), self.weight_decay)
-        return torch.optim.SGD(groups, lr=self.peak_lr, momentum=self.momentum)
+        is_nesterov = self.nesterov and self.momentum > 0
+        return torch.optim.SGD(groups, lr=self.peak_lr, momentum=self.momentum, nesterov=is_nesterov)

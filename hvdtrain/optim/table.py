@@ -22,6 +22,8 @@ OPTIMIZERS = {
     "adamw": "AdamWConfig",
     "sgd": "SgdConfig",
     "muon": "MuonConfig",
+    "lars": "LarsConfig",
+    "lamb": "LambConfig",
 }
 
 

@@ -6,8 +6,10 @@ nobody notices a lost `horovodrun` under MPI, and its ranks would train on witho
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OWNER = "HVDTRAIN_OWNER"
-"""Environment variable: number of the process that has started the launcher, and without which its ranks end."""
+"""Environment variable: the programs that have started the launcher, without any of which its ranks end."""
 _LAUNCHERS = {
     *("horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "prun", "prted", "orted"),
     *("mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
@@ -26,7 +28,7 @@ _MOST_ANCESTORS = 64
 
 @dataclass(frozen=True)
 class Ancestor:
-    """A process above this one. The two numbers together name it: a process id alone may be used again."""
+    """A process that this one belongs to. The two numbers name it: a process id alone may be used again."""
 
     pid: int
     started: int
@@ -65,14 +67,28 @@ def own_launcher() -> Ancestor | None:
     return find_launcher()
 
 
+def as_owner() -> dict[str, str]:
+    """Return the variable by which ranks that this process starts know that they belong to it.
+
+    Programs that this process belongs to itself stay in it: any of them may be lost.
+    """
+    state = _state(os.getpid())
+    entries = os.environ.get(OWNER, "").split(",")
+    entries += [f"{os.getpid()}.{state.started}.{_place()}"] if state else []
+    return {OWNER: ",".join(filter(None, entries))}
+
+
 @functools.cache
 def owners() -> tuple[Ancestor, ...]:
     """Return whom this process works for, as they were when this was first asked.
 
-    That is the launcher, and the program that has started the launcher and given its number in `OWNER`.
+    That is the launcher, and the programs of `as_owner` on this host, even if they have ended before this was asked.
     """
-    given = os.environ.get(OWNER, "")
-    programs = [ancestor for ancestor in _ancestors() if str(ancestor.pid) == given]
+    programs: list[Ancestor] = []
+    for entry in os.environ.get(OWNER, "").split(","):
+        found = re.fullmatch(r"(\d{1,18})\.(\d{1,18})\.(.*)", entry, re.ASCII)
+        if found and found[3] == _place():
+            programs.append(Ancestor(int(found[1]), int(found[2])))
     return tuple(found for found in (own_launcher(), *programs) if found is not None)
 
 
@@ -92,6 +108,14 @@ def _ancestors() -> Iterator[Ancestor]:
             break
         yield Ancestor(pid, state.started)
         pid = state.parent
+
+
+def _place() -> str:
+    """Return what tells this host, since it was booted, and this container from others: where a process id counts."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}.{Path('/proc/self/ns/pid').stat().st_ino}"
+    return ""
 
 
 def _is_launcher(pid: int) -> bool:

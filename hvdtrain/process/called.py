@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 from hvdtrain.process.launch import prepare_process
+from hvdtrain.process.stop import end_without_launcher
 
 CALL, RESULT, FAILURE = "call.pickle", "result-{}.pickle", "failure-{}.txt"
 
@@ -15,6 +16,7 @@ CALL, RESULT, FAILURE = "call.pickle", "result-{}.pickle", "failure-{}.txt"
 def main() -> int:
     """Call the function in the folder's file; leave its result, or its traceback, there."""
     launch = prepare_process()  # before torch starts
+    end_without_launcher()
     folder = Path(sys.argv[1])
     try:
         sys.path[:] = pickle.loads((folder / "path.pickle").read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -40,7 +41,8 @@ def restricted(command: Sequence[str], hosts: dict[str, int], lost: set[str]) ->
     _, batch = _option(words, ("--train.global-batch-size",))
     size = _number(batch)
     if size:
-        ranks = max(n for n in range(1, ranks + 1) if size % n == 0)
+        small = [n for n in range(1, math.isqrt(size) + 1) if size % n == 0]
+        ranks = max(n for n in (*small, *(size // n for n in small)) if n <= ranks)
     if number is not None:
         if "=" in words[number]:
             words[number] = f"{words[number].partition('=')[0]}={ranks}"

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from hvdtrain.errors import ConfigError, LaunchError
-from hvdtrain.process.ancestors import OWNER
+from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
+from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
 from hvdtrain.process.session import session_folder
@@ -79,7 +79,7 @@ def run_job(
     mark = uuid.uuid4().hex
     command = command_of(ranks, program)
     with session_folder() as for_launcher:
-        environ = {**for_launcher, **os.environ, MARK: mark, OWNER: str(os.getpid()), **_path_to(sys.executable)}
+        environ = {**for_launcher, **os.environ, MARK: mark, **as_owner(), **_path_to(sys.executable)}
         process = _started(command, environ, is_read=output is not None)
         try:
             with _passing_signals_on(mark):
@@ -115,6 +115,16 @@ def _started(command: list[str], environ: dict[str, str], is_read: bool) -> subp
         )
     except OSError as error:
         raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from error
+
+
+def start_ranks(arguments: Sequence[str]) -> int:
+    """Run `hvdtrain` on ranks of this machine: how many is the first argument. Returns the exit code."""
+    try:
+        ranks = count_of_ranks(arguments[0] if arguments else "")
+        return run_job(ranks, [sys.executable, "-m", "hvdtrain", *arguments[1:]])
+    except HvdtrainError as error:
+        sys.stderr.write(f"hvdtrain: {error}\n")
+        return error.exit_code
 
 
 def _path_to(executable: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from hvdtrain.process.ancestors import owners, seconds_since_launch
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_FOR_INTERRUPT = 3.0
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_TO_END = 60.0
 
 
 class StopRequest:
@@ -57,6 +58,7 @@ class StopRequest:
             # What came before the first step, such as preparing data, is part of what a scheduler gives.
             self._deadline = time.monotonic() + self._max_time_s - seconds_since_launch()
         _Early.is_over = True
+        _Early.num_requests += 1
         self._signals.take()
         return self
 
@@ -64,6 +66,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._signals.give_back()
+        _Early.num_requests -= 1
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
@@ -88,7 +91,31 @@ def end_on_signals() -> None:
     ends where its launcher is lost before training.
     """
     owners()  # as early as can be
+    _Early.is_watching = True
     _Signals(_raise_early, _end_after_early).take()
+
+
+def end_without_launcher(grace_s: float = _SECONDS_TO_END) -> None:
+    """Have a program of the user's own end once its launcher is gone: by SIGTERM, and after `grace_s` in any case.
+
+    While it trains by `StopRequest`, and where `end_on_signals` watches, that is their business. Does nothing where
+    nobody has started this process, or the second time.
+    """
+    if not _Early.is_watching and owners():
+        _Early.is_watching = True
+        threading.Thread(target=_end_with_launcher, args=(grace_s,), name="hvdtrain-launcher", daemon=True).start()
+
+
+def _end_with_launcher(grace_s: float) -> None:
+    launcher = _Launcher()
+    while _Early.num_requests or not launcher.is_gone():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write("hvdtrain: the launcher is gone: this rank ends\n")
+        sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGTERM)  # a handler of the program's own may save
+    time.sleep(grace_s)  # it may have none, ignore it, or wait for other ranks, where handlers do not run
+    os._exit(StopRequested.exit_code)
 
 
 @contextlib.contextmanager
@@ -198,6 +225,10 @@ def _leave_alone(reason: str, exit_code: int) -> NoReturn:
 class _Early:
     is_over = False
     """Training has begun: from then on, a lost launcher is a request to save and stop."""
+    num_requests = 0
+    """Of those that are entered, which look for the launcher themselves."""
+    is_watching = False
+    """A thread looks for the launcher."""
 
 
 class _Leave:

@@ -4,8 +4,8 @@
 
 Exit code 0 and 2 end it; 75 (stopped on request after saving) starts the command again at once; anything else after a
 pause that grows. Whatever an attempt leaves behind is ended before the next one begins; so is a launcher that does not
-return although its ranks are gone. Where the command names hosts, those that do not answer are left out, and the number
-of ranks is lowered to the slots that are left.
+return although its ranks are gone. Where the supervisor itself is killed, the ranks save and end. Where the command
+names hosts, those that do not answer are left out, and the number of ranks is lowered to the slots that are left.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.hosts import lost_hosts, named_hosts, restricted, run_directory
 from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among, training_among
 from hvdtrain.process.run_files import named_checkpoint
@@ -112,7 +113,7 @@ class Supervisor:
     def _attempt(self, command: list[str]) -> int:
         """Run the command once, in a session of its own, and end what it leaves behind."""
         with session_folder() as for_launcher:
-            environ = {**for_launcher, **os.environ, MARK: self.mark}
+            environ = {**for_launcher, **os.environ, MARK: self.mark, **as_owner()}
             try:
                 self._process = subprocess.Popen(command, env=environ, start_new_session=True)
             except OSError as error:

@@ -30,6 +30,7 @@ RECIPES = {
     "lm-3b": ("hvdtrain.recipes.lm", "lm_3b"),
     "hf": ("hvdtrain.recipes.hf", "hf"),
     "mnist": ("hvdtrain.recipes.mnist", "mnist"),
+    "resnet": ("hvdtrain.recipes.resnet", "resnet"),
 }
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.table import own_class, owners, with_name
-from hvdtrain.settings import Config, OptimConfig, merge
+from hvdtrain.settings import Config, OptimConfig, merge, nearest
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.paths import check_path
+from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, flattened
 from hvdtrain.trainer.task import Recipe
 
@@ -40,6 +41,27 @@ def apply(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     for values, source in layers:
         _refuse_without_effect(values, source, (defaults, recipe, resolved))
     return resolved
+
+
+def changeable(names: Sequence[str], recipe: Config, source: Source) -> tuple[str, ...]:
+    """Return settings, or sections, that may change within a run, as `Config` names them.
+
+    Raises:
+        ConfigError: there is no such setting, or it never may change.
+    """
+    settings = [name for name, _, _ in fields_of(recipe)]
+    known = settings + sorted({name.split(".")[0] for name in settings if "." in name})
+    flag = source.name("allow_config_change")
+    for given in names:
+        name = given.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{flag}: there is no setting '{shortened(name)}'{nearest(name, known)}")
+        if name in ("model", "train", "train.global_batch_size") or name.startswith("model."):
+            raise ConfigError(
+                f"{flag} {name}: the model and the global batch cannot change within a run; begin another with"
+                " --run-dir"
+            )
+    return tuple(given.replace("-", "_") for given in names)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -169,7 +191,8 @@ def _refuse_without_effect(values: Mapping[str, Any], source: Source, stages: tu
     unused = dict(stages[1].unused())
     plain = {name: item.default for name, item, _ in fields_of(stages[1])}
     for name in flattened(values):
-        if name in unused and (not source.file or recipe.get(name) not in (defaults.get(name), plain.get(name))):
+        harmless = (None, *((defaults.get(name), plain.get(name)) if source.file else ()))
+        if name in unused and recipe.get(name) not in harmless:
             raise ConfigError(f"{source.name(name)} has no effect: {unused[name]}")
         if recipe.get(name) != resolved.get(name):
             raise ConfigError(

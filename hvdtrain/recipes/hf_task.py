@@ -135,7 +135,7 @@ def _prepare(data: DocumentsConfig, tokenizer: Any, say: Callable[[str], None]) 
     for part in splits.values():
         digest.update("\0".join(["", *(f"{source.digest} {source.held_out_below}" for source in part)]).encode())
     work = {name: partial(reader.read, part) for name, part in splits.items()}
-    return write_packed(cache_dir(data), digest.hexdigest()[:32], work, reader.describe)
+    return write_packed(cache_dir(data), digest.hexdigest()[:32], work, reader.describe, say)
 
 
 def _try_out(model: nn.Module, samples: PackedDocuments, length: int) -> Way:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from hvdtrain.settings import LogConfig, TrainConfig
 from hvdtrain.trainer.task import Recipe, Task
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 
@@ -40,6 +43,7 @@ class Digits(Recipe):
             metrics=("loss", "accuracy"),
             description=f"data:       {self.data.dataset}: {len(train):,} training images, {len(test):,} held out",
             fingerprint=f"{train.fingerprint()} {test.fingerprint()}",
+            write_model_files=lambda folder: _write(folder, self.data),
         )
 
 
@@ -50,6 +54,22 @@ def mnist() -> Digits:
         optim=SgdConfig(peak_lr=0.01, schedule="constant", weight_decay=0.0),
         log=LogConfig(every=100),
     )
+
+
+def _write(folder: Path, data: VisionConfig) -> None:
+    from hvdtrain.data.vision import class_names
+    from hvdtrain.recipes.image_models import Description
+
+    about = Description(
+        name=data.dataset,
+        classes=class_names(data.dataset),
+        image_size=28,
+        resize=28,
+        channels=1,
+        mean=(0.5,),
+        std=(0.5,),
+    )
+    (folder / "config.json").write_text(json.dumps(about.as_dict(), indent=2) + "\n")
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:

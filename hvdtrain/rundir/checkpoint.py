@@ -7,17 +7,19 @@ manifest.json       format version, step, samples, world size, hashes of the two
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
@@ -89,27 +91,62 @@ def read_back(folder: Path, weights: Mapping[str, Tensor], is_whole: bool) -> No
         raise CheckpointError(f"it does not load again: {_reason(error)}") from error
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, is_verified: bool = False) -> Checkpoint:
     """Read a checkpoint to host memory and verify it against its manifest.
+
+    Args:
+        path: its folder.
+        is_verified: it was, a moment ago.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of a newer format; names the file.
     """
     manifest = read_manifest(path)
-    try:
-        _verify(path, manifest)
+    with _in_a_sentence(path):
+        if not is_verified:
+            _verify(path, manifest)
         weights = safetensors.torch.load_file(path / WEIGHTS)
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        return Checkpoint(manifest, weights, _load_state(path))
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Make sure that a checkpoint loads; its tensors are read for their hash, and take no memory.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    manifest = read_manifest(path)
+    with _in_a_sentence(path):
+        _verify(path, manifest)
+        _load_state(path, is_mapped=True)
+
+
+@contextlib.contextmanager
+def _in_a_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # of many types: what torch raises for a file depends on where it is odd
         raise CheckpointError(f"checkpoint {path} cannot be read: {_reason(error)}") from error
+
+
+def _load_state(path: Path, is_mapped: bool = False) -> dict[str, Any]:
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=is_mapped)
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {path} cannot be read: {STATE} holds no dictionary")
-    return Checkpoint(manifest, weights, state)
+    return state
 
 
 def _verify(path: Path, manifest: Manifest) -> None:
+    # First what takes no time, whatever size a file pretends to have: a header says how long the weights' is, and an
+    # archive has its directory at the end.
+    try:
+        safe_open(regular_file(path / WEIGHTS), "pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / WEIGHTS} is damaged: {_reason(error)}") from error
+    if not zipfile.is_zipfile(regular_file(path / STATE)):
+        raise CheckpointError(f"{path / STATE} is damaged: it is cut short, or something else")
     for name, expected in manifest.sha256.items():
         if _hash(regular_file(path / name)) != expected:
             raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")

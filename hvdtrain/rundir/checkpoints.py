@@ -29,10 +29,11 @@ from hvdtrain.rundir.checkpoint import (
     flush_folder,
     load_checkpoint,
     read_back,
+    verify_checkpoint,
     write_checkpoint,
     write_text,
 )
-from hvdtrain.rundir.manifest import Manifest, NewerFormatError, read_manifest
+from hvdtrain.rundir.manifest import MANIFEST, STATE, WEIGHTS, Manifest, NewerFormatError, read_manifest
 from hvdtrain.rundir.retention import Health, Retention, kept_steps
 
 _TEMPORARY = ".writing-"
@@ -49,6 +50,8 @@ class Checkpoints:
     folder: Path
     _damaged: set[int] = field(default_factory=set)
     """Steps of those that were found damaged since this process began."""
+    _verified: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    """Identities of the files of those that were found good since this process began."""
     _has_saved: bool = False
 
     def path_of(self, step: int) -> Path:
@@ -82,8 +85,11 @@ class Checkpoints:
         match = _NAME.fullmatch(named_checkpoint(self.folder.parent, pointer))
         return self.by_step().get(int(match[1]), self.folder / match[0]) if match else None
 
-    def newest_manifest(self) -> Manifest | None:
-        """Return what the newest checkpoint whose manifest is good says of itself; None without any.
+    def newest_manifest(self, *, is_whole: bool = True) -> Manifest | None:
+        """Return what the checkpoint that `load_newest` would load says of itself; None without any that is good.
+
+        Args:
+            is_whole: verify the checkpoint, too; otherwise the newest is taken whose manifest is good.
 
         Raises:
             ResumeError: the folder cannot be listed.
@@ -92,6 +98,8 @@ class Checkpoints:
             with contextlib.suppress(CheckpointError):
                 manifest = _manifest_of(step, path)
                 if manifest.is_finite:
+                    if is_whole:
+                        self._verify(step, path)
                     return manifest
         return None
 
@@ -106,7 +114,7 @@ class Checkpoints:
         for step, path in reversed(found.items()):
             try:
                 _manifest_of(step, path)
-                checkpoint = load_checkpoint(path)
+                checkpoint = load_checkpoint(path, is_verified=self._verified.get(step) == _identity(path))
                 if checkpoint.manifest.is_finite:
                     return checkpoint
                 warn(f"warning: {path} holds weights that are not finite; trying the one before it")
@@ -170,6 +178,16 @@ class Checkpoints:
         self._damaged.discard(manifest.step)
         self._tidy(manifest.step, retention, warn)
         return final
+
+    def _verify(self, step: int, path: Path) -> None:
+        """Make sure that a checkpoint is good, and note which files these were: loading need not hash them again.
+
+        Raises:
+            CheckpointError: it would not load.
+        """
+        identity = _identity(path)
+        verify_checkpoint(path)
+        self._verified[step] = identity
 
     def report(self) -> str:
         """Return which checkpoints are good, in a sentence."""
@@ -247,6 +265,14 @@ def _manifest_of(step: int, path: Path) -> Manifest:
     if manifest.step != step:
         raise CheckpointError(f"{path} is damaged: its manifest is of step {manifest.step}")
     return manifest
+
+
+def _identity(path: Path) -> list[tuple[int, int, int]]:
+    """Return what changes when one of a checkpoint's files is replaced or written to; empty where one is missing."""
+    with contextlib.suppress(OSError):
+        found = [(path / name).stat() for name in (MANIFEST, WEIGHTS, STATE)]
+        return [(file.st_ino, file.st_size, file.st_ctime_ns) for file in found]
+    return []
 
 
 def _remove(path: Path) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
+
+# Millions of lines, far more than a run logs: a file may also pretend to be large.
+_MOST_BYTES = 1 << 30
+_LONGEST_LINE = 1 << 20
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -13,15 +18,24 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     A last line without its end was cut short by a crash and is not counted.
 
     Raises:
-        OSError: the file cannot be read; one that does not exist is empty.
+        OSError: the file cannot be read, or has more than 1 GiB; one that does not exist is empty.
     """
     if not path.exists():
         return [], 0
     if not path.is_file():
         raise OSError(0, "it is no regular file")
-    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
-    sound = [values for line in lines if (values := _parse(line)) is not None]
-    return sound, len(lines) - len(sound)
+    if path.stat().st_size > _MOST_BYTES:
+        raise OSError(errno.EFBIG, "it has more than 1 GiB")
+    sound, num_bad = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip() and line.endswith(b"\n"):
+                values = _parse(line) if len(line) <= _LONGEST_LINE else None
+                if values is None:
+                    num_bad += 1
+                else:
+                    sound.append(values)
+    return sound, num_bad
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

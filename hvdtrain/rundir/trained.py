@@ -12,6 +12,7 @@ from hvdtrain.models.interchange import read_weights
 from hvdtrain.process.run_files import BEST, LATEST
 from hvdtrain.rundir.checkpoint import Checkpoint, load_checkpoint
 from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.settings.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,19 @@ class Trained:
     """A model's weights, and where the files lie that tell what they are."""
 
     folder: Path
-    """Holds config.json and the tokenizer."""
+    """Holds config.json, and the tokenizer of a language model; neither for a recipe that does not say what it is."""
     weights: dict[str, Tensor]
     source: str
     """What a person calls it."""
     about: str = ""
     """What the weights are, if they are not those of the last step."""
+
+    @property
+    def model_type(self) -> str:
+        """Return what `config.json` says that the model is; nothing where it is not there, or does not say."""
+        if not (self.folder / "config.json").is_file():
+            return ""
+        return str(read_json(self.folder / "config.json").get("model_type", ""))
 
 
 def open_trained(path: Path, which: str) -> Trained:
@@ -38,10 +46,6 @@ def open_trained(path: Path, which: str) -> Trained:
         if (path / "config.json").is_file():
             return Trained(path, read_weights(path), str(path))
         raise DataError(f"{path} is neither a run's directory (with checkpoints/) nor an export (with config.json)")
-    if not (run.model / "config.json").is_file():
-        raise DataError(
-            f"{path} does not say what its weights are (no model/config.json): it is no run of a language model"
-        )
     checkpoint = _find(run, which)
     try:
         weights, about = _exported(load_checkpoint(checkpoint))

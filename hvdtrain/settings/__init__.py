@@ -15,9 +15,10 @@ from hvdtrain.settings.sections import (
     Precision,
     TrainConfig,
 )
-from hvdtrain.settings.values import merge, nearest, to_dict
+from hvdtrain.settings.values import NONE, merge, nearest, to_dict
 
 __all__ = [
+    "NONE",
     "BatchPlan",
     "CheckpointConfig",
     "CommConfig",

@@ -14,13 +14,14 @@ SHORT = {
     "precision": ("train.precision",),
     "max_time": ("train.max_time",),
     "data": ("data.path", "data.root"),
-    "model": ("model.path",),
+    "model": ("model.path", "model.name"),
     "workers": ("data.workers",),
 }
 COMMON = {
     *(setting for settings in SHORT.values() for setting in settings),
     *("train.micro_batch_size", "train.ema", "optim.name", "optim.warmup_steps", "optim.weight_decay"),
     *("data.val_path", "data.sequence_length", "data.dataset", "data.download"),
+    *("data.synthetic", "data.image_size", "data.augment", "labels.smoothing"),
     *("model.num_layers", "model.hidden_size", "model.num_heads"),
     *("eval.every", "checkpoint.every", "log.every", "log.tensorboard", "comm.compression"),
 }

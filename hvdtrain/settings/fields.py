@@ -110,7 +110,8 @@ def check_range(item: dataclasses.Field[Any], name: str, value: Any) -> None:
         _check_value(item, name, number)
     kind = item.metadata.get("path")
     if kind is not None and value is not None:
-        check_path(str(value), kind, name)
+        for path in numbers:
+            check_path(str(path), kind, name)
 
 
 def _check_value(item: dataclasses.Field[Any], name: str, value: Any) -> None:

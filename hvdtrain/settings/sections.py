@@ -16,6 +16,9 @@ from hvdtrain.settings.fields import Section, check_fields, setting
 from hvdtrain.settings.intervals import parse_every
 from hvdtrain.settings.units import parse_duration
 
+# Schedules that multiply the rate now and then.
+_FALLING = ("step", "multistep", "plateau")
+
 Precision = Literal["fp32", "bf16", "fp16", "bf16-true", "fp64"]
 
 
@@ -67,15 +70,18 @@ class OptimConfig(Section):
 
     name: str = "adamw"
     """adamw: decoupled weight decay (arXiv:1711.05101). sgd: with momentum if --optim.momentum is given. muon: for the
-    hidden layers' matrices, adamw for the rest. Or a class of torch.optim, such as NAdam, with its own defaults."""
+    hidden layers' matrices, adamw for the rest. lars, lamb: a rate for each layer, for large batches. Or a class of
+    torch.optim, such as NAdam, with its own defaults."""
     peak_lr: float = setting(1e-3, above=0)
     """Learning rate at the end of the warm-up, for a global batch of --optim.reference-batch if there is a rule."""
     lr_rule: Literal["none", "linear", "sqrt"] = "none"
     """Scale the learning rate with the global batch: linear (arXiv:1706.02677, section 2.1) or by its square root."""
     reference_batch: int | None = setting(None, above=0)
     """Global batch in samples that --optim.peak-lr is meant for; needed by --optim.lr-rule."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """What follows the warm-up; wsd: constant, then a linear decay over the last --optim.decay-fraction."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "step", "multistep", "plateau"] = "cosine"
+    """What follows the warm-up. wsd: constant, then a linear decay over the last --optim.decay-fraction. step,
+    multistep and plateau multiply the rate by --optim.decay-factor: at every --optim.step-fraction of the run, at each
+    of --optim.milestones, or after --optim.patience evaluations without a lower held-out loss."""
     warmup_steps: int | None = setting(None, minimum=0)
     """Steps of linear warm-up from 0 to the peak. None: --optim.warmup-fraction of the run."""
     warmup_fraction: float = setting(0.0, minimum=0, below=1)
@@ -84,6 +90,14 @@ class OptimConfig(Section):
     """Learning rate at the end of the schedule, as a fraction of the peak."""
     decay_fraction: float = setting(0.2, above=0, maximum=1)
     """Share of all steps over which wsd decays."""
+    decay_factor: float = setting(0.1, above=0, below=1)
+    """By what step, multistep and plateau multiply the learning rate each time."""
+    step_fraction: float = setting(1 / 3, above=0, below=1)
+    """Share of all steps after which step multiplies, again and again."""
+    milestones: tuple[float, ...] = setting((1 / 3, 2 / 3, 8 / 9), above=0, below=1)
+    """Shares of all steps after which multistep multiplies; these are epochs 30, 60 and 80 of 90."""
+    patience: int = setting(5, above=0, maximum=10**6)
+    """Evaluations (--eval.every) without a lower held-out loss after which plateau multiplies."""
     weight_decay: float = setting(0.1, minimum=0)
     """Applied to matrices only; vectors (norms, biases) are never decayed."""
 
@@ -104,6 +118,14 @@ class OptimConfig(Section):
             yield "decay_fraction", f"it belongs to --optim.schedule wsd, and the schedule is {self.schedule}"
         if self.schedule == "constant":
             yield "final_lr_fraction", "--optim.schedule constant never leaves the peak"
+        if self.schedule in _FALLING:
+            yield "final_lr_fraction", f"--optim.schedule {self.schedule} multiplies by --optim.decay-factor"
+        else:
+            yield "decay_factor", f"it is for the schedules {', '.join(_FALLING)}, and the schedule is {self.schedule}"
+        owners = {"step": "step_fraction", "multistep": "milestones", "plateau": "patience"}
+        for schedule, name in owners.items():
+            if self.schedule != schedule:
+                yield name, f"it belongs to --optim.schedule {schedule}, and the schedule is {self.schedule}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +138,8 @@ class CommConfig(Section):
     bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
     """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
     op: Literal["average", "adasum"] = setting("average", several_ranks=True)
-    """adasum combines gradients by their directions (arXiv:2006.02924); MPI and 2, 4, 8, ... ranks only."""
+    """adasum combines gradients by their directions (arXiv:2006.02924), before they are clipped; MPI and 2, 4, 8, ...
+    ranks only."""
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what lays out buckets where there are none."""
@@ -233,7 +256,8 @@ class DataConfig(Section):
     workers: int = setting(0, minimum=0, maximum=256, changeable=True)
     """Processes of each rank that read batches, where decoding or augmenting takes long. 0: the rank itself reads."""
     ahead: int | None = setting(None, minimum=0, changeable=True)
-    """Batches that are read before they are needed. None: two a worker; without workers, one where the data allows."""
+    """Batches that are read before they are needed. None: two a worker; without workers, one where the data allows,
+    none of data in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,18 +66,23 @@ class Source:
         return "; all of them: the same command with --help-all"
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Turn a configuration into nested plain values that TOML can hold; `None` is left out."""
-    return {
-        item.name: _plain(value)
-        for item in dataclasses.fields(config)
-        if (value := getattr(config, item.name)) is not None
-    }
+NONE = "none"
+"""How a command line and a file say that a setting is not given; TOML has no word for it."""
 
 
-def _plain(value: Any) -> Any:
+def to_dict(config: Any, none: str | None = None) -> dict[str, Any]:
+    """Turn a configuration into nested plain values that TOML can hold.
+
+    `None` is left out, or written as `none`: a recipe's default may be another, and what loads the values must know.
+    """
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    filled = {name: none if value is None else _plain(value, none) for name, value in values.items()}
+    return {name: value for name, value in filled.items() if value is not None}
+
+
+def _plain(value: Any, none: str | None = None) -> Any:
     if dataclasses.is_dataclass(value):
-        return to_dict(value)
+        return to_dict(value, none)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
@@ -152,7 +157,7 @@ def convert(value: Any, hint: Any, name: str) -> Any:
     """
     if isinstance(value, Words):
         return _from_words(value, hint, name)
-    if value is None and is_optional(hint):
+    if is_optional(hint) and (value is None or (isinstance(value, str) and value in (NONE, "None"))):
         return None
     kinds = alternatives(hint)
     kind = next((kind for kind in kinds if type(value) is kind), kinds[0])
@@ -182,7 +187,7 @@ def _from_words(words: Words, hint: Any, name: str) -> Any:
         raise ConfigError(f"{name} needs a value: {words_for(hint)}")
     if len(words) > 1:
         raise ConfigError(f"'{shortened(words[1])}' belongs to no flag: {name} takes one value")
-    if is_optional(hint) and words[0] in ("None", "none"):
+    if is_optional(hint) and words[0] in (NONE, "None"):
         return None
     for other in others:  # of int | str, a number is the former
         with contextlib.suppress(ConfigError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from hvdtrain.trainer.component import Component, Step
@@ -23,6 +24,8 @@ class ChangingBuffers(Component):
 
     Each rank has moved them by its own samples. The mean is what their averages over all samples are; counts take the
     largest. Then all ranks are equal at the end of every step, and it matters not at which step a run is saved.
+
+    A step that does not count leaves them as they were: running statistics would stay nan for good.
     """
 
     name = "buffers"
@@ -36,15 +39,34 @@ class ChangingBuffers(Component):
         self._before: dict[str, Tensor] = {}
         self._modes: list[bool] = []
         """Which modules were in training mode when that was found out."""
+        self._kept: dict[str, Tensor] = {}
+        """What the buffers were after the last step that counts."""
 
     def begin(self, model: nn.Module) -> None:
         """Remember what the buffers hold: what has changed them so far does not count."""
         self._model, self._before = model, _digests(model)
+        self._kept = {name: buffer.clone() for name, buffer in model.named_buffers() if name in self._before}
 
     def after_backward(self, training: Training, step: Step) -> None:
         """Average, where ranks are to be equal after this step."""
         if training.strategy.is_equal_after(step.number):
             self.average(self._world)
+
+    @torch.no_grad()
+    def after_update(self, training: Training, step: Step) -> None:
+        """Undo what a step has done that does not count."""
+        if self.names is None:
+            return
+        buffers = dict(training.model.named_buffers())
+        kept = {name: self._kept[name] for name in self.names if name in self._kept and name in buffers}
+        for name, before in kept.items():
+            if step.is_finite.is_cuda:  # asking would mean to wait
+                buffers[name].copy_(torch.where(step.is_finite, buffers[name], before))
+            elif not step.is_finite:
+                buffers[name].copy_(before)
+            before.copy_(buffers[name])
+        # One that has begun to change is kept from now on.
+        self._kept = {**kept, **{name: buffers[name].clone() for name in self.names if name not in kept}}
 
     def before_looking(self, training: Training) -> None:
         """Take in the buffers that have begun to change since the first step, and average them."""
@@ -62,12 +84,13 @@ class ChangingBuffers(Component):
 
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
-        if world.size == 1 or not self._before or self._model is None:
+        if not self._before or self._model is None:
             return
         modes = [module.training for module in self._model.modules()]
         if self.names is None or modes != self._modes:
             self.names, self._modes = self._changed(world), modes
-        self._average(world, self.names)
+        if world.size > 1:
+            self._average(world, self.names)
 
     def _changed(self, world: World) -> list[str]:
         """Return the names of the buffers that have changed on any rank since training began. Collective."""

@@ -6,7 +6,7 @@ A new one is one file, one line in that table and, where a person can choose it,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
     from hvdtrain.trainer.state import Training
 
+Totals = list[float] | Tensor
+"""A sum for each of `Task.metrics`: plain numbers, or float64 `(len(metrics),)` on a GPU, which nobody waits for."""
+
+# What a step's figures are before they are known; nobody writes into them.
+_UNKNOWN, _TRUE = torch.tensor(torch.nan), torch.tensor(True)
+
 
 @dataclass
 class Step:
@@ -23,19 +29,24 @@ class Step:
 
     number: int
     """Optimizer steps completed when it ends; the first step is number 1."""
-    sums: Tensor
-    """This rank's sums of `Task.metrics`, float64 `(len(metrics),)`."""
+    totals: Totals
+    """As `sums`; plain numbers where the model is in host memory."""
     num_targets: int
     """Terms that the loss of the global batch sums over."""
     num_samples: int
     """Samples of the global batch; fewer than usual at the end of an epoch."""
     loss_scale: Tensor | float = 1.0
     """What the loss was multiplied by before it was differentiated."""
-    grad_norm: Tensor = field(default_factory=lambda: torch.tensor(torch.nan))
+    grad_norm: Tensor = _UNKNOWN
     """Euclidean norm of the averaged gradient before clipping, a scalar on the device; known after the update."""
-    is_finite: Tensor = field(default_factory=lambda: torch.tensor(True))
+    is_finite: Tensor = _TRUE
     """Whether the step counts, bool, a scalar on the device, alike on all ranks; known after the update. Where it is
     False the weights were left as they were."""
+
+    @property
+    def sums(self) -> Tensor:
+        """Return this rank's sums of `Task.metrics`, float64 `(len(metrics),)`."""
+        return self.totals if isinstance(self.totals, Tensor) else torch.tensor(self.totals, dtype=torch.float64)
 
 
 class Component:
@@ -95,8 +106,18 @@ class Component:
     def before_looking(self, training: Training) -> None:
         """Make equal on all ranks what is about to be evaluated, compared or saved. Collective."""
 
+    def before_evaluation(self, training: Training) -> None:
+        """Get ready for an evaluation of the held-out data, whose batches come next."""
+
     def after_evaluation(self, training: Training, metrics: Mapping[str, float]) -> None:
-        """Act on the metrics of an evaluation, `val/loss` and so on, the same on all ranks."""
+        """Act on the metrics of an evaluation, `val/loss` and so on, the same on all ranks. Collective.
+
+        Not called where a stop cut it short. A save that is due at this step comes afterwards, and knows of it.
+        """
+
+    def lr_factor(self) -> float:
+        """Return by what the scheduled learning rate of the next step is multiplied, alike on all ranks."""
+        return 1.0
 
     def reason_to_end(self) -> str:
         """Return why the run should end here, as if this step were its last; empty: it goes on.
@@ -133,6 +154,11 @@ class Component:
     def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
         """Return what this rank gets of per-rank states that another number of ranks saved; None: it begins anew."""
         return None
+
+
+def leave_the_loss(components: Sequence[Component]) -> bool:
+    """Tell whether none of them differentiates anything but a micro-batch's loss."""
+    return all(type(component).before_backward is Component.before_backward for component in components)
 
 
 ComponentFactory = Callable[["Job"], Component | None]

@@ -11,6 +11,7 @@ from hvdtrain.trainer.grad_norms import GradNorms
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.modes import Modes
 from hvdtrain.trainer.noise import NoiseScale
+from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.stream_place import StreamPlace
@@ -30,6 +31,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     SkippedSteps,
     WireFormat.of,
     StreamPlace.of,
+    Plateau.of,
 )
 
 

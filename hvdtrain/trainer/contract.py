@@ -69,6 +69,22 @@ def check_task(task: Task) -> None:
         raise ConfigError(f"Task.metrics is {task.metrics}: one of them must be 'loss', which is minimised")
 
 
+def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer.
+
+    Raises:
+        ConfigError: it moves what is not the model's, which no checkpoint would hold.
+    """
+    own = set(model.parameters())
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if parameter not in own:
+            raise ConfigError(
+                f"build_optimizer gave the optimizer a parameter of shape {tuple(parameter.shape)} that is not one of"
+                " the model's: it would be in no checkpoint, and not alike on all ranks. Make it a part of the model"
+            )
+    return optimizer
+
+
 def read_first(task: Task, samples: Tensor, read: Callable[[], Any]) -> Batch:
     """Return the first micro-batch of this rank, as `read` reads it.
 

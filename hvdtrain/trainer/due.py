@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from hvdtrain.settings.intervals import Every, parse_every
+from hvdtrain.settings.intervals import Every, Interval, parse_every
 from hvdtrain.trainer.job import Job
 
 
 def is_due(job: Job, step: int, every: Every | None) -> bool:
     """Tell whether something that happens every so many steps or epochs happens after `step` completed steps."""
-    return every is not None and parse_every("every", every).is_due(step, job.order.steps_per_epoch)
+    return every is not None and _interval(every).is_due(step, job.order.steps_per_epoch)
+
+
+@functools.lru_cache(maxsize=64)
+def _interval(every: Every) -> Interval:
+    """Return what is asked for after every step."""
+    return parse_every("every", every)
 
 
 class LogDue:

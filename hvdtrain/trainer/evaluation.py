@@ -26,6 +26,8 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
     held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics, reduction=task.reduction)
     means: dict[str, float] = {}
     weights = training.strategy.made_equal(job.world, training), training.with_evaluated_weights()
+    for component in training.components:
+        component.before_evaluation(training)
     with weights[0], weights[1], in_eval_mode(training.model), torch.no_grad():
         for number, part in enumerate((held_out, *task.evaluations)):
             name = f"evaluate.{number}"

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
-import torch
-
 from hvdtrain.data.stream import ENDLESS
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.stop import StopRequest
@@ -25,6 +23,7 @@ from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
 from hvdtrain.trainer.stopwatch import Stopwatch
 from hvdtrain.trainer.values import count_targets
+from hvdtrain.world import ask_with_gradients
 
 
 @dataclass
@@ -77,10 +76,9 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
             evaluated = _evaluate_and_save(run, is_stop=False)
         training.is_unchecked = True
         while training.step < job.num_steps and not run.ended:
-            has_request = torch.tensor(float(request.reason is not None))
-            agree = job.world.start_all_reduce(has_request, "max", "stop")
+            agree = ask_with_gradients(job.world, training.optimizer, request.reason is not None, "stop")
             train_step(job, training)
-            is_stop = bool(agree())
+            is_stop = agree()
             run.ended = training.reason_to_end(job.world, is_evaluated=False)
             if training.step == job.num_steps or run.ended or log_due.after(training.step):
                 metrics = step_metrics(job, training, stopwatch)
@@ -114,17 +112,18 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     step, is_last = training.step, training.step == job.num_steps or bool(run.ended)
     is_evaluating = is_last or is_due(job, step, job.config.eval.every)
     evaluated: dict[str, float] = {}
+    was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
+    due = (job.config.checkpoint.every, job.config.health.replica_check_every)
+    if not (is_evaluating or is_stop or any(is_due(job, step, every) for every in due)):
+        return evaluated
     with run.stopwatch.paused():
-        was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
-        due = (job.config.checkpoint.every, job.config.health.replica_check_every)
-        if is_evaluating or is_stop or any(is_due(job, step, every) for every in due):
-            training.before_looking()
+        training.before_looking()
         if is_last and not was_due:
             _save(run, evaluated)
         if is_evaluating and not is_stop:
             evaluated = evaluate(job, training, run.request)
         training.is_evaluation_due = is_evaluating and not evaluated
-        if evaluated and not run.ended:
+        if evaluated:
             run.ended = _after_evaluation(run, evaluated)
             is_last = is_last or bool(run.ended)
         is_stop = is_stop or training.is_evaluation_due
@@ -145,7 +144,7 @@ def _after_evaluation(run: _Run, evaluated: Mapping[str, float]) -> str:
     """Let the components act on an evaluation; returns why they end the run, if they do. Collective."""
     for component in run.training.components:
         component.after_evaluation(run.training, evaluated)
-    return run.training.reason_to_end(run.job.world, is_evaluated=True)
+    return run.ended or run.training.reason_to_end(run.job.world, is_evaluated=True)
 
 
 def _save(run: _Run, evaluated: dict[str, float]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.linear import takes_onednn, use_onednn
+from hvdtrain.models.private_torch import apply_to_tensors, is_saved_buffer
 from hvdtrain.settings import Config, ModelConfig, Precision
 from hvdtrain.world import World, has_synchronized_layers, synchronize_batch_norm
 
@@ -32,13 +36,28 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
         model = synchronize_batch_norm(model, world)
         if not has_synchronized_layers(model):
             raise ConfigError("--model.sync-batch-norm has no effect: the model has no batch normalisation")
-    model = model.to(world.device, own_type(config.train.precision))
+    model = _converted(model.to(world.device), own_type(config.train.precision))
     if takes_onednn(settings.linear, world.device):
         use_onednn(model)
     elif settings.linear == "onednn":
         raise ConfigError("--model.linear onednn has no effect: it is for CPUs, and for a torch that has oneDNN")
     prepare_blocks(model, settings)
     return model
+
+
+def _converted(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return the model with its real numbers as `dtype`, in place; None: as they are.
+
+    `model.to(dtype)` would take the imaginary part from complex ones, such as tables of rotations.
+    """
+    return model if dtype is None else apply_to_tensors(model, lambda tensor: tensor.to(type_as(tensor, dtype)))
+
+
+def type_as(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the type of a tensor where real numbers are to be of type `dtype`, if one is given."""
+    if dtype == torch.float64 and tensor.is_complex():
+        return torch.complex128
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def prepare_blocks(model: nn.Module, settings: ModelConfig) -> None:
@@ -48,8 +67,11 @@ def prepare_blocks(model: nn.Module, settings: ModelConfig) -> None:
         ConfigError: it has no blocks.
     """
     if settings.checkpoint_blocks:
+        # A compiler accepts no contexts; what it computes again, it decides itself.
+        has_contexts = settings.compile == "none"
         for block in _blocks(model, "--model.checkpoint-blocks"):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            more: dict[str, Any] = {"context_fn": partial(_computed_again, block)} if has_contexts else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **more)
     if settings.compile == "model":
         model.compile()
     elif settings.compile == "blocks":
@@ -62,3 +84,39 @@ def _blocks(model: nn.Module, asked_by: str) -> list[nn.Module]:
     if not blocks:
         raise ConfigError(f"{asked_by} has no effect: the model has no blocks (no nn.ModuleList)")
     return blocks
+
+
+def _computed_again(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return contexts for a block's forward pass and for its repetition, which changes no buffer once more.
+
+    The repetition begins with the buffers that the pass began with, as batch normalisation counts a batch and spectral
+    normalisation goes on from its last vectors. Of what is not saved, such as tables, no copy is kept until then.
+    """
+    before: list[tuple[nn.Module, str, Tensor]] = []
+
+    @contextmanager
+    def first() -> Iterator[None]:
+        before.extend((module, name, buffer.clone()) for module, name, buffer in _buffers(block, is_saved=True))
+        yield
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        kept = [*_buffers(block)]
+        for module, name, buffer in kept:
+            setattr(module, name, buffer.clone())
+        for module, name, buffer in before:
+            setattr(module, name, buffer)
+        try:
+            yield
+        finally:  # it ends by an exception as soon as all is there that was wanted
+            for module, name, buffer in kept:
+                setattr(module, name, buffer)
+
+    return first(), again()
+
+
+def _buffers(block: nn.Module, is_saved: bool = False) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    for module in block.modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if not is_saved or is_saved_buffer(module, name):
+                yield module, name, buffer

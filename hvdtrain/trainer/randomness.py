@@ -172,18 +172,18 @@ class MicroBatchRandomness:
         with self._mode.apart() if self._mode is not None else contextlib.nullcontext():
             return function(argument)
 
-    def _seed(self, seed: int) -> dict[str, Tensor]:
+    def _seed(self, seed: int) -> dict[str, bytes]:
         """Seed the generators (`torch.manual_seed` takes 0.2 ms) and return the state of torch's."""
         for generator in self._generators.values():
             generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        return {name: generator.get_state() for name, generator in self._generators.items()}
+        return {name: _state_of(generator) for name, generator in self._generators.items()}
 
-    def _is_untouched(self, before: dict[str, Tensor]) -> bool:
-        return all(generator.get_state().equal(before[name]) for name, generator in self._generators.items())
+    def _is_untouched(self, before: dict[str, bytes]) -> bool:
+        return all(_state_of(generator) == before[name] for name, generator in self._generators.items())
 
-    def _note(self, mode: SampleRandomness, seed: int, before: dict[str, Tensor]) -> None:
+    def _note(self, mode: SampleRandomness, seed: int, before: dict[str, bytes]) -> None:
         """Note what a forward pass has drawn from: of torch's generator on the CPU, more than what marks draws."""
         if not self.is_observed:
             return
@@ -191,9 +191,9 @@ class MicroBatchRandomness:
         for _ in range(mode.num_draws):
             torch.randint(2**62, (), generator=expected)
         self.is_by_sample |= mode.num_draws > 0
-        unmarked = {**before, "torch": expected.get_state()}
+        unmarked = {**before, "torch": _state_of(expected)}
         for name, generator in self._generators.items():
-            if not generator.get_state().equal(unmarked[name]):
+            if _state_of(generator) != unmarked[name]:
                 self.by_micro_batch.add(name)
         if random.getstate() != random.Random(seed).getstate():
             self.by_micro_batch.add("Python")
@@ -201,6 +201,10 @@ class MicroBatchRandomness:
         now = np.random.get_state(legacy=False)
         if str(now) != str(fresh) or (now["state"]["key"] != fresh["state"]["key"]).any():
             self.by_micro_batch.add("numpy")
+
+
+def _state_of(generator: torch.Generator) -> bytes:
+    return generator.get_state().numpy().tobytes()
 
 
 def _seed_of(*place: object) -> int:

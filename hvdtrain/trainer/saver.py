@@ -50,18 +50,12 @@ class Saver:
             state = training_state(job, training)
             if job.world.rank == 0:
                 self._wait()
-                config = job.config.checkpoint
-                arguments = {
-                    "manifest": _manifest(job, training, evaluated),
-                    "weights": storable(model_weights(training.model), "the model's weights", _to_host),
-                    "state": storable(state, "the state of the training", _to_host),
-                    "retention": Retention(config.keep_last, config.keep_every),
-                    "parameters": parameter_names(training.model),
-                    "warn": job.log.say,
-                }
-                write = (checkpoints, arguments)
-                self._thread = threading.Thread(target=self._write, args=write, name="hvdtrain-save")
-                self._thread.start()
+                try:
+                    arguments = self._arguments(training, state, evaluated)
+                except (MemoryError, RuntimeError) as error:  # torch tells by a RuntimeError that there is no memory
+                    self._fail(f"a save failed, as the state could not be copied to host memory: {error!r}")
+                else:
+                    self._begin(checkpoints, arguments)
         self._stall_s += time.perf_counter() - started
         self._has_saved = True
 
@@ -105,14 +99,37 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def _arguments(self, training: Training, state: dict[str, Any], evaluated: Mapping[str, float]) -> dict[str, Any]:
+        """Return what `Checkpoints.save` takes, in host memory."""
+        job, config = self._job, self._job.config.checkpoint
+        return {
+            "manifest": _manifest(job, training, evaluated),
+            "weights": storable(model_weights(training.model), "the model's weights", _to_host),
+            "state": storable(state, "the state of the training", _to_host),
+            "retention": Retention(config.keep_last, config.keep_every),
+            "parameters": parameter_names(training.model),
+            "warn": job.log.say,
+        }
+
+    def _begin(self, checkpoints: Checkpoints, arguments: dict[str, Any]) -> None:
+        self._thread = threading.Thread(target=self._write, args=(checkpoints, arguments), name="hvdtrain-save")
+        try:
+            self._thread.start()
+        except RuntimeError:  # the system has no more threads: then training waits for the save
+            self._thread = None
+            self._write(checkpoints, arguments)
+
     def _write(self, checkpoints: Checkpoints, arguments: dict[str, Any]) -> None:
         self._error = None
         try:
             checkpoints.save(**arguments)
-        except Exception as error:  # of any type: a thread's exceptions are seen by nobody else
-            self._error = str(error) if isinstance(error, CheckpointError) else f"a save failed: {error!r}"
-            self._num_failed += 1
-            self._job.log.say(f"WARNING: {self._error}; training goes on, the next save tries again")
+        except BaseException as error:  # of any type, sys.exit() too: a thread's exceptions are seen by nobody else
+            self._fail(str(error) if isinstance(error, CheckpointError) else f"a save failed: {error!r}")
+
+    def _fail(self, error: str) -> None:
+        self._error = error
+        self._num_failed += 1
+        self._job.log.say(f"WARNING: {error}; training goes on, the next save tries again")
 
 
 def _manifest(job: Job, training: Training, evaluated: Mapping[str, float]) -> Manifest:

@@ -100,7 +100,7 @@ class SkippedSteps(Component):
         job = self._job
         self._in_window += 1
         self._in_a_row += 1
-        loss = float(step.sums[job.task.metrics.index("loss")])
+        loss = float(step.totals[job.task.metrics.index("loss")])
         losses = job.world.all_gather_object(loss, "skip")
         ranks = [str(rank) for rank, loss in enumerate(losses) if not torch.tensor(loss).isfinite()]
         who = f"the loss on rank {', '.join(ranks)}" if ranks else "the gradient"

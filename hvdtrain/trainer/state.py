@@ -15,10 +15,11 @@ from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.errors import ResumeError
-from hvdtrain.models.weights import check_can_be_saved, extra_state, load_model_weights, model_weights
+from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, load_model_weights, model_weights
 from hvdtrain.settings import changeable_settings, to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
 from hvdtrain.trainer.components import build_components
+from hvdtrain.trainer.contract import owned
 from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
@@ -183,6 +184,8 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
     Raises:
         ConfigError: a component cannot do what is asked of it, or a checkpoint could not hold the state.
     """
+    if job.directory is not None:  # a rehearsal saves nothing
+        check_types(training.model)
     for component in training.components:
         component.attach(training)
         component.begin(training.model)
@@ -196,14 +199,12 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
 
 def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> WrappedOptimizer:
     comm = job.config.comm
-    options: dict[str, Any] = {
-        "accum_steps": job.plan.accum_steps,
-        "op": comm.op,
-        "bucket_bytes": comm.bucket_mib << 20,
-    }
+    options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
+    options["bucket_bytes"] = comm.bucket_mib << 20
     for component in components:
         options.update(component.wrap_options)
-    return job.strategy.wrap(job.world, job.task.build_optimizer(job.config.optim, model), model, **options)
+    optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
+    return job.strategy.wrap(job.world, optimizer, model, **options)
 
 
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:

@@ -6,7 +6,9 @@ how many terms the whole batch has without asking, since that is a function of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -15,14 +17,16 @@ from torch import Tensor, nn
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.readers import read_samples
 from hvdtrain.settings import Precision
-from hvdtrain.trainer.component import Step
+from hvdtrain.trainer.component import Step, Totals, leave_the_loss
 from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.model import own_type
+from hvdtrain.trainer.model import own_type, type_as
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
-from hvdtrain.trainer.values import as_sum, as_sums, count_targets
+from hvdtrain.trainer.values import added, as_sums, as_totals, count_targets, no_totals
+
+_NO_AUTOCAST = nullcontext()
 
 
 def train_step(job: Job, training: Training) -> None:
@@ -39,13 +43,14 @@ def train_step(job: Job, training: Training) -> None:
     training.optimizer.zero_grad()
     samples = job.order.global_batch(number)
     num_targets = count_targets(job.task.train_data, samples)
-    sums = torch.zeros(len(job.task.metrics), dtype=torch.float64, device=world.device)
+    totals = no_totals(job.task.metrics, world)
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
     is_checked = training.is_unchecked and _all_ranks_read(job, training)
     for place, positions in enumerate(micro_batches):
-        sums += _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
+        part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
+        totals = added(totals, part)
     training.optimizer.synchronize()
-    step = Step(number + 1, sums, num_targets, len(samples))
+    step = Step(number + 1, totals, num_targets, len(samples))
     training.after_backward(step)
     world.progress.enter("update")
     update(job, training, step)
@@ -59,8 +64,8 @@ def _all_ranks_read(job: Job, training: Training) -> bool:
 
 def _micro_batch(
     job: Job, training: Training, place: int, positions: Tensor, num_targets: int, is_checked: bool
-) -> Tensor:
-    """Add a micro-batch's gradient; returns its sums of `Task.metrics`, float64 `(len(metrics),)`.
+) -> Totals:
+    """Add a micro-batch's gradient; returns its sums of `Task.metrics`.
 
     Args:
         job: what is trained.
@@ -89,11 +94,21 @@ def _micro_batch(
         # gradient of a loss that is not finite not finite either, which all ranks then see in the average. A batch
         # without targets has a gradient of zeros.
         share = world.size / num_targets if num_targets else 0.0
-        loss = sums["loss"] * (share + 0 * sums["loss"].detach())
-        training.before_backward(loss).backward()  # type: ignore[no-untyped-call]
+        factor = _plus_zero_times(share, sums["loss"], world.reads_at_once)
+        if leave_the_loss(training.components):
+            sums["loss"].backward(factor)  # type: ignore[no-untyped-call]
+        else:
+            training.before_backward(sums["loss"] * factor).backward()  # type: ignore[no-untyped-call]
 
     sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
-    return torch.stack([as_sum(sums[name], name, world.device) for name in task.metrics])
+    return as_totals(sums, task.metrics, world)
+
+
+def _plus_zero_times(share: float, loss: Tensor, at_once: bool) -> Tensor:
+    """Return `share + 0 x loss`, of the loss's type and shape; by a look at it, where that need not wait."""
+    if not at_once or loss.numel() != 1:
+        return share + 0 * loss.detach()
+    return torch.full_like(loss, share if math.isfinite(loss.item()) else math.nan, requires_grad=False)
 
 
 def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callable[[], Batch]) -> Batch:
@@ -125,13 +140,14 @@ def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch
     dtype = own_type(precision)
 
     def move(tensor: Tensor) -> Tensor:
-        own = dtype if tensor.is_floating_point() else None
-        return tensor.to(device, own, non_blocking=device.type == "cuda")
+        return tensor.to(device, type_as(tensor, dtype), non_blocking=device.type == "cuda")
 
     return map_tensors(move, batch)
 
 
-def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which the model runs."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if dtype is None and not torch.is_autocast_enabled(device.type):
+        return _NO_AUTOCAST
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)

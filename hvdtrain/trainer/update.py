@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import can_skip_by_itself, skipping_where
+from hvdtrain.models.private_torch import can_skip_by_itself, norm_of, skipping_where
+from hvdtrain.models.walk import parameters_of
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.job import Job
@@ -26,11 +30,12 @@ def update(job: Job, training: Training, step: Step) -> None:
         step: what is known of the step; learns the norm and whether it is finite.
     """
     optimizer = training.optimizer
-    step.grad_norm = _clip(training.model, job.config.train.max_grad_norm)
+    step.grad_norm = _clip(training.model, optimizer, job.config.train.max_grad_norm)
+    factor = math.prod((component.lr_factor() for component in training.components), start=job.lr_factor)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * job.lr_factor
-    step.is_finite = training.strategy.agree(job.world, step.grad_norm.isfinite())
-    if can_skip_by_itself(optimizer):
+        group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * factor
+    step.is_finite = training.strategy.agree(job.world, _is_finite(step.grad_norm, job.world.reads_at_once))
+    if can_skip_by_itself(optimizer) and not job.world.reads_at_once:
         with skipping_where(optimizer, ~step.is_finite):
             optimizer.step()
     elif step.is_finite:  # on a GPU, this waits
@@ -41,17 +46,42 @@ def update(job: Job, training: Training, step: Step) -> None:
         component.after_update(training, step)
 
 
-def _clip(model: nn.Module, max_norm: float | None) -> Tensor:
-    """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer."""
-    for parameter in model.parameters():
+def _is_finite(norm: Tensor, at_once: bool) -> Tensor:
+    """Return `norm.isfinite()` of a scalar; by a look at it, where that need not wait, in a fraction of the time."""
+    return _ANSWERS[math.isfinite(norm.item())] if at_once else norm.isfinite()
+
+
+# Nobody writes into them.
+_ANSWERS = {answer: torch.tensor(answer) for answer in (False, True)}
+
+
+def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+    """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer.
+
+    Of what the optimizer moves: what it leaves alone is not averaged, and differs on every rank.
+    """
+    moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = [item for item in parameters_of(model) if item.grad is not None and item in moved]
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+    if not any(gradient.is_sparse for gradient in gradients):
+        norm = norm_of(gradients)
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
+    return _clip_sparse(parameters, max_norm)
+
+
+def _clip_sparse(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Do the same where some gradients are sparse."""
+    for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
     # Of a sparse gradient, the rows that are there.
     values = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
     norm = nn.utils.get_total_norm(values)
     if max_norm is not None:
-        dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+        dense = [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
         nn.utils.clip_grads_with_norm_(dense, max_norm, norm)
         for rows in (rows for rows, gradient in zip(values, gradients, strict=True) if gradient.is_sparse):
             rows.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))

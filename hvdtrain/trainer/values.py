@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.errors import ConfigError
+from hvdtrain.trainer.component import Totals
+from hvdtrain.world import World
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -52,6 +54,37 @@ def as_sums(values: Any, reduction: str, data: Any, samples: Tensor) -> dict[str
     return {
         name: value * count if count else torch.zeros_like(torch.as_tensor(value)) for name, value in values.items()
     }
+
+
+def no_totals(names: Sequence[str], world: World) -> Totals:
+    """Return zeros for the metrics of these names."""
+    if world.reads_at_once:
+        return [0.0] * len(names)
+    return torch.zeros(len(names), dtype=torch.float64, device=world.device)
+
+
+def added(one: Totals, other: Totals) -> Totals:
+    """Return the sums of two, both of the same kind."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return torch.as_tensor(one, dtype=torch.float64) + torch.as_tensor(other, dtype=torch.float64)
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
+def as_totals(sums: Mapping[str, Any], names: Sequence[str], world: World) -> Totals:
+    """Return the entries of what `loss_sums` returned that have these names, bitwise as `as_sum` has them.
+
+    Raises:
+        ConfigError: one is no single number.
+    """
+    if world.reads_at_once:
+        return [_as_number(sums[name], name, world.device) for name in names]
+    return torch.stack([as_sum(sums[name], name, world.device) for name in names])
+
+
+def _as_number(value: Any, name: str, device: torch.device) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value.item())
+    return float(as_sum(value, name, device))
 
 
 def as_sum(value: Any, name: str, device: torch.device) -> Tensor:

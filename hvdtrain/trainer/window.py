@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
@@ -25,35 +26,51 @@ class MetricWindow(Component):
 
     def __init__(self, job: Job) -> None:
         self._world, self._names = job.world, job.task.metrics
-        self._totals = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=job.world.device)
+        self._is_counted = job.world.rank == 0  # targets are known to all ranks, and to be counted once
+        self._on_device = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=job.world.device)
+        self._on_host = [0.0] * (len(self._names) + 1)
+        """In host memory nothing waits for a device: there these are the totals, and the others stay 0."""
         self._last: Step | None = None
 
     def after_update(self, training: Training, step: Step) -> None:
         """Add the step, unless it was skipped."""
-        self._totals[:-1] += step.sums.where(step.is_finite, 0)
-        if self._world.rank == 0:  # known to all ranks, and to be counted once
-            self._totals[-1] += step.is_finite * step.num_targets
         self._last = step
+        num_targets = step.num_targets if self._is_counted else 0
+        if isinstance(step.totals, Tensor):
+            self._on_device[:-1] += step.totals.where(step.is_finite, 0)
+            self._on_device[-1] += step.is_finite * num_targets
+        elif step.is_finite:
+            self._on_host = [a + b for a, b in zip(self._on_host, (*step.totals, num_targets), strict=True)]
+
+    def _totals(self) -> Tensor:
+        """Return the sums and the number of targets, float64 `(len(metrics) + 1,)`."""
+        return self._on_device + torch.tensor(self._on_host, dtype=torch.float64, device=self._world.device)
+
+    def _set(self, totals: Tensor) -> None:
+        if self._world.reads_at_once:
+            self._on_host = totals.tolist()
+        else:
+            self._on_device.copy_(totals)
 
     def metrics(self, training: Training) -> dict[str, float]:
         """Return the means, the learning rate and the gradient norm of the last step, and begin a new window."""
-        *sums, num_targets = self._world.all_reduce(self._totals, "sum", "train.metrics").tolist()
+        *sums, num_targets = self._world.all_reduce(self._totals(), "sum", "train.metrics").tolist()
         metrics: dict[str, float] = {}
         if num_targets:
             metrics = {f"train/{name}": total / num_targets for name, total in zip(self._names, sums, strict=True)}
         metrics["train/lr"] = training.optimizer.param_groups[0]["lr"]
         if self._last is not None:
             metrics["train/grad_norm"] = float(self._last.grad_norm)
-        self._totals.zero_()
+        self._set(torch.zeros_like(self._on_device))
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's sums."""
-        return {"totals": self._totals}
+        return {"totals": self._totals()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the sums up again, so that the next means are bitwise the same."""
-        self._totals.copy_(state["totals"])
+        self._set(state["totals"])
 
     def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
         """Give all to rank 0."""

@@ -1,12 +1,15 @@
-"""Settings that do nothing in this job, though they fit together: said at the start, so that nobody waits for them.
+"""Settings that do nothing in this job, or less than they say, though they fit together: said at the start.
 
-What has no effect beside other settings is refused before (`Section.unused`); here it depends on the ranks, the data or
-the length of the run, with which the same settings may be right elsewhere.
+What has no effect beside other settings is refused before (`Section.unused`); here it depends on the ranks, the data,
+the optimizer or the length of the run, with which the same settings may be right elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import torch
+from torch import Tensor
 
 from hvdtrain.data.readers import says_it_reads_ahead
 from hvdtrain.settings.fields import fields_of
@@ -18,7 +21,7 @@ _MOST_KEPT = 10_000  # multiples that are looked at
 
 def without_effect(job: Job) -> list[str]:
     """Return a line for each reason, with the settings that it concerns; none that are at their defaults."""
-    return [*_alone(job), *_ahead(job), *_kept(job)]
+    return [*_alone(job), *_adasum(job), *_ahead(job), *_kept(job)]
 
 
 def _alone(job: Job) -> Iterator[str]:
@@ -31,6 +34,43 @@ def _alone(job: Job) -> Iterator[str]:
     ]
     if names:
         yield f"one rank:   no effect here of {', '.join(names)}"
+
+
+def _adasum(job: Job) -> Iterator[str]:
+    if job.config.comm.op != "adasum" or job.world.size == 1:
+        return
+    limit = job.config.train.max_grad_norm
+    if limit is not None:
+        yield (
+            f"adasum:     the combined gradient is clipped to a norm of {limit:g}: the more ranks disagree, the sooner"
+            " (--train.max-grad-norm none: never)"
+        )
+    if _is_blind_to_length(job):
+        yield (
+            f"adasum:     little effect with {job.config.optim.name}, whose steps depend on a gradient's direction but"
+            " not on its length: --optim.name sgd takes longer steps where ranks disagree"
+        )
+
+
+def _is_blind_to_length(job: Job) -> bool:
+    """Return whether the optimizer takes the same steps with gradients of four times the length."""
+
+    def moved(scale: float) -> Tensor:
+        model = torch.nn.Linear(4, 3, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.linspace(-1, 1, 12).view(3, 4))
+        before = model.weight.detach().clone()
+        optimizer = job.task.build_optimizer(job.config.optim, model)
+        for _ in range(3):
+            model.weight.grad = before.cos() * scale
+            optimizer.step()
+        return model.weight.detach() - before
+
+    try:
+        once, again = moved(1.0), moved(4.0)
+    except Exception:  # an optimizer of the user's own may want the whole model
+        return False
+    return bool((again - once).norm() < 0.01 * once.norm())
 
 
 def _ahead(job: Job) -> Iterator[str]:

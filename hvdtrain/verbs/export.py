@@ -1,4 +1,4 @@
-"""The verb `export`: a run's model as a directory that transformers loads."""
+"""The verb `export`: a run's model as a directory that transformers, or torch alone, loads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -17,7 +18,13 @@ from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.settings.untrusted import read_json
+from hvdtrain.verbs.loading import loading_of
 from hvdtrain.verbs.options import ExportOptions
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_WEIGHTS = "model.safetensors"
 
 
 def export(options: ExportOptions) -> int:
@@ -26,23 +33,25 @@ def export(options: ExportOptions) -> int:
     if output.exists() and any(output.iterdir()):
         if not options.overwrite:
             raise ConfigError(f"{output} is not empty: choose another --output, or give --overwrite")
-        if not (output / "config.json").exists():
+        if not any((output / name).exists() for name in ("config.json", _WEIGHTS)):
             raise ConfigError(f"{output} is no earlier export, and is left as it is: choose another --output")
     trained = open_trained(options.run_dir, options.checkpoint)
     weights = trained.weights
     if options.dtype != "as-trained":
         dtype = getattr(torch, options.dtype)
         weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    how = loading_of(trained)
+    program = how.program(weights) if options.program else None
     try:
-        num_bytes = write_model(trained.folder, weights, output)
+        num_bytes = write_model(trained.folder, weights, output, how.note, program)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
     count = sum(tensor.numel() for tensor in weights.values())
     if trained.about:
         sys.stdout.write(f"{trained.about}\n")
     sys.stdout.write(
-        f"exported {trained.source} ({count:,} parameters, {num_bytes / 1e6:.1f} MB)\n"
-        f"to {output}: transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})\n"
+        f"exported {trained.source} ({count:,} numbers, {num_bytes / 1e6:.1f} MB)\n"
+        f"to {output}: {how.hint.format(output=str(output))}\n"
     )
     return 0
 
@@ -58,8 +67,17 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copy(source, target)
 
 
-def write_model(files: Path, weights: dict[str, Tensor], output: Path) -> int:
+def write_model(
+    files: Path, weights: dict[str, Tensor], output: Path, note: str = "", program: ExportedProgram | None = None
+) -> int:
     """Write weights beside copies of `files`, all at once; returns the bytes of the weights.
+
+    Args:
+        files: folder of what is copied; it may hold nothing.
+        weights: by name.
+        output: the folder to write.
+        note: what README.md there says; nothing: there is none.
+        program: also written, as model.pt2.
 
     Raises:
         DataError: one of `files` is no regular file.
@@ -68,18 +86,22 @@ def write_model(files: Path, weights: dict[str, Tensor], output: Path) -> int:
     temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        for path in files.iterdir():
+        for path in files.iterdir() if files.is_dir() else ():
             _copy(path, temporary / path.name)
-        config = read_json(files / "config.json")
-        kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
-        config["dtype"] = str(max(kinds, key=lambda kind: kind.itemsize)).removeprefix("torch.")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if (temporary / "config.json").exists():
+            _write_config(files, weights, temporary)
+        if note:
+            (temporary / "README.md").write_text(note)
+        if program is not None:
+            torch.export.save(program, temporary / "model.pt2")
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         # transformers refuses a file that does not say which framework wrote it.
-        safetensors.torch.save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; all follow the user's umask.
-        (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode & 0o777)
-        num_bytes = (temporary / "model.safetensors").stat().st_size
+        safetensors.torch.save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
+        num_bytes = (temporary / _WEIGHTS).stat().st_size
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in temporary.iterdir():  # safetensors makes files that only their owner can read
+            path.chmod(0o666 & ~umask)
         if output.exists():
             shutil.rmtree(output)
         temporary.rename(output)
@@ -87,3 +109,10 @@ def write_model(files: Path, weights: dict[str, Tensor], output: Path) -> int:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return num_bytes
+
+
+def _write_config(files: Path, weights: dict[str, Tensor], folder: Path) -> None:
+    config = read_json(files / "config.json")
+    kinds = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    config["dtype"] = str(max(kinds, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -15,8 +15,8 @@ from hvdtrain.errors import DataError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, read_shape
 from hvdtrain.models.sampling import Sampling, sample
+from hvdtrain.recipes.image_models import MODEL_TYPE
 from hvdtrain.rundir.trained import Trained, open_trained
-from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.options import GenerateOptions
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -88,6 +88,12 @@ def open_writer(trained: Trained, is_chat: bool) -> Writer:
         DataError: the model cannot be loaded.
         ConfigError: it cannot answer in a conversation.
     """
+    if not (trained.folder / "config.json").is_file():
+        raise DataError(
+            f"{trained.source} does not say what its weights are (no config.json): it is no run of a language model"
+        )
+    if trained.model_type == MODEL_TYPE:
+        raise DataError(f"{trained.source} is a classifier of images: python -m hvdtrain predict says what they show")
     is_theirs = is_chat or (trained.folder / "generation_config.json").exists() or not _is_native(trained)
     if is_theirs and importlib.util.find_spec("transformers") is not None:
         from hvdtrain.recipes.transformers_models.writing import open_transformers_writer
@@ -103,7 +109,7 @@ def open_writer(trained: Trained, is_chat: bool) -> Writer:
 
 
 def _is_native(trained: Trained) -> bool:
-    return read_json(trained.folder / "config.json").get("model_type") == "llama"
+    return trained.model_type == "llama"
 
 
 class NativeWriter:

@@ -99,7 +99,7 @@ class DoctorOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Section):
-    """Write a run's model as a directory that transformers, and whatever reads its format, can load."""
+    """Write a run's model as a directory that transformers, or torch alone, can load: README.md there says how."""
 
     run_dir: Path = setting(path="directory")
     """Directory of a run."""
@@ -111,6 +111,28 @@ class ExportOptions(Section):
     """Type of the weights."""
     overwrite: bool = False
     """Replace an earlier export in --output."""
+    program: bool = False
+    """Also write model.pt2, the program of an image classifier as torch.export makes it: it needs torch alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_checkpoint(self.checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Section):
+    """Say what images show, by a classifier that was trained by the recipe resnet or mnist."""
+
+    run_dir: Path = setting(path="directory")
+    """Directory of a run, or one that was exported."""
+    files: tuple[Path, ...] = setting((), path="file")
+    """Images, of any size and format that Pillow reads."""
+    checkpoint: str = "latest"
+    """latest, best (by held-out loss), or a step; for a run."""
+    top: int = setting(3, above=0, maximum=MOST)
+    """How many of the likeliest classes are named."""
+    json: Path | None = setting(None, path="new file")
+    """Also write the answer to this file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,13 +13,13 @@ import torch
 
 from hvdtrain.errors import ConfigError, UsageError
 from hvdtrain.recipes import load_recipe
-from hvdtrain.recipes.given import apply, read_toml
+from hvdtrain.recipes.given import apply, changeable, read_toml
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.rundir.lock import Claim
 from hvdtrain.rundir.log import MetricLog, close_rank_log, open_rank_log
 from hvdtrain.rundir.sinks import Console, build_sinks, describe
-from hvdtrain.settings import to_dict
+from hvdtrain.settings import NONE, to_dict
 from hvdtrain.settings.units import duration
 from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Job, Recipe, Task, fit, settle
@@ -81,7 +81,8 @@ def train(
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     layers = [(read_toml(Path(config)), Source(str(config)))] if config is not None else []
     chosen = apply(chosen, [*layers, (settings, Source("train()"))])
-    request = Request(name, chosen, None if run_dir is None else Path(run_dir), False, allow_config_change)
+    allowed = changeable(allow_config_change, chosen, Source("train()"))
+    request = Request(name, chosen, None if run_dir is None else Path(run_dir), False, allowed)
     return run(request, leaves=False)
 
 
@@ -150,7 +151,8 @@ def _agree(request: Request, world: World) -> RunDirectory:
 
 def _settle(request: Request, task: Task, world: World, run: RunDirectory, log: MetricLog) -> Job:
     """Return the job; on another number of ranks, it keeps the global batch of its newest checkpoint. Collective."""
-    found = world.together(lambda: run.checkpoints.newest_manifest() if world.rank == 0 else None, "newest")
+    with world.progress.during("resume"):
+        found = world.together(lambda: run.checkpoints.newest_manifest() if world.rank == 0 else None, "newest")
     before = world.broadcast_object(found, "before")
     return world.together(
         lambda: settle(task, request.recipe, world, run, log, request.allowed_changes, before), "settle"
@@ -240,7 +242,7 @@ def _begin(job: Job, run: RunDirectory, environment: dict[str, Any]) -> None:
     if job.world.rank != 0:
         return
     try:
-        run.begin(to_dict(job.config), environment, job.task.write_model_files)
+        run.begin(to_dict(job.config, NONE), environment, job.task.write_model_files)
     except OSError as error:
         if not run.config.exists():
             raise ConfigError(f"{run} cannot be written ({error}): choose another --run-dir") from error

@@ -8,6 +8,7 @@ from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.codec import CODECS, Codec, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.plain_mpi import plain_sum
+from hvdtrain.world.question import ask_with_gradients
 from hvdtrain.world.replicas import digest_of, keep_per_rank, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.solo import SoloWorld
@@ -26,6 +27,7 @@ __all__ = [
     "World",
     "WrappedOptimizer",
     "ask_horovod",
+    "ask_with_gradients",
     "codec_of",
     "connect",
     "digest_of",

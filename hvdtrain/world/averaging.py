@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -14,9 +16,12 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
 from hvdtrain.world.codec import Codec, codec_of
 from hvdtrain.world.exchange import GradientExchange
+from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
+
+_log = logging.getLogger("hvdtrain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +36,8 @@ class Averaging:
     compression: str | Codec = "none"
     """Format of the gradients on the wire: a name that `codec_of` knows, or a codec of your own."""
     op: Literal["average", "adasum"] = "average"
-    """adasum combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging; no clipping may
-    follow, as that has no meaning across ranks then."""
+    """adasum combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging, before the
+    optimizer sees them. All ranks then hold the same gradient, and what follows, such as clipping, sees that one."""
     bucket_bytes: int = 25 << 20
     """Gradients travel in parts of this size, each as soon as backward has finished it."""
     has_square: bool = False
@@ -54,6 +59,17 @@ class Averaging:
     def codec(self) -> Codec:
         """Return the codec, a new one where it was named."""
         return codec_of(self.compression) if isinstance(self.compression, str) else self.compression
+
+    def conflict_with(self, other: Averaging) -> str:
+        """Say by which field one gradient cannot be averaged both ways; empty where it can."""
+        if self.accum_steps != other.accum_steps:
+            return f"accum_steps = {self.accum_steps}, the other {other.accum_steps}"
+        if self.op != other.op:
+            return f"op = {self.op}, the other {other.op}"
+        own, others = self.codec(), other.codec()
+        if own is not others and (own.name != others.name or type(own) is not type(others)):
+            return f"compression = {own.name}, the other {others.name}"
+        return "squared norms to average, of all its parameters" if self.has_square or other.has_square else ""
 
 
 _NO_SQUARE = (
@@ -86,6 +102,11 @@ class WrappedOptimizer(torch.optim.Optimizer):
         return None if self._exchange is None else self._exchange.mean_square
 
     @property
+    def question(self) -> Question | None:
+        """Return what travels with the gradients besides them; None where there is one rank only."""
+        return None if self._exchange is None else self._exchange.question
+
+    @property
     def codec(self) -> Codec | None:
         """Return what gradients become on the wire, with what it remembers; None where there is one rank."""
         return None if self._exchange is None else self._exchange.codec
@@ -99,6 +120,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient was changed before it was averaged.
+            ConfigError: an optimizer that was wrapped later has parameters of this one, and averages in another way.
         """
         if self._exchange is not None:
             self._exchange.finish()
@@ -112,8 +134,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
         finally:
             self._should_synchronize = True
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients.
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Clear the gradients, as the optimizer's own class does: torch's takes `set_to_none`.
 
         Raises:
             RuntimeError: an exception has ended backward while gradients were on the wire.
@@ -125,7 +147,12 @@ class WrappedOptimizer(torch.optim.Optimizer):
                     " the rest of them: end this rank, or call synchronize() before zero_grad()"
                 )
             self._exchange.forget()
-        self._inner.zero_grad(self, set_to_none)
+        if args or kwargs or self._inner.zero_grad is not torch.optim.Optimizer.zero_grad:
+            self._inner.zero_grad(self, *args, **kwargs)
+            return
+        for group in self.param_groups:  # what torch does too, in a tenth of the time
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its gradients are averaged from the next backward pass on."""
@@ -167,6 +194,8 @@ def wrap_optimizer(
     sparse = _sparse_parameters(model)
     if averaging.has_square and sparse:
         raise ConfigError(_NO_SQUARE)
+    if averaging.op == "adasum" and sparse:
+        raise ConfigError("--comm.op adasum needs dense gradients: leave it out, or sparse embeddings")
     inner = type(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)
@@ -179,8 +208,10 @@ def wrap_optimizer(
         return wrapped
     order = {parameter: place for place, parameter in enumerate(names)}
 
+    of_ranks = weakref.ref(wrapped)  # no circle: whoever drops it drops it on all ranks at once
+
     def parameters() -> list[nn.Parameter]:
-        own = [parameter for group in wrapped.param_groups for parameter in group["params"]]
+        own = _parameters_of(of_ranks())
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
     world.num_wraps += 1
@@ -189,6 +220,8 @@ def wrap_optimizer(
     wrapped._exchange = exchange
     world.claim_gradients(exchange)
 
+    left_out = [model]  # looked at once, in the first step
+
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
@@ -196,11 +229,32 @@ def wrap_optimizer(
             return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
         if optimizer._should_synchronize:
             exchange.finish()
+        _say_what_is_left_out(world, left_out)
         return None
 
     hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
     wrapped.register_step_post_hook(lambda *_: exchange.end_step())
     return wrapped
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:
+    """Warn of gradients that no optimizer averages: harmless, until a norm over the whole model clips by them.
+
+    Takes the models out of the list, so that each is looked at once.
+    """
+    names = world.not_averaged(models.pop()) if models and not world.rank else []
+    if names:
+        _log.warning(
+            "the gradient of %s stays each rank's own, as no wrapped optimizer has this parameter: a norm over the"
+            " whole model, as in clip_grad_norm_, differs on every rank then, and so do the weights. Clip what the"
+            " optimizer has, or freeze the rest with requires_grad_(False)",
+            f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}",
+        )
 
 
 def _over_ranks(world: World, exchange: GradientExchange, closure: Callable[[], Any], name: str) -> Callable[[], Any]:
@@ -246,9 +300,12 @@ def _restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
 
     NAdam's running product, for one, is fp32 beside fp64 parameters, and would go on with other last bits.
     """
-    saved = state["state"]
+    saved = state.get("state")
+    if not isinstance(saved, Mapping):
+        return  # a form of the class's own, which it has loaded itself
     owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for place, parameter in enumerate(owned):
         for name, value in saved.get(place, {}).items():
-            if isinstance(value, Tensor) and optimizer.state[parameter][name].dtype != value.dtype:
-                optimizer.state[parameter][name] = value.detach().clone().to(optimizer.state[parameter][name].device)
+            loaded = optimizer.state[parameter].get(name)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.detach().clone().to(loaded.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import holders_of, is_held_by_others, version_of
 from hvdtrain.world.codec import Codec
+from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -84,6 +85,8 @@ class Bucket:
         self.prefix = prefix
         self.name = name
         self.parameters = tuple(parameters)
+        self.question: Question | None = None
+        """Travels with the gradients, if there is one."""
         self.ready = 0
         """How many of the parameters have their whole gradient."""
         self._codec = codec
@@ -144,6 +147,8 @@ class Bucket:
                 view.copy_(gradient).div_(size)
             else:
                 torch.div(gradient, size, out=view)
+        if self.question is not None:
+            self.question.write(self._users)
         if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean
             self.square.copy_(torch.dot(self._numbers, self._numbers) * size)
         if self._codec.is_elementwise:
@@ -177,6 +182,8 @@ class Bucket:
             mean = wait()
             if mean is not part:
                 part.copy_(mean)
+        if self.question is not None:
+            self.question.read(self._users)
         self._waits, self._marks, self.ready = [], [], 0
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             is_free, dtype = _can_be_replaced(parameter), self._forms[i][0]
@@ -197,14 +204,20 @@ class AdasumTensor(Bucket):
     """One gradient that is combined by Adasum (arXiv:2006.02924): each rank gives its own mean, undivided."""
 
     def send(self) -> None:
-        """Put the gradient on the wire, zeros where there is none."""
-        (parameter,) = self.parameters
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+        """Put the gradient on the wire, zeros where there is none, and which ranks have one."""
+        (parameter,), (view,) = self.parameters, self._views
         self._leave_to_holders()
-        (view,) = self._views
-        view.copy_(_real(parameter.grad.detach()))
-        self._waits = [(view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}"))]
+        self._users.fill_(parameter.grad is not None)
+        if parameter.grad is None:
+            view.zero_()
+        else:
+            gradient = parameter.grad.detach()
+            view.copy_(_real(gradient.to_dense() if gradient.is_sparse else gradient))
+        users = self._world.start_all_reduce_(self._users, "sum", f"{self.prefix}.{self.name}.users")
+        self._waits = [
+            (self._users, users),
+            (view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}")),
+        ]
         self._mark()
 
 

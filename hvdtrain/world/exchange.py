@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import backward_run
 from hvdtrain.world.buckets import Mark, has_changed, mark_of
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.layout import Layout
 from hvdtrain.world.passes import EndOfBackward
+from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -63,7 +65,7 @@ class GradientExchange:
     ) -> None:
         self.codec = codec
         self._world = world
-        self._of_optimizer = parameters
+        self.of_optimizer = parameters
         self._yielded: set[nn.Parameter] = set()
         """Parameters of the optimizer that one wrapped later has, too: that one averages them."""
         self._later: list[GradientExchange] = []
@@ -92,6 +94,11 @@ class GradientExchange:
         return any(exchange._layout.is_under_way for exchange in self._all())
 
     @property
+    def question(self) -> Question:
+        """Return what travels with the gradients."""
+        return self._layout.question
+
+    @property
     def mean_square(self) -> Tensor | None:
         """Return the mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
         if not self._averaging.has_square:
@@ -105,7 +112,9 @@ class GradientExchange:
 
         Raises:
             RuntimeError: a gradient was changed while it was still this rank's own.
+            ConfigError: parameters are averaged by an exchange that was made later, in another way.
         """
+        self._check_shared()
         unfinished = [exchange for exchange in self._all() if not exchange._is_finished]
         for exchange in unfinished:
             exchange._check_own()
@@ -129,6 +138,19 @@ class GradientExchange:
                     f"the gradient of {name} was changed after backward pass {self._passes} of"
                     f" the accum_steps = {steps} that wrap() was given, before it was averaged over"
                     " the ranks: call optimizer.synchronize() first, then clip, unscale or change gradients"
+                )
+
+    def _check_shared(self) -> None:
+        """Raise ConfigError where parameters are averaged in another way than this exchange was told.
+
+        Not before it is used: whoever has gone on to another optimizer may still hold this one.
+        """
+        for other in self._all()[1:] if self._later else ():
+            conflict = self._averaging.conflict_with(other._averaging)
+            if conflict:
+                raise ConfigError(
+                    f"this optimizer shares parameters with one that was wrapped later, and has {conflict}: a gradient"
+                    " is averaged in one way, so give wrap() the same for both, or use the later one only"
                 )
 
     def end_step(self) -> None:
@@ -159,7 +181,7 @@ class GradientExchange:
         return found
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._of_optimizer() if parameter not in self._yielded]
+        return [parameter for parameter in self.of_optimizer() if parameter not in self._yielded]
 
     def watch_parameters(self) -> None:
         """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""

@@ -63,12 +63,13 @@ class HorovodWorld(World):
         """
         parameter = nn.Parameter(torch.zeros(1))
         stand_in = torch.optim.SGD([parameter])
-        made = hvd.DistributedOptimizer(
-            stand_in,
-            named_parameters=[("stand-in", parameter)],
-            backward_passes_per_step=averaging.accum_steps,
-            op=hvd.Sum,
-        )
+        with torch.enable_grad():  # Horovod looks for what has computed a copy, which there is not under no_grad
+            made = hvd.DistributedOptimizer(
+                stand_in,
+                named_parameters=[("stand-in", parameter)],
+                backward_passes_per_step=averaging.accum_steps,
+                op=hvd.Sum,
+            )
         left_out = ("__dict__", "__weakref__", "step")
         methods = {name: value for name, value in vars(type(made)).items() if name not in left_out}
         attributes = {name: value for name, value in vars(made).items() if name not in vars(stand_in)}

@@ -9,6 +9,7 @@ from torch import nn
 
 from hvdtrain.world.buckets import AdasumTensor, Bucket, SparseRows, in_buckets
 from hvdtrain.world.codec import Codec
+from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -41,6 +42,8 @@ class Layout:
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[nn.Parameter, Bucket] = {}
         self.sparse: list[SparseRows] = []
+        self.question = Question()
+        """Travels with the first bucket."""
         self._world = world
         self._prefix = prefix
         self._parameters = parameters
@@ -70,6 +73,7 @@ class Layout:
     def build(self, trainable: Sequence[nn.Parameter]) -> None:
         """Lay the buckets out anew for what is trainable now. No gradient may be on its way."""
         self.buckets, self.bucket_of, self.sparse = [], {}, []
+        self.question.is_carried = False
         self.add(trainable)
 
     def add(self, trainable: Sequence[nn.Parameter]) -> bool:
@@ -90,6 +94,8 @@ class Layout:
         for group in groups:
             name, has_square = self.name(group[0]), self._averaging.has_square
             bucket = kind(self._prefix, name, group, self._codec, self._world, has_square)
+            if not self.buckets and not is_adasum and group[0].device.type == "cpu":
+                bucket.question, self.question.is_carried = self.question, True
             self.buckets.append(bucket)
             self.bucket_of.update((parameter, bucket) for parameter in group)
         return bool(new)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import UsageError
+from hvdtrain.errors import ConfigError, UsageError
 
 _PER_RANK = "_hvdtrain_per_rank_buffers"
 _CHUNK = 1 << 18  # stays in the processor's cache
@@ -84,3 +84,20 @@ def per_rank_buffers(model: nn.Module) -> set[str]:
         for prefix, module in model.named_modules()
         for name in module.__dict__.get(_PER_RANK, ())
     }
+
+
+def check_forward_pass(model: nn.Module) -> None:
+    """Make sure that a forward pass leaves the weights alone: each rank would change them by its own samples.
+
+    Raises:
+        ConfigError: it does not; names the layer.
+    """
+    for name, module in model.named_modules():
+        # Not `module.weight`: one that is parametrized is computed, and may change, whenever it is looked at.
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if getattr(module, "max_norm", None) is not None and weight is not None and weight.requires_grad:
+            layer = f"{type(module).__name__}(max_norm={module.max_norm:g}) {name}".rstrip()
+            raise ConfigError(
+                f"{layer} shortens its rows in the forward pass, on each rank those of its own samples: leave max_norm"
+                " out, and shorten all after each step (under torch.no_grad(), weight.renorm_(2, 0, max_norm))"
+            )

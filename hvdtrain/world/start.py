@@ -12,6 +12,7 @@ import torch
 from hvdtrain.errors import LaunchError
 from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, prepare_process
+from hvdtrain.process.stop import end_without_launcher
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.world import World
 
@@ -49,6 +50,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
         )
     is_new = not any(name in os.environ for name in THREAD_VARIABLES)
     launch = prepare_process()
+    end_without_launcher()
     if is_new:  # torch was imported before the variables were set: a program of the user's own
         torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
     check_launcher(launch)

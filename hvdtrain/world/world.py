@@ -16,7 +16,7 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
-from hvdtrain.world.replicas import all_in_one, digest_of, first_difference, per_rank_buffers
+from hvdtrain.world.replicas import all_in_one, check_forward_pass, digest_of, first_difference, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.state_file import read_state, write_state
 
@@ -33,6 +33,11 @@ class World(Collectives):
     """Optimizers that `wrap` was given: each one's collectives have names of their own."""
     _exchanges: Sequence[weakref.ref[GradientExchange]] = ()
 
+    @property
+    def reads_at_once(self) -> bool:
+        """Return whether reading a tensor's value waits for nothing; a GPU computes while Python goes on."""
+        return self.device.type == "cpu"
+
     def wrap(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
     ) -> WrappedOptimizer:
@@ -46,18 +51,30 @@ class World(Collectives):
 
         Raises:
             ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients; squared norms need dense
-                gradients, averaged in their own type.
+                gradients, averaged in their own type; an embedding has `max_norm`, and there are several ranks.
         """
         averaging = dataclasses.replace(averaging or Averaging(), **fields)
         self.check_averaging(averaging)
+        if self.size > 1:
+            check_forward_pass(model)
         return wrap_optimizer(self, optimizer, model, averaging)
 
     def claim_gradients(self, exchange: GradientExchange) -> None:
-        """Have an exchange, and none that was made before it, average the parameters that it has now."""
+        """Have an exchange, and none that was made before it, average the parameters that it has now.
+
+        One that was made before and averages in another way can then be used no more: it says so.
+        """
         alive = [other for ref in self._exchanges if (other := ref()) is not None]
         for other in alive:
             other.yield_to(exchange)
         self._exchanges = [*map(weakref.ref, alive), *([] if exchange in alive else [weakref.ref(exchange)])]
+
+    def not_averaged(self, model: nn.Module) -> list[str]:
+        """Return the names of a model's parameters that have a gradient here, and no optimizer that averages it."""
+        alive = [exchange for ref in self._exchanges if (exchange := ref()) is not None]
+        known = {parameter for exchange in alive for parameter in exchange.of_optimizer()}
+        named = model.named_parameters()
+        return [name for name, p in named if p.requires_grad and p.grad is not None and p not in known]
 
     def check_averaging(self, averaging: Averaging) -> None:
         """Raise ConfigError where this back end cannot average so."""

@@ -99,6 +99,23 @@ def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
     assert not processes_naming(tmp_path)
 
 
+def test_a_supervisor_that_is_killed_leaves_no_run_behind(start, tmp_path):
+    """Its ranks save and end, with all that stands between it and them: `hvdtrain -np`, which owns them too."""
+    launch = [sys.executable, "-m", "hvdtrain", "-np", "2"]
+    train = [*launch, "train", RECIPE, "--run-dir", tmp_path / "run", "--train.steps", 100_000, "--pause", 0.01]
+    process = start(*SUPERVISE, "--", *train, "--checkpoint.every", 1_000_000)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and '"step": 4' in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    out, _ = process.communicate(timeout=60)  # to the end of the output: all have left
+    assert "on request (the launcher is gone, rank" in out
+    assert (tmp_path / "run" / "checkpoints" / "latest").exists()
+    assert not processes_naming(tmp_path)
+
+
 def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
     ssh = tmp_path / "ssh"
     ssh.write_text("#!/bin/sh\ntouch asked\nsleep 1\n")

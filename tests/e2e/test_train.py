@@ -188,7 +188,7 @@ def test_printed_settings_load_back(hvdtrain, tmp_path):
 def test_help(hvdtrain):
     overview = hvdtrain("--help")
     assert overview.code == 0
-    assert "recipes: lm, lm-10m, lm-124m, lm-1b, lm-3b, hf, mnist" in overview.out
+    assert "recipes: lm, lm-10m, lm-124m, lm-1b, lm-3b, hf, mnist, resnet" in overview.out
     details = hvdtrain("train", "lm", "--help-all", COLUMNS="200")
     assert details.code == 0
     for words in ("--train.global-batch-size", "Optimizer steps of the whole run", "--data.path", "--model.num-layers"):

@@ -295,10 +295,33 @@ def test_adasum(world):
     x, y = data(0)
     F.cross_entropy(model(share(world, x)), share(world, y)).backward()
     optimizer.synchronize()
+    combined = []
     for parameter, a, b in zip(model.parameters(), *parts, strict=True):
         dot = (a * b).sum()
-        expected = (1 - dot / (2 * a.square().sum())) * a + (1 - dot / (2 * b.square().sum())) * b
-        assert torch.allclose(parameter.grad, expected, rtol=1e-6, atol=1e-9)
+        combined.append((1 - dot / (2 * a.square().sum())) * a + (1 - dot / (2 * b.square().sum())) * b)
+        assert torch.allclose(parameter.grad, combined[-1], rtol=1e-6, atol=1e-9)
+    # All ranks hold the combined gradient: what is clipped is that one.
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    assert torch.allclose(norm, torch.stack([gradient.norm() for gradient in combined]).norm(), rtol=1e-6)
+    optimizer.step()
+    assert len(set(world.all_gather_object(digest(model.parameters()), "adasum.end"))) == 1
+
+
+def test_optimizers_that_share_parameters_have_one_accumulation(world):
+    """The one wrapped last decides when gradients are averaged: the other is refused at its step, on all ranks."""
+    if world.size == 1:
+        return
+    model = network()
+    first = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, accum_steps=2)
+    second = world.wrap(torch.optim.SGD(model[2].parameters(), lr=0.1), model)
+    x, y = data(0)
+    F.cross_entropy(model(share(world, x)), share(world, y)).backward()
+    with pytest.raises(ConfigError, match="wrapped later, and has accum_steps = 2, the other 1"):
+        first.step()
+    before = digest(model[0].parameters())
+    second.step()
+    assert digest(model[0].parameters()) == before
+    assert len(set(world.all_gather_object(digest(model.parameters()), "shared.end"))) == 1
 
 
 def test_zero_grad_that_keeps_zeros(world):

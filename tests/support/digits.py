@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+SIZE = 16
+
 
 def write_digits(folder, *, num_train=150, num_test=37):
     """Write scikit-learn's handwritten digits, enlarged to 28x28, in MNIST's files."""
@@ -19,3 +21,17 @@ def write_digits(folder, *, num_train=150, num_test=37):
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + pictures.tobytes())
         head = np.array([0x801, len(labels)], ">i4").tobytes()
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+
+
+def write_digit_folders(folder, *, num_train=1437, num_test=360):
+    """Write scikit-learn's handwritten digits, enlarged to 16x16, as PNG files in a folder for each class."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    for number, index in enumerate(order[: num_train + num_test]):
+        place = folder / ("train" if number < num_train else "val") / str(digits.target[index])
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[index] * (255 / 16)).astype(np.uint8)
+        Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BILINEAR).save(place / f"{index:04}.png")

@@ -301,3 +301,99 @@ def truncated(env):
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
     return [model]
+
+
+@loop(
+    "loops",
+    "an optimizer over a part of the model, clipping",
+    "clip what it has: `clip_grad_norm_(head.parameters(), 1.0)`; or freeze the rest",
+)
+def part_of_a_model(env):
+    model = network()
+    optimizer = env.wrap(sgd(model[2]), model)
+    for step in range(STEPS):
+        model.zero_grad()
+        loss_of(model, env, step).backward()
+        nn.utils.clip_grad_norm_(model[2].parameters(), 0.05)
+        optimizer.step()
+    return [model]
+
+
+class OwnForms(torch.optim.SGD):
+    """As optimizers outside of torch are: other signatures, other states."""
+
+    def zero_grad(self):
+        super().zero_grad()
+
+    def step(self):
+        super().step()
+
+    def state_dict(self):
+        return {"own": super().state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state["own"])
+
+
+@loop("loops", "optimizers from outside torch: a zero_grad() without arguments, a state_dict() of another form")
+def own_forms(env):
+    model = network()
+    optimizer = env.wrap(OwnForms(model.parameters(), lr=0.1, momentum=0.9), model)
+    for step in range(STEPS):
+        trained(env, model, optimizer, 1, first=step)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return [model]
+
+
+@loop("gradients by hand", "torch.func.vmap(torch.func.grad(...)): gradients of samples, clipped one by one (DP-SGD)")
+def of_samples(env):
+    model = network()
+    optimizer = env.wrap(sgd(model), model)
+
+    def loss(parameters, x, y):
+        return F.cross_entropy(torch.func.functional_call(model, parameters, (x[None],)), y[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    for step in range(STEPS):
+        named = dict(model.named_parameters())
+        each = gradients({name: p.detach() for name, p in named.items()}, *batch(env, step))
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in each.values()]).norm(dim=0)
+        for name, parameter in named.items():
+            parameter.grad = torch.einsum("n,n...->...", (0.5 / norms).clamp(max=1), each[name]) / len(norms)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [model]
+
+
+@loop("gradients by hand", "optimizer.register_step_pre_hook(clip), before wrap()")
+def clipped_in_a_hook(env):
+    model = network()
+    optimizer = sgd(model)
+    optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 0.05) and None)
+    return trained(env, model, env.wrap(optimizer, model))
+
+
+@loop("loops", "with torch.no_grad(): wrap(), step()")
+def without_gradients(env):
+    model = network()
+    with torch.no_grad():
+        optimizer = env.wrap(sgd(model), model)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                loss_of(model, env, step).backward()
+            optimizer.step()
+    return [model]
+
+
+@loop("loops", "backward(inputs=...), one layer after the other")
+def layer_by_layer(env):
+    model = network()
+    optimizer = env.wrap(sgd(model), model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(model, env, step)
+        loss.backward(inputs=list(model[2].parameters()), retain_graph=True)
+        loss.backward(inputs=list(model[0].parameters()))
+        optimizer.step()
+    return [model]

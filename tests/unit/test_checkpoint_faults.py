@@ -1,6 +1,7 @@
 """Nothing is saved that cannot be loaded, nothing good is thrown away, and nothing odd ends in a traceback."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import resource
@@ -259,6 +260,52 @@ def test_an_odd_manifest_is_passed_over_and_later_saves_work(tmp_path, odd):
     save(tmp_path, 3, retention=Retention(keep_last=2))
     assert pointer(tmp_path) == "step-00000003"
     assert pointer(tmp_path, "best") == "step-00000001"
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+BREAKS = {
+    "bit": flip_a_bit,
+    "cut": lambda path: os.truncate(path, 40),
+    "huge": lambda path: os.truncate(path, 1 << 42),  # its hash would take hours
+    "gone": os.unlink,
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt"])
+@pytest.mark.parametrize("how", BREAKS)
+def test_what_a_run_goes_by_is_the_checkpoint_that_it_will_load(tmp_path, name, how):
+    """A good manifest beside a damaged file says nothing: its batch may be that of another number of ranks."""
+    save(tmp_path, 1, micro_batch_size=8)
+    BREAKS[how](save(tmp_path, 2, micro_batch_size=2) / name)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.newest_manifest() == checkpoints.load_newest(lambda text: None).manifest
+    assert checkpoints.newest_manifest().micro_batch_size == 8
+
+
+def test_what_has_good_hashes_and_would_not_load_is_nothing_to_go_by(tmp_path):
+    save(tmp_path, 1, micro_batch_size=8)
+    path = save(tmp_path, 2, micro_batch_size=2)
+    torch.save([1, 2], path / "state.pt")
+    names = ("model.safetensors", "state.pt")
+    reseal(path, sha256={name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names})
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.newest_manifest().micro_batch_size == 8
+    assert checkpoints.load_newest(lambda text: None).manifest.step == 1
+
+
+def test_what_changes_after_it_was_verified_is_noticed(tmp_path):
+    """Loading does not hash files again that were verified a moment ago; these are others."""
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.newest_manifest().step == 2
+    flip_a_bit(path / "model.safetensors")
+    assert checkpoints.load_newest(lambda text: None).manifest.step == 1
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "3", "[" * 100_000, "", "\0" * 500, '{"step": 1}', '"' + "x" * 70_000])

@@ -250,3 +250,50 @@ def test_replicated_state_is_compared(tmp_path):
     assert "ema.weights.0.weight" in names
     assert "0.weight" in names
     assert not any(name.startswith("window") for name in names)
+
+
+class Turned(nn.Module):
+    """Complex numbers: a parameter, and a table of rotations as some models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((3,), 0.5 + 0.5j))
+        self.register_buffer("turns", torch.polar(torch.ones(3), torch.arange(3.0)), persistent=False)
+
+    def forward(self, x):
+        return (x.to(self.turns.dtype) * self.turns * self.scale).abs().sum(1, keepdim=True)
+
+
+def complex_job(folder, precision):
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) + 1j
+    data = TensorSamples(x, x.abs().sum(1, keepdim=True))
+
+    def loss(model, batch):
+        assert batch[0].dtype == model.turns.dtype
+        return {"loss": (model(batch[0]) - batch[1]).square().sum()}
+
+    task = Task(model=Turned(), train_data=data, val_data=data, loss_sums=loss)
+    config = Config(train=TrainConfig(steps=2, global_batch_size=4, precision=precision), optim=OptimConfig(name="sgd"))
+    return settle(task, config, SOLO, RunDirectory(folder), Lines())
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp64", torch.complex128), ("bf16-true", torch.complex64)])
+def test_complex_numbers_keep_their_imaginary_part(tmp_path, precision, expected):
+    job = dataclasses.replace(complex_job(tmp_path, precision), directory=None)
+    training = start_training(job)
+    for _ in range(2):
+        train_step(job, training)
+    model = training.model
+    assert model.turns.dtype == model.scale.dtype == expected
+    torch.testing.assert_close(model.turns.to(torch.complex64), torch.polar(torch.ones(3), torch.arange(3.0)))
+    assert model.scale.imag.abs().min() > 0.1
+
+
+def test_a_type_that_a_checkpoint_cannot_hold_is_refused_at_the_start(tmp_path):
+    fit(complex_job(tmp_path / "a", "bf16-true"))
+    with pytest.raises(ConfigError, match=r"scale is of the type torch\.complex128, which a checkpoint cannot hold"):
+        fit(complex_job(tmp_path / "b", "fp64"))
+    sparse = complex_job(tmp_path / "c", "fp32")
+    sparse.task.model.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(ConfigError, match=r"graph is of the type torch\.sparse_coo"):
+        fit(sparse)

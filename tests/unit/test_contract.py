@@ -328,3 +328,36 @@ def test_what_one_rank_finds_all_ranks_tell(tmp_path):
     assert first == second
     assert first[0].startswith("on rank 1: TensorSamples.batch returned a tuple without tensors")
     assert first[1]
+
+
+def test_an_optimizer_over_what_is_not_the_models_is_refused(tmp_path):
+    """It would be in no checkpoint, and random on every rank."""
+    temperature = nn.Parameter(torch.ones(1))
+
+    def build(optim, model):
+        return torch.optim.SGD([*model.parameters(), temperature], lr=optim.peak_lr)
+
+    with pytest.raises(UsageError, match=r"a parameter of shape \(1,\) that is not one of the model's"):
+        train(task(build_optimizer=build), tmp_path)
+
+
+def test_what_the_optimizer_leaves_alone_does_not_clip(tmp_path):
+    """Its gradient is never cleared, and on several ranks each one's own: the norm is of what moves."""
+
+    def last_layer(optim, model):
+        return torch.optim.SGD(model[-1].parameters(), lr=0.1)
+
+    def work(world):
+        made = task(build_optimizer=last_layer, model=network().double())
+        config = Config(train=TrainConfig(steps=6, global_batch_size=8, max_grad_norm=0.05, precision="fp64"))
+        job = settle(made, config, world, RunDirectory(tmp_path), MetricLog(None, []))
+        job = dataclasses.replace(job, directory=None)
+        training = start_training(job)
+        for _ in range(6):
+            train_step(job, training)
+        return torch.cat([parameter.detach().flatten() for parameter in training.model.parameters()])
+
+    torch.manual_seed(0)
+    alone = work(SOLO)
+    for ours in run_ranks(2, work):
+        assert (ours - alone).abs().max() < 1e-12

@@ -49,6 +49,8 @@ def folder(monkeypatch, tmp_path):
         Path(name).mkdir(parents=True)
     for name in ("my_loop.py", "held_out.txt", "train.bin", "val.bin", "chats.jsonl", "questions.jsonl"):
         Path(name).touch()
+    Path("photos/val/cat").mkdir(parents=True)
+    Path("photos/val/cat/9.jpg").touch()
     Path("docs").symlink_to(DOCS)
     Path("my_recipe.py").write_text("import hvdtrain\n\n\ndef recipe():\n    return hvdtrain.Recipe()\n")
     Path("settings.toml").write_text("[train]\nsteps = 2000\n")

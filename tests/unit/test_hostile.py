@@ -89,7 +89,7 @@ VALUES = [
     *(dataclasses.MISSING,),  # a date
 ]
 
-RECIPE_NAMES = ["hf", "mnist", "lm"]
+RECIPE_NAMES = ["resnet", "hf", "mnist", "lm"]
 
 
 def settings_of_all():
@@ -216,7 +216,14 @@ KINDS = [
 PATHS = [
     *(f"train lm --{flag}" for flag in ("config", "run-dir", "data.path", "data.val-path", "data.tokenizer")),
     *(f"train lm --{flag}" for flag in ("data.cache-dir", "eval.choices", "model.init-from")),
-    *("train mnist --data.root", "verify lm --json", "bench lm --json", "plan lm --output", "plan lm --noise-from"),
+    *(
+        "train resnet --data.root",
+        "train mnist --data.root",
+        "verify lm --json",
+        "bench lm --json",
+        "plan lm --output",
+        "plan lm --noise-from",
+    ),
     *("plan lm --from", "doctor --json", "doctor --run-dir", "generate --run-dir", "export --run-dir"),
     *("export --run-dir directory --output", "train hf --model.path", "train hf --model.config", "train"),
 ]
@@ -253,6 +260,7 @@ def test_data_of_every_kind_is_read_or_refused(kind, zoo):
         ("lm", "data.val_path"),
         ("lm", "data.tokenizer"),
         ("mnist", "data.root"),
+        ("resnet", "data.root"),
     ):
         section, name = flag.split(".")
         values = {section: {name: zoo[kind]}, "data": {name: zoo[kind]}}

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.data.draws import Draws, is_same_state, kept_random_state, random_state
 from hvdtrain.data.loader import Loader, Reading
 from hvdtrain.data.order import EvaluationOrder, SampleOrder
+from hvdtrain.data.vision import ImageTensors
 from hvdtrain.errors import DataError
 from hvdtrain.settings import BatchPlan
 
@@ -214,3 +216,22 @@ def test_all_three_generators_draw_for_a_sample():
     assert of([7, 5], 1) == of([5], 0)
     different = [of([5], 0), of([6], 0), of([5], 0, epoch=1), of([5], 0, seed=1)]
     assert all(len(set(numbers)) == 4 for numbers in zip(*different, strict=True))
+
+
+@pytest.mark.parametrize(
+    "data", [TensorSamples(torch.arange(21)), ImageTensors(torch.zeros(21, 2, 2, dtype=torch.uint8), torch.arange(21))]
+)
+def test_data_in_memory_is_read_when_it_is_needed_unless_more_is_asked_for(data):
+    before = threading.active_count()
+    with Loader(data, order_of(), 0):
+        assert threading.active_count() == before
+    with Loader(data, order_of(), 0, reading=Reading(ahead=1)):
+        assert threading.active_count() == before + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.bool, torch.bfloat16, torch.complex64, torch.int8])
+@pytest.mark.parametrize("shape", [(9,), (9, 3)])
+def test_rows_of_tensors_of_every_type(dtype, shape):
+    rows = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+    (batch,) = TensorSamples(rows).batch(torch.tensor([4, 0, 4]))
+    assert [row.tolist() for row in batch] == [rows[i].tolist() for i in (4, 0, 4)]

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, ResumeError
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog, close_rank_log, open_rank_log
+from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.rundir.sinks import Console, JsonLines, TensorBoard, describe
 from hvdtrain.settings.units import duration
 from hvdtrain.trainer.stopwatch import Stopwatch
@@ -36,6 +37,18 @@ def test_resuming_drops_later_and_broken_lines(tmp_path):
     sink.write(20, {}, None)
     sink.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 5}, {"step": 10}, {"step": 20}]
+
+
+def test_what_pretends_to_be_huge_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 5}\n' + "[" * 2_000_000 + "\n" + '{"step": 6}\n')
+    assert read_metrics(path) == ([{"step": 5}, {"step": 6}], 1)
+    os.truncate(path, 1 << 42)  # zeros, which take no room on the disk
+    with pytest.raises(OSError, match="more than 1 GiB"):
+        read_metrics(path)
+    RunDirectory(tmp_path).checkpoints.folder.mkdir()
+    with pytest.raises(ResumeError, match="cannot be read"):
+        RunDirectory(tmp_path).load_newest(print)
 
 
 def test_a_finished_run_stays_finished(tmp_path):

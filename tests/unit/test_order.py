@@ -122,3 +122,38 @@ def test_a_sample_that_comes_twice_draws_twice():
     (request,) = order.requests(0, 0)
     assert request.samples.tolist() == [0] * 8
     assert len({request.draws.seed_of(i) for i in range(8)}) == 8
+
+
+class Counted:
+    """A sampler that notes for how many positions it was asked at a time."""
+
+    def __init__(self):
+        self.asked = []
+
+    def samples(self, positions, num_samples, seed, epoch):
+        self.asked.append(len(positions))
+        return positions + 1000 * epoch
+
+
+def test_samples_of_many_steps_are_computed_at_once_and_are_those_of_each_alone():
+    sampler = Counted()
+    order = SampleOrder(num_samples=30_001, plan=BatchPlan(7, 7, 1, 1), seed=3, sampler=sampler)
+    per_epoch = order.steps_per_epoch
+    for step in range(2 * per_epoch):
+        order.requests(step + 1, 0)  # whoever reads ahead is there first
+        first = step % per_epoch * 7
+        expected = range(first + 1000 * (step // per_epoch), min(first + 7, 30_001) + 1000 * (step // per_epoch))
+        assert order.global_batch(step).tolist() == list(expected)
+    assert len(sampler.asked) < 12
+    assert max(sampler.asked) <= 1 << 13
+
+
+@pytest.mark.parametrize("batch", [1, 100, 5000, 20_000])
+def test_a_step_sees_the_same_whichever_was_asked_for_before(batch):
+    plan = BatchPlan(batch, batch, 1, 1)
+    forward, backward = (SampleOrder(num_samples=20_011, plan=plan, seed=1) for _ in range(2))
+    steps = range(0, 3 * forward.steps_per_epoch, max(1, forward.steps_per_epoch // 40))
+    seen = {step: forward.global_batch(step).tolist() for step in steps}
+    assert {step: backward.global_batch(step).tolist() for step in reversed(steps)} == seen
+    samples = [sample for step in range(forward.steps_per_epoch) for sample in forward.global_batch(step).tolist()]
+    assert sorted(samples) == list(range(20_011))

@@ -164,7 +164,30 @@ def odd_folder(draw, path):
     return None
 
 
+def grow(draw, path):
+    """Let a file pretend to be huge; it takes no room."""
+    os.truncate(path, draw.choice([1 << 31, 1 << 36, 1 << 41]))
+
+
+def put_beside(draw, path):
+    """Put something of another kind beside a file, under a name that hvdtrain uses itself, or of odd bytes."""
+    names = [".writing-step-00000004", ".replaced-step-00000004", ".writing-latest", ".config.toml.writing-1"]
+    names += ["step-99999999999999999", "step-000000000", "step-00000010", "best", "x\udcff", "a\nb"]
+    other, kind = path.with_name(draw.choice(names)), draw.choice(["folder", "file", "fifo", "loop", "link"])
+    if other.exists() or other.is_symlink():
+        return
+    if kind == "folder":
+        other.mkdir()
+    elif kind == "file":
+        other.write_bytes(draw.randbytes(50))
+    elif kind == "fifo":
+        os.mkfifo(other)
+    else:
+        other.symlink_to(other if kind == "loop" else "/etc")
+
+
 CHANGES = [flip, flip, cut, fill, remove, make_other, odd_json, odd_json, odd_state, odd_state, odd_folder]
+CHANGES += [grow, put_beside]
 
 
 @pytest.mark.parametrize("seed", range(COUNT))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.process.ancestors import Ancestor, _waits_for_launcher, find_launcher, seconds_since_launch
+from hvdtrain.process.ancestors import Ancestor, _waits_for_launcher, as_owner, find_launcher, seconds_since_launch
 
 HEAD = """
 import os, signal, subprocess, sys, time
@@ -117,17 +117,17 @@ def test_a_launcher_that_is_gone_is_a_request(tmp_path, is_in_shell):
     process.wait(timeout=30)
 
 
-@pytest.mark.parametrize("has_launcher", [True, False])
-def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path, has_launcher):
-    """The shell that horovodrun has become, while the launcher below it is still there; or a program that owns it."""
+def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
+    """The shell that horovodrun has become, while the launcher below it is still there."""
     launcher = tmp_path / "mpirun"
     launcher.write_text('#!/bin/sh\n"$@" &\nwait\n')
     launcher.chmod(0o755)
     early = "from hvdtrain.process.stop import end_on_signals\nend_on_signals()\nprint('up', flush=True)\n"
     (tmp_path / "rank.py").write_text(f"{HEAD}{early}time.sleep(60)")
     rank = shlex.join([sys.executable, str(tmp_path / "rank.py")])
-    script = f"{shlex.quote(str(launcher))} {rank} 2>&1" if has_launcher else f"HVDTRAIN_OWNER=$$ {rank} 2>&1; true"
-    process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ["sh", "-c", f"{shlex.quote(str(launcher))} {rank} 2>&1"], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "up\n"
     started = time.monotonic()
     process.kill()
@@ -135,6 +135,78 @@ def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path, has_la
     assert time.monotonic() - started < 30
     process.stdout.close()
     process.wait(timeout=30)
+
+
+OWN = (
+    HEAD
+    + """
+from hvdtrain.process.stop import end_without_launcher
+end_without_launcher(2.0)
+print('up', flush=True)
+"""
+)
+STARTS = """
+import os, signal, subprocess, sys
+from hvdtrain.process.ancestors import as_owner
+depth, code = int(sys.argv[1]), sys.argv[2]
+environ = {**os.environ, **as_owner()}
+again = [sys.executable, sys.argv[0], str(depth - 1), code] if depth else [sys.executable, "-c", code]
+if depth or "slow" not in code:
+    sys.exit(subprocess.call(again, env=environ))
+subprocess.Popen(again, env=environ)
+"""
+
+
+@pytest.mark.parametrize(
+    ("depth", "rank", "says"),
+    [
+        (0, HEAD + WAIT, "the launcher is gone"),
+        (1, HEAD + WAIT, "the launcher is gone"),  # of two programs, one within another, the outer one is lost
+        (0, HEAD + "end_on_signals()\nprint('up', flush=True)\ntime.sleep(60)", "nothing is lost"),
+        # The program has ended before its rank could look.
+        (0, "import time; time.sleep(1)  # slow\n" + HEAD + WAIT, "the launcher is gone"),
+        (0, OWN + "time.sleep(60)", "this rank ends"),
+        (0, OWN + "signal.signal(15, lambda *_: exit('saved'))\ntime.sleep(60)", "saved"),
+        (0, OWN + "signal.signal(15, signal.SIG_IGN)\ntime.sleep(60)", "this rank ends"),
+        (0, OWN.replace("print", "0 and print") + WAIT + "time.sleep(60)", "the launcher is gone\nhvdtrain: the la"),
+    ],
+    ids=[
+        *("training", "nested", "before training", "before it looks"),
+        *("own loop", "own handler", "own loop that ignores it", "trained within a program"),
+    ],
+)
+def test_a_program_that_is_lost_ends_the_ranks_that_it_has_started(tmp_path, depth, rank, says):
+    (tmp_path / "starts.py").write_text(STARTS)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "starts.py", str(depth), rank],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout.readline() == "up\n"
+    started = time.monotonic()
+    process.kill()
+    assert says in process.stdout.read()  # to the end: the rank has left, too
+    assert time.monotonic() - started < 30
+    process.stdout.close()
+    process.wait(timeout=30)
+
+
+def test_owners_of_another_host_or_container_are_not_looked_for(monkeypatch):
+    """A process id says nothing there, and so does whatever else may stand in the variable."""
+    mine = as_owner()["HVDTRAIN_OWNER"]
+    odd = f"{mine.rpartition('.')[0]}.1,nonsense,1.2,,{'9' * 400}.1.x,-1.-1.{mine.split('.', 2)[2]}"
+    for given, expected in ((mine, 1), (odd, 0), (f"{odd},{mine}", 1)):
+        code, out, err = ended(
+            python(
+                "from hvdtrain.process.ancestors import own_launcher, owners\n"
+                "print(len(owners()) - (own_launcher() is not None))",
+                env={**os.environ, "HVDTRAIN_OWNER": given},
+            )
+        )
+        assert (code, out.strip()) == (0, str(expected)), err
+    monkeypatch.setenv("HVDTRAIN_OWNER", "1.2.elsewhere")
+    assert as_owner() == {"HVDTRAIN_OWNER": f"1.2.elsewhere,{mine.rpartition(',')[2]}"}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,13 @@ def test_lost_hosts_are_left_out_and_ranks_follow(lost, more, expected_hosts, ra
     assert changed == ["horovodrun", "-np", ranks, "-H", expected_hosts, *TRAIN, *more]
 
 
+def test_slots_and_batches_without_measure_take_no_time():
+    command = ["horovodrun", "-H", "a:999999999,b:1", *TRAIN, "--train.global-batch-size", "999999937", "-np", "9" * 9]
+    assert restricted(command, named_hosts(command), {"b"})[-1] == "999999937"  # a prime
+    command = ["horovodrun", "-H", "a:999999936,b:1", *TRAIN, "--train.global-batch-size", "999999937", "-np", "9" * 9]
+    assert restricted(command, named_hosts(command), {"b"})[-1] == "1"
+
+
 def test_a_host_file_becomes_a_list():
     command = ["mpirun", "-n", "3", "--hostfile", "hosts", *TRAIN]
     assert restricted(command, {"a": 2, "b": 2}, {"a"}) == ["mpirun", "-n", "2", "-H", "b:2", *TRAIN]

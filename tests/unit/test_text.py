@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
 import re
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
+from hvdtrain.data.text.sources import find_sources
 from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenizer import ByteTokenizer
 from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
@@ -70,6 +73,83 @@ def test_a_second_time_reads_the_cache(corpus, tmp_path):
     assert prepare_text(config(corpus, tmp_path), said.append).content_hash == first.content_hash
     assert first.train_shards[0].path.stat().st_mtime_ns == stamp
     assert not [line for line in said if "prepared" in line]
+
+
+CHANGES = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size - 8),
+    "bit": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "gone": os.unlink,
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "brackets": lambda path: path.write_text("[" * 50_000),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize(
+    "name", ["train.bin", "val.bin", "meta.json", "tokenizer.json", "train.bytes.bin", "seal.json"]
+)
+def test_prepared_text_that_was_changed_is_prepared_again(corpus, tmp_path, name, how):
+    asked = config(corpus, tmp_path, tokenizer="bpe", vocab_size=300)
+    first = prepare_text(asked)
+    folder = first.train_shards[0].path.parent
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    CHANGES[how](folder / name)
+    said = []
+    again = prepare_text(asked, said.append)
+    assert again.num_train_tokens == first.num_train_tokens
+    assert all((folder / name).read_bytes() == written[name] for name in written.keys() - {"seal.json"})
+    assert any(line.startswith(f"warning: {folder} was changed") for line in said)
+    assert prepare_text(asked, said.append).content_hash == first.content_hash
+
+
+def test_a_copy_of_prepared_text_is_as_good(corpus, tmp_path):
+    """Its times and inodes are others, its content is not."""
+    prepare_text(config(corpus, tmp_path))
+    shutil.copytree(tmp_path / "cache", tmp_path / "copy")
+    said = []
+    prepare_text(config(corpus, tmp_path, cache_dir=str(tmp_path / "copy")), said.append)
+    assert not [line for line in said if line.startswith(("warning", "prepared"))]
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_is_known_of_files_is_not_taken_from_a_damaged_memory(corpus, tmp_path, how):
+    for path in corpus.rglob("*.txt"):
+        os.utime(path, ns=(10**18, 10**18))
+    first = prepare_text(config(corpus, tmp_path))
+    for path in (tmp_path / "cache" / "known").glob("*.json"):
+        CHANGES[how](path)
+    assert prepare_text(config(corpus, tmp_path)).content_hash == first.content_hash
+
+
+def test_a_file_that_may_not_be_read_is_an_error(corpus, tmp_path, monkeypatch):
+    """Not one without text; to root all files are open."""
+    opened = Path.open
+
+    def closed(path, *how):
+        if path.name == "f.txt":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *how)
+
+    monkeypatch.setattr(Path, "open", closed)
+    for find in (prepare_text, find_sources):
+        with pytest.raises(DataError, match=r"f.txt cannot be read \(Permission denied\)"):
+            find(config(corpus, tmp_path), print)
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.txt", "*/*.txt", "s*/*"])
+def test_a_directory_that_may_not_be_read_is_an_error(corpus, monkeypatch, pattern):
+    """Not what is left out in silence. To root all directories are open: the system's answers are changed instead."""
+    scandir, access = os.scandir, os.access
+
+    def closed(folder):
+        if Path(folder).name == "sub":
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sub" and access(path, mode))
+    with pytest.raises(DataError, match=r"sub of the data cannot be listed \(Permission denied\)"):
+        find_documents(str(corpus / pattern))
 
 
 @pytest.mark.parametrize("change", ["content", "name", "tokenizer", "split"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import hvdtrain
 from hvdtrain.rundir import checkpoint as one
+from hvdtrain.trainer import saver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,8 @@ def test_a_file_of_settings_and_two_that_fix_the_batch(tmp_path):
     assert result.step == 3
     settings = (tmp_path / "run" / "config.toml").read_text()
     assert "accum_steps = 2" in settings
-    assert "global_batch_size" not in settings
-    assert "max_grad_norm" not in settings
+    assert 'global_batch_size = "none"' in settings
+    assert 'max_grad_norm = "none"' in settings
 
 
 @pytest.mark.parametrize(
@@ -125,13 +127,16 @@ def test_a_users_exception_reaches_the_program(tmp_path):
     assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run").step == 8
 
 
-def breaking_saves(monkeypatch, *broken):
+ODD = KeyError("odd")
+
+
+def breaking_saves(monkeypatch, *broken, error=ODD):
     """Let some saves, counted from 1, fail as no file system would."""
     save, count = one.safetensors.torch.save_file, itertools.count(1)
 
     def save_file(*arguments):
         if next(count) in broken:
-            raise KeyError("odd")
+            raise error
         return save(*arguments)
 
     monkeypatch.setattr(one.safetensors.torch, "save_file", save_file)
@@ -143,6 +148,33 @@ def test_a_run_whose_last_save_failed_has_failed(tmp_path, monkeypatch):
         hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4})
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000004\n"
     assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4}).step == 8
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+def test_not_even_an_exit_in_the_thread_that_saves_passes_for_a_save(tmp_path, monkeypatch, error):
+    breaking_saves(monkeypatch, 2, 3, error=error)
+    with pytest.raises(hvdtrain.CheckpointError, match=type(error).__name__):
+        hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4})
+
+
+def test_without_memory_for_a_copy_or_a_thread_training_goes_on(tmp_path, monkeypatch, capsys):
+    copy, start, count = saver._to_host, threading.Thread.start, itertools.count(1)
+
+    def copy_once_in_vain(tensor):
+        if next(count) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return copy(tensor)
+
+    def start_no_saver(thread):
+        if thread.name == "hvdtrain-save":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(saver, "_to_host", copy_once_in_vain)
+    monkeypatch.setattr(threading.Thread, "start", start_no_saver)
+    assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4}).step == 8
+    assert capsys.readouterr().out.count("could not be copied to host memory") == 1
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000008\n"
 
 
 def test_a_save_that_failed_is_forgiven_when_a_later_one_succeeds(tmp_path, monkeypatch, capsys):

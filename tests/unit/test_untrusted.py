@@ -15,6 +15,7 @@ from hvdtrain.data.text.deadline import at_most
 from hvdtrain.errors import DataError, UsageError
 from hvdtrain.models.decoder import Decoder, DecoderConfig
 from hvdtrain.models.interchange import load_decoder, read_shape, read_weights, to_llama
+from hvdtrain.recipes.transformers_models.loading import check_files
 from hvdtrain.settings.untrusted import file_in, read_bounded, read_json
 
 CONFIG = DecoderConfig(num_layers=1, hidden_size=8, num_heads=2, intermediate_size=16)
@@ -73,6 +74,17 @@ def test_an_index_names_files_beside_it_only(exported):
             read_weights(exported)
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
     assert len(read_weights(exported)) > 3
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "pytorch_model.bin.index.json", "model.safetensors.index.fp16.json"]
+)
+def test_no_index_that_transformers_would_follow_names_files_elsewhere(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")  # it would be waited for
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text('{"weight_map": {"a": "../pipe"}}')
+    with pytest.raises(DataError, match="not a file beside it"):
+        check_files(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(

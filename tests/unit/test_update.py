@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import DivergedError
+from hvdtrain.models.private_torch import norm_of
+from hvdtrain.models.walk import parameters_of
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
@@ -35,7 +37,13 @@ class Said(MetricLog):
         self.lines.append(line)
 
 
-def start(tmp_path, optim, bad=(), most=20):
+class Device(SoloWorld):
+    """A CPU that is treated as a GPU is: nobody waits for it."""
+
+    reads_at_once = False
+
+
+def start(tmp_path, optim, bad=(), most=20, world=Device):
     """Begin a training of one sample a step, in order, whose samples at `bad` are not finite."""
     x = torch.arange(1.0, 9).view(8, 1)
     x[list(bad)] = math.nan
@@ -48,18 +56,53 @@ def start(tmp_path, optim, bad=(), most=20):
     task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss_sums=loss)
     train, health = TrainConfig(steps=8, global_batch_size=1), HealthConfig(max_skipped_steps=most)
     config = Config(train=train, optim=optim, health=health)
-    job = settle(task, config, SoloWorld(torch.device("cpu"), Launch("none")), RunDirectory(tmp_path), Said())
+    job = settle(task, config, world(torch.device("cpu"), Launch("none")), RunDirectory(tmp_path), Said())
     return job, start_training(job)
+
+
+def test_a_step_that_is_not_finite_leaves_running_statistics_alone(tmp_path):
+    """They would be nan from then on, and with them every evaluation."""
+
+    def run(folder, bad):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(24, 2, generator=generator)
+        x[bad] = math.nan
+        data = TensorSamples(x, x.sum(1, keepdim=True))
+
+        def loss(model, batch):
+            return {"loss": ((model(batch[0]) - batch[1]) ** 2).sum()}
+
+        torch.manual_seed(0)
+        task = Task(
+            model=nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)), train_data=data, val_data=data, loss_sums=loss
+        )
+        config = Config(train=TrainConfig(steps=6, global_batch_size=4), optim=SGD)
+        world = SoloWorld(torch.device("cpu"), Launch("none"))
+        job = settle(task, config, world, RunDirectory(folder), Said())
+        training, seen = start_training(job), []
+        for _ in range(6):
+            train_step(job, training)
+            seen.append([buffer.clone() for buffer in training.model.buffers()])
+        return job, seen
+
+    job, _ = run(tmp_path / "healthy", [])
+    for number in (0, 3):
+        _, seen = run(tmp_path / str(number), job.order.global_batch(number)[:1])
+        assert all(buffer.isfinite().all() for buffers in seen for buffer in buffers)
+        before = seen[number - 1] if number else [torch.zeros(2), torch.ones(2), torch.tensor(0)]
+        assert all(map(torch.equal, before, seen[number]))
+        assert seen[-1][2] == 5
 
 
 def order_of(job):
     return [int(job.order.global_batch(step)) for step in range(8)]
 
 
+@pytest.mark.parametrize("world", [SoloWorld, Device])
 @pytest.mark.parametrize("optim", [ADAMW, LOOP, SGD], ids=["adamw", "adamw, loop", "sgd"])
-def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, optim):
-    bad = order_of(start(tmp_path, optim)[0])[3:5]
-    job, training = start(tmp_path, optim, bad)
+def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, optim, world):
+    bad = order_of(start(tmp_path, optim, world=world)[0])[3:5]
+    job, training = start(tmp_path, optim, bad, world=world)
     stopwatch = Stopwatch(0)
     for step in range(8):
         tensors = {**model_tensors(training.model), **states(training)}
@@ -113,3 +156,49 @@ def test_a_step_waits_for_no_device(tmp_path):
     """The one question is for the verdict on the step before, which has long arrived on the host."""
     assert questions_in_a_step(tmp_path, ADAMW) == 1
     assert questions_in_a_step(tmp_path, LOOP) > 1
+
+
+@pytest.mark.parametrize("optim", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_where_nothing_waits_the_steps_are_bitwise_the_same(tmp_path, optim):
+    """Plain numbers and answers by a look stand for tensors of the device: not a bit differs, nor after a bad step."""
+    bad = order_of(start(tmp_path, optim)[0])[2:3]
+    ends = []
+    for world in (SoloWorld, Device):
+        job, training = start(tmp_path, optim, bad, world=world)
+        for _ in range(8):
+            train_step(job, training)
+        metrics = {name: value for name, value in step_metrics(job, training, Stopwatch(0)).items() if "train/" in name}
+        ends.append((metrics, [parameter.tolist() for parameter in training.model.parameters()]))
+    assert ends[0] == ends[1]
+    assert ends[0][0]["train/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("shapes", [[(3,)], [(700, 30), (30,), (5, 4, 3)], []])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_norm_is_bitwise_torchs_own(shapes, dtype):
+    tensors = [torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype) for shape in shapes]
+    assert norm_of(tensors).equal(torch.nn.utils.get_total_norm(tensors))
+    mixed = [*tensors, torch.ones(2, dtype=torch.float16), torch.ones(3)]
+    assert norm_of(mixed).equal(torch.nn.utils.get_total_norm(mixed))
+
+
+class Walks(nn.Linear):
+    """Has parameters that only its own walk tells of."""
+
+    def named_parameters(self, *args, **kwargs):
+        yield from super().named_parameters(*args, **kwargs)
+        yield "more", self.more
+
+
+def test_a_models_parameters_are_those_of_torchs_walk():
+    shared = nn.Linear(2, 2)
+    twice = nn.Sequential(shared, nn.Sequential(shared, nn.Linear(2, 3)), nn.ReLU())
+    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+    tied[1].weight = tied[0].weight
+    own = Walks(2, 2)
+    own.__dict__["more"] = nn.Parameter(torch.zeros(1))
+    for model in (shared, twice, tied, own, nn.Sequential(nn.Linear(1, 1), own), nn.Sequential()):
+        expected = list(model.parameters())
+        found = parameters_of(model)
+        assert len(found) == len(expected)
+        assert all(one is other for one, other in zip(found, expected, strict=True))

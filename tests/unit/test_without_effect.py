@@ -10,7 +10,7 @@ from thread_world import run_ranks
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
 from hvdtrain.recipes.given import apply
-from hvdtrain.settings import CheckpointConfig, DataConfig
+from hvdtrain.settings import CheckpointConfig, DataConfig, OptimConfig
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Recipe, train_step
@@ -60,6 +60,23 @@ def test_on_several_ranks_nothing_is_said(tmp_path):
     job = with_setting(job_of(tmp_path), "comm.compression", "fp16")
     assert run_ranks(2, lambda world: without_effect(dataclasses.replace(job, world=world))) == [[], []]
     assert job.world is SOLO
+
+
+@pytest.mark.parametrize(
+    ("optim", "limit", "says"),
+    [
+        ({"name": "adamw"}, 2.5, ["clipped to a norm of 2.5", "little effect with adamw"]),
+        ({"name": "Adadelta"}, None, ["little effect with Adadelta"]),
+        ({"name": "sgd"}, 1.0, ["clipped to a norm of 1:"]),
+        ({"name": "sgd"}, None, []),
+    ],
+)
+def test_what_adasum_and_others_do_to_each_other_is_said(tmp_path, optim, limit, says):
+    job = with_setting(with_setting(job_of(tmp_path), "comm.op", "adasum"), "train.max_grad_norm", limit)
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, optim=OptimConfig(peak_lr=0.05, **optim)))
+    for lines in run_ranks(2, lambda world: without_effect(dataclasses.replace(job, world=world))):
+        assert len(lines) == len(says)
+        assert all(part in line and line.startswith("adasum:") for part, line in zip(says, lines, strict=True))
 
 
 def test_reading_ahead_of_data_that_is_not_read_by_threads(tmp_path):

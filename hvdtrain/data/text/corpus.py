@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import os
@@ -19,6 +18,10 @@ from hvdtrain.settings import nearest
 PIECE_BYTES = 1 << 20
 
 
+class NotTextError(DataError):
+    """A file that is not UTF-8."""
+
+
 @dataclass(frozen=True)
 class Document:
     """A file of text, or a part of one.
@@ -31,20 +34,33 @@ class Document:
     start: int = 0
     stop: int | None = None
 
+    def open(self) -> BinaryIO:
+        """Return the file, to be read from its beginning.
+
+        Raises:
+            DataError: it may not be read: that is not to be taken for a file without text.
+        """
+        try:
+            return self.path.open("rb")
+        except OSError as error:
+            raise DataError(
+                f"{self.path} cannot be read ({error.strerror}): give the right to read it, or keep it elsewhere"
+            ) from error
+
     def pieces(self) -> Iterator[str]:
         """Yield the text in pieces that end with a line, of about a megabyte: a file may be larger than memory.
 
         Raises:
-            DataError: the file is not UTF-8; names the place.
+            DataError: the file cannot be read, or is not UTF-8 (`NotTextError`); names the place.
         """
-        with self.path.open("rb") as file:
+        with self.open() as file:
             file.seek(self.start)
             done = 0
             while raw := self._next(file):
                 try:
                     text = raw.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise DataError(
+                    raise NotTextError(
                         f"{self.path} is not UTF-8 text (byte {self.start + done + error.start:,}):"
                         f" {how_to_convert(raw)}; token files are named *.bin"
                     ) from error
@@ -73,7 +89,7 @@ class Document:
             for piece in self.pieces():
                 digest.update(piece.encode())
                 is_empty = False
-        except DataError:
+        except NotTextError:
             return None
         return None if is_empty else digest.hexdigest()
 
@@ -98,7 +114,7 @@ def find_documents(path: str) -> list[Document]:
     """Return the documents that a file, a directory or a glob names, sorted by name.
 
     Raises:
-        DataError: there are none; names the nearest thing that exists.
+        DataError: there are none, which names the nearest thing that exists; or a directory may not be read.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -112,6 +128,7 @@ def find_documents(path: str) -> list[Document]:
         return found
     globbed = (Path(match) for match in glob.glob(str(place), recursive=True))  # noqa: PTH207
     matches = sorted(match for match in globbed if match.is_file())
+    _check_readable(place)
     if matches:
         base = Path(*_common(matches))
         return [Document(match.relative_to(base).as_posix(), match) for match in matches]
@@ -163,23 +180,44 @@ def _below(root: Path, suffix: str = "", follow: bool = True) -> list[Document]:
 
 
 def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Yield the paths of files below `folder`; a directory that may not be read has none.
+    """Yield the paths of files below `folder`.
 
     Args:
         folder: where to look.
         prefix: its path, with a slash at the end.
         above: it and the directories that it lies in; none where links are not followed.
+
+    Raises:
+        DataError: a directory may not be read: what is in it would be left out in silence.
     """
-    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=bool(above)):
-                here = (_inode(Path(entry.path)),) if above else ()
-                if not set(here) & set(above):
-                    yield from _names(entry.path, f"{prefix}{entry.name}/", above + here)
-            elif entry.is_file():
-                yield f"{prefix}{entry.name}"
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=bool(above)):
+                    here = (_inode(Path(entry.path)),) if above else ()
+                    if not set(here) & set(above):
+                        yield from _names(entry.path, f"{prefix}{entry.name}/", above + here)
+                elif entry.is_file():
+                    yield f"{prefix}{entry.name}"
+    except OSError as error:
+        raise _unreadable(folder, error.strerror or str(error)) from error
+
+
+def _unreadable(folder: str, reason: str) -> DataError:
+    return DataError(
+        f"the directory {folder} of the data cannot be listed ({reason}): what is in it would be left out. Give the"
+        " right to read it, or keep it elsewhere"
+    )
+
+
+def _check_readable(pattern: Path) -> None:
+    """Raise DataError where a glob has left out a directory because it may not be read."""
+    for part in [above for above in pattern.parents if glob.has_magic(str(above))]:
+        for folder in glob.iglob(str(part), recursive=True):  # noqa: PTH207
+            if Path(folder).is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+                raise _unreadable(folder, "Permission denied")
 
 
 def _inode(folder: Path) -> tuple[int, int]:

@@ -62,11 +62,11 @@ class KnownFiles:
     def _recall(self, files: Mapping[str, Path]) -> dict[str, _Known]:
         """Return what is known of the files that are as they were."""
         try:
-            memory = json.loads(self._path.read_text())
+            memory = json.loads(self._path.read_text()) if self._path.is_file() else {}
             entries = {name: _Known(*entry) for name, entry in memory["entries"].items()}
-            if memory["format"] != FORMAT_VERSION:
+            if memory["format"] != FORMAT_VERSION or memory["checksum"] != _checksum(memory["entries"]):
                 return {}
-        except (OSError, ValueError, TypeError, LookupError):
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return {}  # there is none, or it is damaged
         return {
             name: entries[name] for name, path in files.items() if name in entries and entries[name].is_still_of(path)
@@ -77,7 +77,8 @@ class KnownFiles:
         entries = {name: (entry.state, entry.value) for name, entry in known.items() if entry.state is not None}
         temporary = self._path.with_name(f"{self._path.name}.writing-{os.getpid()}")
         try:
-            temporary.write_text(json.dumps({"format": FORMAT_VERSION, "entries": entries}))
+            memory = {"format": FORMAT_VERSION, "checksum": _checksum(entries), "entries": entries}
+            temporary.write_text(json.dumps(memory))
             temporary.replace(self._path)
         except OSError:
             self.can_keep = False
@@ -97,22 +98,26 @@ class _Known:
     """What was computed from a file."""
 
     state: list[int] | None
-    """The file's, as `_state` returns it; None where another change could not be told from it."""
+    """The file's, as `state_of` returns it; None where another change could not be told from it."""
     value: Any
 
     def is_still_of(self, path: Path) -> bool:
         """Tell whether the file is as it was."""
-        return self.state is not None and self.state == _state(path)
+        return self.state is not None and self.state == state_of(path)
+
+
+def _checksum(entries: Any) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _observe(path: Path, name: str, compute: Callable[[str], Any]) -> _Known:
-    now, before = time.time_ns(), _state(path)
+    now, before = time.time_ns(), state_of(path)
     value = compute(name)
     is_settled = before is not None and max(before[1:3]) < now - _SETTLED_NS
-    return _Known(before if is_settled and _state(path) == before else None, value)
+    return _Known(before if is_settled and state_of(path) == before else None, value)
 
 
-def _state(path: Path) -> list[int] | None:
+def state_of(path: Path) -> list[int] | None:
     """Return size, time of modification, time of change and inode; None where there is no file."""
     try:
         found = path.stat()

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.data.text.best_fit import pack_best_fit
+from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.windows import IGNORED
 from hvdtrain.errors import DataError
-from hvdtrain.settings.files import locked, written_whole
 
 FORMAT_VERSION = 3
 
@@ -164,6 +164,7 @@ def write_packed(
     digest: str,
     splits: Mapping[str, Callable[[], Iterable[TokenizedDocument]]],
     describe: Callable[[], dict[str, Any]] = dict,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write documents under a hash of all that makes them, or find them there; one process of a host at a time.
 
@@ -172,6 +173,7 @@ def write_packed(
         digest: the hash.
         splits: the documents by name.
         describe: returns what `read_meta` shall return, after all were read.
+        say: takes that what was there was changed.
 
     Returns:
         The folder for `PackedDocuments`.
@@ -179,20 +181,19 @@ def write_packed(
     Raises:
         DataError: they cannot be written, or there are none.
     """
-    folder = cache / f"packed-{FORMAT_VERSION}-{digest}"
+
+    def write(new: Path) -> None:
+        largest = [_write_split(new, name, documents()) for name, documents in splits.items()]
+        meta = {"largest_token": max(largest), **describe()}
+        (new / "meta.json").write_text(json.dumps(meta))
+
     try:
-        with locked(cache / f"{folder.name}.lock"):
-            if not folder.exists():
-                with written_whole(folder) as new:
-                    largest = [_write_split(new, name, documents()) for name, documents in splits.items()]
-                    meta = {"largest_token": max(largest), **describe()}
-                    (new / "meta.json").write_text(json.dumps(meta))
+        return sealed_folder(cache, f"packed-{FORMAT_VERSION}-{digest}", write, say)
     except OSError as error:
         raise DataError(
             f"prepared tokens cannot be kept in {cache} ({error.strerror or error}): free some space there, or choose"
             " another --data.cache-dir"
         ) from error
-    return folder
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

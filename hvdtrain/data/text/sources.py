@@ -173,7 +173,7 @@ def _hashes(
 
 def _digest_of_bytes(document: Document) -> str | None:
     digest = hashlib.sha256(f"{document.name}\0records\0".encode())
-    with document.path.open("rb") as file:
+    with document.open() as file:
         size = 0
         while block := file.read(1 << 20):
             digest.update(block)

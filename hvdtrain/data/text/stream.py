@@ -18,13 +18,13 @@ from pathlib import Path
 
 from hvdtrain.data.config import TextConfig, cache_dir
 from hvdtrain.data.text.corpus import Document, read_all
+from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.splits import Hashed, find_splits
 from hvdtrain.data.text.token_files import content_hash, read_token_files
 from hvdtrain.data.text.tokenize import Meter, token_dtype, write_tokens
 from hvdtrain.data.text.tokenizer import ByteTokenizer, Tokenizer, load_bpe, load_tokenizer, train_bpe
 from hvdtrain.data.text.windows import Shard
 from hvdtrain.errors import DataError
-from hvdtrain.settings.files import locked, written_whole
 
 FORMAT_VERSION = 2
 
@@ -67,13 +67,8 @@ def _prepare_documents(config: TextConfig, say: Callable[[str], None]) -> Prepar
     train, held_out = find_splits(config, say)
     digest = _content_hash(config, train, held_out)
     cache = cache_dir(config)
-    folder = cache / digest
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
-            with locked(cache / f"{digest}.lock"):
-                if not folder.exists():
-                    _write(folder, config, train, held_out, say)
+        folder = sealed_folder(cache, digest, lambda new: _write(new, config, train, held_out, say), say)
         return _read_prepared(folder, digest)
     except OSError as error:
         raise DataError(
@@ -106,21 +101,20 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _write(
-    folder: Path,
+    new: Path,
     config: TextConfig,
     train: Iterable[Document],
     held_out: Iterable[Document],
     say: Callable[[str], None],
 ) -> None:
-    """Write a cache entry."""
-    with written_whole(folder) as new:
-        tokenizer = _build_tokenizer(config, train)
-        tokenizer.save(new)
-        meta: dict[str, int] = {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
-        meter = Meter(say)
-        for name, documents in (("train", train), ("val", held_out)):
-            _write_split(new, name, documents, tokenizer, meta, meter)
-        (new / "meta.json").write_text(json.dumps(meta))
+    """Write a cache entry to an empty folder."""
+    tokenizer = _build_tokenizer(config, train)
+    tokenizer.save(new)
+    meta: dict[str, int] = {"vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
+    meter = Meter(say)
+    for name, documents in (("train", train), ("val", held_out)):
+        _write_split(new, name, documents, tokenizer, meta, meter)
+    (new / "meta.json").write_text(json.dumps(meta))
     say(f"prepared text: {meter}")
 
 

@@ -60,8 +60,8 @@ def check_files(source: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
-    if (folder / "model.safetensors.index.json").exists():
-        indexed_files(folder)
+    for index in folder.glob("*.index*.json"):  # of safetensors, of torch's own files, of variants of either
+        indexed_files(index)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             read_json(folder / name)

@@ -8,7 +8,7 @@ from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Recipe
 from hvdtrain.verbs.bench.flops import flops_per_step, peak_flops
 from hvdtrain.verbs.bench.measure import Variant, build_variants, memory_peak_bytes
-from hvdtrain.verbs.bench.report import parts_table, row_of, variants_table
+from hvdtrain.verbs.bench.report import parts_table, row_of, throughput_lines, variants_table
 from hvdtrain.verbs.kit import Speaker, check_json_path, head_line, write_json
 from hvdtrain.verbs.options import BenchOptions
 from hvdtrain.verbs.phase_clock import PhaseClock
@@ -43,6 +43,7 @@ def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> in
         f"{flops / 1e9:.4g} GFLOP a step, peak {peak / 1e9:,.0f} GFLOP/s a rank ({source}): MFU {mfu:.1%};"
         f" at most {memory / 2**30:.2f} GiB of memory on rank 0"
     )
+    say(throughput_lines(rows[0], task.unit, world.size))
     say(variants_table(rows, task.unit))
     for text in refused:
         say(f"not measured: {text}")

@@ -35,8 +35,15 @@ _KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 
 
 def variants(recipe: Recipe, size: int, device: torch.device) -> Iterator[tuple[str, Recipe]]:
-    """Yield the recipe as it is, then with one setting changed each; between ranks only if there are several."""
+    """Yield the recipe as it is, then with one setting changed each; between ranks only if there are several.
+
+    Where data that is read can be made up instead, that comes first: the difference is what input costs.
+    """
     yield "as it is", recipe
+    data: Any = recipe.data
+    if getattr(data, "synthetic", True) is False:
+        without_input: Any = {"data": dataclasses.replace(data, synthetic=True, workers=0)}
+        yield "--data.synthetic", dataclasses.replace(recipe, **without_input)
     for section, setting, values in _KNOBS:
         part: Any = getattr(recipe, section)
         is_idle = section == "comm" and size == 1
@@ -106,15 +113,21 @@ def build_variants(recipe: Recipe, task: Task, world: World, knobs: bool) -> tup
     built: list[Variant] = []
     refused = []
     for name, variant in variants(recipe, world.size, world.device):
-        if built and not knobs:
-            break
+        has_other_data = variant.data != recipe.data
+        if built and not knobs and not has_other_data:
+            continue
         try:
-            built.append(Variant.of(name, variant, task, world))
+            own = task if not has_other_data else world.together(lambda: variant.build(_silent), "bench.build")  # noqa: B023
+            built.append(Variant.of(name, variant, own, world))
         except ConfigError as error:
             if not built:
                 raise
             refused.append(f"{name}: {error}")
     return built, refused
+
+
+def _silent(text: str) -> None:
+    """Say nothing: the recipe as it is has said it."""
 
 
 def memory_peak_bytes(device: torch.device) -> int:

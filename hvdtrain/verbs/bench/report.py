@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdtrain.verbs.bench.measure import PARTS, Variant
-from hvdtrain.verbs.kit import in_brackets, quartiles
+from hvdtrain.verbs.kit import counted, in_brackets, quartiles
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Row:
     step_s_quartiles: tuple[float, float, float]
     units_per_s: float
     """Tokens or samples, of all ranks."""
+    units_per_s_a_rank: tuple[float, float]
+    """Mean of the rounds, and 1.96 times their standard deviation, as Horovod's synthetic benchmark has it."""
     time_per_sample_ratio: float
     """Against the recipe as it is, median of the rounds."""
     time_per_sample_ratio_quartiles: tuple[float, float, float]
@@ -29,12 +31,13 @@ class Row:
     def as_dict(self, unit: str) -> dict[str, Any]:
         """Return plain values for JSON; the throughput is named by its unit."""
         values = asdict(self)
-        return {f"{unit}_per_s" if name == "units_per_s" else name: value for name, value in values.items()}
+        return {name.replace("units_per_s", f"{unit}_per_s"): value for name, value in values.items()}
 
 
 def row_of(variant: Variant, first: Variant) -> Row:
     """Return a variant's figures next to those of the recipe as it is."""
     step_s = statistics.median(variant.steps_s)
+    rates = [variant.targets_per_step / seconds / variant.job.world.size for seconds in variant.steps_s]
     # Time a sample, round by round, against the recipe as it is: what slows the machine slows both.
     ratios = [
         (changed / variant.samples_per_step) / (base / first.samples_per_step)
@@ -45,10 +48,18 @@ def row_of(variant: Variant, first: Variant) -> Row:
         step_s=step_s,
         step_s_quartiles=quartiles(variant.steps_s),
         units_per_s=variant.targets_per_step / step_s,
+        units_per_s_a_rank=(statistics.fmean(rates), 1.96 * statistics.pstdev(rates)),
         time_per_sample_ratio=quartiles(ratios)[1],
         time_per_sample_ratio_quartiles=quartiles(ratios),
         parts_s={part: statistics.median(parts[part] for parts in variant.parts_s) for part in PARTS},
     )
+
+
+def throughput_lines(row: Row, unit: str, num_ranks: int) -> str:
+    """Return the throughput in the form of Horovod's synthetic benchmark, of a rank and in total."""
+    mean, spread = row.units_per_s_a_rank
+    total = f"{unit}/s on {counted(num_ranks, 'rank')}: {num_ranks * mean:,.1f} +-{num_ranks * spread:,.1f}"
+    return f"{unit}/s a rank: {mean:,.1f} +-{spread:,.1f}\n{total}"
 
 
 def parts_table(row: Row) -> str:

@@ -18,7 +18,7 @@ def noise_of_run(run_dir: Path) -> NoiseScale:
         ConfigError: there is no such run, or it has logged none.
     """
     run = RunDirectory(run_dir)
-    file, manifest = run.metrics, run.checkpoints.newest_manifest()
+    file, manifest = run.metrics, run.checkpoints.newest_manifest(is_whole=False)
     try:
         lines, _ = read_metrics(file)
     except OSError as error:

@@ -24,7 +24,7 @@ def check_dangers(nature: Nature, whole: Run) -> list[Row]:
     if nature.depends_on_batch:
         rows.append(_batch_dependence(nature))
     changing = whole.training.component(ChangingBuffers)
-    if changing and (buffers := changing.names):
+    if nature.own.world.size > 1 and changing and (buffers := changing.names):
         advice = f"{listed(buffers, most=2)}: equal on all ranks after every step"
         name, figure = "buffers that steps change", f"{len(buffers)}, averaged over ranks"
         rows.append(Row(8, name, "pass", figure, "", advice, 0.0))

@@ -67,13 +67,15 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
     training = start_training(job)
     for _ in range(_MOST_BACK_OFFS):
         train_step(job, training)
-        gradients = [p.grad.to_dense() for p in training.model.parameters() if p.grad is not None]
+        of_groups = (p.grad for group in training.optimizer.param_groups for p in group["params"])
+        gradients = [gradient.to_dense() for gradient in of_groups if gradient is not None]
         if all(gradient.isfinite().all() for gradient in gradients):
             break  # else the loss scale is still too large
     scaler = training.component(LossScaler)
     scale = scaler.scale if scaler else 1.0
     averaged, expected, witness = {}, {}, "mpi4py"
-    for key, parameter in training.model.named_parameters():
+    moved = {parameter for group in training.optimizer.param_groups for parameter in group["params"]}
+    for key, parameter in ((key, p) for key, p in training.model.named_parameters() if p in moved):
         own = local.get(key, torch.zeros_like(parameter, dtype=torch.float64)).double() / world.size / scale
         total = plain_sum(world, own)
         if total is None:

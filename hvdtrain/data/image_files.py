@@ -1,0 +1,247 @@
+"""Where images come from: files in a folder for each class, and CIFAR-10 in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvdtrain.data.images_config import ImagesConfig
+from hvdtrain.data.torchvision_import import import_torchvision
+from hvdtrain.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Of files that are taken for images, as torchvision does."""
+_TRAIN, _HELD_OUT = "train", ("val", "valid", "validation", "test")
+
+
+class ImageSource(Protocol):
+    """Images with labels, by their numbers."""
+
+    classes: tuple[str, ...]
+    """Names of the classes; a label is the place of one."""
+    labels: Tensor
+    """int64 `(n,)`."""
+
+    def open(self, index: int) -> Any:
+        """Return an image of PIL in RGB.
+
+        Raises:
+            Exception: whatever reading it raises.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what a person calls the image."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return what changes when the images do."""
+        ...
+
+
+class FolderImages:
+    """Image files. Their names are kept in one piece: millions of them are cheap, and quickly sent to workers.
+
+    Args:
+        folder: where they lie.
+        names: paths in it.
+        labels: the class of each.
+        classes: names of the classes.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.folder, self.classes = folder, classes
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self._names = b"".join(encoded)
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def open(self, index: int) -> Any:
+        """Read and decode a file, as torchvision does."""
+        from PIL import Image
+
+        with Path(self.name(index)).open("rb") as file:
+            return Image.open(file).convert("RGB")
+
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        start = self._ends[index - 1] if index else 0
+        return str(self.folder / os.fsdecode(self._names[start : self._ends[index]]))
+
+    def fingerprint(self) -> str:
+        """Return a hash of all names and classes; some of the images themselves are compared by the trainer."""
+        digest = hashlib.blake2b("\0".join(self.classes).encode("utf-8", "surrogateescape"), digest_size=16)
+        for part in (self._names, self._ends.tobytes(), self.labels.numpy().tobytes()):
+            digest.update(part)
+        return digest.hexdigest()
+
+
+class ImagesInMemory:
+    """Images that were read before.
+
+    Args:
+        pixels: uint8 `(n, height, width, 3)`.
+        labels: int64 `(n,)`.
+        classes: names of the classes.
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8], labels: Tensor, classes: tuple[str, ...]) -> None:
+        self.pixels, self.labels, self.classes = pixels, labels, classes
+
+    def open(self, index: int) -> Any:
+        """Return an image."""
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index])
+
+    def name(self, index: int) -> str:
+        """Return its number."""
+        return f"number {index}"
+
+    def fingerprint(self) -> str:
+        """Return a hash of all of them."""
+        digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.pixels).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training images and held-out ones, and what a person should know of them."""
+
+    train: ImageSource
+    held_out: ImageSource
+    about: str = ""
+
+
+def find_images(config: ImagesConfig) -> Images:
+    """Return the images that the settings speak of.
+
+    Raises:
+        DataError: they are not there.
+    """
+    if config.root is None:
+        raise DataError("give --data.root DIR, a directory of images, or --data.synthetic")
+    root = Path(config.root).expanduser()
+    if config.dataset == "cifar10":
+        return Images(_cifar10(root, train=True), _cifar10(root, train=False))
+    return _folders(root, config.val_fraction)
+
+
+def _folders(root: Path, val_fraction: float) -> Images:
+    inner = root / _TRAIN if (root / _TRAIN).is_dir() else root
+    classes = _classes_in(inner)
+    names, labels, passed_over = _list(inner, classes)
+    held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None) if inner != root else None
+    if held_out is not None:
+        unknown = sorted({*_classes_in(held_out)} - {*classes})
+        if unknown:
+            raise DataError(f"{held_out / unknown[0]} is a class that {inner} does not have: remove or rename it")
+        val_names, val_labels, more = _list(held_out, classes)
+        passed_over += more
+    else:
+        held_out, parts = inner, [_place(name) < val_fraction for name in names]
+        val_names, val_labels = _those(names, labels, parts, True)
+        names, labels = _those(names, labels, parts, False)
+    _check_some(inner, classes, labels, held_out, val_names)
+    about = f"; {passed_over:,} other files were passed over" if passed_over else ""
+    return Images(
+        FolderImages(inner, names, labels, classes), FolderImages(held_out, val_names, val_labels, classes), about
+    )
+
+
+def _those(names: list[str], labels: list[int], parts: list[bool], part: bool) -> tuple[list[str], list[int]]:
+    chosen = [i for i, own in enumerate(parts) if own == part]
+    return [names[i] for i in chosen], [labels[i] for i in chosen]
+
+
+def _check_some(inner: Path, classes: tuple[str, ...], labels: list[int], held_out: Path, val_names: list[str]) -> None:
+    """Raise DataError where a class has no images to train on, or nothing is held out."""
+    there = set(labels)
+    empty = [name for label, name in enumerate(classes) if label not in there]
+    if empty:
+        raise DataError(
+            f"{inner / empty[0]} holds no training images ({', '.join(EXTENSIONS)}): a folder for each class is needed,"
+            " as in ROOT/train/CLASS/NAME.jpg; of a few images all may be held out, with a smaller --data.val-fraction"
+            " fewer"
+        )
+    if not val_names:
+        raise DataError(
+            f"{held_out} has no images to hold out: put some into {_HELD_OUT[0]}/CLASS/ beside {_TRAIN}/, or hold out"
+            " more of them with --data.val-fraction"
+        )
+
+
+def _classes_in(folder: Path) -> tuple[str, ...]:
+    try:
+        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    if not classes:
+        raise DataError(f"{folder} has no folders: one for each class is needed, as in ROOT/train/CLASS/NAME.jpg")
+    return tuple(classes)
+
+
+def _list(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int], int]:
+    """Return paths in `folder` and labels of all images, class by class, and how many other files there are."""
+    names: list[str] = []
+    labels: list[int] = []
+    others = 0
+    for label, name in enumerate(classes):
+        try:
+            files = [*_files_in(folder, name, set())]
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
+        others += len(files) - len(images)
+        names += images
+        labels += [label] * len(images)
+    return names, labels, others
+
+
+def _files_in(folder: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """Yield the paths in `folder` of the regular files below `inside`; links are followed, into each folder once."""
+    place = folder / inside
+    if not place.is_dir():
+        return
+    about = place.stat()
+    if (about.st_dev, about.st_ino) in seen:
+        return
+    seen.add((about.st_dev, about.st_ino))
+    with os.scandir(place) as entries:
+        for entry in entries:
+            name = f"{inside}/{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files_in(folder, name, seen)
+            elif entry.is_file():
+                yield name
+
+
+def _place(name: str) -> float:
+    """Return a number from 0 to 1 that belongs to a name."""
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+def _cifar10(root: Path, train: bool) -> ImagesInMemory:
+    """Read CIFAR-10; torchvision unpickles its files only where their checksums are those of the originals."""
+    datasets = import_torchvision("torchvision.datasets")
+    try:
+        data = datasets.CIFAR10(str(root), train=train)
+    except Exception as error:  # torchvision's reader fails in many ways
+        raise DataError(
+            f"CIFAR-10 cannot be read from {root} ({' '.join(str(error).split()) or type(error).__name__}): put the"
+            " folder cifar-10-batches-py of cifar-10-python.tar.gz into it"
+        ) from error
+    return ImagesInMemory(data.data, torch.tensor(data.targets, dtype=torch.int64), tuple(data.classes))

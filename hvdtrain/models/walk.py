@@ -1,0 +1,34 @@
+"""A model's parameters, found in a fraction of the time that torch's own walk takes: once a step, that shows."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model, each once, in the order of `model.parameters()`.
+
+    A class that has a walk of its own is asked for it.
+    """
+    found: dict[nn.Parameter, None] = {}
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if _has_own_walk(type(module)):
+            return [*model.parameters()]
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[parameter] = None
+        waiting += [part for part in reversed(module._modules.values()) if part is not None]
+    return [*found]
+
+
+def _has_own_walk(kind: type[nn.Module]) -> bool:
+    return (kind.parameters, kind.named_parameters, kind.named_modules, kind._named_members) != _WALKS
+
+
+_WALKS = (nn.Module.parameters, nn.Module.named_parameters, nn.Module.named_modules, nn.Module._named_members)

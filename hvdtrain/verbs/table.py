@@ -1,0 +1,98 @@
+"""The table of verbs: what each is asked, who answers it, and what people call it. Reading it imports none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hvdtrain.verbs.options import (
+    BenchOptions,
+    DoctorOptions,
+    ExportOptions,
+    GenerateOptions,
+    PlanOptions,
+    PredictOptions,
+    TrainOptions,
+    VerifyOptions,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A verb of the command line."""
+
+    answer: str
+    """Module and function that answers it."""
+    options: type[Any]
+    """What it is asked, besides the settings of a recipe."""
+    takes: str
+    """The word after it: "RECIPE", the flag whose value it is, such as "run-dir", or nothing."""
+    about: str
+    """What it does, for the overview."""
+    more: str = ""
+    """The option that all words after that one are values of."""
+
+    @property
+    def has_recipe(self) -> bool:
+        """Return whether the word after it is a recipe."""
+        return self.takes == "RECIPE"
+
+
+VERBS = {
+    "train": Verb(
+        "hvdtrain.verbs.train:answer",
+        TrainOptions,
+        "RECIPE",
+        "train, or go on with the run in --run-dir; without a verb and a recipe: train lm",
+    ),
+    "verify": Verb(
+        "hvdtrain.verbs.verify:verify",
+        VerifyOptions,
+        "RECIPE",
+        "prove that training it on these ranks is the same as on one",
+    ),
+    "bench": Verb(
+        "hvdtrain.verbs.bench:bench",
+        BenchOptions,
+        "RECIPE",
+        "measure where a step's time goes, and what would make it shorter",
+    ),
+    "plan": Verb("hvdtrain.verbs.plan:plan", PlanOptions, "RECIPE", "measure, and say how many workers to use"),
+    "doctor": Verb(
+        "hvdtrain.verbs.doctor:doctor",
+        DoctorOptions,
+        "",
+        "look at the machine, the ranks and the network, and say what to mend",
+    ),
+    "generate": Verb(
+        "hvdtrain.verbs.generate:generate",
+        GenerateOptions,
+        "run-dir",
+        "continue prompts with a trained language model, of a run or exported",
+    ),
+    "export": Verb(
+        "hvdtrain.verbs.export:export",
+        ExportOptions,
+        "run-dir",
+        "write a run's model as transformers, or torch, reads it",
+    ),
+    "predict": Verb(
+        "hvdtrain.verbs.predict:predict",
+        PredictOptions,
+        "run-dir",
+        "say what images show, by a trained classifier",
+        more="files",
+    ),
+}
+
+VERB_SYNONYMS = {
+    "train": "run fit start resume continue finetune fine-tune pretrain learn go",
+    "verify": "test prove compare validate",
+    "bench": "benchmark profile time measure speed",
+    "plan": "scale predict-scaling estimate advise how-many",
+    "doctor": "diagnose check info env status health debug",
+    "generate": "sample complete chat prompt write",
+    "export": "convert save to-hf upload",
+    "predict": "classify infer inference label recognise recognize",
+}
+"""What people call a verb that has another name here."""

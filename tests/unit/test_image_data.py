@@ -1,0 +1,268 @@
+"""Images in folders: found, decoded, augmented by (seed, epoch, sample), mixed, passed over where they are broken."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hvdtrain.data import image_files
+from hvdtrain.data.draws import Draws
+from hvdtrain.data.image_files import find_images
+from hvdtrain.data.image_samples import MEAN, STD, UNREAD, ImageSamples, SyntheticImages, normalised
+from hvdtrain.data.images_config import ImagesConfig
+from hvdtrain.data.loader import Reading
+from hvdtrain.data.torchvision_import import import_torchvision
+from hvdtrain.errors import DataError
+
+CLASSES = ("cat", "dog, small", "emu")
+
+
+def write_images(root, per_class=4, splits=("train", "val"), size=(40, 30)):
+    """Write random pictures as PNG and JPEG."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name in CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(per_class):
+                pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.{('png', 'JPG')[number % 2]}")
+    return root
+
+
+def samples_of(root, is_training=True, **settings):
+    config = ImagesConfig(root=str(root), image_size=settings.pop("image_size", 16), **settings)
+    images = find_images(config)
+    return ImageSamples(images.train if is_training else images.held_out, config, is_training=is_training)
+
+
+def draws(samples, epoch=0, seed=0):
+    return Draws(seed, epoch, torch.as_tensor(samples))
+
+
+def read(data, samples, epoch=0):
+    return data.batch(torch.as_tensor(samples), draws(samples, epoch))
+
+
+def test_labels_are_the_places_of_the_classes(tmp_path):
+    config = ImagesConfig(root=str(write_images(tmp_path)))
+    images = find_images(config)
+    assert images.train.classes == images.held_out.classes == CLASSES
+    assert Counter(images.train.labels.tolist()) == {0: 4, 1: 4, 2: 4}
+    for index, label in enumerate(images.train.labels.tolist()):
+        assert CLASSES[label] in images.train.name(index)
+    assert images.train.fingerprint() != images.held_out.fingerprint() or images.train.folder != images.held_out.folder
+
+
+def test_without_a_held_out_folder_a_part_is_held_out_by_name(tmp_path):
+    write_images(tmp_path, per_class=30, splits=("",))
+    parts = [find_images(ImagesConfig(root=str(tmp_path), val_fraction=0.2)) for _ in range(2)]
+    names = [[source.name(i) for i in range(len(source.labels))] for source in (parts[0].train, parts[0].held_out)]
+    assert not {*names[0]} & {*names[1]}
+    assert len({*names[0], *names[1]}) == 90
+    assert 8 <= len(names[1]) <= 30
+    assert parts[0].held_out.fingerprint() == parts[1].held_out.fingerprint()
+    (tmp_path / "cat" / "new.png").write_bytes((tmp_path / "cat" / "0.png").read_bytes())
+    later = find_images(ImagesConfig(root=str(tmp_path), val_fraction=0.2))
+    held_out = {later.held_out.name(i) for i in range(len(later.held_out.labels))}
+    assert held_out - {str(tmp_path / "cat" / "new.png")} == {*names[1]}  # what was trained on still is
+
+
+def test_files_that_are_no_images_are_counted_and_links_followed_once(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "train" / "cat" / ".hidden.png").write_text("no image")
+    (tmp_path / "train" / "cat" / "again").symlink_to(tmp_path / "train" / "cat")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "train" / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    images = find_images(ImagesConfig(root=str(tmp_path)))
+    assert len(images.train.labels) == 12
+    assert "1 other files" in images.about
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda root: [path.unlink() for path in (root / "train" / "emu").iterdir()], "emu holds no training images"),
+        (lambda root: (root / "val" / "fox").mkdir(), "fox is a class that"),
+        (lambda root: [path.unlink() for path in root.glob("val/*/*")], "no images to hold out"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path, spoil, says):
+    spoil(write_images(tmp_path))
+    with pytest.raises(DataError, match=says):
+        find_images(ImagesConfig(root=str(tmp_path)))
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(DataError, match=r"--data\.root DIR.*--data\.synthetic"):
+        find_images(ImagesConfig())
+    with pytest.raises(DataError, match="one for each class"):
+        find_images(ImagesConfig(root=str(tmp_path)))
+
+
+def test_evaluation_sees_what_torchvisions_references_show(tmp_path):
+    data = samples_of(write_images(tmp_path), is_training=False, image_size=16, val_resize=20)
+    v2 = import_torchvision("torchvision.transforms.v2")
+    theirs = v2.Compose(
+        [
+            v2.Resize(20, interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.CenterCrop(16),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    images, labels = read(data, [0, 5, 11])
+    for image, index in zip(normalised(images, torch.float32, True), (0, 5, 11), strict=True):
+        with Image.open(data.source.name(index)) as file:
+            torch.testing.assert_close(image, theirs(file.convert("RGB")), rtol=1e-5, atol=1e-5)
+    assert labels.tolist() == data.source.labels[[0, 5, 11]].tolist()
+    assert normalised(images, torch.float32, True).is_contiguous(memory_format=torch.channels_last)
+
+
+AUGMENTED = [
+    {},
+    {"augment": "padded-crop"},
+    {"auto_augment": "randaugment", "random_erase": 0.5},
+    {"auto_augment": "trivialaugment"},
+    {"auto_augment": "augmix"},
+    {"auto_augment": "imagenet"},
+    {"mixup": 0.4},
+    {"cutmix": 1.0},
+    {"mixup": 0.2, "cutmix": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", AUGMENTED, ids=str)
+def test_a_sample_is_the_same_in_any_batch_and_other_in_every_epoch(tmp_path, settings):
+    data = samples_of(write_images(tmp_path), **settings)
+    samples = list(range(12))
+    whole, again = read(data, samples), read(data, samples[::-1])
+    parts = [read(data, samples[start : start + 5]) for start in (0, 5, 10)]
+    for position, tensor in enumerate(whole):
+        assert torch.equal(tensor, again[position].flip(0))
+        assert torch.equal(tensor, torch.cat([part[position] for part in parts]))
+    assert not torch.equal(whole[0], read(data, samples, epoch=1)[0])
+    assert whole[0].dtype == torch.uint8
+    assert whole[0].shape == (12, 3, 16, 16)
+
+
+def test_reading_leaves_the_generators_alone(tmp_path):
+    data = samples_of(write_images(tmp_path))
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    read(data, [0, 1])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_workers_read_the_same(tmp_path):
+    data = samples_of(write_images(tmp_path), mixup=0.2)
+    data.batch(torch.tensor([0]))  # the transform is made, and must not travel
+    assert pickle.loads(pickle.dumps(data))._transform is None
+    from hvdtrain.data.draws import Request
+
+    pool = Reading(workers=1).reader_of(data, "test")
+    try:
+        theirs = pool.start(Request(torch.tensor([3, 4]), draws([3, 4])))()
+    finally:
+        pool.close()
+    for own, other in zip(read(data, [3, 4]), theirs, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_mixture_has_the_shares_that_it_says(tmp_path):
+    """Images of one colour each: the mixture's colour is the mean by the shares, a pasted rectangle has its area."""
+    for number, name in enumerate(("black", "white")):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (20, 20), (255 * number,) * 3).save(folder / f"{i}.png")
+    for kind in ("mixup", "cutmix"):
+        data = samples_of(tmp_path, val_fraction=0.2, augment="none", **{kind: 1.0})
+        seen = set()
+        for epoch in range(8):
+            images, labels, others, shares = read(data, list(range(len(data))), epoch)
+            whiteness = images.float().mean((1, 2, 3)) / 255
+            torch.testing.assert_close(whiteness, labels * shares + others * (1 - shares), rtol=0, atol=0.003)
+            seen.update(zip(labels.tolist(), others.tolist(), strict=True))
+            if kind == "cutmix":
+                assert {*images.unique().tolist()} <= {0, 255}
+        assert len(seen) == 4
+
+
+def break_image(root):
+    path = root / "train" / "cat" / "0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return path
+
+
+def test_a_broken_image_stops_or_is_named_once_and_passed_over(tmp_path, capfd):
+    path = break_image(write_images(tmp_path))
+    with pytest.raises(DataError, match=r"cat/0.png cannot be read .*--data.on-error skip"):
+        read(samples_of(tmp_path), list(range(12)))
+    data = samples_of(tmp_path, on_error="skip")
+    number = [data.source.name(i) for i in range(12)].index(str(path))
+    for epoch in range(2):
+        images, labels = read(data, list(range(12)), epoch)
+        assert (labels == UNREAD).nonzero().flatten().tolist() == [number]
+        assert not images[number].any()
+    assert capfd.readouterr().err.count(str(path)) == 1
+    mixed = samples_of(tmp_path, on_error="skip", mixup=1.0)
+    for epoch in range(4):
+        _, labels, others, shares = read(mixed, list(range(12)), epoch)
+        assert (others == UNREAD).nonzero().flatten().tolist() == [number]
+        assert shares[number] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n\x1a\n" + b"x" * 50, b"\xff\xd8\xff" + b"y" * 90])
+def test_whatever_is_no_image_is_told(tmp_path, content):
+    write_images(tmp_path)
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read(samples_of(tmp_path), list(range(12)))
+
+
+def test_cifar10_is_read_from_its_own_files(tmp_path, monkeypatch):
+    datasets = import_torchvision("torchvision.datasets")
+    with pytest.raises(DataError, match="cifar-10-batches-py"):
+        find_images(ImagesConfig(root=str(tmp_path), dataset="cifar10"))
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng, names = np.random.default_rng(0), [f"class {i}" for i in range(10)]
+    pixels = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+    entry = {"data": pixels, "labels": [i % 10 for i in range(20)]}
+    for file in ("data_batch_1", "test_batch"):
+        (folder / file).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    config = ImagesConfig(root=str(tmp_path), dataset="cifar10")
+    images = find_images(config)
+    assert images.train.classes == tuple(names)
+    shown, labels = ImageSamples(images.held_out, config, is_training=False).batch(torch.tensor([7, 3]))
+    assert torch.equal(shown[0], torch.from_numpy(pixels[7]).view(3, 32, 32))
+    assert labels.tolist() == [7, 3]
+    moved, _ = read(ImageSamples(images.train, config, is_training=True), [0, 1])
+    assert moved.shape == (2, 3, 32, 32)
+
+
+def test_random_images_are_the_same_for_a_seed():
+    config = ImagesConfig(synthetic=True, image_size=8, num_classes=3)
+    one, same, other = (SyntheticImages(100, config, seed) for seed in (0, 0, 1))
+    samples = torch.tensor([0, 99, 64])
+    assert torch.equal(one.batch(samples)[0], same.batch(samples)[0])
+    assert not torch.equal(one.batch(samples)[0], other.batch(samples)[0])
+    assert one.batch(samples)[1].max() < 3
+    assert len(one) == 100
+
+
+def test_the_suffixes_are_torchvisions():
+    theirs = import_torchvision("torchvision.datasets.folder").IMG_EXTENSIONS
+    assert {*image_files.EXTENSIONS} == {*theirs}
