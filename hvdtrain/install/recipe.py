@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hvdtrain.install import preflight
 from hvdtrain.install.edits import Edit, edits
+from hvdtrain.install.engine import engine_edits
 from hvdtrain.install.preflight import SetupError, find_compiler, output_of
 
 HOROVOD_VERSION = "0.28.1"
@@ -84,8 +85,8 @@ class Recipe:
         return f"horovod-{HOROVOD_VERSION}-{sysconfig.get_config_var('SOABI')}-torch{self.torch.version}-{gpu}-{digest}"
 
     def edits(self) -> tuple[Edit, ...]:
-        """Return the changes without which Horovod 0.28.1 does not build or does not run today."""
-        return edits(self.cxx_standard, self.mpi.library_folders)
+        """Return the changes without which Horovod 0.28.1 does not build or does not run today, and its engine's."""
+        return (*edits(self.cxx_standard, self.mpi.library_folders), *engine_edits())
 
     def environment(self, base: Mapping[str, str], jobs: int, nccl_home: Path) -> dict[str, str]:
         """Return the build's environment; `nccl_home` is the folder that `link_nccl` fills for a GPU build."""

@@ -8,6 +8,7 @@ from builds import CPU_TORCH, CUDA_TORCH, GPU, RECIPE, fake_mpi, script
 
 from hvdtrain.install import recipe as recipes
 from hvdtrain.install.edits import Edit
+from hvdtrain.install.engine import engine_edits
 from hvdtrain.install.preflight import SetupError
 from hvdtrain.install.recipe import Gpu, Mpi
 
@@ -37,6 +38,13 @@ def test_both_parts_are_built_for_the_standard_of_torch():
     changed = {edit.path: edit.new for edit in dataclasses.replace(RECIPE, cxx_standard=20).edits()}
     assert "set(CMAKE_CXX_STANDARD 20)" in changed["CMakeLists.txt"]
     assert changed["horovod/torch/CMakeLists.txt"] == "set(CMAKE_CXX_STANDARD 20)"
+
+
+def test_the_engine_is_edited_and_in_the_key(monkeypatch):
+    assert set(engine_edits()) <= set(RECIPE.edits())
+    before = RECIPE.key
+    monkeypatch.setattr(recipes, "engine_edits", lambda: engine_edits()[1:])
+    assert RECIPE.key != before
 
 
 def test_the_library_path_names_no_environment_but_the_folders_of_a_site_mpi():

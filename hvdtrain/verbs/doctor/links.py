@@ -117,7 +117,7 @@ def check_all_reduce(ranks: Sequence[RankFacts], network: Network) -> Iterator[F
         yield warning(
             "bandwidth",
             f"Horovod takes {largest.horovod_s / largest.mpi_s:.1f} times as long as plain MPI for {_bytes(largest)}",
-            "unset HOROVOD_CYCLE_TIME (default 1 ms), and leave a core per rank: OMP_NUM_THREADS one lower",
+            "unset HOROVOD_CYCLE_TIME, and leave a core per rank: OMP_NUM_THREADS one lower",
         )
 
 

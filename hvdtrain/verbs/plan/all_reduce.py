@@ -54,7 +54,7 @@ def all_reduce_timings(
         layout = Layout(len(group), len({hosts[rank] for rank in group}))
         for num_bytes in sizes if len(group) > 1 else sizes[:1]:
             seconds = _time_group(world, group, num_bytes, dtype)
-            timings.append(Timing(layout, num_bytes, seconds))
+            timings.append(Timing(layout, num_bytes, seconds, is_part=len(group) < world.size))
     plain: dict[int, float] = {}
     mpi = plain_mpi(world)
     if all(world.all_gather_object(mpi is not None, "plan.mpi")) and mpi is not None:

@@ -11,6 +11,9 @@ from hvdtrain.verbs.plan.limits import changes_of, limit_of
 from hvdtrain.verbs.plan.network import Layout
 from hvdtrain.verbs.plan.rows import Row, relative_to, row_of
 
+# The share by which a measured step may differ from what its parts explain.
+_CONTRADICTS = 0.25
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -18,8 +21,10 @@ class Answer:
 
     facts: Facts
     rows: tuple[Row, ...]
-    recommended: Row
+    recommended: Row | None
+    """None where the measurements contradict each other."""
     reason: str
+    """Of the recommendation, or of there being none."""
     limit: str
     """What holds the largest number of workers back most."""
     changes: tuple[tuple[str, float], ...]
@@ -64,7 +69,27 @@ def answer(facts: Facts, to: int, price: float | None = None) -> Answer:
     best, reason = _recommend(rows)
     changed = best if best.workers > 1 else rows[:2][-1]
     changes = changes_of(facts, changed)
-    return Answer(facts, tuple(rows), best, reason, limit_of(facts, rows[-1]), changes, changed.workers, unknown)
+    contradiction = _contradiction(facts, rows)
+    recommended, reason = (None, contradiction) if contradiction else (best, reason)
+    return Answer(facts, tuple(rows), recommended, reason, limit_of(facts, rows[-1]), changes, changed.workers, unknown)
+
+
+def _contradiction(facts: Facts, rows: Sequence[Row]) -> str:
+    """Say where a step of all ranks took another time than its parts explain; empty where it did not.
+
+    The model was fitted to that very step as far as its parts allow, so what is left over is something that it does not
+    know of.
+    """
+    for row in rows:
+        measured = facts.measured_steps_s.get(row.workers)
+        predicted = row.step.total_s
+        if measured is not None and abs(measured / predicted - 1) > max(_CONTRADICTS, 2 * row.error):
+            return (
+                f"a step of {row.workers} workers took {measured * 1e3:.4g} ms, and its parts, measured by themselves,"
+                f" explain {predicted * 1e3:.4g} ms. Something else used the cores or the network meanwhile, or ranks"
+                " share cores: `doctor` looks for that; then measure again"
+            )
+    return ""
 
 
 def _recommend(rows: Sequence[Row]) -> tuple[Row, str]:

@@ -53,6 +53,8 @@ class Timing:
     layout: Layout
     num_bytes: int
     seconds: float
+    is_part: bool = False
+    """Whether there were ranks outside of the group, which look seldom whether others need them while they are idle."""
 
 
 @dataclass(frozen=True)
@@ -111,21 +113,23 @@ def fit(controller: Controller, timings: Sequence[Timing]) -> Network:
     """
     if not timings:
         raise ValueError("no all-reduce was measured")
-    rows = np.array([_row(controller, timing.num_bytes, timing.layout) for timing in timings])
+    # The last factor is of a wait that groups have and the world has not: fitted, and not part of the model.
+    rows = np.array([[*_row(controller, t.num_bytes, t.layout), float(t.is_part)] for t in timings])
     measured = np.array([timing.seconds for timing in timings])
     relative = rows / measured[:, None]
-    # Where an overhead and a latency explain as much, it is the latency, which grows with the ranks.
-    used = [k for k in (1, 2, 3, 4, 0) if relative[:, k].any()]
+    # Where an overhead and a latency explain as much, it is the latency, which grows with the ranks; where an overhead
+    # and a wait of groups do, it is the overhead.
+    used = [k for k in (1, 2, 3, 4, 0, 5) if relative[:, k].any()]
     scales = np.abs(relative).max(0)
-    best, best_error = np.zeros(5), math.inf
-    # Five unknowns at most: every choice of those that are not zero is tried.
+    best, best_error = np.zeros(6), math.inf
+    # Six unknowns at most: every choice of those that are not zero is tried.
     for count in range(1, len(used) + 1):
         for chosen in itertools.combinations(used, count):
             columns = list(chosen)
             answer, *_ = np.linalg.lstsq(relative[:, columns] / scales[columns], np.ones(len(timings)), rcond=None)
             if (answer < 0).any():
                 continue
-            values = np.zeros(5)
+            values = np.zeros(6)
             values[columns] = answer / scales[columns]
             error = float(np.sqrt(np.mean((relative @ values - 1) ** 2)))
             if error < best_error - 1e-12:

@@ -18,18 +18,19 @@ def save_html(path: Path, answer: Answer) -> None:
     """Write a page with the table and two plots: throughput against workers, time to the same loss against cost."""
     facts = answer.facts
     plots = [_throughput(answer), *([_time_against_cost(answer)] if facts.noise is not None else [])]
+    workers = counted(answer.recommended.workers, "worker") if answer.recommended else "no recommendation"
     body = f"<pre>{html.escape(describe(facts))}\n\n{html.escape(table(answer))}</pre>"
     write_output(
         path,
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>hvdtrain plan</title>"
         f"<style>{_STYLE}</style></head><body>"
-        f"<h1>{html.escape(facts.recipe)}: {counted(answer.recommended.workers, 'worker')}</h1>"
+        f"<h1>{html.escape(facts.recipe)}: {workers}</h1>"
         f"{''.join(plots)}{body}</body></html>\n",
     )
 
 
 def _throughput(answer: Answer) -> str:
-    facts, rows = answer.facts, answer.rows
+    facts, rows, best = answer.facts, answer.rows, answer.recommended
     units_per_step = facts.micro_batch_size * facts.accum_steps * facts.units_per_sample
     measured = facts.measured_steps_s.items()
     return plot(
@@ -40,7 +41,7 @@ def _throughput(answer: Answer) -> str:
             "predicted": [(row.workers, row.units_per_s) for row in rows],
         },
         points=[(n, n * units_per_step / seconds) for n, seconds in measured if n <= rows[-1].workers],
-        marked=(answer.recommended.workers, answer.recommended.units_per_s),
+        marked=None if best is None else (best.workers, best.units_per_s),
     )
 
 
@@ -52,6 +53,6 @@ def _time_against_cost(answer: Answer) -> str:
         "worker-hours to the same loss (one worker = 1)",
         lines={"predicted": points},
         points=[],
-        marked=points[known.index(answer.recommended)],
+        marked=None if answer.recommended is None else points[known.index(answer.recommended)],
         labels=[str(row.workers) for row in known],
     )

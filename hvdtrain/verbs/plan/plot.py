@@ -16,7 +16,7 @@ def plot(
     x_label: str,
     lines: Mapping[str, Sequence[tuple[float, float]]],
     points: Sequence[tuple[float, float]],
-    marked: tuple[float, float],
+    marked: tuple[float, float] | None,
     labels: Sequence[str] = (),
 ) -> str:
     """Return an SVG: lines by name, points for what was measured, a ring around `marked`, labels along the lines."""
@@ -26,8 +26,9 @@ def plot(
         parts += _line(axes, name, line, labels, row=i)
     for x, y in map(axes.pixel, points):
         parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5' fill='#d1495b'><title>measured</title></circle>")
-    x, y = axes.pixel(marked)
-    parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='9' fill='none' stroke='#2a9d4b' stroke-width='2'/>")
+    if marked is not None:
+        x, y = axes.pixel(marked)
+        parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='9' fill='none' stroke='#2a9d4b' stroke-width='2'/>")
     return "".join([*parts, "</svg>"])
 
 

@@ -24,7 +24,10 @@ def table(answer: Answer) -> str:
     if answer.rows[0].cost is not None:
         head += f" {'cost':>9}"
     lines = [head, *(_line(answer, row) for row in answer.rows)]
-    lines += [f"recommended: {counted(answer.recommended.workers, 'worker')}: {answer.reason}"]
+    head = (
+        f"recommended: {counted(answer.recommended.workers, 'worker')}" if answer.recommended else "no recommendation"
+    )
+    lines += [f"{head}: {answer.reason}"]
     lines += [f"what limits: {answer.limit}"]
     for name, factor in sorted(answer.changes, key=lambda change: change[1]):
         word = "less" if factor < 1 else "more"
