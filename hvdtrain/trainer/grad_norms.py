@@ -31,8 +31,10 @@ class GradNorms(Component):
     def after_backward(self, training: Training, step: Step) -> None:
         """Take the norms."""
         gradients: dict[str, list[Tensor]] = {}
+        # What no optimizer moves is not averaged, and differs on every rank.
+        moved = {parameter for group in training.optimizer.param_groups for parameter in group["params"]}
         for name, parameter in training.model.named_parameters():
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter in moved:
                 grad = parameter.grad
                 values = grad.coalesce().values() if grad.is_sparse else grad
                 gradients.setdefault(layer_of(name), []).append(values)

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
-from hvdtrain.errors import ResumeError
 from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, load_model_weights, model_weights
-from hvdtrain.settings import changeable_settings, to_dict
+from hvdtrain.settings import to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import owned
+from hvdtrain.trainer.fits import check_fits
 from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.odd_state import check_kinds, check_like, in_a_sentence
 from hvdtrain.trainer.randomness import MicroBatchRandomness
-from hvdtrain.trainer.same_data import compare_data, explain_resume
+from hvdtrain.trainer.same_data import compare_data
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
 from hvdtrain.world import World, WrappedOptimizer, has_synchronized_layers
@@ -266,34 +266,9 @@ def _read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str
     with in_a_sentence(job):
         state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
         check_kinds(state, checkpoint.manifest.step)
-        _check_fits(job, state, data)
+        check_fits(job, state, data)
         load_model_weights(model, checkpoint.weights, state["extra_state"])
     return state
-
-
-def _check_fits(job: Job, state: dict[str, Any], data: dict[str, Print]) -> None:
-    then, now = _flatten(state["config"]), _flatten(to_dict(job.config))
-    free = (*changeable_settings(job.config), *job.allowed_changes)
-    problems = [
-        f"{name} was {then.get(name)} and is {now.get(name)} now"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not _is_in(name, free)
-    ]
-    if state["global_batch_size"] != job.plan.global_batch_size:
-        problems.append(f"the global batch was {state['global_batch_size']} and is {job.plan.global_batch_size} now")
-    change = explain_resume(job, state, data)
-    if change:
-        problems.append(change)
-    if problems:
-        raise ResumeError(
-            f"{job.run} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"
-            f" (--config {job.run.config}), choose another --run-dir, or allow a change of what is not"
-            " the batch or the model with --allow-config-change SECTION.SETTING"
-        )
-
-
-def _is_in(name: str, settings: tuple[str, ...]) -> bool:
-    return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
 
 
 def replicated_tensors(training: Training, with_optimizer: bool = True) -> dict[str, Tensor]:
@@ -306,10 +281,3 @@ def replicated_tensors(training: Training, with_optimizer: bool = True) -> dict[
         if component.is_replicated:
             tensors.update(nested_tensors(component.state_dict(), component.name))
     return tensors
-
-
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

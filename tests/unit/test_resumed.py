@@ -1,5 +1,6 @@
 """What is said when a run goes on, and which of its weights are the best."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,13 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from hvdtrain import CheckpointConfig, Config, EvalConfig, OptimConfig, Task, TensorSamples, TrainConfig
+from hvdtrain.errors import ResumeError
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.rundir.manifest import Manifest
+from hvdtrain.settings import to_dict
 from hvdtrain.trainer import fit, settle
 from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.fits import check_fits
 from hvdtrain.trainer.resumed import resume_lines
 from hvdtrain.world import SoloWorld
 
@@ -118,3 +122,16 @@ def test_a_run_that_has_changed_its_ranks_keeps_its_batch_when_it_goes_on_again(
         before = Manifest(step=1, samples=16, world_size=ranks, global_batch_size=16, micro_batch_size=8)
         plan = settle(job.task, config, SOLO, job.directory, job.log, before=before).plan
         assert (plan.global_batch_size, plan.micro_batch_size, plan.accum_steps) == (16, 8, 2)
+
+
+def test_a_setting_that_came_later_is_at_its_default(tmp_path):
+    """A run begun by an earlier version goes on, unless the new setting is given another value."""
+    job = job_of(tmp_path, [])
+    then = to_dict(job.config)
+    del then["optim"]["decay_factor"], then["optim"]["milestones"]
+    state = {"config": then, "global_batch_size": job.plan.global_batch_size, "fingerprint": "", "data": {}}
+    check_fits(job, state, {})
+    optim = dataclasses.replace(job.config.optim, decay_factor=0.5)
+    changed = dataclasses.replace(job, config=dataclasses.replace(job.config, optim=optim))
+    with pytest.raises(ResumeError, match=r"optim\.decay_factor was 0\.1 and is 0\.5 now\. Go on"):
+        check_fits(changed, state, {})
