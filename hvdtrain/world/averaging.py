@@ -16,6 +16,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
 from hvdtrain.world.codec import Codec, codec_of
 from hvdtrain.world.exchange import GradientExchange
+from hvdtrain.world.loaded_state import restore_types
 from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state, every tensor in the type that it was saved in."""
         self._inner.load_state_dict(self, cast(Any, state_dict))
-        _restore_types(self, state_dict)
+        restore_types(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -276,36 +277,7 @@ def _over_ranks(world: World, exchange: GradientExchange, closure: Callable[[], 
     return of_all
 
 
-def load_in_place(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a state; parameter groups, and tensors in them, stay the objects that schedulers hold."""
-    groups = optimizer.param_groups
-    before = [dict(group) for group in groups]
-    optimizer.load_state_dict(cast(Any, state))
-    loaded, optimizer.param_groups = optimizer.param_groups, groups
-    for group, old, new in zip(groups, before, loaded, strict=True):
-        for key, value in new.items():
-            if isinstance(value, Tensor) and isinstance(old.get(key), Tensor):
-                value = old[key].copy_(value)
-            group[key] = value
-
-
 def _sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Return the weights of embeddings that were built with `sparse=True`."""
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
     return {cast(nn.Parameter, module.weight) for module in embeddings if module.sparse}
-
-
-def _restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Give loaded entries back the type that they were saved in: torch's `load_state_dict` casts to the parameter's.
-
-    NAdam's running product, for one, is fp32 beside fp64 parameters, and would go on with other last bits.
-    """
-    saved = state.get("state")
-    if not isinstance(saved, Mapping):
-        return  # a form of the class's own, which it has loaded itself
-    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, parameter in enumerate(owned):
-        for name, value in saved.get(place, {}).items():
-            loaded = optimizer.state[parameter].get(name)
-            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                optimizer.state[parameter][name] = value.detach().clone().to(loaded.device)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.process.launch import Launch
-from hvdtrain.world.averaging import Averaging, WrappedOptimizer, load_in_place, wrap_optimizer
+from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
+from hvdtrain.world.loaded_state import load_in_place
 from hvdtrain.world.replicas import all_in_one, check_forward_pass, digest_of, first_difference, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.state_file import read_state, write_state
