@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from hvdtrain.models.private_torch import is_transformed
 
 Library = Literal["auto", "torch", "onednn"]
-# Below so many multiplications oneDNN's and autograd's ways of being called cost more than the product (measured).
-_FEWEST_PRODUCTS = 4_000_000
+# Below so many multiplications, what surrounds the product costs more than it: in the steps of a small network, whose
+# caches are cold, a layer of 6 million took longer by oneDNN (benchmarks/results/overhead_one.txt).
+_FEWEST_PRODUCTS = 16_000_000
 
 
 def takes_onednn(library: Library, device: torch.device) -> bool:
