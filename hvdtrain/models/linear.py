@@ -21,7 +21,7 @@ from hvdtrain.models.private_torch import is_transformed
 
 Library = Literal["auto", "torch", "onednn"]
 # Below so many multiplications, what surrounds the product costs more than it: in the steps of a small network, whose
-# caches are cold, a layer of 6 million took longer by oneDNN (benchmarks/results/overhead_one.txt).
+# caches are cold, a layer of 6 million took longer by oneDNN (benchmarks/results/linear_small.txt).
 _FEWEST_PRODUCTS = 16_000_000
 
 
