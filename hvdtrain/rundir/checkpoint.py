@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from hvdtrain.errors import CheckpointError
 from hvdtrain.rundir.manifest import MANIFEST, STATE, WEIGHTS, Manifest, encode_manifest, read_manifest, regular_file
+from hvdtrain.settings.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _verify(path: Path, manifest: Manifest) -> None:
     if not zipfile.is_zipfile(regular_file(path / STATE)):
         raise CheckpointError(f"{path / STATE} is damaged: it is cut short, or something else")
     for name, expected in manifest.sha256.items():
-        if _hash(regular_file(path / name)) != expected:
+        if sha256_of(regular_file(path / name)) != expected:
             raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
@@ -175,15 +175,7 @@ def write_text(path: Path, text: str) -> None:
 def _flush_and_hash(path: Path) -> str:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)
 
 
 def flush_folder(path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from test_components import Lines, StoppedError
 from torch import nn
 
 import hvdtrain
@@ -11,7 +12,6 @@ from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, EvalConfig, LogConfig, TrainConfig
 from hvdtrain.settings.intervals import parse_every
 from hvdtrain.trainer import Task, fit, settle
@@ -36,26 +36,6 @@ HOSTILE = [
     "1epochs!",
     "1m1",
 ]
-
-
-class StoppedError(Exception):
-    """The process ends here."""
-
-
-class Lines(MetricLog):
-    """Keeps what is written and said, and may end the run."""
-
-    def __init__(self, stop_at=None):
-        super().__init__(None, [])
-        self.stop_at, self.lines, self.said = stop_at, [], []
-
-    def say(self, text):
-        self.said.append(text)
-
-    def write(self, step, metrics, event=None):
-        if self.stop_at is not None and step >= self.stop_at:
-            raise StoppedError
-        self.lines.append((step, {k: v for k, v in metrics.items() if not k.startswith(("time", "through"))}))
 
 
 def job_of(run_dir, callbacks=(), world=SOLO, log=None, steps=12, rate=0.05, **sections):

@@ -9,7 +9,6 @@ in a copy of the cache, its content is compared.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvdtrain.data.text.known import state_of
-from hvdtrain.settings.files import locked, replaced_whole, written_whole
+from hvdtrain.settings.files import locked, replaced_whole, sha256_of, written_whole
 
 _SEAL = "seal.json"
 _MOST_BYTES = 1 << 20
@@ -49,7 +48,7 @@ def sealed_folder(
                     _remove(folder)
                 with written_whole(folder) as new:
                     write(new)
-                    _seal(new, {path.name: _hash(path) for path in new.iterdir()})
+                    _seal(new, {path.name: sha256_of(path) for path in new.iterdir()})
     return folder
 
 
@@ -63,7 +62,7 @@ def _is_whole(folder: Path) -> bool:
         changed = {name: digest for name, (digest, state) in files.items() if state != state_of(folder / name)}
         for name, digest in changed.items():
             file = folder / name
-            if file.parent != folder or not file.is_file() or _hash(file) != digest:
+            if file.parent != folder or not file.is_file() or sha256_of(file) != digest:
                 return False
         if changed:  # the next start need not compare again
             with contextlib.suppress(OSError):
@@ -87,11 +86,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(away, ignore_errors=True)
     else:
         away.unlink()
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
