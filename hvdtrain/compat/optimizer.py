@@ -13,6 +13,7 @@ from hvdtrain.compat.place import check_process_set, global_process_set, world
 from hvdtrain.compat.reductions import Average, Compression, Compressor, word_of
 from hvdtrain.errors import UsageError
 from hvdtrain.models.private_torch import BatchNorm
+from hvdtrain.models.walk import owned_by
 from hvdtrain.world import Averaging, World, WrappedOptimizer, codec_of
 from hvdtrain.world.batch_norm import SyncBatchNorm as _SyncBatchNorm
 from hvdtrain.world.codec import AsTheyAre, Codec, Fp16
@@ -120,7 +121,7 @@ class _Named(nn.Module):
         super().__init__()
         self._pairs = list(named_parameters or ())
         self._is_sparse = isinstance(optimizer, torch.optim.SparseAdam)  # which takes no others
-        self._owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._owned = owned_by(optimizer)
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._pairs

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.intervals import parse_every
 from hvdtrain.settings.paths import PathKind, check_path
 
 # What torch's generators, TOML and C's long hold.
@@ -40,6 +41,7 @@ def setting(
     changeable: bool = False,
     path: PathKind | None = None,
     several_ranks: bool = False,
+    interval: Literal["training", "time"] | None = None,
 ) -> Any:
     """Declare a field of a section of settings.
 
@@ -52,6 +54,7 @@ def setting(
         changeable: a run that goes on may have another value: it does not change what a step computes.
         path: it names a file or directory of this kind.
         several_ranks: it has no effect on one rank, which is then said.
+        interval: a text says how often something happens: by steps and epochs of training, or by time, too.
     """
     limits = {"above": above, "minimum": minimum, "below": below, "maximum": maximum}
     metadata = {
@@ -59,6 +62,7 @@ def setting(
         "changeable": changeable,
         "path": path,
         "several_ranks": several_ranks,
+        "interval": interval,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -112,6 +116,9 @@ def check_range(item: dataclasses.Field[Any], name: str, value: Any) -> None:
     if kind is not None and value is not None:
         for path in numbers:
             check_path(str(path), kind, name)
+    interval = item.metadata.get("interval")
+    if interval is not None and value is not None:
+        parse_every(name, value, seconds=interval == "time")
 
 
 def _check_value(item: dataclasses.Field[Any], name: str, value: Any) -> None:

@@ -13,7 +13,6 @@ from typing import Literal
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.fields import Section, check_fields, setting
-from hvdtrain.settings.intervals import parse_every
 from hvdtrain.settings.units import parse_duration
 
 # Schedules that multiply the rate now and then.
@@ -151,33 +150,24 @@ class CommConfig(Section):
 class LogConfig(Section):
     """What is written down, and how often."""
 
-    every: int | str = setting(20, above=0, changeable=True)
+    every: int | str = setting(20, above=0, changeable=True, interval="time")
     """Steps between two lines of metrics; or 1epoch, or 30s for a line about every 30 seconds."""
     grad_norms: bool = setting(False, changeable=True)
     """Also log the norm of each layer's averaged gradient, before clipping."""
     tensorboard: bool = setting(False, changeable=True)
     """Also write TensorBoard event files to RUN_DIR/tensorboard."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_every("every", self.every, seconds=True)
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
     """Evaluation on the held-out data."""
 
-    every: int | str | None = setting(None, above=0, changeable=True)
+    every: int | str | None = setting(None, above=0, changeable=True, interval="training")
     """Steps between two evaluations, or 1epoch, 0.5epoch; there is always one at the end. None: only that one."""
     batch_size: int | None = setting(None, above=0, changeable=True)
     """Samples that one rank evaluates at a time. None: the micro-batch size."""
     patience: int | None = setting(None, above=0, changeable=True)
     """End the run after this many evaluations without a lower held-out loss. None: never."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.every is not None:
-            parse_every("every", self.every)
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what counts evaluations where there is only the last."""
@@ -189,18 +179,13 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     """Saving, to be able to continue."""
 
-    every: int | str | None = setting(None, above=0, changeable=True)
+    every: int | str | None = setting(None, above=0, changeable=True, interval="training")
     """Steps between two checkpoints, or 1epoch; there is always one at the end, and one of the best evaluation. None:
     only those."""
     keep_last: int | None = setting(3, above=0, changeable=True)
     """How many of the newest to keep. None: all. The best by held-out loss is always kept."""
     keep_every: int | None = setting(None, above=0, changeable=True)
     """Besides those, keep what was saved at multiples of this step. None: nothing."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.every is not None:
-            parse_every("every", self.every)
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what chooses among checkpoints where all are kept."""

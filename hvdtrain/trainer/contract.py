@@ -20,6 +20,7 @@ from hvdtrain.data.readers import read_samples
 from hvdtrain.data.stream import StreamSamples
 from hvdtrain.data.users import MapSamples
 from hvdtrain.errors import ConfigError, DataError, HvdtrainError
+from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.task import Batch, Task
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Opt
         ConfigError: it moves what is not the model's, which no checkpoint would hold.
     """
     own = set(model.parameters())
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+    for parameter in owned_by(optimizer):
         if parameter not in own:
             raise ConfigError(
                 f"build_optimizer gave the optimizer a parameter of shape {tuple(parameter.shape)} that is not one of"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
 
@@ -32,7 +33,7 @@ class GradNorms(Component):
         """Take the norms."""
         gradients: dict[str, list[Tensor]] = {}
         # What no optimizer moves is not averaged, and differs on every rank.
-        moved = {parameter for group in training.optimizer.param_groups for parameter in group["params"]}
+        moved = set(owned_by(training.optimizer))
         for name, parameter in training.model.named_parameters():
             if parameter.grad is not None and parameter in moved:
                 grad = parameter.grad

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import can_skip_by_itself, norm_of, skipping_where
-from hvdtrain.models.walk import parameters_of
+from hvdtrain.models.walk import owned_by, parameters_of
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.job import Job
@@ -60,7 +60,7 @@ def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | 
 
     Of what the optimizer moves: what it leaves alone is not averaged, and differs on every rank.
     """
-    moved = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    moved = set(owned_by(optimizer))
     parameters = [item for item in parameters_of(model) if item.grad is not None and item in moved]
     gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
     if not any(gradient.is_sparse for gradient in gradients):

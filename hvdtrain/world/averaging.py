@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
+from hvdtrain.models.walk import owned_by
 from hvdtrain.world.codec import Codec, codec_of
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import restore_types
@@ -212,7 +213,7 @@ def wrap_optimizer(
     of_ranks = weakref.ref(wrapped)  # no circle: whoever drops it drops it on all ranks at once
 
     def parameters() -> list[nn.Parameter]:
-        own = _parameters_of(of_ranks())
+        own = owned_by(owner) if (owner := of_ranks()) is not None else []
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
     world.num_wraps += 1
@@ -236,11 +237,6 @@ def wrap_optimizer(
     hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
     wrapped.register_step_post_hook(lambda *_: exchange.end_step())
     return wrapped
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    groups = [] if optimizer is None else optimizer.param_groups
-    return [parameter for group in groups for parameter in group["params"]]
 
 
 def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:

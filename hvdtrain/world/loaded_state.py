@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hvdtrain.models.walk import owned_by
+
 
 def load_in_place(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load a state; parameter groups, and tensors in them, stay the objects that schedulers hold."""
@@ -30,8 +32,7 @@ def restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) ->
     saved = state.get("state")
     if not isinstance(saved, Mapping):
         return  # a form of the class's own, which it has loaded itself
-    owned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, parameter in enumerate(owned):
+    for place, parameter in enumerate(owned_by(optimizer)):
         for name, value in saved.get(place, {}).items():
             loaded = optimizer.state[parameter].get(name)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.step import train_step
@@ -67,14 +68,14 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
     training = start_training(job)
     for _ in range(_MOST_BACK_OFFS):
         train_step(job, training)
-        of_groups = (p.grad for group in training.optimizer.param_groups for p in group["params"])
+        of_groups = (parameter.grad for parameter in owned_by(training.optimizer))
         gradients = [gradient.to_dense() for gradient in of_groups if gradient is not None]
         if all(gradient.isfinite().all() for gradient in gradients):
             break  # else the loss scale is still too large
     scaler = training.component(LossScaler)
     scale = scaler.scale if scaler else 1.0
     averaged, expected, witness = {}, {}, "mpi4py"
-    moved = {parameter for group in training.optimizer.param_groups for parameter in group["params"]}
+    moved = set(owned_by(training.optimizer))
     for key, parameter in ((key, p) for key, p in training.model.named_parameters() if p in moved):
         own = local.get(key, torch.zeros_like(parameter, dtype=torch.float64)).double() / world.size / scale
         total = plain_sum(world, own)
