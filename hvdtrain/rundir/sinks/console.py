@@ -150,6 +150,8 @@ def describe(metrics: Metrics) -> str:
             parts.append(f"{value:,.0f} {short.removesuffix('_per_s')}/s")
         elif name == "train/lr":
             parts.append(f"lr {value:.2e}")
+        elif name == "train/epoch":
+            parts.append(f"epoch {value:.3g}")
         elif name == "time/left_s":
             parts.append(f"{duration(value)} left")
         elif group in ("train", "val"):
