@@ -87,8 +87,8 @@ class StoppedEarly(SystemExit):
 def end_on_signals() -> None:
     """Raise `StoppedEarly` in the main thread where a signal comes before training, or where a verb does not train.
 
-    If that thread is in a call that Python cannot interrupt, the process ends a few seconds later all the same. It also
-    ends where its launcher is lost before training.
+    While modules are imported the process ends at once instead. If the main thread is in a call that Python cannot
+    interrupt, it ends a few seconds later all the same. It also ends where its launcher is lost before training.
     """
     owners()  # as early as can be
     _Early.is_watching = True
@@ -190,7 +190,19 @@ def _end_at_second_sigint(pipe: int) -> None:
 def _raise_early(number: int, frame: FrameType | None) -> None:
     for other in SIGNALS:  # one is enough: what ends the process is not to be interrupted
         signal.signal(other, signal.SIG_IGN)
-    raise StoppedEarly(signal.Signals(number).name)
+    stop = StoppedEarly(signal.Signals(number).name)
+    if _is_importing(frame):
+        _Leave.by(f"hvdtrain: {stop.reason}", stop.exit_code)
+    raise stop
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported: C++ that imports Python (torch's) aborts the process if that fails."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _end_after_early(pipe: int) -> None:

@@ -158,6 +158,24 @@ def test_a_signal_in_the_first_seconds(start, tmp_path, number, after):
     assert "Traceback" not in out
 
 
+def test_a_signal_while_a_module_is_imported_ends_at_once(start, tmp_path):
+    """Whatever stands around the import: torch's own C++ would call std::terminate."""
+    recipe = tmp_path / "importing.py"
+    recipe.write_text(
+        "import os, signal, sys\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    sum(range(10_000))\n"
+        "finally:\n"
+        "    sys.stderr.write('unwound')\n"
+    )
+    process = start(sys.executable, "-m", "hvdtrain", "train", recipe, "--run-dir", tmp_path / "run")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, out
+    assert out.count("stopped by SIGTERM") == 1
+    assert "unwound" not in out
+
+
 def caught(pid, number):
     """Return whether a process has a handler for a signal of its own; Python has one for SIGINT from the beginning."""
     lines = read(Path(f"/proc/{pid}/status")).splitlines()
