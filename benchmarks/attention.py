@@ -140,9 +140,9 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> list[st
     def work(attention: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(attention(*inputs), inputs, gradient)
 
-    tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.3, "rtol": 0.1}
+    absolute, relative = (1e-4, 1e-4) if dtype == torch.float32 else (0.3, 0.1)
     for attention in CANDIDATES.values():
-        torch.testing.assert_close(work(attention), work(torchs), **tolerance)
+        torch.testing.assert_close(work(attention), work(torchs), atol=absolute, rtol=relative)
     forward = machine.take_turns([partial(attention, *inputs) for attention in CANDIDATES.values()], repeats)
     both = machine.take_turns([partial(work, attention) for attention in CANDIDATES.values()], repeats)
     rows = [f"{samples} x {tokens} tokens, {heads} heads of {width}, {kv_heads} of keys and values"]
