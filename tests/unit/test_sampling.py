@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DivergedError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.sampling import Sampling, sample
@@ -27,7 +27,7 @@ class Fixed(nn.Module):
         self.seen: list[list[int]] = []
         self.modes: set[tuple[bool, bool]] = set()
 
-    def new_cache(self, padding: Tensor, max_length: int) -> list[int]:
+    def new_cache(self, padding: Tensor, max_length: int, reuse: object = None) -> list[int]:
         return []
 
     def forward(self, tokens: Tensor, cache: list[int]) -> Tensor:
@@ -100,7 +100,7 @@ def test_training_mode_and_gradients_are_off_only_meanwhile(training: bool) -> N
     assert model.modes == {(False, False)}
     assert model.training is training
     model.logits.data = model.logits.data * float("nan")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DivergedError, match="logits are not finite"):
         continue_one(model, [0], 2)
     assert model.training is training
 
