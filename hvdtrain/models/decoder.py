@@ -72,6 +72,8 @@ class Decoder(nn.Module):
         if reuse is None:
             return Cache(self.config, padding, max_length, like=self.lm_head.weight)
         reuse.padding, reuse.length = padding, 0
+        if reuse.one_token is not None:
+            reuse.one_token.forget()
         return reuse
 
     def _one_token(self, cache: Cache) -> one_token.OneToken:

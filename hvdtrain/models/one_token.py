@@ -13,14 +13,16 @@ M places of the cache, P places of it that attention looks at now.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hvdtrain.models.decoder import Cache, Decoder
+    from hvdtrain.models.config import DecoderConfig
+    from hvdtrain.models.decoder import Cache, Decoder, LayerCache
 
 # Attention looks at a multiple of so many places, those not yet read masked.
 _ROOM = 32
@@ -33,10 +35,14 @@ def suits(model: Decoder) -> bool:
     weight = model.lm_head.weight
     if torch.is_grad_enabled() or torch.is_autocast_enabled(weight.device.type) or torch.compiler.is_compiling():
         return False
+    return weight.dtype in (torch.float32, torch.float64) and _packed_bytes(model) <= _MOST_PACKED_BYTES
+
+
+def _packed_bytes(model: Decoder) -> int:
     config = model.config
-    columns = (config.num_heads + 2 * config.kv_heads) * config.head_size + 2 * config.feed_forward_size
-    num_bytes = config.num_layers * config.hidden_size * columns * weight.dtype.itemsize
-    return weight.dtype in (torch.float32, torch.float64) and num_bytes <= _MOST_PACKED_BYTES
+    rows = 2 * (config.num_heads + config.kv_heads) * config.head_size + 3 * config.feed_forward_size
+    numbers = (config.num_layers * rows + model.vocab_size) * config.hidden_size
+    return numbers * model.lm_head.weight.dtype.itemsize
 
 
 class OneToken:
@@ -53,7 +59,7 @@ class OneToken:
         self._cache = cache
         self._num_read = -1  # not the cache's: positions and mask are to be made
         self._room = 0
-        self._embedding, self._head = model.model.embed_tokens.weight, model.lm_head.weight.t()
+        self._embedding = model.model.embed_tokens.weight
         B, C, D, K = len(cache.padding), config.hidden_size, config.head_size, config.kv_heads
         G = config.num_heads // K
         self._rows = B * K
@@ -64,26 +70,23 @@ class OneToken:
         stream[:, C] = (C * config.norm_eps) ** 0.5
         self._stream, self._x = stream, stream[:, :C]
         self._norm, self._normed = _empty(like, B, 1), _empty(like, B, C)
-        self._final = model.model.norm.weight * C**0.5
-        self._layers = [
-            _Layer(
-                _packed_heads(block.self_attn.q_proj.weight, block.self_attn.k_proj.weight, block.self_attn.v_proj.weight, K)
-                .mul(block.input_layernorm.weight * C**0.5)
-                .t()
-                .contiguous(),
-                block.self_attn.o_proj.weight.t(),
-                torch.cat((block.mlp.gate_proj.weight, block.mlp.up_proj.weight))
-                .mul(block.post_attention_layernorm.weight * C**0.5)
-                .t()
-                .contiguous(),
-                block.mlp.down_proj.weight.t(),
-                layer.both.flatten(0, 1),
-            )
-            for block, layer in zip(model.model.layers, cache.layers, strict=True)
-        ]
+        self._head = _transposed(like * (model.model.norm.weight * C**0.5))
+        blocks: Iterable[Any] = model.model.layers
+        self._layers = [_pack(block, layer, config, G) for block, layer in zip(blocks, cache.layers, strict=True)]
+        inner = config.feed_forward_size
+        both = _empty(like, B, 2 * inner)
+        self._gate_up, self._gate, self._up = both, both[:, :inner], both[:, inner:]
+        self._inner = _empty(like, B, inner)
+        self._mask = _empty(like, B, K, 1, cache.max_length)
+        self._make_heads(B, K, G, D, rope)
+
+    def _make_heads(self, B: int, K: int, G: int, D: int, rope: tuple[Tensor, Tensor]) -> None:
+        """Make the memory of queries, keys and values, and the views of it."""
+        like = self._embedding
         # Each key head comes with the query heads that look at it, and with its values, whose "rotation" is none.
         cos, signed_sin = rope
-        self._table = torch.cat((cos.expand(-1, G + 1, -1), torch.ones_like(cos), signed_sin), 1).to(like)  # (M, G+3, D)
+        tables = cos.expand(-1, G + 1, -1), torch.ones_like(cos), signed_sin
+        self._table = torch.cat(tables, 1).to(like)  # (M, G + 3, D)
         turning = _empty(like, B, G + 3, D)
         self._turning = turning
         self._cos = turning[:, None, : G + 2]  # (B, 1, G + 2, D)
@@ -96,17 +99,12 @@ class OneToken:
         self._queries, self._new = flat[:, :G], flat[:, G:, None]
         attended = _empty(like, B * K, G, D)
         self._attended, self._attended_flat = attended, attended.view(B, -1)
-        inner = config.feed_forward_size
-        both = _empty(like, B, 2 * inner)
-        self._gate_up, self._gate, self._up = both, both[:, :inner], both[:, inner:]
-        self._inner = _empty(like, B, inner)
-        self._mask = _empty(like, B, K, 1, cache.max_length)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Map tokens, int64 `(B, 1)`, that follow those in the cache, to logits `(B, V)`."""
         if self._num_read != self._cache.length:
             self._begin()
-        x, norm, normed, gate = self._x, self._norm, self._normed, self._gate
+        x, normed, gate = self._x, self._normed, self._gate
         (low, high), (turned_low, turned_high) = self._halves, self._turned_halves
         minus_sin, sin = self._sines
         x.copy_(F.embedding(tokens[:, 0], self._embedding))
@@ -128,12 +126,16 @@ class OneToken:
             torch.mul(gate, self._up, out=self._inner)
             x.addmm_(self._inner, layer.down)
         self._divide()
-        return torch.mm(normed.mul_(self._final), self._head)
+        return torch.mm(normed, self._head)
 
     def _divide(self) -> None:
         """Norm the stream, but for weights that are in the matrix that follows."""
         torch.linalg.vector_norm(self._stream, dim=1, keepdim=True, out=self._norm)
         torch.div(self._x, self._norm, out=self._normed)
+
+    def forget(self) -> None:
+        """Begin anew: the cache is emptied."""
+        self._num_read = -1
 
     def _begin(self) -> None:
         """Take up the cache where it is: something else has read before."""
@@ -178,9 +180,23 @@ class _Layer(NamedTuple):
     """Keys and values, `(B K, 2, M, D)`."""
 
 
-def _packed_heads(q: Tensor, k: Tensor, v: Tensor, num_groups: int) -> Tensor:
-    """Return the three projections as one, `(K (G + 2) D, C)`, ordered by key head."""
-    return torch.cat([weight.view(num_groups, -1, weight.shape[1]) for weight in (q, k, v)], 1).flatten(0, 1)
+def _pack(block: Any, cache: LayerCache, config: DecoderConfig, num_queries: int) -> _Layer:
+    attention, feed_forward, root = block.self_attn, block.mlp, config.hidden_size**0.5
+    projections = (attention.q_proj.weight, num_queries), (attention.k_proj.weight, 1), (attention.v_proj.weight, 1)
+    heads = torch.cat([w.view(config.kv_heads, n * config.head_size, -1) for w, n in projections], 1).flatten(0, 1)
+    gate_up = torch.cat((feed_forward.gate_proj.weight, feed_forward.up_proj.weight))
+    return _Layer(
+        _transposed(heads * (block.input_layernorm.weight * root)),
+        _transposed(attention.o_proj.weight),
+        _transposed(gate_up * (block.post_attention_layernorm.weight * root)),
+        _transposed(feed_forward.down_proj.weight),
+        cache.both.flatten(0, 1),
+    )
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """Return the weight as `(in, out)` in memory: a row times it runs at the speed of memory, also by MKL on AMD."""
+    return weight.t().contiguous()
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
