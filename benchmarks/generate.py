@@ -82,8 +82,8 @@ def compare(model: tuple[str, int, int, int], folder: Path, repeats: int) -> str
         lines.append(f"{'over ' + key:18} {medians:.2f}; of the repeats {machine.spread(ratios, 2)}")
     lines.append(f"same greedy tokens: {'yes' if all(tokens == greedy[0] for tokens in greedy) else 'no'}")
     head = (
-        f"\n{name}: {num_layers} layers x {hidden_size}, {num_parameters / 1e6:.2f}M parameters, one thread, a prompt of"
-        f" {len(PROMPT)} tokens and {num_tokens} more; {repeats} interleaved repeats; median [quartiles]\n"
+        f"\n{name}: {num_layers} layers x {hidden_size}, {num_parameters / 1e6:.2f}M parameters, one thread, a prompt"
+        f" of {len(PROMPT)} tokens and {num_tokens} more; {repeats} interleaved repeats; median [quartiles]\n"
     )
     return "\n".join((head, *lines))
 
