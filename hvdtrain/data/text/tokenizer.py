@@ -97,7 +97,7 @@ class BpeTokenizer:
 
         A text is one thread's: batches would wait for the longest text of each, and for who takes the tokens from them.
         """
-        num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = num_cores()
         ahead: deque[Future[NDArray[np.int64]]] = deque()
         pool = ThreadPoolExecutor(num_threads, "tokenise")
         try:
@@ -123,6 +123,11 @@ class BpeTokenizer:
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`."""
         self.inner.save(str(folder / "tokenizer.json"))
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> BpeTokenizer:
