@@ -1,7 +1,8 @@
 """Tokens a second of generated text on one core: hvdtrain, with and without its cache, and transformers' `generate`.
 
 All three continue the same prompt with the same exported model, in turns. hvdtrain's figure is that of the verb: text
-included. transformers' is of tokens alone.
+included. transformers' is of tokens alone. "Of processor time" is what a core of its own would give: other work on the
+machine, whose load is written down, changes it less.
 
 python benchmarks/generate.py --repeats 7 --output benchmarks/results/generate.txt
 """
@@ -12,6 +13,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -41,7 +43,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    parts = [machine.describe()]
+    parts = [machine.describe(), f"load:     {os.getloadavg()[0]:.1f} processes, before"]
     if importlib.util.find_spec("transformers") is None:
         parts.append("transformers is not installed: it is left out")
     else:
@@ -69,21 +71,24 @@ def compare(model: tuple[str, int, int, int], folder: Path, repeats: int) -> str
     if importlib.util.find_spec("transformers") is not None:
         runs["transformers"] = transformers_run(folder, num_tokens)
     greedy = [run(0.0) for run in runs.values()]  # the first time is not measured
-    rates: dict[str, list[float]] = {key: [] for key in runs}
+    wall: dict[str, list[float]] = {key: [] for key in runs}
+    cpu: dict[str, list[float]] = {key: [] for key in runs}
     for repeat in range(repeats):
         for key, run in runs.items():
             if key == UNCACHED and repeat % 3:  # takes as long as all others
                 continue
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             count = len(run(0.8))
-            rates[key].append(count / (time.perf_counter() - started))
+            wall[key].append(count / (time.perf_counter() - started))
+            cpu[key].append(count / (time.process_time() - used))
             assert count == num_tokens
-    lines = [f"{key:14} {machine.spread(values, 0):>24} tokens/s" for key, values in rates.items()]
-    for key in list(runs)[1:]:
-        medians = statistics.median(rates["hvdtrain"]) / statistics.median(rates[key])
-        step = 3 if key == UNCACHED else 1
-        ratios = [ours / other for ours, other in zip(rates["hvdtrain"][::step], rates[key], strict=True)]
-        lines.append(f"{'over ' + key:18} {medians:.2f}; of the repeats {machine.spread(ratios, 2)}")
+    lines = [
+        f"{'tokens/s':14} {'of time':>22} {'of processor time':>22} {'hvdtrain over it':>18} {'processor time':>16}"
+    ]
+    for key in runs:
+        over = [statistics.median(rates["hvdtrain"]) / statistics.median(rates[key]) for rates in (wall, cpu)]
+        spreads = machine.spread(wall[key], 0), machine.spread(cpu[key], 0)
+        lines.append(f"{key:14} {spreads[0]:>22} {spreads[1]:>22} {over[0]:>18.2f} {over[1]:>16.2f}")
     lines.append(f"same greedy tokens: {'yes' if all(tokens == greedy[0] for tokens in greedy) else 'no'}")
     head = (
         f"\n{name}: {num_layers} layers x {hidden_size}, {num_parameters / 1e6:.2f}M parameters, one thread, a prompt"

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=300)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    load = os.getloadavg()[0]
     documents = standard_library()[: given.files]
     texts = [text for _, text in read_all(documents)]
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -67,6 +68,7 @@ def main() -> None:
     table = "\n".join(
         (
             machine.describe(),
+            f"load:     {load:.1f} processes, before",
             "",
             f"{len(texts)} files, {num_bytes / 1e6:.1f} MB, a byte-level BPE of 4,096 tokens;"
             f" {given.repeats} interleaved repeats; median [quartiles]",
