@@ -13,6 +13,7 @@ from hvdtrain.errors import LaunchError
 from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, prepare_process
 from hvdtrain.process.stop import end_without_launcher
+from hvdtrain.world.first_contact import contact_gpus
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.world import World
 
@@ -24,7 +25,8 @@ def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: 
     ranks that shall be able to reduce among themselves, each smaller than the world.
 
     Raises:
-        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or ranks outnumber GPUs.
+        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, ranks outnumber GPUs, or
+            NCCL does not start.
     """
     world = connect(groups)
     if not world.launch.is_parallel:
@@ -34,6 +36,8 @@ def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: 
     world.device = world.together(lambda: pick_device(gpus, world.local_rank), "device")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+        if world.size > 1:
+            contact_gpus(world)
     return world
 
 
