@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "BatchNorm",
     "FakeTensorMode",
+    "LiveBytes",
     "apply_to_tensors",
     "backward_run",
     "can_skip_by_itself",
@@ -33,6 +37,37 @@ __all__ = [
     "skipping_where",
     "version_of",
 ]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operators make while it is entered, as long as that lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator, and note new storages among what it returns."""
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self._note(tensor.untyped_storage(), given)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive or key in given:  # what is given and not noted was there before
+            return
+        self._alive[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
 
 
 def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
