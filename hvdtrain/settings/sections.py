@@ -18,7 +18,7 @@ from hvdtrain.settings.units import parse_duration
 # Schedules that multiply the rate now and then.
 _FALLING = ("step", "multistep", "plateau")
 
-Precision = Literal["fp32", "bf16", "fp16", "bf16-true", "fp64"]
+Precision = Literal["fp32", "bf16", "fp16", "bf16-true", "fp64", "tf32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,11 @@ class TrainConfig(Section):
     seed: int = setting(0, minimum=0)
     """Seed of the initial weights, the order of the samples and every other random number."""
     precision: Precision = "fp32"
-    """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs."""
+    """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs.
+    tf32: fp32 whose products round their factors to 11 bits, on NVIDIA GPUs since the A100; fp32 never does that."""
+    deterministic: bool = setting(False, changeable=True)
+    """Two runs alike on GPUs, too, bit by bit: torch, cuBLAS and NCCL take algorithms that repeat, which are slower, and
+    what has none ends the run by its name. On CPUs runs repeat without it."""
     max_grad_norm: float | None = setting(1.0, above=0)
     """Clip the global gradient's Euclidean norm to this. None: no clipping."""
     ema: float | None = setting(None, minimum=0, below=1)

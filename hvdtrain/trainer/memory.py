@@ -142,7 +142,7 @@ def check_fits(job: Job, memory: Memory) -> None:
             ways.append(f"--train.micro-batch-size {room} or fewer (the rest by accumulation)")
     if not job.config.model.checkpoint_blocks:
         ways.append("--model.checkpoint-blocks")
-    if job.config.train.precision in ("fp32", "fp64"):
+    if job.config.train.precision in ("fp32", "tf32", "fp64"):
         ways.append("--train.precision bf16")
     if job.config.train.precision != "bf16-true":
         ways.append("--train.precision bf16-true")

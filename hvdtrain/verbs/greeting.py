@@ -25,7 +25,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
         f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
-        f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
+        f"{', deterministic' if config.train.deterministic else ''}{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
         *(f"{line}" for line in task.description.splitlines()),
         f"model:      {type(task.model).__name__}, {parameters:,} parameters",
         f"batch:      {job.plan}",

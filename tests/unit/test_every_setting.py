@@ -98,6 +98,7 @@ LM = {
 # What needs more than a small run: where it is tested.
 ELSEWHERE = {
     "health.memory_check": "unit/test_every_setting.py",
+    "train.deterministic": "unit/test_numerics.py",
     "data.workers": "unit/test_workers.py",
     "eval.choices": "unit/test_choices.py",
     "eval.chat": "unit/test_hf_task.py",
