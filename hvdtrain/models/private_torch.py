@@ -25,6 +25,7 @@ __all__ = [
     "apply_to_tensors",
     "backward_run",
     "can_skip_by_itself",
+    "compile_in_place",
     "computed_node",
     "holders_of",
     "hook_before_step",
@@ -32,6 +33,7 @@ __all__ = [
     "is_saved_buffer",
     "is_transformed",
     "norm_of",
+    "on_compilation",
     "queue_after_run",
     "run_backward",
     "skipping_where",
@@ -68,6 +70,35 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         del self._alive[key]
         self.now -= size
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """Do what `module.compile()` does, for torch's own classes as well.
+
+    Of an `nn.Sequential` that compiles nothing: the compiler passes over what stands in torch's own files where it
+    comes upon it first, and what it finds there is the method that all modules have.
+    """
+    if not type(module).__module__.startswith("torch.nn."):
+        module.compile()  # type: ignore[no-untyped-call]
+        return
+    whole: Any = module
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return type(whole)._call_impl(whole, *args, **kwargs)
+
+    vars(module)["_call_impl"] = call
+    try:
+        module.compile()  # type: ignore[no-untyped-call]
+    finally:
+        del vars(module)["_call_impl"]
+
+
+def on_compilation(begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Have these called, in the compiling thread, whenever torch.compile begins and ends to compile something."""
+    from torch._dynamo import callback  # takes seconds to import
+
+    callback.on_compile_start(lambda _: begin())
+    callback.on_compile_end(lambda _: end())
 
 
 def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:

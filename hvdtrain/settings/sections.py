@@ -229,8 +229,9 @@ class ModelConfig(Section):
 
     sync_batch_norm: bool = setting(False, several_ranks=True)
     """Batch normalisation over the samples of all ranks instead of each rank's own."""
-    compile: Literal["none", "model", "blocks"] = setting("none", changeable=True)
-    """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier."""
+    compile: Literal["none", "auto", "model", "blocks"] = setting("none", changeable=True)
+    """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier.
+    auto: the blocks, on GPUs since the A100 where Triton and a C compiler are there; nothing elsewhere."""
     linear: Literal["auto", "torch", "onednn"] = setting("auto", changeable=True)
     """Library of linear layers' fp32 products on CPUs. auto: oneDNN on x86 CPUs that are not Intel's, where it is
     faster, else torch's own choice."""

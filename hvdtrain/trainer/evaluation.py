@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
+from hvdtrain.models.compilation import is_compiled
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.trainer.job import Job, metric_names
 from hvdtrain.trainer.modes import in_eval_mode
@@ -57,7 +58,7 @@ def _means(
     """Return means over all targets; None if a rank has a request to stop before the end. Collective."""
     world, order = job.world, _order(job, part)
     batches = [request.samples for request in order.requests(0, world.rank)]
-    randomness = MicroBatchRandomness(world.device)
+    randomness = MicroBatchRandomness(world.device, compiled=model if is_compiled(model) else None)
     # Sums of the metrics, then the number of targets.
     totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)
     for i in range(order.most_batches):
