@@ -27,6 +27,8 @@ __all__ = [
     "can_skip_by_itself",
     "compile_in_place",
     "computed_node",
+    "copy_all_",
+    "divide_all_",
     "holders_of",
     "hook_before_step",
     "is_held_by_others",
@@ -38,6 +40,7 @@ __all__ = [
     "run_backward",
     "skipping_where",
     "version_of",
+    "zero_all_",
 ]
 
 
@@ -70,6 +73,21 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         del self._alive[key]
         self.now -= size
+
+
+def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, of the same shape; on GPUs by few kernels for all."""
+    torch._foreach_copy_(targets, sources)
+
+
+def divide_all_(tensors: Sequence[Tensor], by: float) -> None:
+    """Divide all; on GPUs by few kernels."""
+    torch._foreach_div_(tensors, by)
+
+
+def zero_all_(tensors: Sequence[Tensor]) -> None:
+    """Set all to zero; on GPUs by few kernels."""
+    torch._foreach_zero_(tensors)
 
 
 def compile_in_place(module: nn.Module) -> None:
