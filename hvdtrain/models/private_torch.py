@@ -75,17 +75,17 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def copy_all_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source to its target, of the same shape; on GPUs by few kernels for all."""
     torch._foreach_copy_(targets, sources)
 
 
-def divide_all_(tensors: Sequence[Tensor], by: float) -> None:
+def divide_all_(tensors: list[Tensor], by: float) -> None:
     """Divide all; on GPUs by few kernels."""
     torch._foreach_div_(tensors, by)
 
 
-def zero_all_(tensors: Sequence[Tensor]) -> None:
+def zero_all_(tensors: list[Tensor]) -> None:
     """Set all to zero; on GPUs by few kernels."""
     torch._foreach_zero_(tensors)
 
@@ -97,7 +97,7 @@ def compile_in_place(module: nn.Module) -> None:
     comes upon it first, and what it finds there is the method that all modules have.
     """
     if not type(module).__module__.startswith("torch.nn."):
-        module.compile()  # type: ignore[no-untyped-call]
+        module.compile()
         return
     whole: Any = module
 
@@ -106,7 +106,7 @@ def compile_in_place(module: nn.Module) -> None:
 
     vars(module)["_call_impl"] = call
     try:
-        module.compile()  # type: ignore[no-untyped-call]
+        module.compile()
     finally:
         del vars(module)["_call_impl"]
 

@@ -44,7 +44,7 @@ class TrainConfig(Section):
     """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs.
     tf32: fp32 whose products round their factors to 11 bits, on NVIDIA GPUs since the A100; fp32 never does that."""
     deterministic: bool = setting(False, changeable=True)
-    """Two runs alike on GPUs, too, bit by bit: torch, cuBLAS and NCCL take algorithms that repeat, which are slower, and
+    """Two runs alike on GPUs, too, bit by bit: torch, cuBLAS and NCCL take algorithms that repeat, which are slower;
     what has none ends the run by its name. On CPUs runs repeat without it."""
     max_grad_norm: float | None = setting(1.0, above=0)
     """Clip the global gradient's Euclidean norm to this. None: no clipping."""

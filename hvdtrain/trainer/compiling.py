@@ -15,7 +15,9 @@ from hvdtrain.settings import ModelConfig
 from hvdtrain.world import World
 
 
-def what_is_compiled(settings: ModelConfig, model: nn.Module, device: torch.device) -> Literal["none", "model", "blocks"]:
+def what_is_compiled(
+    settings: ModelConfig, model: nn.Module, device: torch.device
+) -> Literal["none", "model", "blocks"]:
     """Return what `--model.compile` comes to: for `auto`, the blocks on a GPU that can be compiled for, else nothing.
 
     Blocks rather than the whole, whose gradients would all be there at the end of its backward pass.
@@ -49,7 +51,7 @@ def note_compilations(world: World) -> None:
 
 
 def _begin() -> None:
-    world = _Watched.world and _Watched.world()
+    world = _Watched.world() if _Watched.world is not None else None
     if world is not None:
         _Watched.progress, _Watched.before = world.progress, world.progress.read().phase
         world.progress.enter("compilation")

@@ -56,7 +56,7 @@ class Memory:
     """What one micro-batch keeps for its backward pass; None: the model cannot be run on fake tensors."""
     micro_batch_size: int
     transients: int = 0
-    """What comes and goes while a micro-batch is computed, at the most: of the loss, and of backward, gradients aside."""
+    """What comes and goes while a micro-batch is computed, at the most: of the loss, and of backward."""
 
     @property
     def of_micro_batch(self) -> int | None:
@@ -204,7 +204,7 @@ def _component_bytes(job: Job, model: nn.Module, mode: FakeTensorMode) -> int:
 
 
 def _traced(job: Job, model: nn.Module, mode: FakeTensorMode) -> tuple[int | None, int]:
-    """Return the bytes that a micro-batch keeps for its backward pass, None where that cannot be found out, and the peak.
+    """Return the bytes that a micro-batch keeps for its backward pass, None where nobody can tell, and the peak.
 
     The peak is of all that lives in both passes but weights and inputs: gradients are part of it.
     """

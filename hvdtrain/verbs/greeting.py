@@ -26,8 +26,8 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
         f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
-        f"{', deterministic' if config.train.deterministic else ''}{', linear layers by oneDNN' if _takes_onednn(job) else ''}"
-        f"{_compiled(job)}",
+        f"{', deterministic' if config.train.deterministic else ''}{_compiled(job)}"
+        f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
         *(f"{line}" for line in task.description.splitlines()),
         f"model:      {type(task.model).__name__}, {parameters:,} parameters",
         f"batch:      {job.plan}",

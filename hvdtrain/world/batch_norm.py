@@ -81,7 +81,6 @@ class SyncBatchNorm(BatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
 
-
     @torch.no_grad()
     def _track_unseen(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Do the same without a look at the count, for which a GPU would have to be waited for in each layer."""
@@ -131,7 +130,10 @@ class _Moments(torch.autograd.Function):
 
 
 def _sums_in_fp64(input: Tensor, dims: list[int], number: int) -> Tensor:
-    """Return sums and sums of squares, `(C,)` each, and the number: in fp64, as the second loses what the mean is large in."""
+    """Return sums and sums of squares, `(C,)` each, and the number.
+
+    In fp64: the second moment loses what the mean is large in.
+    """
     values = input.detach().double()
     return torch.cat((values.sum(dims), values.square().sum(dims), values.new_tensor([float(number)])))
 

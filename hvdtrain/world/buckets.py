@@ -105,7 +105,7 @@ class Bucket:
         shapes = [real(parameter.detach()).shape for parameter in self.parameters]
         counts = [shape.numel() for shape in shapes]
         lengths = [*counts, len(counts), int(self._has_square)]
-        dtype = self._codec.buffer_type(self._forms[0][0].toreal())
+        dtype = self._codec.buffer_type(self._forms[0][0].to_real())
         self._wire = torch.zeros(sum(lengths), dtype=dtype, device=self.parameters[0].device)
         *flat, self._users, self.square = torch.split(self._wire, lengths)
         self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(self._has_square)])
@@ -179,7 +179,7 @@ class Bucket:
             gradient = parameter.grad
             if gradient is None and not self._users[i]:  # asked only where it is in doubt: on a GPU it waits
                 continue
-            mean = torch.view_as_complex(view.to(dtype.toreal())) if parameter.is_complex() else view
+            mean = torch.view_as_complex(view.to(dtype.to_real())) if parameter.is_complex() else view
             if mean.dtype == dtype and is_free:
                 # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds.
                 parameter.grad = mean.detach()

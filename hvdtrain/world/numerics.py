@@ -11,8 +11,8 @@ import torch
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import Precision
 
-# Read when cuBLAS and NCCL start. cuBLAS adds in one order only where each stream has its own workspace. NCCL chooses by
-# size and machine, and NVLink's own sums (NVLS) may differ from call to call: a ring adds in the order of the ranks.
+# Read when cuBLAS and NCCL start. cuBLAS adds in one order only where each stream has its own workspace. NCCL chooses
+# by size and machine, and NVLink's own sums (NVLS) may differ from call to call: a ring adds in the order of the ranks.
 REPEATABLE = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "NCCL_ALGO": "Ring",

@@ -53,7 +53,9 @@ def test_a_peak_is_that_of_the_very_card(card, bf16, fp16):
 def test_variants_on_a_gpu_are_built_measured_and_freed_one_by_one(monkeypatch, tmp_path):
     """As there, on the CPU: never two models at a time, and whole steps without a clock in them."""
     monkeypatch.setattr(measure, "are_measured_apart", lambda device: True)
-    monkeypatch.setattr(measure, "_KNOBS", (("train", "precision", ("bf16", "fp64")), ("train", "max_grad_norm", (2.0,))))
+    monkeypatch.setattr(
+        measure, "_KNOBS", (("train", "precision", ("bf16", "fp64")), ("train", "max_grad_norm", (2.0,)))
+    )
     write_digits(tmp_path)
     recipe = load_recipe("mnist")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=str(tmp_path)))

@@ -49,7 +49,7 @@ def test_a_refusal_is_an_error_of_the_launch():
 
     def work(world):
         world.__class__ = Refusing
-        with pytest.raises(LaunchError, match="ncclCommInitRank failed.*one rank per GPU"):
+        with pytest.raises(LaunchError, match=r"ncclCommInitRank failed.*one rank per GPU"):
             contact_gpus(world)
 
     run_ranks(2, work)

@@ -109,7 +109,7 @@ def test_gpus_are_told_apart_by_their_identities(seen, taken):
 
 
 def test_as_many_names_as_ranks_are_no_help_if_they_are_one_gpu():
-    with pytest.raises(LaunchError, match="3 ranks.*together they see 2 different ones"):
+    with pytest.raises(LaunchError, match=r"3 ranks.*together they see 2 different ones"):
         pick_device([("a", "b"), ("b", "a"), ("a", "b")], 0)
 
 

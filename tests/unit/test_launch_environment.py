@@ -1,4 +1,4 @@
-"""What the files in `launch/` hand on to ranks on other hosts: the commands that they print, with an mpirun that does nothing."""
+"""What the files in `launch/` hand on to ranks on other hosts, by the commands that they print."""
 
 import os
 import subprocess

@@ -33,7 +33,7 @@ def test_what_is_asked_holds_within_and_is_put_back():
 
 
 def test_what_has_no_such_algorithm_is_named():
-    with repeatable(True, {}), pytest.raises(RuntimeError, match="put_.*does not have a deterministic"):
+    with repeatable(True, {}), pytest.raises(RuntimeError, match=r"put_.*does not have a deterministic"):
         torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]), accumulate=False)
 
 

@@ -3,7 +3,7 @@
 As released, a handle is done when a host thread has seen the end of the work on the GPU, so that whoever asks for the
 gradients leaves the GPU without work until then. `HOROVOD_ENABLE_ASYNC_COMPLETION` hands the event to the thread that
 finishes the operation, whose stream it is that waits: in the middle of a backward pass, and no stream but the default
-one. Here the event stays with the handle until somebody asks for the result, and then their current stream waits for it.
+one. Here the event stays with the handle until somebody asks for the result: then their current stream waits for it.
 
 Meanwhile a thread still looks at the event, and at what NCCL knows of lost peers: either fault shuts Horovod down on
 all ranks, where an exception used to end the process in `std::terminate`.
@@ -207,8 +207,7 @@ def stream_edits() -> tuple[Edit, ...]:
             f"{common}/operations.cc",
             "  SetBoolFromEnv(HOROVOD_ENABLE_ASYNC_COMPLETION, state.enable_async_completion,\n"
             "                 true);\n",
-            "  state.enable_async_completion =\n"
-            "      GetBoolEnvOrDefault(HOROVOD_ENABLE_ASYNC_COMPLETION, true);\n",
+            "  state.enable_async_completion =\n      GetBoolEnvOrDefault(HOROVOD_ENABLE_ASYNC_COMPLETION, true);\n",
             _STREAM,
         ),
         *_fault_edits(common, operations, pool),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hvdtrain.models.linear import product_of
 from hvdtrain.models.compilation import is_compiled
+from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 from hvdtrain.models.private_torch import compile_in_place
 from hvdtrain.recipes.transformers_models.forward import arguments, draws, run

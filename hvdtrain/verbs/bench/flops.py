@@ -15,8 +15,8 @@ from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.step import forward_sums
 from hvdtrain.verbs.phase_clock import finish, seconds_of
 
-# Dense peak in FLOP/s of 16-bit matrix products that are added in fp32, without sparsity, from the makers' data sheets, by
-# the names that the driver gives. By whole names: an H100 NVL is no H100 SXM, an A10G no A10.
+# Dense peak in FLOP/s of 16-bit matrix products that are added in fp32, without sparsity, from the makers' data sheets,
+# by the names that the driver gives. By whole names: an H100 NVL is no H100 SXM, an A10G no A10.
 PEAKS_16_BIT = {
     "NVIDIA GB200": 2500e12,
     "NVIDIA B200": 2250e12,

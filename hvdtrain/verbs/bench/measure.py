@@ -1,6 +1,6 @@
 """Variants of a recipe, measured in one process.
 
-On CPUs they take turns, so that what slows the machine meanwhile slows all of them alike; on GPUs there is room for one.
+On CPUs they take turns, so that what slows the machine slows all of them alike; on GPUs there is room for one.
 """
 
 from __future__ import annotations

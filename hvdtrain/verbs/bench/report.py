@@ -71,7 +71,9 @@ def parts_table(row: Row) -> str:
     lines.append(f"{'step':14} {1e3 * row.step_s:10.2f}")
     in_turn = sum(row.parts_s.values())
     if in_turn > 1.05 * row.step_s:  # what overlaps in the whole step does not in its parts
-        lines.append(f"(the parts were timed apart, each waited for: one after another they take {1e3 * in_turn:.2f} ms)")
+        lines.append(
+            f"(the parts were timed apart, each waited for: one after another they take {1e3 * in_turn:.2f} ms)"
+        )
     return "\n".join(lines)
 
 

@@ -109,7 +109,9 @@ def _memory(job: Job) -> _Room:
     of_ranks = job.world.all_gather_object((needed, available(job)[0]), "plan.memory")
     needed = of_ranks[0][0]
     known = [free for _, free in of_ranks if free is not None]
-    a_sample = None if needed.of_micro_batch is None else needed.of_micro_batch * (1 + RESERVE) / needed.micro_batch_size
+    a_sample = (
+        None if needed.of_micro_batch is None else needed.of_micro_batch * (1 + RESERVE) / needed.micro_batch_size
+    )
     return _Room(int(needed.fixed * (1 + RESERVE)), a_sample, min(known, default=None))
 
 
