@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of what operators make while it is entered, as long as that lives."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}

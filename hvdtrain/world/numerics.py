@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, MutableMapping
+from typing import Any
 
 import torch
 
@@ -34,15 +35,16 @@ def repeatable(is_asked: bool, environ: MutableMapping[str, str] = os.environ) -
     for name, value in REPEATABLE.items():
         environ.setdefault(name, value)
     torch_wide = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-    fills, tries = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    filling: Any = torch.utils.deterministic
+    fills, tries = filling.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding faults; it writes all memory once more
+    filling.fill_uninitialized_memory = False  # for finding faults; it writes all memory once more
     torch.backends.cudnn.benchmark = False  # which kernel wins depends on the clock
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(torch_wide[0], warn_only=torch_wide[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        filling.fill_uninitialized_memory = fills
         torch.backends.cudnn.benchmark = tries
 
 
