@@ -125,7 +125,7 @@ ELSEWHERE = {
 # What is to change how or when something is done, and nothing of what is learned: in what a run may differ.
 ONLY = {
     "model.checkpoint_blocks": {"types", "times"},
-    "model.compile": {"compiled"},
+    "model.compile": {"compiled", "batches", "times"},  # the first pass is repeated where it turns out to draw numbers
     "log.every": {"metrics"},
     "log.grad_norms": {"metrics"},
     "log.tensorboard": {"files"},
