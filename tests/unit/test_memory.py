@@ -67,6 +67,21 @@ def test_what_is_estimated_is_what_is_taken(precision):
     assert memory.activations == pytest.approx(kept_for_backward(job), rel=0.01)
 
 
+def test_live_bytes_are_those_at_once():
+    before = torch.empty(10)
+    with LiveBytes() as live:
+        whole = torch.empty(1000)
+        part = whole[:5]
+        del whole
+        assert live.now == 4000  # the part keeps it
+        del part
+        other = before + 1
+        before.add_(1)
+        assert (live.now, live.peak) == (40, 4000)
+    del other
+    assert live.now == 0
+
+
 def really_at_most(job):
     """Return the most that real tensors of both passes take, weights and inputs aside."""
     live = LiveBytes()
