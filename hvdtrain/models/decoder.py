@@ -19,7 +19,8 @@ from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 
 _INIT_STD = 0.02
-_LOSS_BYTES = 2**28
+# Of logits in fp32 that exist at once, on CPUs and on GPUs, which larger products keep busier.
+_LOSS_BYTES = (2**28, 2**29)
 
 
 class Decoder(nn.Module):
@@ -58,7 +59,7 @@ class Decoder(nn.Module):
             return self._one_token(cache)(tokens)[:, None]
         hidden = self.model(tokens, cache, seen)
         if targets is not None:
-            chunk = self.config.loss_chunk or max(1, _LOSS_BYTES // (4 * self.vocab_size))
+            chunk = self.config.loss_chunk or max(1, _LOSS_BYTES[hidden.is_cuda] // (4 * self.vocab_size))
             if targets.numel() > chunk:
                 return chunked_loss(hidden, self.lm_head.weight, targets, chunk, product_of(self.lm_head))
         logits: Tensor = self.lm_head(hidden)
@@ -173,11 +174,21 @@ class _Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             k, v = past.extend(k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, seen, is_causal=seen is None, enable_gqa=self.grouped
-        )  # (B, H, T, D)
+        is_grouped = self.grouped
+        if is_grouped and seen is not None and x.is_cuda:
+            k, v, is_grouped = *one_a_query_head(k, v, q.shape[1]), False
+        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=is_grouped)  # (B, H, T, D)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
+
+
+def one_a_query_head(keys: Tensor, values: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values, `(B, K, T, D)`, repeated to `(B, H, T, D)`.
+
+    With a mask, the only kernel for GPUs that takes groups keeps all T x T products of each head.
+    """
+    times = num_heads // keys.shape[1]
+    return keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
 
 
 class _FeedForward(nn.Module):

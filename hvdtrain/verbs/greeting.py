@@ -12,6 +12,7 @@ from hvdtrain.models.linear import takes_onednn
 from hvdtrain.optim.schedule import describe_schedule
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
+from hvdtrain.trainer.compiling import what_is_compiled
 from hvdtrain.trainer.memory import Memory, wire_bytes
 from hvdtrain.trainer.without_effect import without_effect
 
@@ -25,6 +26,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
         f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
+        f"{', deterministic' if config.train.deterministic else ''}{_compiled(job)}"
         f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
         *([choice] if choice else []),
         *(f"{line}" for line in task.description.splitlines()),
@@ -67,6 +69,11 @@ def details(job: Job, memory: Memory | None) -> str:
         what, when = "updates", f"every {comm.period:,} steps"
     lines.append(f"network:    {in_units(gradients)} of {what}; in a ring each rank sends {sent} {when}")
     return "\n".join(lines)
+
+
+def _compiled(job: Job) -> str:
+    what = what_is_compiled(job.config.model, job.task.model, job.world.device)
+    return {"none": "", "model": ", compiled", "blocks": ", compiled blocks"}[what]
 
 
 def _count(number: int, noun: str) -> str:
