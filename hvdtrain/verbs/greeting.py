@@ -16,8 +16,8 @@ from hvdtrain.trainer.memory import Memory, wire_bytes
 from hvdtrain.trainer.without_effect import without_effect
 
 
-def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
-    """Return what a person should know before the first step."""
+def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "") -> str:
+    """Return what a person should know before the first step; `choice` is a line about what `auto` has come to."""
     world, config, task = job.world, job.config, job.task
     hosts = len({rank["host"] for rank in ranks})
     parameters = sum(p.numel() for p in task.model.parameters())
@@ -26,6 +26,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
         f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
+        *([choice] if choice else []),
         *(f"{line}" for line in task.description.splitlines()),
         f"model:      {type(task.model).__name__}, {parameters:,} parameters",
         f"batch:      {job.plan}",
@@ -61,7 +62,10 @@ def details(job: Job, memory: Memory | None) -> str:
         lines.append(f"memory:     {memory}")
     size, gradients = job.world.size, wire_bytes(job)
     sent = in_units(2 * (size - 1) / size * gradients)
-    lines.append(f"network:    {in_units(gradients)} of gradients; in a ring each rank sends {sent} a step")
+    comm, what, when = job.config.comm, "gradients", "a step"
+    if comm.sync == "local" and size > 1:
+        what, when = "updates", f"every {comm.period:,} steps"
+    lines.append(f"network:    {in_units(gradients)} of {what}; in a ring each rank sends {sent} {when}")
     return "\n".join(lines)
 
 
