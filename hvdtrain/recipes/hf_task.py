@@ -20,7 +20,7 @@ from hvdtrain.data.text.show import show_samples
 from hvdtrain.data.text.sources import find_sources
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.choices import choice_evaluation
-from hvdtrain.recipes.hf import DocumentsConfig, Transformers
+from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig
 from hvdtrain.recipes.lm_task import with_bits_per_byte
 from hvdtrain.recipes.transformers_models.forward import run
 from hvdtrain.recipes.transformers_models.loading import (
@@ -31,6 +31,14 @@ from hvdtrain.recipes.transformers_models.loading import (
     load_model,
     load_tokenizer,
     write_model_files,
+)
+from hvdtrain.recipes.transformers_models.lora import (
+    Adapters,
+    Base,
+    BaseWeights,
+    adapter_layers,
+    add_adapters,
+    write_adapter_files,
 )
 from hvdtrain.recipes.transformers_models.probe import NOT_TRIED, Way, find_way
 from hvdtrain.trainer.task import Evaluation, Task
@@ -54,6 +62,7 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
     meta = read_meta(folder)
     embeddings = fit_embeddings(model, len(tokenizer), meta["largest_token"], settings.resize_embeddings)
     check_length(model, length)
+    base = adapted(model, recipe.model, recipe.train.seed)
     way = _try_out(model, train, length)
     lines = (
         f"data:       {data.path or 'Python standard library'}: {train.num_tokens:,} tokens to predict in"
@@ -61,6 +70,7 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
         *_describe_records(meta, train.num_cut + held_out.num_cut, length),
         f"documents:  {way}",
         embeddings,
+        describe_adapters(recipe.model, model),
         ""
         if way.loss.head
         else "logits:     of a whole micro-batch at once, since this model's head cannot be given a part",
@@ -76,10 +86,45 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
         evaluations=_questions(recipe, tokenizer, length),
         unit="tokens",
         summarize=lambda means: with_bits_per_byte(means, bytes_per_token),
-        write_model_files=lambda folder: write_model_files(folder, model, tokenizer),
+        write_model_files=lambda folder: write_files(folder, model, tokenizer, base),
+        components=() if base is None else (lambda job: BaseWeights(base),),
         description="\n".join(filter(None, lines)),
         fingerprint=f"{folder.name} {length}",
     )
+
+
+def adapted(model: nn.Module, settings: TransformersConfig, seed: int) -> Base | None:
+    """Put adapters into the model, in place, if the settings ask for them; returns what its own weights are known by.
+
+    Raises:
+        ConfigError: they do not fit the model.
+        DataError: peft is not installed.
+    """
+    if settings.lora_rank is None or settings.path is None:
+        return None
+    alpha = 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
+    adapters = Adapters(settings.lora_rank, alpha, settings.lora_dropout, settings.lora_targets)
+    return add_adapters(model, adapters, settings.path, seed)
+
+
+def describe_adapters(settings: TransformersConfig, model: nn.Module) -> str:
+    """Return what a person should know of the adapters; nothing where there are none."""
+    if settings.lora_rank is None:
+        return ""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in model.parameters()) - trained
+    return (
+        f"lora:       adapters of rank {settings.lora_rank} on {len(adapter_layers(model))} layers: {trained:,} numbers"
+        f" are trained, sent and saved, {100 * trained / whole:.3g} % of the base model's {whole:,}, which stay as they"
+        " are"
+    )
+
+
+def write_files(folder: Path, model: nn.Module, tokenizer: Any, base: Base | None) -> None:
+    """Write what a reader of the weights needs beside them; of adapters also what they belong to."""
+    write_model_files(folder, model, tokenizer)
+    if base is not None:
+        write_adapter_files(folder, model, base)
 
 
 def _describe_records(meta: dict[str, Any], num_cut: int, length: int) -> list[str]:
