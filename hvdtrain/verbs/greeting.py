@@ -9,10 +9,11 @@ from typing import Any
 
 from hvdtrain import __version__
 from hvdtrain.models.linear import takes_onednn
+from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.schedule import describe_schedule
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
-from hvdtrain.trainer.memory import Memory, wire_bytes
+from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.without_effect import without_effect
 
 
@@ -20,14 +21,15 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
     """Return what a person should know before the first step."""
     world, config, task = job.world, job.config, job.task
     hosts = len({rank["host"] for rank in ranks})
-    parameters = sum(p.numel() for p in task.model.parameters())
+    parameters, trained = sum(p.numel() for p in task.model.parameters()), _num_trained(job)
+    frozen = "" if trained == parameters else f", {trained:,} of them trained"
     lines = [
         f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
         f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
         *(f"{line}" for line in task.description.splitlines()),
-        f"model:      {type(task.model).__name__}, {parameters:,} parameters",
+        f"model:      {type(task.model).__name__}, {parameters:,} parameters{frozen}",
         f"batch:      {job.plan}",
         f"steps:      {job.num_steps:,}, or {job.num_steps / job.order.steps_per_epoch:.3g} epochs of"
         f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {_rate(job)},"
@@ -62,7 +64,17 @@ def details(job: Job, memory: Memory | None) -> str:
     size, gradients = job.world.size, wire_bytes(job)
     sent = in_units(2 * (size - 1) / size * gradients)
     lines.append(f"network:    {in_units(gradients)} of gradients; in a ring each rank sends {sent} a step")
+    if memory is not None and 0 < _num_trained(job) < sum(p.numel() for p in trainable(job.task.model)):
+        whole = estimate(job, all_trained=True)
+        lines.append(
+            f"frozen:     were nothing frozen, it would be {in_units(whole.total)} a rank and"
+            f" {in_units(wire_bytes(job, all_trained=True))} of gradients"
+        )
     return "\n".join(lines)
+
+
+def _num_trained(job: Job) -> int:
+    return sum(parameter.numel() for parameter in job.task.model.parameters() if parameter.requires_grad)
 
 
 def _count(number: int, noun: str) -> str:
