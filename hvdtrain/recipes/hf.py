@@ -50,7 +50,9 @@ class TransformersConfig(ModelConfig):
         if self.lora_rank is None:
             return
         if self.path is None and self.config is not None:
-            raise ConfigError("--model.lora-rank needs --model.path: adapters are trained beside weights that are there")
+            raise ConfigError(
+                "--model.lora-rank needs --model.path: adapters are trained beside weights that are there"
+            )
         if self.resize_embeddings:
             raise ConfigError(
                 "--model.resize-embeddings and --model.lora-rank do not go together: beside adapters nothing is learned"

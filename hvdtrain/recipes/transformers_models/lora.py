@@ -68,9 +68,7 @@ def import_peft() -> Any:
     try:
         import peft
     except Exception as error:  # what it imports may fail in many ways
-        raise DataError(
-            f"--model.lora-rank needs peft ({describe(error)}): pip install 'hvdtrain[hf]'"
-        ) from error
+        raise DataError(f"--model.lora-rank needs peft ({describe(error)}): pip install 'hvdtrain[hf]'") from error
     return peft
 
 
@@ -201,12 +199,8 @@ class BaseWeights(Component):
 def write_adapter_files(folder: Path, model: nn.Module, base: Base) -> None:
     """Write what says how the adapters fit and to what: peft's file, and the base model's hash."""
     whole: Any = model
-    values = {key: value for key, value in whole.peft_config[_NAME].to_dict().items()}
-    values["inference_mode"] = True
-    targets = sorted(values["target_modules"])
-    (folder / ADAPTER_CONFIG).write_text(
-        json.dumps({**values, "target_modules": targets}, indent=2, sort_keys=True, default=_plain) + "\n"
-    )
+    values = {**whole.peft_config[_NAME].to_dict(), "inference_mode": True}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True, default=_plain) + "\n")
     (folder / BASE_FILE).write_text(json.dumps({"path": base.path, "sha256": base.sha256}, indent=2) + "\n")
 
 
