@@ -27,8 +27,9 @@ def keep_elsewhere(model: nn.Module) -> None:
     """
     named = model.named_parameters(remove_duplicate=False)
     vars(model)[_MARK] = frozenset(name for name, parameter in named if not parameter.requires_grad)
-    model.register_state_dict_post_hook(_leave_out)
-    model.register_load_state_dict_post_hook(_do_not_miss)
+    whole: Any = model
+    whole.register_state_dict_post_hook(_leave_out)
+    whole.register_load_state_dict_post_hook(_do_not_miss)
 
 
 def kept_elsewhere(model: nn.Module) -> frozenset[str]:

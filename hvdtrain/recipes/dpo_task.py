@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hvdtrain.data.config import cache_dir
 from hvdtrain.data.dataset import in_batches
-from hvdtrain.data.readers import read_samples
 from hvdtrain.data.text.packed import read_meta, write_packed
 from hvdtrain.data.text.pairs import PairReader, PreferencePairs
 from hvdtrain.data.text.sources import find_sources
@@ -85,7 +84,7 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
         metrics=METRICS,
         unit="pairs",
         write_model_files=lambda folder: write_files(folder, model, tokenizer, base),
-        components=(*(() if base is None else (lambda job: BaseWeights(base),)), partial(Reference, loss)),
+        components=(*(() if base is None else (lambda job: BaseWeights(base),)), partial(Reference, loss, train, held_out)),
         description="\n".join(filter(None, lines)),
         fingerprint=f"{folder.name} {length}",
     )
@@ -164,8 +163,13 @@ class Reference(Component):
 
     name = "reference"
 
-    def __init__(self, loss: DpoLoss, job: Job) -> None:
+    def __init__(self, loss: DpoLoss, train: PreferencePairs, held_out: PreferencePairs, job: Job) -> None:
         self._loss, self._job = loss, job
+        # A rehearsal, which is not saved, trains on a few pairs and evaluates none.
+        parts = [(train, len(job.task.train_data))]
+        if job.directory is not None and job.task.val_data is held_out:
+            parts.append((held_out, len(held_out)))
+        self._batches = [(data, indices) for data, n in parts for indices in in_batches(torch.arange(n), _TOGETHER)]
         self._step = 0
 
     def attach(self, training: Training) -> None:
@@ -176,16 +180,14 @@ class Reference(Component):
         """Compute it, unless the run goes on. Collective."""
         if self._step or any(is_fake(parameter) for parameter in model.parameters()):
             return
-        job, world = self._job, self._job.world
+        world = self._job.world
         known = torch.zeros(self._loss.num_pairs, 2, dtype=torch.float64)
         is_known = torch.zeros(self._loss.num_pairs, dtype=torch.bool)
-        # A rehearsal evaluates nothing.
-        for data in (job.task.train_data, job.task.val_data) if job.directory is not None else (job.task.train_data,):
-            for number, indices in enumerate(in_batches(torch.arange(len(data)), _TOGETHER)):
-                pairs = read_samples(data, indices)
-                is_known[pairs[2]] = True
-                if number % world.size == world.rank:
-                    known[pairs[2]] = self._of(model, pairs)
+        for number, (data, indices) in enumerate(self._batches):
+            pairs = data.batch(indices)
+            is_known[pairs[2]] = True
+            if number % world.size == world.rank:
+                known[pairs[2]] = self._of(model, pairs)
         total = world.all_reduce(known, "sum", "reference")
         self._loss.reference = total.where(is_known[:, None], torch.nan).to(world.device)
 

@@ -91,13 +91,13 @@ def recognise_pair(record: Any) -> tuple[str, Conversation | Completion, Convers
     if not isinstance(record, Mapping) or "chosen" not in record or "rejected" not in record:
         found = (", ".join(map(str, record)) or "none") if isinstance(record, Mapping) else _kind(record)
         raise DataError(f"a preference has the fields 'chosen', 'rejected' and mostly 'prompt', not {found}")
-    prompt, *answers = (record.get(name) for name in ("prompt", "chosen", "rejected"))
-    if all(isinstance(answer, str) for answer in answers) and (prompt is None or isinstance(prompt, str)):
+    prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
         name = "pairs of texts"
-        pair: list[Any] = _pair_of_texts(prompt, *answers)
+        pair: list[Any] = _pair_of_texts(prompt, chosen, rejected)
     else:
         name = "pairs of conversations"
-        talks = [_talk(prompt, answer, field) for answer, field in zip(answers, ("chosen", "rejected"), strict=True)]
+        talks = [_talk(prompt, record[field], field) for field in ("chosen", "rejected")]
         if talks[0] == talks[1]:
             raise DataError("'chosen' and 'rejected' are the same")
         pairs = zip(*talks, strict=False)

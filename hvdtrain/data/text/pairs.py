@@ -71,16 +71,18 @@ class PreferencePairs:
         lengths = np.minimum(shown, sequence_length)
         before = np.concatenate((np.zeros(1, np.int64), np.cumsum(self._targets, dtype=np.int64)))
         counts = before[starts + 1 + lengths] - before[starts + 1] if len(starts) else starts
-        is_kept = (counts.reshape(-1, 2) > 0).all(1)
+        answers = counts.reshape(-1, 2)
+        is_kept = (answers > 0).sum(1) == 2
         self._starts, self._lengths = starts.reshape(-1, 2)[is_kept], lengths.reshape(-1, 2)[is_kept]
+        is_cut = (shown > sequence_length).reshape(-1, 2).sum(1) > 0
         self._first = first
         self.num_left_out = int((~is_kept).sum())
         """Pairs whose prompt leaves no room for an answer."""
-        self.num_cut = int((shown > sequence_length).reshape(-1, 2).any(1)[is_kept].sum())
+        self.num_cut = int((is_cut & is_kept).sum())
         """Pairs of which an answer is cut."""
         self.width = int(self._lengths.max(initial=0))
         """Tokens of the longest row."""
-        self.num_tokens = int(counts.reshape(-1, 2)[is_kept].sum())
+        self.num_tokens = int(answers[is_kept].sum())
         """Tokens of all answers."""
 
     def __reduce__(self) -> tuple[Any, ...]:
