@@ -30,13 +30,11 @@ def test_they_are_not_in_the_state_and_loading_leaves_them():
     assert not kept_elsewhere(model) & weights.keys()
     assert {"1.weight", "1.running_mean", "2.bias", "3.weight"} <= weights.keys()
     before = [parameter.detach().clone() for parameter in (other[0].weight, other[0].bias)]
-    versions = [parameter._version for parameter in (other[0].weight, other[0].bias)]
+    versions = [parameter._version for parameter in other[0].parameters()]
     load_model_weights(other, weights)
     assert torch.equal(other[3].weight, model[3].weight)
     assert all(map(torch.equal, before, (other[0].weight, other[0].bias)))
-    assert versions == [
-        parameter._version for parameter in (other[0].weight, other[0].bias)
-    ]  # not even with themselves
+    assert versions == [parameter._version for parameter in other[0].parameters()]  # not even with themselves
     check_can_be_saved(model)
     assert has_plain_state(model)
     assert kept_elsewhere(copy.deepcopy(model)) == kept_elsewhere(model)
@@ -71,19 +69,11 @@ def test_the_digest_knows_every_bit_and_every_name():
 
 
 def test_they_are_not_sent_and_compared_all_the_same():
-    def work(world):
-        model = adapted(seed=world.rank)
-        world.broadcast_state(model)
-        return model
-
-    ours, theirs = run_ranks(2, work)
+    models = [adapted(seed) for seed in (0, 1)]  # ranks are threads, and the generator is the process's
+    run_ranks(2, lambda world: world.broadcast_state(models[world.rank]))
+    ours, theirs = models
     assert torch.equal(ours[3].weight, theirs[3].weight)
     assert not torch.equal(ours[0].weight, theirs[0].weight)
-
-    def compare(world):
-        model = adapted(seed=world.rank)
-        world.broadcast_state(model)
-        world.check_replicas(dict(model.named_parameters()), "test")
-
+    named = [dict(model.named_parameters()) for model in models]
     with pytest.raises(DivergedError, match=r"0\.weight on rank 1 differs"):
-        run_ranks(2, compare)
+        run_ranks(2, lambda world: world.check_replicas(named[world.rank], "test"))
