@@ -59,7 +59,7 @@ def message(role: str, content: str) -> dict[str, str]:
 def write_data(folder: Path) -> list[int]:
     """Write conversations and preferences; returns numbers that are in none of them."""
     drawn = random.Random(0)
-    numbers = drawn.sample(range(10000), 7040)
+    numbers = drawn.sample(range(10000), 7030)
     base, tuned, pairs, asked = numbers[:4000], numbers[4000:5500], numbers[5500:7000], numbers[7000:]
 
     def write(name: str, records: list[Any]) -> None:
@@ -121,13 +121,11 @@ def answers(folder: Path, model: str, asked: list[int]) -> tuple[float, float]:
     return plain, right
 
 
-def sizes(folder: Path, *arguments: str) -> dict[str, str]:
+def dry_run(folder: Path, *arguments: str) -> list[str]:
     """Return what a dry run says of memory and network on two ranks."""
     command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2", sys.executable, "-m", "hvdtrain", "train"]
     lines = call(folder, *command, *arguments, *COMMON, "--dry-run").splitlines()
-    return {
-        line.split(":")[0]: line.partition(":")[2].strip() for line in lines if line.startswith(("memory", "network"))
-    }
+    return [line for line in lines if line.startswith(("lora", "memory", "network", "frozen"))]
 
 
 def main() -> None:
@@ -148,45 +146,54 @@ def measure(folder: Path) -> str:
     import transformers
 
     make_tokenizer(folder / "shape")
-    transformers.LlamaConfig(
-        vocab_size=300, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=256, max_position_embeddings=64, bos_token_id=None, eos_token_id=0,
-    ).save_pretrained(folder / "shape")  # fmt: skip
+    shape = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 300, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 0}
+    transformers.LlamaConfig(**shape, **tokens, intermediate_size=192).save_pretrained(folder / "shape")
     asked = write_data(folder)
-    run(folder, "base", 1, "hf", "--model.config", "shape/config.json", "--data.path", "base.jsonl", "--train.steps", "600",
-        "--optim.peak-lr", "3e-3")  # fmt: skip
+    begin = ["--model.config", "shape/config.json", "--data.path", "base.jsonl", "--train.steps", "500"]
+    run(folder, "base", 1, "hf", *begin, "--optim.peak-lr", "5e-3")
     call(folder, sys.executable, "-m", "hvdtrain", "export", "base", "--output", "model")
-    rows = [("base", "base", 1, "", *answers(folder, "base", asked), "", "", "")]
+    rows = [row("base", 1, {}, answers(folder, "base", asked))]
     lora = ["--model.lora-rank", RANK]
     tune = ["hf", "--model.path", "model", "--data.path", "plain.jsonl", "--train.steps", "60"]
     prefer = ["dpo", "--model.path", "model", "--data.path", "pairs.jsonl", "--train.steps", "60"]
-    said = {}
-    for title, recipe, more, ranks in (
-        ("hf, all weights", tune, ["--optim.peak-lr", "1e-3"], (1,)),
-        (f"hf, rank {RANK}", tune, [*lora, "--optim.peak-lr", "5e-3"], (1, 2)),
-        ("dpo, all weights", prefer, ["--optim.peak-lr", "1e-4"], (1,)),
-        (f"dpo, rank {RANK}", prefer, [*lora, "--optim.peak-lr", "1e-3"], (1, 2)),
+    for title, arguments, ranks in (
+        ("hf, all weights", [*tune, "--optim.peak-lr", "1e-3"], (1,)),
+        (f"hf, rank {RANK}", [*tune, *lora, "--optim.peak-lr", "1e-2"], (1, 2)),
+        ("dpo, all weights", [*prefer, "--optim.peak-lr", "1e-4"], (1,)),
+        (f"dpo, rank {RANK}", [*prefer, *lora, "--optim.peak-lr", "1e-3"], (1, 2)),
     ):
-        said[title] = sizes(folder, *recipe, *more)
         for count in ranks:
-            where = f"{title}-{count}".replace(" ", "").replace(",", "-")
-            last, seconds = run(folder, where, count, *recipe, *more)
-            newest = (folder / where / "checkpoints" / "latest").read_text().strip()
-            kib = (folder / where / "checkpoints" / newest / "model.safetensors").stat().st_size / 1024
-            figures = f"{last['val/loss']:.5f}", f"{seconds:.0f}", f"{kib:,.0f}"
-            accuracy = f"{last['val/reward_accuracy']:.3f}" if "val/reward_accuracy" in last else ""
-            rows.append((title, where, count, accuracy, *answers(folder, where, asked), *figures))
+            name = f"{title}-{count}".replace(" ", "").replace(",", "-")
+            last, seconds = run(folder, name, count, *arguments)
+            newest = (folder / name / "checkpoints" / "latest").read_text().strip()
+            kib = (folder / name / "checkpoints" / newest / "model.safetensors").stat().st_size / 1024
+            rows.append(row(title, count, last, answers(folder, name, asked), f"{kib:,.0f}", f"{seconds:.0f}"))
+    said = dry_run(folder, *tune, *lora)
     lines = [
-        machine.describe(), "",
-        "a Llama of 4 layers, 128 wide, 300 tokens; numbers in words, 60 steps of 32 samples or pairs, fp32", "",
-        f"{'':18} ranks  held-out loss  reward accuracy  plain   right   weights saved, KiB   s, with start",
-    ]  # fmt: skip
-    for title, _, count, accuracy, plain, right, loss, seconds, kib in rows:
-        measured = f"{plain:5.3f}   {right:5.3f}   {kib:>18}   {seconds:>13}"
-        lines.append(f"{title:18} {count:5}  {loss:>13}  {accuracy:>15}  {measured}".rstrip())
-    lines += ["", "a dry run on two ranks", ""]
-    lines += [f"{title:18} {key}: {value}" for title, found in said.items() for key, value in found.items()]
+        machine.describe(),
+        "",
+        "a Llama of 3 layers, 96 wide, 300 tokens; numbers in words, 60 steps of 32 samples or pairs, fp32",
+        "",
+        f"{'':18} ranks  held-out loss  reward accuracy   plain   right   weights saved, KiB   s, with start",
+        *rows,
+        "",
+        f"a dry run of hf, rank {RANK}, on two ranks",
+        "",
+        *said,
+    ]
     return "\n".join(lines) + "\n"
+
+
+def row(
+    title: str, ranks: int, last: dict[str, float], answered: tuple[float, float], kib: str = "", seconds: str = ""
+) -> str:
+    """Return a line of the table."""
+    loss = f"{last['val/loss']:.5f}" if last else ""
+    accuracy = f"{last['val/reward_accuracy']:.3f}" if "val/reward_accuracy" in last else ""
+    plain, right = answered
+    figures = f"{loss:>13}  {accuracy:>15}   {plain:5.3f}   {right:5.3f}   {kib:>18}   {seconds:>13}"
+    return f"{title:18} {ranks:5}  {figures}".rstrip()
 
 
 if __name__ == "__main__":

@@ -84,7 +84,10 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
         metrics=METRICS,
         unit="pairs",
         write_model_files=lambda folder: write_files(folder, model, tokenizer, base),
-        components=(*(() if base is None else (lambda job: BaseWeights(base),)), partial(Reference, loss, train, held_out)),
+        components=(
+            *(() if base is None else (lambda job: BaseWeights(base),)),
+            partial(Reference, loss, train, held_out),
+        ),
         description="\n".join(filter(None, lines)),
         fingerprint=f"{folder.name} {length}",
     )
