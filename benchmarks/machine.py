@@ -8,7 +8,8 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def describe() -> str:
             f"command:  python benchmarks/{shlex.join([Path(words[0]).name, *words[1:]])}",
             f"date:     {datetime.now(timezone.utc):%Y-%m-%d}",
             f"versions: python {platform.python_version()}, torch {torch.__version__}, horovod {horovod}",
-            f"machine:  {cpu}, {len(os.sched_getaffinity(0))} cores{gpu}",
+            f"machine:  {cpu}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}",
         )
     )
 
@@ -40,3 +41,16 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     """Return median, and the quartiles in brackets."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def take_turns(actions: Sequence[Callable[[], object]], repeats: int, warm_up: int = 3) -> list[list[float]]:
+    """Return the seconds of this thread's processor time that each repetition of each action takes."""
+    times: list[list[float]] = [[] for _ in actions]
+    for repeat in range(repeats + warm_up):
+        for action, measured in zip(actions, times, strict=True):
+            started = time.thread_time()
+            action()
+            taken = time.thread_time() - started
+            if repeat >= warm_up:
+                measured.append(taken)
+    return times

@@ -1,16 +1,16 @@
 """Linear layers whose matrix products are oneDNN's, on CPUs where MKL is slow.
 
-torch computes fp32 products on x86 by MKL, which takes its slower kernels on processors that are not Intel's: on an AMD
-EPYC with AVX-512, oneDNN, which torch brings along too, is twice as fast (benchmarks/results/linear.txt). Products
-in 16 bits are oneDNN's anyway.
+torch computes fp32 products on x86 by MKL, which leaves AVX-512 unused on processors that are not Intel's: on an AMD
+EPYC that has it, oneDNN, which torch brings along too, is twice as fast (benchmarks/results/linear.txt). On one that
+has AVX2 alone MKL is the faster one (benchmarks/results/linear_avx2.txt). Products in 16 bits are oneDNN's anyway.
 """
 
 from __future__ import annotations
 
 import functools
 import platform
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import is_transformed
+from hvdtrain.process.processor import cpuinfo, words_of
 
 Library = Literal["auto", "torch", "onednn"]
 # Below so many multiplications, what surrounds the product costs more than it: in the steps of a small network, whose
@@ -26,7 +27,7 @@ _FEWEST_PRODUCTS = 16_000_000
 
 
 def takes_onednn(library: Library, device: torch.device) -> bool:
-    """Return whether linear layers on this device shall compute by oneDNN. `auto` goes by the maker of the CPU.
+    """Return whether linear layers on this device shall compute by oneDNN. `auto` goes by the kind of the CPU.
 
     It is not measured: ranks would decide one way or the other, and runs could not be repeated bit by bit.
     """
@@ -34,13 +35,13 @@ def takes_onednn(library: Library, device: torch.device) -> bool:
     if library == "torch" or device.type != "cpu" or not has_onednn:
         return False
     has_mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    return library == "onednn" or (has_mkl and is_slow_for_mkl(platform.machine(), _cpuinfo()))
+    return library == "onednn" or (has_mkl and is_slow_for_mkl(platform.machine(), cpuinfo()))
 
 
-def is_slow_for_mkl(machine: str, cpuinfo: str) -> bool:
-    """Return whether a processor is one that MKL's fast kernels are not for, by what Linux tells of it."""
-    makers = {line.partition(":")[2].strip() for line in cpuinfo.splitlines() if line.startswith("vendor_id")}
-    return machine == "x86_64" and bool(makers) and "GenuineIntel" not in makers
+def is_slow_for_mkl(machine: str, description: str) -> bool:
+    """Return whether a processor has AVX-512 and MKL does not use it, by what Linux tells of the processor."""
+    makers, flags = words_of(description, "vendor_id"), words_of(description, "flags")
+    return machine == "x86_64" and bool(makers) and "GenuineIntel" not in makers and "avx512f" in flags
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -48,9 +49,18 @@ def use_onednn(model: nn.Module) -> None:
 
     They stay what they were, with a forward pass of their own; parameters and their names do not change.
     """
+    mixins: dict[Any, type] = {nn.Linear: _OneDnn, **dict.fromkeys(_layers_of_gpt2(), _OneDnnTransposed)}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            module.__class__ = _with_onednn(type(module))  # type: ignore[arg-type]
+        for layer, mixin in mixins.items():
+            if isinstance(module, layer) and type(module).forward is layer.forward:
+                kind: Any = type(module)
+                module.__class__ = _with_onednn(kind, mixin)
+
+
+def _layers_of_gpt2() -> list[type]:
+    """Return transformers' linear layer of GPT-2, whose weight is `(in, out)`, where transformers is in use."""
+    loaded: Any = sys.modules.get("transformers.pytorch_utils")
+    return [loaded.Conv1D] if hasattr(loaded, "Conv1D") else []
 
 
 def product_of(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -102,7 +112,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _OneDnn:
-    """Mixed into the class of a linear layer."""
+    """Mixed into the class of a linear layer whose weight is `(out, in)`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -112,14 +122,21 @@ class _OneDnn:
         return linear(x, self.weight, self.bias)
 
 
-@functools.cache
-def _with_onednn(kind: type) -> type:
-    return type(kind.__name__, (_OneDnn, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+class _OneDnnTransposed:
+    """Mixed into the class of a linear layer whose weight is `(in, out)`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in)` to `(..., out)`."""
+        weight = self.weight.t()
+        if not _suits(x, weight):
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+            return y
+        return linear(x, weight, self.bias)
 
 
 @functools.cache
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
+def _with_onednn(kind: type, mixin: type) -> type:
+    return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})

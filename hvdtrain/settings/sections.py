@@ -18,7 +18,7 @@ from hvdtrain.settings.units import parse_duration
 # Schedules that multiply the rate now and then.
 _FALLING = ("step", "multistep", "plateau")
 
-Precision = Literal["fp32", "bf16", "fp16", "bf16-true", "fp64"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "bf16-true", "fp64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,8 @@ class TrainConfig(Section):
     seed: int = setting(0, minimum=0)
     """Seed of the initial weights, the order of the samples and every other random number."""
     precision: Precision = "fp32"
-    """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs."""
+    """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs.
+    auto: bf16 where the devices of all ranks are fast in it (avx512_bf16, AMX, GPUs that have it), else fp32."""
     max_grad_norm: float | None = setting(1.0, above=0)
     """Clip the global gradient's Euclidean norm to this. None: no clipping."""
     ema: float | None = setting(None, minimum=0, below=1)
@@ -246,8 +247,8 @@ class ModelConfig(Section):
     compile: Literal["none", "model", "blocks"] = setting("none", changeable=True)
     """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier."""
     linear: Literal["auto", "torch", "onednn"] = setting("auto", changeable=True)
-    """Library of linear layers' fp32 products on CPUs. auto: oneDNN on x86 CPUs that are not Intel's, where it is
-    faster, else torch's own choice."""
+    """Library of linear layers' fp32 products on CPUs. auto: oneDNN on CPUs with AVX-512 that are not Intel's, where it
+    is faster, else torch's own choice."""
     checkpoint_blocks: bool = setting(False, changeable=True)
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
 
@@ -286,5 +287,5 @@ class Config:
             section = getattr(self, item.name)
             if isinstance(section, Section):
                 yield from ((f"{item.name}.{name}", reason) for name, reason in section.unused())
-        if self.model.linear == "onednn" and self.train.precision != "fp32":
+        if self.model.linear == "onednn" and self.train.precision not in ("fp32", "auto"):
             yield "model.linear", f"oneDNN takes products in fp32, and --train.precision is {self.train.precision}"

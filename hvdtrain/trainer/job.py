@@ -41,6 +41,10 @@ class Job:
     strategy: Strategy = field(default_factory=EveryStep)
     """What ranks share, and when they are equal."""
 
+    def __post_init__(self) -> None:
+        if self.config.train.precision == "auto":
+            raise ValueError("settle_precision comes before a job is made")
+
     @property
     def run(self) -> RunDirectory:
         """Return the run's directory.

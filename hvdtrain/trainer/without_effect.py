@@ -15,13 +15,14 @@ from hvdtrain.data.readers import says_it_reads_ahead
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.trainer.due import is_due
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.precision import has_products
 
 _MOST_KEPT = 10_000  # multiples that are looked at
 
 
 def without_effect(job: Job) -> list[str]:
     """Return a line for each reason, with the settings that it concerns; none that are at their defaults."""
-    return [*_alone(job), *_adasum(job), *_ahead(job), *_kept(job)]
+    return [*_alone(job), *_slow(job), *_adasum(job), *_ahead(job), *_kept(job)]
 
 
 def _alone(job: Job) -> Iterator[str]:
@@ -34,6 +35,16 @@ def _alone(job: Job) -> Iterator[str]:
     ]
     if names:
         yield f"one rank:   no effect here of {', '.join(names)}"
+
+
+def _slow(job: Job) -> Iterator[str]:
+    precision, device = job.config.train.precision, job.world.device
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "bf16-true": torch.bfloat16}.get(precision)
+    if dtype is not None and device.type == "cpu" and not has_products(dtype):
+        yield (
+            f"precision:  {precision} makes products many times slower on this CPU, which has no instructions for them:"
+            " fp32 is faster (--train.precision auto)"
+        )
 
 
 def _adasum(job: Job) -> Iterator[str]:

@@ -17,8 +17,8 @@ from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.without_effect import without_effect
 
 
-def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
-    """Return what a person should know before the first step."""
+def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "") -> str:
+    """Return what a person should know before the first step; `choice` is a line about what `auto` has come to."""
     world, config, task = job.world, job.config, job.task
     hosts = len({rank["host"] for rank in ranks})
     parameters, trained = sum(p.numel() for p in task.model.parameters()), _num_trained(job)
@@ -28,6 +28,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]]) -> str:
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
         f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
+        *([choice] if choice else []),
         *(f"{line}" for line in task.description.splitlines()),
         f"model:      {type(task.model).__name__}, {parameters:,} parameters{frozen}",
         f"batch:      {job.plan}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import time
@@ -24,6 +25,7 @@ from hvdtrain.settings.units import duration
 from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Job, Recipe, Task, fit, settle
 from hvdtrain.trainer.memory import Memory, check_fits, estimate, without_storage
+from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.verbs.greeting import details, greeting
 from hvdtrain.verbs.options import TrainOptions
 from hvdtrain.world import Heartbeat, World, watched
@@ -110,6 +112,8 @@ class Request:
     """Say what would be trained, and stop."""
     allowed_changes: tuple[str, ...] = ()
     """Settings that may differ from those that the run was begun with."""
+    choice: str = ""
+    """A line about what `auto` has come to."""
 
 
 def run(request: Request, leaves: bool) -> TrainResult:
@@ -120,6 +124,8 @@ def run(request: Request, leaves: bool) -> TrainResult:
 
 
 def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[int]) -> TrainResult:
+    recipe, choice = settle_precision(request.recipe, world)
+    request = dataclasses.replace(request, recipe=recipe, choice=choice)
     console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
     if request.dry_run:
         return _dry_run(request, world, MetricLog(console, []))
@@ -167,7 +173,7 @@ def _dry_run(request: Request, world: World, log: MetricLog) -> TrainResult:
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
     job = _settle(request, task, world, run, log)
     memory = world.together(lambda: _memory(job), "memory")
-    log.say(greeting(request.name, job, ranks))
+    log.say(greeting(request.name, job, ranks, request.choice))
     log.say(details(job, memory))
     return TrainResult({}, run.path, 0)
 
@@ -194,7 +200,7 @@ def _train(
     handler = world.together(lambda: _open_log(run.rank_log(world.rank)), "log")
     heartbeat.log_to(run.rank_log(world.rank))
     try:
-        log.say(greeting(request.name, job, ranks))
+        log.say(greeting(request.name, job, ranks, request.choice))
         _warn_of(unwatched, log)
         environment = describe_environment(world.launch.launcher, ranks) if is_writer else {}
         started = time.monotonic()

@@ -78,7 +78,7 @@ SHARED = {
     "model.checkpoint_blocks": True,
     "data.ahead": 3,
 }
-# `auto` of model.linear is one of the others, by the processor.
+# `auto` of model.linear and of train.precision is one of the others, by the processor.
 ONE_OF = {"model.linear": ("torch", "onednn")}
 LM = {
     "model.num_layers": 1,

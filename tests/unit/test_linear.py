@@ -11,8 +11,11 @@ from torch import nn
 from hvdtrain.models import linear as module
 from hvdtrain.models.linear import is_slow_for_mkl, linear, product_of, takes_onednn, use_onednn
 from hvdtrain.models.loss import chunked_loss
+from hvdtrain.process.processor import cpuinfo
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+AVX2 = "flags\t\t: fpu avx avx2 fma\n"
+AVX512 = "flags\t\t: fpu avx avx2 fma avx512f avx512bw\n"
 AMD, INTEL = "processor\t: 0\nvendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
 
 
@@ -113,6 +116,35 @@ def test_layers_stay_what_they_were():
     assert not torch.equal(twin(x), model(x))
 
 
+def test_layers_of_gpt2_have_their_weights_the_other_way_round(monkeypatch):
+    layers = pytest.importorskip("transformers.pytorch_utils")
+
+    class Own(layers.Conv1D):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.Sequential(layers.Conv1D(6, 8), nn.Tanh(), Own(5, 6))
+    plain = copy.deepcopy(model)
+    use_onednn(model)
+    assert isinstance(model[0], layers.Conv1D)
+    assert type(model[2]) is Own
+    assert list(model.state_dict()) == list(plain.state_dict())
+    x = numbers(3, 9, 8)
+    torch.testing.assert_close(gradients(model, x), gradients(plain, x), rtol=1e-5, atol=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Linear, "apply", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        patch.setattr(module, "_FEWEST_PRODUCTS", 1 << 40)
+        assert torch.equal(model(x), plain(x))
+
+
+def gradients(model, x):
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def test_the_chunked_loss_takes_it():
     hidden, weight = numbers(2, 9, 8).requires_grad_(), numbers(11, 8, seed=1).requires_grad_()
     targets = torch.randint(0, 11, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -125,14 +157,15 @@ def test_the_chunked_loss_takes_it():
 
 def test_who_takes_it():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert is_slow_for_mkl("x86_64", AMD)
-    assert not is_slow_for_mkl("x86_64", INTEL)
-    assert not is_slow_for_mkl("aarch64", AMD)
+    assert is_slow_for_mkl("x86_64", AMD + AVX512)
+    assert not is_slow_for_mkl("x86_64", AMD + AVX2)
+    assert not is_slow_for_mkl("x86_64", INTEL + AVX512)
+    assert not is_slow_for_mkl("aarch64", AMD + AVX512)
     assert not is_slow_for_mkl("x86_64", "")
     assert takes_onednn("onednn", cpu)
     assert not takes_onednn("torch", cpu)
     assert not any(takes_onednn(library, gpu) for library in ("auto", "torch", "onednn"))
-    here = is_slow_for_mkl(platform.machine(), module._cpuinfo())
+    here = is_slow_for_mkl(platform.machine(), cpuinfo())
     assert takes_onednn("auto", cpu) == (here and torch.backends.mkl.is_available())
 
 

@@ -15,7 +15,7 @@ import torch
 
 import hvdtrain
 from hvdtrain.rundir import checkpoint as one
-from hvdtrain.trainer import saver
+from hvdtrain.trainer import precision, saver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,3 +247,14 @@ def test_own_sinks_are_given_the_metrics(tmp_path):
 
     hvdtrain.train(WithSink(train=RECIPE.train), run_dir=tmp_path / "run")
     assert Kept.lines == [(0, 8), (8, None), (8, "finished"), "closed"]
+
+
+@pytest.mark.parametrize(("is_fast", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_is_written_down_as_what_it_came_to(monkeypatch, tmp_path, capfd, is_fast, expected):
+    monkeypatch.setattr(precision, "is_fast_in_bf16", lambda device: is_fast)
+    hvdtrain.train(RECIPE, run_dir=tmp_path, train={"precision": "auto"})
+    assert f"precision:  {expected}, by --train.precision auto" in capfd.readouterr().out
+    assert f'precision = "{expected}"' in (tmp_path / "config.toml").read_text()
+    monkeypatch.setattr(precision, "is_fast_in_bf16", lambda device: not is_fast)  # on another machine
+    with pytest.raises(hvdtrain.UsageError, match=r"train\.precision"):
+        hvdtrain.train(RECIPE, run_dir=tmp_path, train={"precision": "auto", "steps": 9})

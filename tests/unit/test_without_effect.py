@@ -1,6 +1,7 @@
 """Settings that do nothing where they are given: said in one line, and nothing else changes by them."""
 
 import dataclasses
+import typing
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from hvdtrain.trainer import Recipe, train_step
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.without_effect import without_effect
 
-OTHERS = {str: "bf16", int: 7, bool: True, type(None): 5}
+OTHERS = {int: 7, float: 0.25, bool: True, type(None): 5}
 
 
 def of_several_ranks():
@@ -25,10 +26,13 @@ def of_several_ranks():
 
 
 def other_value(name):
-    if name == "comm.op":
-        return "adasum"
+    """Return a value that the setting may have, and has not by default."""
     section, _, field = name.partition(".")
-    return OTHERS[type(getattr(getattr(Recipe(), section), field))]
+    settings = getattr(Recipe(), section)
+    default, kind = getattr(settings, field), typing.get_type_hints(type(settings))[field]
+    if typing.get_origin(kind) is typing.Literal:
+        return next(value for value in reversed(typing.get_args(kind)) if value != default)
+    return OTHERS[type(default)]
 
 
 def with_setting(job, name, value):

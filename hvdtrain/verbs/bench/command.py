@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Recipe
+from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.verbs.bench.flops import flops_per_step, peak_flops
 from hvdtrain.verbs.bench.measure import Variant, build_variants, memory_peak_bytes
 from hvdtrain.verbs.bench.report import parts_table, row_of, throughput_lines, variants_table
@@ -27,6 +28,7 @@ def bench(name: str, recipe: Recipe, options: BenchOptions) -> int:
 def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> int:
     say = Speaker(world.rank == 0)
     world.together(lambda: check_json_path(options.json) if say.speaks else None, "bench.json.path")
+    recipe, choice = settle_precision(recipe, world)
     world.progress = PhaseClock(world.device)
     task = world.together(lambda: recipe.build(say), "build")
     built, refused = build_variants(recipe, task, world, options.knobs)
@@ -34,6 +36,8 @@ def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> in
     flops = flops_per_step(first.job, first.training)
     peak, source = peak_flops(world.device, recipe.train.precision)
     say(head_line("bench", name, world.size, str(first.job.plan), recipe.train.precision))
+    if choice:
+        say(choice)
     _take_turns(built, options)
     rows = [row_of(variant, first) for variant in built]
     mfu = flops / rows[0].step_s / (peak * world.size)

@@ -11,6 +11,7 @@ from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Job, Recipe, Task
+from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.verbs.kit import Speaker, counted, head_line
 from hvdtrain.verbs.options import PlanOptions
@@ -50,11 +51,14 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
 def _plan(name: str, recipe: Recipe, options: PlanOptions, world: World) -> int:
     say = Speaker(world.rank == 0)
     logged = world.together(lambda: _logged_noise(options) if world.rank == 0 else None, "plan.noise")
+    recipe, choice = settle_precision(recipe, world)
     task = world.together(lambda: recipe.build(say), "plan.build")
     job = world.together(lambda: _job(recipe, task, world), "plan.settle")
     everyone = world.all_gather_object((socket.gethostname(), describe_rank(world.device)), "plan.ranks")
     hosts = [host for host, _ in everyone]
     say(head_line("plan", name, world.size, counted(len(set(hosts)), "host"), str(job.plan)))
+    if choice:
+        say(choice)
     facts = gather(name, recipe, task, job, hosts, 0 if options.noise_from else options.noise_steps)
     facts = _with_noise(facts, world.broadcast_object(logged, "plan.noise"))
     say(describe(facts))

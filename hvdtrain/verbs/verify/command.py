@@ -9,6 +9,7 @@ from pathlib import Path
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import plan_batch
 from hvdtrain.trainer import Recipe
+from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.verbs.kit import Speaker, check_json_path, head_line, write_json
 from hvdtrain.verbs.options import VerifyOptions
 from hvdtrain.verbs.verify.checks import all_checks
@@ -37,12 +38,15 @@ def _verify(name: str, recipe: Recipe, options: VerifyOptions, world: World) -> 
     started = time.monotonic()
     say = Speaker(world.rank == 0)
     world.together(lambda: check_json_path(options.json) if say.speaks else None, "verify.json.path")
+    recipe, choice = settle_precision(recipe, world)
     task = world.together(lambda: recipe.build(say), "build")
     plan = world.together(lambda: plan_batch(recipe.train, world.size), "plan")
     with tempfile.TemporaryDirectory(prefix="hvdtrain-verify-") as folder:
         shared = world.broadcast_object(Path(folder), "verify.folder")
         trial = Trial(recipe, task, world, plan, shared, options.steps)
         say(head_line("verify", name, world.size, f"global batch {plan.global_batch_size}"))
+        if choice:
+            say(choice)
         if task.description:
             say(task.description)
         say(HEAD)
