@@ -176,14 +176,14 @@ def _token(value: object, vocab_size: int) -> int | None:
     return value if is_token and isinstance(value, int) else None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the weights in `folder`, one file or several; a tied matrix comes once.
+def read_weights(folder: Path, name: str = "model.safetensors") -> dict[str, Tensor]:
+    """Read the weights in `folder`, one file of this name or several; a tied matrix comes once.
 
     Raises:
         DataError: they are not there, or damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    files = indexed_files(index) if index.exists() else [file_in(folder, "model.safetensors")]
+    index = folder / f"{name}.index.json"
+    files = indexed_files(index) if index.exists() else [file_in(folder, name)]
     weights: dict[str, Tensor] = {}
     for file in files:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +31,7 @@ __all__ = [
     "divide_all_",
     "holders_of",
     "hook_before_step",
+    "is_fake",
     "is_held_by_others",
     "is_saved_buffer",
     "is_transformed",
@@ -124,6 +125,11 @@ def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> 
     whole: Any = model
     whole._apply(function)
     return model
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether a tensor has no storage, so that nothing may depend on its values."""
+    return isinstance(tensor, FakeTensor)
 
 
 def is_saved_buffer(module: nn.Module, name: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError, ResumeError
+from hvdtrain.models.elsewhere import kept_elsewhere
 
 
 def model_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -56,10 +57,13 @@ def load_model_weights(model: nn.Module, weights: Mapping[str, Tensor], extra: M
 
 
 def has_plain_state(model: nn.Module) -> bool:
-    """Tell whether `state_dict()` holds parameters and persistent buffers under their own names, and nothing else."""
+    """Tell whether `state_dict()` holds parameters and persistent buffers under their own names, and nothing else.
+
+    Those that `keep_elsewhere` was told of may be missing.
+    """
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = model.state_dict()
-    own = {name for name, _ in model.named_parameters()}
+    own = {name for name, _ in model.named_parameters()} - kept_elsewhere(model)
     is_live = all(name in live and _place(live[name]) == _place(state[name]) for name in _first_names(state).values())
     return is_live and own <= state.keys() and not extra_state(model)
 

@@ -29,6 +29,7 @@ RECIPES = {
     "lm-1b": ("hvdtrain.recipes.lm", "lm_1b"),
     "lm-3b": ("hvdtrain.recipes.lm", "lm_3b"),
     "hf": ("hvdtrain.recipes.hf", "hf"),
+    "dpo": ("hvdtrain.recipes.dpo", "dpo"),
     "mnist": ("hvdtrain.recipes.mnist", "mnist"),
     "resnet": ("hvdtrain.recipes.resnet", "resnet"),
 }

@@ -32,10 +32,39 @@ class TransformersConfig(ModelConfig):
     """config.json of a model to train from scratch; its tokenizer is beside it, or --data.tokenizer."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """How transformers computes attention. auto: sdpa, or eager for models that have nothing else."""
+    lora_rank: int | None = setting(None, above=0, maximum=2**16)
+    """Train adapters of this rank beside frozen weights (LoRA, by the peft library). None: all weights are trained."""
+    lora_alpha: float | None = setting(None, above=0)
+    """What an adapter adds is multiplied by alpha / rank. None: twice the rank."""
+    lora_dropout: float = setting(0.0, minimum=0, below=1)
+    """Share of an adapter's inputs that is dropped in training."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the layers that get an adapter, such as q_proj v_proj. None given: every linear layer but the output."""
     resize_embeddings: bool = False
     """Give tokens of the tokenizer that the model has no embedding for a new one, the mean of the old."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model or its tokenizer. Read it first: it may do whatever you may do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank is None:
+            return
+        if self.path is None and self.config is not None:
+            raise ConfigError(
+                "--model.lora-rank needs --model.path: adapters are trained beside weights that are there"
+            )
+        if self.resize_embeddings:
+            raise ConfigError(
+                "--model.resize-embeddings and --model.lora-rank do not go together: beside adapters nothing is learned"
+                " for new rows"
+            )
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield the shape of adapters where there are none."""
+        yield from super().unused()
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+                yield name, "it is of adapters, which --model.lora-rank asks for"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvdtrain.data.config import cache_dir
 from hvdtrain.data.text.chat import ChatTemplate, check_template
@@ -20,9 +20,11 @@ from hvdtrain.data.text.show import show_samples
 from hvdtrain.data.text.sources import find_sources
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.choices import choice_evaluation
-from hvdtrain.recipes.hf import DocumentsConfig, Transformers
+from hvdtrain.recipes.dpo import PairsConfig
+from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig
 from hvdtrain.recipes.lm_task import with_bits_per_byte
 from hvdtrain.recipes.transformers_models.forward import run
+from hvdtrain.recipes.transformers_models.layouts import BY_MASKS, BY_POSITIONS, Layout
 from hvdtrain.recipes.transformers_models.loading import (
     attention_of,
     check_length,
@@ -32,6 +34,14 @@ from hvdtrain.recipes.transformers_models.loading import (
     load_tokenizer,
     write_model_files,
 )
+from hvdtrain.recipes.transformers_models.lora import (
+    Adapters,
+    Base,
+    BaseWeights,
+    adapter_layers,
+    add_adapters,
+    write_adapter_files,
+)
 from hvdtrain.recipes.transformers_models.probe import NOT_TRIED, Way, find_way
 from hvdtrain.trainer.task import Evaluation, Task
 
@@ -39,7 +49,7 @@ from hvdtrain.trainer.task import Evaluation, Task
 def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
     """Return the task; `say` tells a person what takes long."""
     data, settings = recipe.data, recipe.model
-    tokenizer = _load_tokenizer(recipe)
+    tokenizer = tokenizer_of(recipe.data, recipe.model)
     folder = _prepare(data, tokenizer, say)
     length = data.sequence_length
     train, held_out = (PackedDocuments(folder, name, length) for name in ("train", "val"))
@@ -54,13 +64,15 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
     meta = read_meta(folder)
     embeddings = fit_embeddings(model, len(tokenizer), meta["largest_token"], settings.resize_embeddings)
     check_length(model, length)
-    way = _try_out(model, train, length)
+    base = adapted(model, recipe.model, recipe.train.seed)
+    way = try_out(model, train.batch(torch.arange(min(len(train), 8)))[0], length)
     lines = (
         f"data:       {data.path or 'Python standard library'}: {train.num_tokens:,} tokens to predict in"
         f" {len(train):,} samples, {held_out.num_tokens:,} held out, vocabulary {len(tokenizer):,}",
         *_describe_records(meta, train.num_cut + held_out.num_cut, length),
         f"documents:  {way}",
         embeddings,
+        describe_adapters(recipe.model, model),
         ""
         if way.loss.head
         else "logits:     of a whole micro-batch at once, since this model's head cannot be given a part",
@@ -76,10 +88,45 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
         evaluations=_questions(recipe, tokenizer, length),
         unit="tokens",
         summarize=lambda means: with_bits_per_byte(means, bytes_per_token),
-        write_model_files=lambda folder: write_model_files(folder, model, tokenizer),
+        write_model_files=lambda folder: write_files(folder, model, tokenizer, base),
+        components=() if base is None else (lambda job: BaseWeights(base),),
         description="\n".join(filter(None, lines)),
         fingerprint=f"{folder.name} {length}",
     )
+
+
+def adapted(model: nn.Module, settings: TransformersConfig, seed: int) -> Base | None:
+    """Put adapters into the model, in place, if the settings ask for them; returns what its own weights are known by.
+
+    Raises:
+        ConfigError: they do not fit the model.
+        DataError: peft is not installed.
+    """
+    if settings.lora_rank is None or settings.path is None:
+        return None
+    alpha = 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
+    adapters = Adapters(settings.lora_rank, alpha, settings.lora_dropout, settings.lora_targets)
+    return add_adapters(model, adapters, settings.path, seed)
+
+
+def describe_adapters(settings: TransformersConfig, model: nn.Module) -> str:
+    """Return what a person should know of the adapters; nothing where there are none."""
+    if settings.lora_rank is None:
+        return ""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in model.parameters()) - trained
+    return (
+        f"lora:       adapters of rank {settings.lora_rank} on {len(adapter_layers(model))} layers: {trained:,} numbers"
+        f" are trained, sent and saved, {100 * trained / whole:.3g} % of the base model's {whole:,}, which stay as they"
+        " are"
+    )
+
+
+def write_files(folder: Path, model: nn.Module, tokenizer: Any, base: Base | None) -> None:
+    """Write what a reader of the weights needs beside them; of adapters also what they belong to."""
+    write_model_files(folder, model, tokenizer)
+    if base is not None:
+        write_adapter_files(folder, model, base)
 
 
 def _describe_records(meta: dict[str, Any], num_cut: int, length: int) -> list[str]:
@@ -94,9 +141,16 @@ def _describe_records(meta: dict[str, Any], num_cut: int, length: int) -> list[s
     return lines
 
 
-def _load_tokenizer(recipe: Transformers) -> Any:
-    tokenizer = load_tokenizer(_tokenizer_source(recipe), recipe.model.trust_remote_code)
-    template = recipe.data.chat_template
+def tokenizer_of(data: DocumentsConfig | PairsConfig, model: TransformersConfig) -> Any:
+    """Return the tokenizer that the settings name, with their chat template.
+
+    Raises:
+        ConfigError: the file of the template cannot be read.
+        DataError: there is no tokenizer.
+    """
+    source = data.tokenizer or model.path or str(Path(model.config or "").parent)
+    tokenizer = load_tokenizer(source, model.trust_remote_code)
+    template = data.chat_template
     if template is not None:
         try:
             tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -104,10 +158,6 @@ def _load_tokenizer(recipe: Transformers) -> Any:
             raise ConfigError(f"--data.chat-template {template} cannot be read: {error}") from error
         check_template(tokenizer.chat_template, str(template))
     return tokenizer
-
-
-def _tokenizer_source(recipe: Transformers) -> str:
-    return recipe.data.tokenizer or recipe.model.path or str(Path(recipe.model.config or "").parent)
 
 
 def _questions(recipe: Transformers, tokenizer: Any, length: int) -> tuple[Evaluation, ...]:
@@ -138,15 +188,21 @@ def _prepare(data: DocumentsConfig, tokenizer: Any, say: Callable[[str], None]) 
     return write_packed(cache_dir(data), digest.hexdigest()[:32], work, reader.describe, say)
 
 
-def _try_out(model: nn.Module, samples: PackedDocuments, length: int) -> Way:
-    """Return how documents pass through the model; tried on the GPU where there is one."""
+def try_out(model: nn.Module, tokens: Tensor, length: int, packed: Sequence[Layout] = (BY_POSITIONS, BY_MASKS)) -> Way:
+    """Return how documents pass through the model; tried on the GPU where there is one.
+
+    Args:
+        model: of transformers.
+        tokens: int64, some of the data's.
+        length: T, tokens of a sample.
+        packed: ways to be tried before a row for each document.
+    """
     if any(parameter.is_meta for parameter in model.parameters()):
         return NOT_TRIED  # a dry run, which has no weights
     here = next(model.parameters()).device
-    tokens = samples.batch(torch.arange(min(len(samples), 8)))[0].flatten()
     if torch.cuda.is_available():
         model.to("cuda")
     try:
-        return find_way(model, tokens, length)
+        return find_way(model, tokens.flatten(), length, packed)
     finally:
         model.to(here)

@@ -14,6 +14,9 @@ from hvdtrain.rundir.checkpoint import Checkpoint, load_checkpoint
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.settings.untrusted import read_json
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""peft's files of adapters, which belong to a base model somewhere else."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -26,6 +29,11 @@ class Trained:
     """What a person calls it."""
     about: str = ""
     """What the weights are, if they are not those of the last step."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Return whether the weights are adapters, beside a base model somewhere else."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
 
     @property
     def model_type(self) -> str:
@@ -43,6 +51,8 @@ def open_trained(path: Path, which: str) -> Trained:
     """
     run = RunDirectory(path)
     if not run.checkpoints.folder.is_dir():
+        if (path / ADAPTER_CONFIG).is_file():
+            return Trained(path, read_weights(path, ADAPTER_WEIGHTS), str(path))
         if (path / "config.json").is_file():
             return Trained(path, read_weights(path), str(path))
         raise DataError(f"{path} is neither a run's directory (with checkpoints/) nor an export (with config.json)")

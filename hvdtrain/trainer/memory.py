@@ -27,6 +27,7 @@ from hvdtrain.data.readers import read_samples
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import FakeTensorMode, LiveBytes
 from hvdtrain.optim.adamw import AdamWConfig
+from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.table import own_class
 from hvdtrain.settings import Config
 from hvdtrain.settings.units import in_units
@@ -99,28 +100,35 @@ def without_storage() -> Iterator[None]:
         module.register_parameter = register
 
 
-def estimate(job: Job) -> Memory:
-    """Return what a rank needs; model and optimizer are not touched, and no memory is allocated for them."""
+def estimate(job: Job, all_trained: bool = False) -> Memory:
+    """Return what a rank needs; model and optimizer are not touched, and no memory is allocated for them.
+
+    Args:
+        job: what is trained.
+        all_trained: as if no parameter was frozen.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = _fake(job.task.model, job.world.device, own_type(job.config.train.precision))
+        for parameter in trainable(model) if all_trained else ():
+            parameter.requires_grad_(True)
         prepare_blocks(model, _plain(job.config).model)
         weights = _bytes([*model.parameters(), *model.buffers()])
     activations, peak = _traced(job, model, mode)
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     transients = max(0, peak - (activations or 0) - gradients)
     if job.world.size > 1:
-        gradients += wire_bytes(job)
+        gradients += wire_bytes(job, all_trained)
     kept = _optimizer_bytes(job, model) + _component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients)
 
 
-def wire_bytes(job: Job) -> int:
-    """Return the bytes of all gradients as they are sent."""
+def wire_bytes(job: Job, all_trained: bool = False) -> int:
+    """Return the bytes of all gradients as they are sent; `all_trained` as for `estimate`."""
     own, codec = own_type(job.config.train.precision), codec_of(job.config.comm.compression)
     total = 0
-    for parameter in job.task.model.parameters():
-        if parameter.requires_grad:
+    for parameter in trainable(job.task.model):
+        if parameter.requires_grad or all_trained:
             total += codec.wire_bytes(parameter.numel(), own or parameter.dtype)
     return total
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.rundir.trained import open_trained
+from hvdtrain.rundir.trained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Trained, open_trained
 from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.loading import loading_of
 from hvdtrain.verbs.options import ExportOptions
@@ -27,23 +28,32 @@ if TYPE_CHECKING:
 _WEIGHTS = "model.safetensors"
 
 
+@dataclass(frozen=True)
+class Names:
+    """What the files of an export are called."""
+
+    weights: str = _WEIGHTS
+    left_out: tuple[str, ...] = ()
+    """Of the run's own files: those that are not copied."""
+
+
 def export(options: ExportOptions) -> int:
     """Answer `export RUN_DIR`; returns the exit code."""
     output = options.output or RunDirectory(options.run_dir).export
     if output.exists() and any(output.iterdir()):
         if not options.overwrite:
             raise ConfigError(f"{output} is not empty: choose another --output, or give --overwrite")
-        if not any((output / name).exists() for name in ("config.json", _WEIGHTS)):
+        if not any((output / name).exists() for name in ("config.json", _WEIGHTS, ADAPTER_WEIGHTS)):
             raise ConfigError(f"{output} is no earlier export, and is left as it is: choose another --output")
     trained = open_trained(options.run_dir, options.checkpoint)
-    weights = trained.weights
+    weights, names = _weights_of(trained, options.merged)
     if options.dtype != "as-trained":
         dtype = getattr(torch, options.dtype)
         weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
-    how = loading_of(trained)
+    how = loading_of(trained, options.merged)
     program = how.program(weights) if options.program else None
     try:
-        num_bytes = write_model(trained.folder, weights, output, how.note, program)
+        num_bytes = write_model(trained.folder, weights, output, how.note, program, names)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
     count = sum(tensor.numel() for tensor in weights.values())
@@ -54,6 +64,26 @@ def export(options: ExportOptions) -> int:
         f"to {output}: {how.hint.format(output=str(output))}\n"
     )
     return 0
+
+
+def _weights_of(trained: Trained, is_merged: bool) -> tuple[dict[str, Tensor], Names]:
+    """Return what is written, and to files of which names.
+
+    Raises:
+        ConfigError: there is nothing to merge.
+        DataError: the base model of adapters cannot be loaded.
+    """
+    if not trained.is_adapter:
+        if is_merged:
+            raise ConfigError(f"--merged has no effect: {trained.source} has no adapters, it is a whole model")
+        return trained.weights, Names()
+    from hvdtrain.recipes.transformers_models.lora import BASE_FILE, in_peft_names, merged_weights
+    from hvdtrain.recipes.transformers_models.writing import load_with_adapters
+
+    if is_merged:
+        return merged_weights(load_with_adapters(trained)), Names(left_out=(ADAPTER_CONFIG, BASE_FILE))
+    left_out = ("config.json", "generation_config.json")  # they are the base model's
+    return in_peft_names(trained.weights), Names(ADAPTER_WEIGHTS, left_out)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -68,7 +98,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def write_model(
-    files: Path, weights: dict[str, Tensor], output: Path, note: str = "", program: ExportedProgram | None = None
+    files: Path,
+    weights: dict[str, Tensor],
+    output: Path,
+    note: str = "",
+    program: ExportedProgram | None = None,
+    names: Names | None = None,
 ) -> int:
     """Write weights beside copies of `files`, all at once; returns the bytes of the weights.
 
@@ -78,16 +113,19 @@ def write_model(
         output: the folder to write.
         note: what README.md there says; nothing: there is none.
         program: also written, as model.pt2.
+        names: of the file of weights, and of what is not copied.
 
     Raises:
         DataError: one of `files` is no regular file.
         OSError: it cannot be written; what was there before is still there.
     """
+    names = names or Names()
     temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
         for path in files.iterdir() if files.is_dir() else ():
-            _copy(path, temporary / path.name)
+            if path.name not in names.left_out:
+                _copy(path, temporary / path.name)
         if (temporary / "config.json").exists():
             _write_config(files, weights, temporary)
         if note:
@@ -96,8 +134,8 @@ def write_model(
             torch.export.save(program, temporary / "model.pt2")
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         # transformers refuses a file that does not say which framework wrote it.
-        safetensors.torch.save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
-        num_bytes = (temporary / _WEIGHTS).stat().st_size
+        safetensors.torch.save_file(weights, temporary / names.weights, metadata={"format": "pt"})
+        num_bytes = (temporary / names.weights).stat().st_size
         umask = os.umask(0)
         os.umask(umask)
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read

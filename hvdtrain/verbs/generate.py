@@ -91,6 +91,10 @@ def open_writer(trained: Trained, is_chat: bool) -> Writer:
         DataError: the model cannot be loaded.
         ConfigError: it cannot answer in a conversation.
     """
+    if trained.is_adapter:
+        from hvdtrain.recipes.transformers_models.writing import open_transformers_writer
+
+        return open_transformers_writer(trained, is_chat)
     if not (trained.folder / "config.json").is_file():
         raise DataError(
             f"{trained.source} does not say what its weights are (no config.json): it is no run of a language model"

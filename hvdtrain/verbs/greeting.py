@@ -9,11 +9,12 @@ from typing import Any
 
 from hvdtrain import __version__
 from hvdtrain.models.linear import takes_onednn
+from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.schedule import describe_schedule
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.compiling import what_is_compiled
-from hvdtrain.trainer.memory import Memory, wire_bytes
+from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.without_effect import without_effect
 
 
@@ -21,7 +22,8 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
     """Return what a person should know before the first step; `choice` is a line about what `auto` has come to."""
     world, config, task = job.world, job.config, job.task
     hosts = len({rank["host"] for rank in ranks})
-    parameters = sum(p.numel() for p in task.model.parameters())
+    parameters, trained = sum(p.numel() for p in task.model.parameters()), _num_trained(job)
+    frozen = "" if trained == parameters else f", {trained:,} of them trained"
     lines = [
         f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
@@ -30,7 +32,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
         f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
         *([choice] if choice else []),
         *(f"{line}" for line in task.description.splitlines()),
-        f"model:      {type(task.model).__name__}, {parameters:,} parameters",
+        f"model:      {type(task.model).__name__}, {parameters:,} parameters{frozen}",
         f"batch:      {job.plan}",
         f"steps:      {job.num_steps:,}, or {job.num_steps / job.order.steps_per_epoch:.3g} epochs of"
         f" {len(task.train_data):,} samples; {config.optim.name}, peak learning rate {_rate(job)},"
@@ -68,12 +70,22 @@ def details(job: Job, memory: Memory | None) -> str:
     if comm.sync == "local" and size > 1:
         what, when = "updates", f"every {comm.period:,} steps"
     lines.append(f"network:    {in_units(gradients)} of {what}; in a ring each rank sends {sent} {when}")
+    if memory is not None and 0 < _num_trained(job) < sum(p.numel() for p in trainable(job.task.model)):
+        whole = estimate(job, all_trained=True)
+        lines.append(
+            f"frozen:     were nothing frozen, it would be {in_units(whole.total)} a rank and"
+            f" {in_units(wire_bytes(job, all_trained=True))} of gradients"
+        )
     return "\n".join(lines)
 
 
 def _compiled(job: Job) -> str:
     what = what_is_compiled(job.config.model, job.task.model, job.world.device)
     return {"none": "", "model": ", compiled", "blocks": ", compiled blocks"}[what]
+
+
+def _num_trained(job: Job) -> int:
+    return sum(parameter.numel() for parameter in job.task.model.parameters() if parameter.requires_grad)
 
 
 def _count(number: int, noun: str) -> str:

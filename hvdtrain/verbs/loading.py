@@ -28,8 +28,8 @@ class Loading:
     """Returns torch.export's program with these weights."""
 
 
-def loading_of(trained: Trained) -> Loading:
-    """Return how a trained model is loaded.
+def loading_of(trained: Trained, is_merged: bool = False) -> Loading:
+    """Return how a trained model is loaded; of adapters, as part of the whole model if they are merged.
 
     Raises:
         DataError: what describes it is damaged.
@@ -38,6 +38,8 @@ def loading_of(trained: Trained) -> Loading:
         about = read_description(trained.folder)
         hint = "README.md there says how to load it; python -m hvdtrain predict {output} FILES... answers with it"
         return Loading(hint, _classifier_note(about), lambda weights: _program(about, weights, trained.source))
+    if trained.is_adapter and not is_merged:
+        return Loading("peft.AutoPeftModelForCausalLM.from_pretrained({output!r}); --merged writes the whole model")
     if trained.model_type:
         return Loading("transformers.AutoModelForCausalLM.from_pretrained({output!r})")
     return Loading("README.md there says how to load it", _plain_note())

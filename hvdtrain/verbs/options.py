@@ -111,6 +111,9 @@ class ExportOptions(Section):
     """Type of the weights."""
     overwrite: bool = False
     """Replace an earlier export in --output."""
+    merged: bool = False
+    """Of a run with adapters (--model.lora-rank): write the whole model, the adapters added to its weights. Otherwise
+    the adapters alone are written, as peft loads them."""
     program: bool = False
     """Also write model.pt2, the program of an image classifier as torch.export makes it: it needs torch alone."""
 

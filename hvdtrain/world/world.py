@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import DivergedError, HvdtrainError
+from hvdtrain.models.elsewhere import kept_elsewhere
 from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
 from hvdtrain.world.collectives import Collectives
@@ -100,8 +101,10 @@ class World(Collectives):
             return
         if optimizer is not None:
             self.broadcast_optimizer(optimizer, root)
-        # Tensors last, as nothing may touch them afterwards.
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        # Tensors last, as nothing may touch them afterwards. What each rank has read for itself is compared, not sent.
+        elsewhere = kept_elsewhere(model)
+        weights = {name: parameter for name, parameter in model.named_parameters() if name not in elsewhere}
+        tensors = {**weights, **dict(model.named_buffers())}
         self.broadcast_tensors(tensors, "model", root)
 
     def broadcast_optimizer(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:

@@ -47,7 +47,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/mine", "my_text", "model", "plan"):
         Path(name).mkdir(parents=True)
-    for name in ("my_loop.py", "held_out.txt", "train.bin", "val.bin", "chats.jsonl", "questions.jsonl"):
+    for name in ("my_loop.py", "held_out.txt", "train.bin", "val.bin", "chats.jsonl", "pairs.jsonl", "questions.jsonl"):
         Path(name).touch()
     Path("photos/val/cat").mkdir(parents=True)
     Path("photos/val/cat/9.jpg").touch()

@@ -113,6 +113,10 @@ ELSEWHERE = {
     "data.root": "unit/test_vision.py",
     "data.download": "unit/test_vision.py",
     **dict.fromkeys(("model.path", "model.config", "model.attention"), "unit/test_hf_trainer.py"),
+    **dict.fromkeys(
+        ("model.lora_rank", "model.lora_alpha", "model.lora_dropout", "model.lora_targets"), "unit/test_lora.py"
+    ),
+    **dict.fromkeys(("dpo.beta", "dpo.label_smoothing"), "unit/test_preferences.py"),
     **dict.fromkeys(("model.resize_embeddings", "model.trust_remote_code"), "unit/test_embeddings.py"),
     **dict.fromkeys(
         (
@@ -184,7 +188,7 @@ def portraits(quick, tmp_path_factory):
 
 
 def test_every_setting_has_a_line_here():
-    recipes = [*map(load_recipe, ("lm", "hf", "mnist", "resnet")), small()]
+    recipes = [*map(load_recipe, ("lm", "hf", "dpo", "mnist", "resnet")), small()]
     names = {name for recipe in recipes for name, _, _ in fields_of(recipe) if name != "seen"}
     names |= {f"optim.{name}" for kind in OPTIMIZERS for name, _, _ in fields_of(settings_class(kind)())}
     assert names == {*SHARED, *ONE_OF, *LM, *ELSEWHERE}

@@ -107,21 +107,26 @@ class DocumentReader:
             value = parse_json(raw) if isinstance(raw, str) else raw
         except ValueError as error:
             raise DataError(f"not JSON ({error})") from error
-        found = recognise(value, self._text_field)
-        content = found.content
-        if isinstance(content, Conversation):
-            passages = self._template.passages(content)
-        elif isinstance(content, Completion):
-            passages = [self._plain(content.prompt + content.completion, learned_from=len(content.prompt))]
-        else:
-            passages = [self._plain(content)] if content else []
+        name, passages = self._recognise(value)
         for passage in passages:
             try:
                 passage.text.encode()
             except UnicodeEncodeError as error:
                 raise DataError("half of a surrogate pair, which is no character") from error
-        self.formats[found.format] += 1
+        self.formats[name] += 1
         return passages
+
+    def _recognise(self, value: Any) -> tuple[str, list[Passage]]:
+        """Return what a record's format is called, and its passages."""
+        found = recognise(value, self._text_field)
+        return found.format, self._written(found.content)
+
+    def _written(self, content: Conversation | Completion | str) -> list[Passage]:
+        if isinstance(content, Conversation):
+            return self._template.passages(content)
+        if isinstance(content, Completion):
+            return [self._plain(content.prompt + content.completion, learned_from=len(content.prompt))]
+        return [self._plain(content)] if content else []
 
     def _tokenize(self, passages: Sequence[Passage]) -> Iterator[TokenizedDocument]:
         tokenizer = self._tokenizer

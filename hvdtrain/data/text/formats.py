@@ -26,6 +26,8 @@ _ROLES = {
 }
 # What a role is called that every template knows; other roles are the template's own business.
 _SPEAKERS = {name: role for name, role in _ROLES.items() if role in ("user", "assistant", "system") and "_" not in name}
+# Who speaks before an answer: what begins with them is the whole conversation.
+_ASKING = tuple(name for name, role in _ROLES.items() if role in ("user", "system"))
 _CONVERSATIONS = {"messages": "messages", "conversations": "ShareGPT"}
 
 
@@ -74,6 +76,67 @@ def recognise(record: Any, text_field: str) -> Recognised:
     if len(talks) == 1:
         return Recognised(f"conversations in {talks[0]}", _conversation(record, record[talks[0]]))
     raise DataError(_of_no_format(record, text_field))
+
+
+def recognise_pair(record: Any) -> tuple[str, Conversation | Completion, Conversation | Completion]:
+    """Return what the format of a preference is called, and what is preferred to what.
+
+    Args:
+        record: a mapping with "chosen" and "rejected", texts or lists of messages, and mostly "prompt", likewise. What
+            the two begin with alike belongs to the prompt.
+
+    Raises:
+        DataError: it is no such thing, or there is no difference.
+    """
+    if not isinstance(record, Mapping) or "chosen" not in record or "rejected" not in record:
+        found = (", ".join(map(str, record)) or "none") if isinstance(record, Mapping) else _kind(record)
+        raise DataError(f"a preference has the fields 'chosen', 'rejected' and mostly 'prompt', not {found}")
+    prompt, chosen, rejected = (record.get(name) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
+        name = "pairs of texts"
+        pair: list[Any] = _pair_of_texts(prompt, chosen, rejected)
+    else:
+        name = "pairs of conversations"
+        talks = [_talk(prompt, record[field], field) for field in ("chosen", "rejected")]
+        if talks[0] == talks[1]:
+            raise DataError("'chosen' and 'rejected' are the same")
+        pairs = zip(*talks, strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, talks)))
+        pair = [_answer(record, talk, shared) for talk in talks]
+    if pair[0] == pair[1]:
+        raise DataError("'chosen' and 'rejected' are the same")
+    return name, pair[0], pair[1]
+
+
+def _pair_of_texts(prompt: str | None, chosen: str, rejected: str) -> list[Completion]:
+    """Return the two as completions; without a prompt, of what they begin with alike, to the last space."""
+    if prompt is None:
+        alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        shared = chosen[: min(len(chosen), len(rejected)) if alike is None else alike]
+        prompt = shared[: shared.rfind(" ") + 1]
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not chosen or not rejected:
+        raise DataError("'chosen' or 'rejected' is empty")
+    return [Completion(prompt, chosen), Completion(prompt, rejected)]
+
+
+def _talk(prompt: Any, answer: Any, field: str) -> list[Any]:
+    """Return the messages of a prompt and an answer, which may hold those of the prompt already."""
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    if not isinstance(before, list) or not isinstance(after, list) or not after:
+        raise DataError(f"'prompt' and {field!r} are texts, or lists of messages, and {field!r} is not empty")
+    first = after[0].get("role", after[0].get("from")) if isinstance(after[0], dict) else None
+    return after if first in _ASKING else [*before, *after]
+
+
+def _answer(record: Mapping[str, Any], talk: Sequence[Any], shared: int) -> Conversation:
+    """Return a conversation of which only what the assistant says after the first `shared` messages is learned."""
+    found = _conversation(record, talk)
+    is_learned = tuple(flag and i >= shared for i, flag in enumerate(found.is_learned))
+    if not any(is_learned):
+        raise DataError("where 'chosen' and 'rejected' differ, the assistant says nothing in one of them")
+    return Conversation(found.messages, is_learned, found.variables)
 
 
 def _of_no_format(record: Mapping[str, Any], text_field: str) -> str:

@@ -65,10 +65,10 @@ class PackedDocuments:
 
     def __init__(self, folder: Path, name: str, sequence_length: int) -> None:
         self._given = folder, name, sequence_length
-        self._tokens: NDArray[np.int32] = _map(folder / f"{name}.tokens", np.int32)
-        self._targets: NDArray[np.uint8] = _map(folder / f"{name}.targets", np.uint8)
+        self._tokens: NDArray[np.int32] = map_file(folder / f"{name}.tokens", np.int32)
+        self._targets: NDArray[np.uint8] = map_file(folder / f"{name}.targets", np.uint8)
         self._length = sequence_length
-        documents: NDArray[np.int64] = _map(folder / f"{name}.documents", np.int64).reshape(-1, 3)
+        documents: NDArray[np.int64] = map_file(folder / f"{name}.documents", np.int64).reshape(-1, 3)
         pieces, self.num_cut, self.num_bytes = _cut(documents, self._targets, sequence_length)
         self._starts, self._lengths, self._counts = pieces
         self._samples = pack_best_fit(self._lengths, sequence_length)
@@ -223,5 +223,6 @@ def _write_split(folder: Path, name: str, documents: Iterable[TokenizedDocument]
     return largest
 
 
-def _map(path: Path, dtype: type) -> NDArray:  # type: ignore[type-arg]
+def map_file(path: Path, dtype: type) -> NDArray:  # type: ignore[type-arg]
+    """Return a file of numbers, mapped; an empty file is no array that could be."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)

@@ -142,6 +142,11 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     return type(output)(**{next(iter(output)): hidden})
 
 
+def row_of(output: Any, row: int) -> Any:
+    """Return a part's output, of what `Head.body` returns, with the hidden states of one row alone, `(1, L, C)`."""
+    return _with_hidden(output, _hidden(output)[row : row + 1])
+
+
 def find_own_head(model: nn.Module, inputs: Inputs, logits: Tensor, tolerance: float) -> OwnHead | None:
     """Return the head of a model that gives the logits from hidden states a few positions at a time; None if none does.
 

@@ -77,7 +77,7 @@ NOT_TRIED = Way(DocumentLoss(BY_POSITIONS, ProductHead()), ())
 """For a model without weights."""
 
 
-def find_way(model: nn.Module, pool: Tensor, length: int) -> Way:
+def find_way(model: nn.Module, pool: Tensor, length: int, packed: Sequence[Layout] = (BY_POSITIONS, BY_MASKS)) -> Way:
     """Return the fastest way that holds for this model.
 
     Costs about ten forward passes of a sample. The model is left as it was.
@@ -86,6 +86,7 @@ def find_way(model: nn.Module, pool: Tensor, length: int) -> Way:
         model: of transformers, on the device where it shall be tried.
         pool: int64 `(tokens,)`, what documents are made of.
         length: T, tokens of a sample.
+        packed: what is tried before rows.
 
     Raises:
         ConfigError: none holds, or transformers itself cannot run the model on T tokens.
@@ -95,7 +96,7 @@ def find_way(model: nn.Module, pool: Tensor, length: int) -> Way:
         trial.check_causal()
         rows = trial.judge(IN_EQUAL_ROWS if draws_random_numbers else IN_ROWS)
         findings: list[Finding] = []
-        for layout in (BY_POSITIONS, BY_MASKS):
+        for layout in packed:
             # Rows differ from documents alone by rounding: others may by ten times as much.
             findings.append(trial.judge(layout, 0.0 if rows.problem else 10 * rows.error))
             if not findings[-1].problem:

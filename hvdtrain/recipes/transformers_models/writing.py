@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.sampling import Sampling
-from hvdtrain.recipes.transformers_models.loading import check_files, import_transformers, load_tokenizer
+from hvdtrain.recipes.transformers_models.loading import (
+    check_files,
+    import_transformers,
+    load_model,
+    load_tokenizer,
+)
+from hvdtrain.recipes.transformers_models.lora import load_adapted
 from hvdtrain.recipes.transformers_models.probe import describe
 from hvdtrain.rundir.trained import Trained
 
@@ -149,9 +155,23 @@ def _ends_of_answers(tokenizer: Any) -> set[int]:
     return {int(tokens[-1])}
 
 
+def load_with_adapters(trained: Trained) -> nn.Module:
+    """Return the base model of trained adapters with these, in fp32.
+
+    Raises:
+        DataError: either cannot be loaded, or they do not belong together.
+    """
+    return load_adapted(
+        trained.folder, trained.weights, trained.source, lambda path: load_model(path, None, "auto", seed=0)
+    )
+
+
 def _load(trained: Trained) -> nn.Module:
     library = import_transformers()
     check_files(str(trained.folder))
+    if trained.is_adapter:
+        adapted = load_with_adapters(trained)
+        return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     try:
         config = library.AutoConfig.from_pretrained(trained.folder)
         model: Any = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
