@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hvdtrain.data.config import cache_dir
 from hvdtrain.data.dataset import in_batches
 from hvdtrain.data.text.packed import read_meta, write_packed
-from hvdtrain.data.text.pairs import PairReader, PreferencePairs
+from hvdtrain.data.text.preference_pairs import PairReader, PreferencePairs
 from hvdtrain.data.text.sources import find_sources
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.private_torch import is_fake
