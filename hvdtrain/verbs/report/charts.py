@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from hvdtrain.verbs.report.events import KINDS, Event
 from hvdtrain.verbs.report.runs import Curve, ReadRun
-from hvdtrain.verbs.report.series import Places, thinned, value_at
+from hvdtrain.verbs.report.series import Places, averaged, thinned, value_at
 
 COLOURS = ("#0072b2", "#c04a00", "#00734f", "#a8327d", "#806000", "#5146c9", "#8f2d2d", "#4d4d4d")
 """At least 3:1 against white, and told apart by those who see no red or no green; further runs have dashes."""
@@ -42,6 +43,10 @@ _MOST_LINES = 12
 MOST_POINTS = 30_000
 _MOST_OF_LINE, _LEAST_OF_LINE = 2000, 20
 _FEW = 60
+# Of a longer curve, stretches are averaged and drawn over it: noise must not hide where it goes.
+_MANY, _STRETCHES = 400, 200
+_FAINT = 0.35
+_USUAL = (1, 99)
 _MOST_CHARTS, _MOST_CURVES = 24, 240
 
 
@@ -92,11 +97,22 @@ def _lines(runs: Sequence[ReadRun], metrics: Sequence[str]) -> Iterator[Line]:
 
 def style_of(line: Line, chart: Chart) -> tuple[str, str]:
     """Return a line's colour and dashes."""
-    is_by_run = len({line.metric for line in chart.lines} - {*_LOSS}) < 2
-    number = line.run if is_by_run else chart.lines.index(line)
+    has_one_run = len({line.run for line in chart.lines}) == 1
+    number = chart.lines.index(line) if has_one_run else line.run
     dashes = _DASHES[number // len(COLOURS) % len(_DASHES)]
     is_held_out = line.metric == "val/loss" and number < len(COLOURS)
     return COLOURS[number % len(COLOURS)], _HELD_OUT if is_held_out else dashes
+
+
+def usual_range(chart: Chart) -> tuple[float, float] | None:
+    """Return between what nearly all values of a chart lie; None where that is no range."""
+    values = np.concatenate([line.curve.values for line in chart.lines])
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return None
+    low, high = (float(value) for value in np.percentile(values, _USUAL))
+    margin = 0.1 * (high - low)
+    return (low - margin, high + margin) if 0 < margin < math.inf else None
 
 
 def draw(
@@ -117,7 +133,7 @@ def draw(
 
 def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Event]], most: int) -> dict[str, Any]:
     from bokeh.embed import json_item
-    from bokeh.models import BoxZoomTool, HoverTool, PanTool, ResetTool, SaveTool, WheelZoomTool
+    from bokeh.models import BoxZoomTool, HoverTool, NumeralTickFormatter, PanTool, ResetTool, SaveTool, WheelZoomTool
     from bokeh.plotting import figure
 
     zoom = BoxZoomTool()
@@ -128,8 +144,8 @@ def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Even
         active_drag=zoom,
         toolbar_location="above",
         x_axis_label="step",
-        output_backend="canvas",
     )
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
     plot.toolbar.logo = None
     plot.background_fill_color = plot.border_fill_color = None
     plot.outline_line_color = "#999999"
@@ -141,7 +157,11 @@ def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Even
     drawn = [renderer for line in chart.lines for renderer in _draw_line(plot, line, chart, places[line.run], most)]
     plot.add_tools(HoverTool(renderers=drawn, mode="mouse", **_tooltips("$name")))
     first_of_run = {line.run: line for line in reversed(chart.lines)}
-    marks = [_draw_events(plot, line, places[run], events[run]) for run, line in first_of_run.items() if events[run]]
+    marks = [
+        _draw_events(plot, line, places[run], own)
+        for run, line in first_of_run.items()
+        if (own := _on(line, events[run]))
+    ]
     if marks:
         plot.add_tools(HoverTool(renderers=marks, mode="mouse", **_tooltips("@text")))
     return dict(json_item(plot))
@@ -153,10 +173,23 @@ def _draw_line(plot: Any, line: Line, chart: Chart, places: Places, most: int) -
     colour, dashes = style_of(line, chart)
     curve = thinned(line.curve, most)
     source = ColumnDataSource(_columns(curve, places))
-    known = {"source": source, "name": plain(line.label), "tags": [line.run]}
-    yield plot.line("step", "y", line_color=colour, line_dash=dashes, line_width=1.8, **known)
+    known: dict[str, Any] = {"tags": [line.run], "name": plain(line.label)}
+    look = {"line_color": colour, "line_width": 1.8}
+    if len(line.curve.steps) <= _MANY:
+        yield plot.line("step", "y", source=source, line_dash=dashes, **look, **known)
+    else:
+        yield plot.line("step", "y", source=source, line_alpha=_FAINT, **look, **known)
+        mean = ColumnDataSource(_columns(averaged(line.curve, _STRETCHES), places))
+        known["name"] = plain(f"{line.label} (mean of a stretch)".strip())
+        yield plot.line("step", "y", source=mean, line_dash=dashes, **look, **known)
     if len(curve.steps) <= _FEW:
-        yield plot.scatter("step", "y", size=5, color=colour, **known)
+        yield plot.scatter("step", "y", source=source, size=5, color=colour, **known)
+
+
+def _on(line: Line, events: Sequence[Event]) -> list[Event]:
+    """Return the events that lie on a curve, not beside it."""
+    steps = line.curve.steps
+    return [event for event in events if len(steps) > 1 and steps[0] <= event.step <= steps[-1]]
 
 
 def _draw_events(plot: Any, line: Line, places: Places, events: Sequence[Event]) -> Any:
@@ -199,6 +232,15 @@ def _tooltips(head: str) -> dict[str, Any]:
 
 def plain(text: str) -> str:
     """Return a text that is nothing but text to Bokeh: no markup, no formula, no field."""
-    for sign, instead in (("<", "‹"), (">", "›"), ("&", "+"), ("$", "S"), ("@", "(at)"), ("\\", "/"), ("{", "("), ("}", ")")):
+    for sign, instead in (
+        ("<", "‹"),
+        (">", "›"),
+        ("&", "+"),
+        ("$", "S"),
+        ("@", "(at)"),
+        ("\\", "/"),
+        ("{", "("),
+        ("}", ")"),
+    ):
         text = text.replace(sign, instead)
     return text

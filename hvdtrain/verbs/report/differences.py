@@ -41,7 +41,9 @@ def packed_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
             for rank in described:
                 word = written(rank.get(name, MISSING))
                 found[word] = found.get(word, 0) + 1
-            values[f"ranks.{name}"] = ", ".join(f"{word} ({n})" if len(found) > 1 else word for word, n in found.items())
+            values[f"ranks.{name}"] = ", ".join(
+                f"{word} ({n})" if len(found) > 1 else word for word, n in found.items()
+            )
     return values
 
 
@@ -70,7 +72,9 @@ def divergences(a: ReadRun, b: ReadRun) -> list[Divergence]:
 
 
 def _divergence(name: str, a: ReadRun, b: ReadRun) -> Divergence:
-    steps, of_a, of_b = np.intersect1d(a.curves[name].steps, b.curves[name].steps, assume_unique=True, return_indices=True)
+    steps, of_a, of_b = np.intersect1d(
+        a.curves[name].steps, b.curves[name].steps, assume_unique=True, return_indices=True
+    )
     left, right = a.curves[name].values[of_a], b.curves[name].values[of_b]
     is_same = (left == right) | (np.isnan(left) & np.isnan(right))
     if is_same.all():

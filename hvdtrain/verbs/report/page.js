@@ -5,7 +5,7 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
   const figures = [];
-  const axes = JSON.parse(document.getElementById("axes").textContent);
+  const { axes, ranges } = JSON.parse(document.getElementById("settings").textContent);
 
   const useAxis = (name) => {
     for (const figure of figures) {
@@ -15,8 +15,15 @@
         }
       }
       figure.below[0].axis_label = axes[name].label;
-      figure.below[0].formatter = name === "seconds" ? new Bokeh.Models.get("NumeralTickFormatter")({ format: "00:00:00" }) : new Bokeh.Models.get("BasicTickFormatter")();
+      figure.below[0].formatter.format = axes[name].format;
+    }
+    useRange();
+  };
+  const useRange = () => {
+    for (const [i, figure] of figures.entries()) {
       figure.reset.emit();
+      const usual = document.querySelector("input[name=usual]")?.checked ? ranges[i] : null;
+      if (usual) [figure.y_range.start, figure.y_range.end] = usual;
     }
   };
   const showRun = (run, isShown) => {
@@ -26,6 +33,7 @@
   };
 
   for (const input of document.querySelectorAll("input[name=axis]")) input.addEventListener("change", () => useAxis(input.value));
+  document.querySelector("input[name=usual]")?.addEventListener("change", useRange);
   for (const input of document.querySelectorAll("input[name=run]")) input.addEventListener("change", () => showRun(Number(input.value), input.checked));
 
   const sortBy = (head) => {

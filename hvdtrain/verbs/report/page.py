@@ -15,7 +15,7 @@ import numpy as np
 
 from hvdtrain import __version__
 from hvdtrain.verbs.kit import counted
-from hvdtrain.verbs.report.charts import MOST_POINTS, Chart, charts_of, draw, style_of
+from hvdtrain.verbs.report.charts import MOST_POINTS, Chart, charts_of, draw, style_of, usual_range
 from hvdtrain.verbs.report.differences import differing, packed_environment
 from hvdtrain.verbs.report.events import KINDS, Event, events_of
 from hvdtrain.verbs.report.rank_log import last_words, warnings
@@ -28,7 +28,9 @@ MOST_BYTES = 1_500_000
 _MOST_TEXT, _MOST_OF_LOG = 20_000, 60_000
 _MOST_NAMES = 12
 # Nothing is fetched, whatever is in the page: scripts and styles are those that it holds.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+)
 
 
 def page_of(runs: Sequence[ReadRun], bokeh: str) -> str:
@@ -51,6 +53,7 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int) -> str:
     events = [events_of(run) for run in runs]
     charts, num_left_out = charts_of(runs)
     items = {f"chart-{i}": item for i, item in enumerate(draw(charts, places, events, most_points))}
+    settings = {"axes": _axes(places), "ranges": [usual_range(chart) for chart in charts]}
     title = runs[0].name if len(runs) == 1 else counted(len(runs), "run")
     body = [
         f"<header><h1>{escape(title)}</h1>{_subtitle(runs)}</header><main>",
@@ -60,7 +63,7 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int) -> str:
         *_charts(runs, charts, events, places, num_left_out),
         *_texts(runs, events),
         "</main>",
-        f"<script type='application/json' id='axes'>{_in_script(_axes(places))}</script>",
+        f"<script type='application/json' id='settings'>{_in_script(settings)}</script>",
     ]
     if items:
         body += [
@@ -138,6 +141,10 @@ def _charts(
         for name, axis in _axes(places).items()
     )
     yield f"<fieldset><legend>Along the bottom</legend>{radios}</fieldset>"
+    yield (
+        "<fieldset><legend>Up the side</legend><label><input type='checkbox' name='usual'>"
+        "98 % of the values only: a spike may go beyond</label></fieldset>"
+    )
     if len(runs) > 1:
         boxes = "".join(
             f"<label><input type='checkbox' name='run' value='{i}' checked>{escape(run.name)}</label>"
@@ -183,13 +190,14 @@ def _caption(chart: Chart) -> str:
 
 
 def _axes(places: Sequence[Places]) -> dict[str, dict[str, str]]:
-    axes = {"step": {"name": "Steps", "label": "step"}}
+    axes = {"step": {"name": "Steps", "label": "step", "format": "0,0"}}
     units = {own.unit for own in places if own.unit}
     if units:
         unit = " or ".join(sorted(units))
-        axes["units"] = {"name": unit.capitalize(), "label": f"{unit} seen, all ranks"}
+        axes["units"] = {"name": unit.capitalize(), "label": f"{unit} seen, all ranks", "format": "0.[000]a"}
     if any(own.seconds[-1] > 0 for own in places):
-        axes["seconds"] = {"name": "Time", "label": "time in training, without evaluations and saves (h:min:s)"}
+        label = "time in training, without evaluations and saves (h:min:s)"
+        axes["seconds"] = {"name": "Time", "label": label, "format": "00:00:00"}
     return axes
 
 

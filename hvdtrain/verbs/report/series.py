@@ -69,6 +69,17 @@ def thinned(curve: Curve, most: int) -> Curve:
     return Curve(curve.steps[order], curve.values[order])
 
 
+def averaged(curve: Curve, most: int) -> Curve:
+    """Return the means of `most` stretches of a curve at most, each in its middle; what is not finite is left out."""
+    is_finite = np.isfinite(curve.values)
+    steps, values = curve.steps[is_finite], curve.values[is_finite]
+    edges = np.unique(np.linspace(0, len(steps), most + 1).astype(int))
+    lengths = np.diff(edges)
+    if not lengths.size:
+        return Curve(steps, values)
+    return Curve(np.add.reduceat(steps, edges[:-1]) / lengths, np.add.reduceat(values, edges[:-1]) / lengths)
+
+
 def value_at(curve: Curve, steps: Floats) -> Floats:
     """Return a curve's height at these steps, to put a mark on it; what is not finite is bridged."""
     is_finite = np.isfinite(curve.values)

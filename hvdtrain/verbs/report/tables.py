@@ -71,7 +71,9 @@ def fields_table(values: Mapping[str, Any]) -> str:
 def events_table(events: Sequence[Event]) -> str:
     """Return a table of events."""
     rows = [f"{_cell(e.step)}{_cell(f'{KINDS[e.kind][2]} {KINDS[e.kind][0]}')}{_cell(e.text)}" for e in events]
-    return _table("<tr><th scope='col'>step</th><th scope='col'>what</th><th scope='col'>more</th></tr>", rows, "Events")
+    return _table(
+        "<tr><th scope='col'>step</th><th scope='col'>what</th><th scope='col'>more</th></tr>", rows, "Events"
+    )
 
 
 def _table(head: str, rows: Sequence[str], label: str) -> str:
@@ -83,8 +85,10 @@ def _table(head: str, rows: Sequence[str], label: str) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"<td>{escape(f'{value:,}' if isinstance(value, int) else value)}</td>" if not isinstance(value, int) else (
-        f"<td data-value='{value}'>{value:,}</td>"
+    return (
+        f"<td>{escape(f'{value:,}' if isinstance(value, int) else value)}</td>"
+        if not isinstance(value, int)
+        else (f"<td data-value='{value}'>{value:,}</td>")
     )
 
 
@@ -93,7 +97,11 @@ def _number(value: float | None) -> str:
         return "<td data-value=''></td>"
     if not math.isfinite(value):
         return "<td data-value=''>not finite</td>"
-    return f"<td data-value='{value!r}'>{value:,.0f}</td>" if abs(value) >= 1e4 else f"<td data-value='{value!r}'>{value:.4g}</td>"
+    return (
+        f"<td data-value='{value!r}'>{value:,.0f}</td>"
+        if abs(value) >= 1e4
+        else f"<td data-value='{value!r}'>{value:.4g}</td>"
+    )
 
 
 def _lowest(run: ReadRun, metric: str) -> tuple[float | None, int | str]:
