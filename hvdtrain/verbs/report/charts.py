@@ -47,6 +47,7 @@ _FEW = 60
 _MANY, _STRETCHES = 400, 200
 _FAINT = 0.35
 _USUAL = (1, 99)
+_PLAIN = str.maketrans({"<": "‹", ">": "›", "&": "+", "$": "S", "@": "(at)", "\\": "/", "{": "(", "}": ")"})
 _MOST_CHARTS, _MOST_CURVES = 24, 240
 
 
@@ -157,11 +158,8 @@ def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Even
     drawn = [renderer for line in chart.lines for renderer in _draw_line(plot, line, chart, places[line.run], most)]
     plot.add_tools(HoverTool(renderers=drawn, mode="mouse", **_tooltips("$name")))
     first_of_run = {line.run: line for line in reversed(chart.lines)}
-    marks = [
-        _draw_events(plot, line, places[run], own)
-        for run, line in first_of_run.items()
-        if (own := _on(line, events[run]))
-    ]
+    marked = {run: own for run, line in first_of_run.items() if (own := _on(line, events[run]))}
+    marks = [_draw_events(plot, first_of_run[run], places[run], own) for run, own in marked.items()]
     if marks:
         plot.add_tools(HoverTool(renderers=marks, mode="mouse", **_tooltips("@text")))
     return dict(json_item(plot))
@@ -232,15 +230,4 @@ def _tooltips(head: str) -> dict[str, Any]:
 
 def plain(text: str) -> str:
     """Return a text that is nothing but text to Bokeh: no markup, no formula, no field."""
-    for sign, instead in (
-        ("<", "‹"),
-        (">", "›"),
-        ("&", "+"),
-        ("$", "S"),
-        ("@", "(at)"),
-        ("\\", "/"),
-        ("{", "("),
-        ("}", ")"),
-    ):
-        text = text.replace(sign, instead)
-    return text
+    return text.translate(_PLAIN)

@@ -132,9 +132,8 @@ def _results(found: list[Divergence]) -> Iterator[str]:
         yield f"results: the same to the last bit, in {counted(len(found), 'metric')} up to step {_last(found):,}"
         return
     first = min(item.first_different or 0 for item in different)
-    equal = max(
-        (item.last_equal for item in found if item.last_equal is not None and item.last_equal < first), default=None
-    )
+    equals = [item.last_equal for item in found if item.last_equal is not None and item.last_equal < first]
+    equal = max(equals, default=None)
     since = f", the same to the last bit up to step {equal:,}" if equal is not None else ""
     yield f"results: differ from step {first:,} on{since}"
     width = max(len(item.metric) for item in found[:_MOST_ROWS])

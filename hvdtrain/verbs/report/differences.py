@@ -41,9 +41,8 @@ def packed_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
             for rank in described:
                 word = written(rank.get(name, MISSING))
                 found[word] = found.get(word, 0) + 1
-            values[f"ranks.{name}"] = ", ".join(
-                f"{word} ({n})" if len(found) > 1 else word for word, n in found.items()
-            )
+            said = [f"{word} ({count})" if len(found) > 1 else word for word, count in found.items()]
+            values[f"ranks.{name}"] = ", ".join(said)
     return values
 
 
@@ -72,10 +71,9 @@ def divergences(a: ReadRun, b: ReadRun) -> list[Divergence]:
 
 
 def _divergence(name: str, a: ReadRun, b: ReadRun) -> Divergence:
-    steps, of_a, of_b = np.intersect1d(
-        a.curves[name].steps, b.curves[name].steps, assume_unique=True, return_indices=True
-    )
-    left, right = a.curves[name].values[of_a], b.curves[name].values[of_b]
+    of_a, of_b = a.curves[name], b.curves[name]
+    steps, in_a, in_b = np.intersect1d(of_a.steps, of_b.steps, assume_unique=True, return_indices=True)
+    left, right = of_a.values[in_a], of_b.values[in_b]
     is_same = (left == right) | (np.isnan(left) & np.isnan(right))
     if is_same.all():
         return Divergence(name, len(steps), int(steps[-1]) if len(steps) else None, None)

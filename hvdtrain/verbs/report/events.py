@@ -40,7 +40,7 @@ def events_of(run: ReadRun) -> list[Event]:
     kept: list[Event] = []
     for kind in KINDS:
         of_kind = sorted((event for event in found if event.kind == kind), key=lambda event: event.step)
-        places = np.unique(np.linspace(0, len(of_kind) - 1, min(len(of_kind), _MOST)).astype(int)) if of_kind else []
+        places = np.linspace(0, len(of_kind) - 1, min(len(of_kind), _MOST)).astype(int)
         kept += [of_kind[place] for place in places]
     return sorted(kept, key=lambda event: event.step)
 

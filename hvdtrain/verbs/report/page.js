@@ -17,7 +17,7 @@
       figure.below[0].axis_label = axes[name].label;
       figure.below[0].formatter.format = axes[name].format;
     }
-    useRange();
+    setTimeout(useRange, 50); // once Bokeh knows where its curves lie now
   };
   const useRange = () => {
     for (const [i, figure] of figures.entries()) {
@@ -28,7 +28,7 @@
   };
   const showRun = (run, isShown) => {
     for (const figure of figures) {
-      for (const renderer of figure.renderers) if (renderer.tags[0] === run) renderer.visible = isShown;
+      for (const renderer of figure.renderers) if (renderer.glyph.tags[0] === run) renderer.visible = isShown;
     }
   };
 

@@ -137,7 +137,7 @@ def _charts(
         yield "<p>No metrics have been logged.</p>"
         return
     radios = "".join(
-        f"<label><input type='radio' name='axis' value='{name}'{' checked' * (name == 'step')}>{escape(axis['name'])}</label>"
+        f"<label><input type='radio' name='axis' value='{name}'{' checked' * (name == 'step')}>{axis['name']}</label>"
         for name, axis in _axes(places).items()
     )
     yield f"<fieldset><legend>Along the bottom</legend>{radios}</fieldset>"
@@ -155,13 +155,14 @@ def _charts(
     if kinds:
         signs = "".join(f"<span>{sign} {name}</span>" for kind, (name, _, sign) in KINDS.items() if kind in kinds)
         yield f"<p class='soft events'>Marks on the curves: {signs}</p>"
-    yield "<p id='trouble' class='notes' hidden>The curves cannot be drawn here: it takes a browser of 2023 or newer.</p>"
+    yield "<p id='trouble' class='notes' hidden>Curves cannot be drawn here: it takes a browser of 2023 or newer.</p>"
     yield "<noscript><p class='notes'>The curves are drawn by JavaScript, which is off here.</p></noscript>"
     yield "<div class='charts'>"
     for i, chart in enumerate(charts):
         yield (
-            f"<figure aria-labelledby='title-{i}' aria-describedby='about-{i}'><h3 id='title-{i}'>{escape(chart.title)}</h3>"
-            f"<div class='plot' id='chart-{i}'></div><figcaption id='about-{i}'>{_caption(chart)}</figcaption></figure>"
+            f"<figure aria-labelledby='title-{i}' aria-describedby='about-{i}'>"
+            f"<h3 id='title-{i}'>{escape(chart.title)}</h3><div class='plot' id='chart-{i}'></div>"
+            f"<figcaption id='about-{i}'>{_caption(chart)}</figcaption></figure>"
         )
     yield "</div>"
     if num_left_out:
@@ -194,7 +195,7 @@ def _axes(places: Sequence[Places]) -> dict[str, dict[str, str]]:
     units = {own.unit for own in places if own.unit}
     if units:
         unit = " or ".join(sorted(units))
-        axes["units"] = {"name": unit.capitalize(), "label": f"{unit} seen, all ranks", "format": "0.[000]a"}
+        axes["units"] = {"name": escape(unit.capitalize()), "label": f"{unit} seen, all ranks", "format": "0.[000]a"}
     if any(own.seconds[-1] > 0 for own in places):
         label = "time in training, without evaluations and saves (h:min:s)"
         axes["seconds"] = {"name": "Time", "label": label, "format": "00:00:00"}

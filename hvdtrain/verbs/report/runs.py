@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,23 +142,13 @@ def _read_metrics(file: Path, run: ReadRun) -> None:
     except OSError as error:
         run.notes.append(f"{file} cannot be read ({error.strerror or error})")
         return
+    good = [line for line in lines if 0 <= line["step"] < _MOST_STEPS]
+    num_bad += len(lines) - len(good)
+    run.events = [(line["step"], str(line["event"])[:80]) for line in good if "event" in line]
     columns: dict[str, tuple[list[int], list[float]]] = {}
     left_out: set[str] = set()
-    for line in lines:
-        step = line["step"]
-        if not 0 <= step < _MOST_STEPS:
-            num_bad += 1
-            continue
-        for name, value in line.items():
-            if name == "event":
-                run.events.append((step, str(value)[:80]))
-            elif name != "step" and (value is None or type(value) in (int, float)):
-                if name not in columns and len(columns) >= _MOST_METRICS:
-                    left_out.add(name)
-                    continue
-                steps, values = columns.setdefault(name, ([], []))
-                steps.append(step)
-                values.append(_finite(value))
+    for line in good:
+        left_out.update(_add(line, columns))
     run.curves = {name: _ascending(steps, values) for name, (steps, values) in columns.items()}
     if not file.exists():
         run.notes.append(f"{file} is missing: nothing was logged yet")
@@ -169,6 +159,19 @@ def _read_metrics(file: Path, run: ReadRun) -> None:
         run.notes.append(f"{num_bad} {lines_are} damaged in {file}; the others are shown")
     if left_out:
         run.notes.append(f"{len(left_out)} of {len(left_out) + _MOST_METRICS} metrics in {file} are left out")
+
+
+def _add(line: Mapping[str, Any], columns: dict[str, tuple[list[int], list[float]]]) -> Iterator[str]:
+    """Add a line's numbers to the columns; yields the names of those that are too many."""
+    for name, value in line.items():
+        if name in ("step", "event") or not (value is None or type(value) in (int, float)):
+            continue
+        if name not in columns and len(columns) >= _MOST_METRICS:
+            yield name
+            continue
+        steps, values = columns.setdefault(name, ([], []))
+        steps.append(line["step"])
+        values.append(_finite(value))
 
 
 def _ascending(logged_steps: list[int], logged_values: list[float]) -> Curve:

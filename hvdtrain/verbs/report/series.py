@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,7 @@ def thinned(curve: Curve, most: int) -> Curve:
         return curve
     kept = [0, num - 1]
     edges = np.linspace(0, num, max(2, most // 2 + 1)).astype(int)
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         values = curve.values[start:end]
         gaps = np.isnan(values)
         if not gaps.all():

@@ -71,9 +71,8 @@ def fields_table(values: Mapping[str, Any]) -> str:
 def events_table(events: Sequence[Event]) -> str:
     """Return a table of events."""
     rows = [f"{_cell(e.step)}{_cell(f'{KINDS[e.kind][2]} {KINDS[e.kind][0]}')}{_cell(e.text)}" for e in events]
-    return _table(
-        "<tr><th scope='col'>step</th><th scope='col'>what</th><th scope='col'>more</th></tr>", rows, "Events"
-    )
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("step", "what", "more"))
+    return _table(f"<tr>{head}</tr>", rows, "Events")
 
 
 def _table(head: str, rows: Sequence[str], label: str) -> str:
@@ -85,11 +84,9 @@ def _table(head: str, rows: Sequence[str], label: str) -> str:
 
 
 def _cell(value: object) -> str:
-    return (
-        f"<td>{escape(f'{value:,}' if isinstance(value, int) else value)}</td>"
-        if not isinstance(value, int)
-        else (f"<td data-value='{value}'>{value:,}</td>")
-    )
+    if isinstance(value, int):
+        return f"<td data-value='{value}'>{value:,}</td>"
+    return f"<td>{escape(value)}</td>"
 
 
 def _number(value: float | None) -> str:
@@ -97,11 +94,8 @@ def _number(value: float | None) -> str:
         return "<td data-value=''></td>"
     if not math.isfinite(value):
         return "<td data-value=''>not finite</td>"
-    return (
-        f"<td data-value='{value!r}'>{value:,.0f}</td>"
-        if abs(value) >= 1e4
-        else f"<td data-value='{value!r}'>{value:.4g}</td>"
-    )
+    text = f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
+    return f"<td data-value='{value!r}'>{text}</td>"
 
 
 def _lowest(run: ReadRun, metric: str) -> tuple[float | None, int | str]:
