@@ -105,7 +105,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(tmp_path, is_dark):
     found, _ = read(page, tmp_path, width=390, is_dark=is_dark)
     assert found["wide"]
     picture = tmp_path / "picture.png"
-    visit(page, tmp_path, 390, is_dark=is_dark, screenshot=picture)
+    assert visit(page, tmp_path, 390, is_dark=is_dark, screenshot=picture).console == []
     from PIL import Image
 
     with Image.open(picture) as image:

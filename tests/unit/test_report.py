@@ -11,9 +11,11 @@ from made_runs import make_run
 
 from hvdtrain.cli import parse
 from hvdtrain.errors import ConfigError
+from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.verbs.report.events import events_of
 from hvdtrain.verbs.report.runs import Curve, read_run, read_runs
 from hvdtrain.verbs.report.series import Places, averaged, thinned
+from hvdtrain.verbs.report.sink import FIRST_COST_S, ReportSink
 
 
 def answer(*words):
@@ -203,3 +205,42 @@ def test_compare_of_runs_without_a_common_step(tmp_path, capsys):
     a, b = make_run(tmp_path / "a", lines=5, every=7), make_run(tmp_path / "b", lines=5, every=1000)
     assert answer("compare", a, b) == 0
     assert "no metric was logged by both at the same step" in capsys.readouterr().out
+
+
+def test_a_run_writes_its_report_for_one_percent_of_its_time(tmp_path):
+    pytest.importorskip("bokeh")
+    run, now, said = RunDirectory(make_run(tmp_path / "a", lines=20)), [0.0], []
+    sink = ReportSink(run, said.append, clock=lambda: now[0])
+    sink.begin(0, 200)
+    sink.write(100, {"val/loss": 1.0}, None)
+    sink.close()
+    assert not run.report.exists()
+    now[0] = 99 * FIRST_COST_S
+    sink.write(110, {"val/loss": 1.0}, None)
+    assert not run.report.exists()
+    now[0] = 101 * FIRST_COST_S
+    sink.write(120, {"train/loss": 1.0}, None)
+    assert not run.report.exists()
+    sink.write(120, {"val/loss": 1.0}, None)
+    assert "<figure" in run.report.read_text()
+    run.report.unlink()
+    now[0] += 1000
+    sink.close()  # it was stopped
+    assert not run.report.exists()
+    sink.write(200, {"val/loss": 1.0}, "finished")
+    assert not run.report.exists()
+    sink.close()
+    assert run.report.exists()
+    assert said == []
+
+
+def test_a_report_that_fails_is_told_once(tmp_path):
+    pytest.importorskip("bokeh")
+    run, now, said = RunDirectory(make_run(tmp_path / "a", lines=20)), [0.0], []
+    sink = ReportSink(run, said.append, clock=lambda: now[0])
+    run.report.mkdir()
+    for _ in range(3):
+        now[0] += 1000
+        sink.write(100, {"val/loss": 1.0}, None)
+    assert len(said) == 1
+    assert "training goes on without it" in said[0]

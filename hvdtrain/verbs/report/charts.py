@@ -45,7 +45,7 @@ _MOST_OF_LINE, _LEAST_OF_LINE = 2000, 20
 _FEW = 60
 # Of a longer curve, stretches are averaged and drawn over it: noise must not hide where it goes.
 _MANY, _STRETCHES = 400, 200
-_FAINT = 0.35
+_FAINT, _FAINTER, _CROWD = 0.35, 0.1, 4
 _USUAL = (1, 99)
 _PLAIN = str.maketrans({"<": "‹", ">": "›", "&": "+", "$": "S", "@": "(at)", "\\": "/", "{": "(", "}": ")"})
 _MOST_CHARTS, _MOST_CURVES = 24, 240
@@ -176,7 +176,8 @@ def _draw_line(plot: Any, line: Line, chart: Chart, places: Places, most: int) -
     if len(line.curve.steps) <= _MANY:
         yield plot.line("step", "y", source=source, line_dash=dashes, **look, **known)
     else:
-        yield plot.line("step", "y", source=source, line_alpha=_FAINT, **look, **known)
+        faint = _FAINT if len(chart.lines) <= _CROWD else _FAINTER
+        yield plot.line("step", "y", source=source, line_alpha=faint, **look, **known)
         mean = ColumnDataSource(_columns(averaged(line.curve, _STRETCHES), places))
         known["name"] = plain(f"{line.label} (mean of a stretch)".strip())
         yield plot.line("step", "y", source=mean, line_dash=dashes, **look, **known)

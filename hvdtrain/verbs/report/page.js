@@ -49,6 +49,8 @@
   for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sortBy(button.parentNode));
   addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details[data-print]")) part.open = true; });
 
+  // Chromium tells of a size that it passes on one frame later as if it were an error of the page.
+  addEventListener("error", (event) => { if (event.message?.startsWith("ResizeObserver loop")) event.preventDefault(); });
   if (!document.getElementById("charts")) return;
   const library = document.createElement("script");
   library.textContent = await unpacked("bokeh");
