@@ -125,7 +125,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         ("report", str(tmp_path)): "holds no run",
         ("report", str(tmp_path / "missing")): "cannot be read",
         ("compare", str(tmp_path)): "compare is given two runs, not 1",
-        ("report", str(make_run(tmp_path / "a")), "--output", str(tmp_path)): "cannot be written",
+        ("report", str(make_run(tmp_path / "a")), "--output", str(tmp_path)): "is a directory",
     }.items():
         with pytest.raises(ConfigError, match=said):
             answer(*words)

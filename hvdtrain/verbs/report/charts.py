@@ -146,7 +146,7 @@ def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Even
         toolbar_location="above",
         x_axis_label="step",
     )
-    plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
     plot.toolbar.logo = None
     plot.background_fill_color = plot.border_fill_color = None
     plot.outline_line_color = "#999999"

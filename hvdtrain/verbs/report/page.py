@@ -191,7 +191,7 @@ def _caption(chart: Chart) -> str:
 
 
 def _axes(places: Sequence[Places]) -> dict[str, dict[str, str]]:
-    axes = {"step": {"name": "Steps", "label": "step", "format": "0,0"}}
+    axes = {"step": {"name": "Steps", "label": "step", "format": "0,0.[00]"}}
     units = {own.unit for own in places if own.unit}
     if units:
         unit = " or ".join(sorted(units))

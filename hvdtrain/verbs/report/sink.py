@@ -28,7 +28,7 @@ def can_report() -> bool:
 class ReportSink:
     """Writes `RUN_DIR/report.html` after evaluations, when the clock of training rests, and when a run has finished.
 
-    Reports take 1 % of the run's time at most: a run of a few minutes writes none. A stop on request writes none either:
+    Reports take 1 % of the run's time at most: a run of a few minutes writes none. Neither does a stop on request:
     whoever asked may not wait. What goes wrong is said, once, and costs the run nothing.
 
     Args:
