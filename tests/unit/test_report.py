@@ -12,7 +12,8 @@ from made_runs import make_run
 from hvdtrain.cli import parse
 from hvdtrain.errors import ConfigError
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.verbs.report.events import events_of
+from hvdtrain.verbs.report.charts import charts_of, draw
+from hvdtrain.verbs.report.events import Event, events_of
 from hvdtrain.verbs.report.runs import Curve, read_run, read_runs
 from hvdtrain.verbs.report.series import Places, averaged, thinned
 from hvdtrain.verbs.report.sink import FIRST_COST_S, ReportSink
@@ -162,6 +163,13 @@ def test_text_of_a_run_is_no_markup(tmp_path):
     page = (folder / "report.html").read_text()
     assert "<img" not in page
     assert page.count("</script>") == page.count("<script")
+    # What Bokeh is given may become a formula, which it fetches MathJax for, or a tooltip, which is markup.
+    run = read_run(folder, name=evil)
+    charts, _ = charts_of([run, run])
+    drawn = json.dumps(draw(charts, [Places.of(run)] * 2, [[Event(100, "warning", evil)]] * 2, 1000))
+    assert "onerror" in drawn
+    assert "<" not in drawn
+    assert "$$" not in drawn
 
 
 def test_a_page_of_100000_steps_is_small(tmp_path):
