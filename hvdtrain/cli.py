@@ -153,7 +153,8 @@ def _parse_plain(name: str, words: list[str], flags: list[str]) -> Invocation | 
 
 def _asked(verb: Verb) -> str:
     """Return the words after a verb, for a person."""
-    return f"{verb.takes} {verb.more and verb.more + '...'}".upper().replace("-", "_").strip()
+    takes, more = verb.takes.replace("-", "_"), verb.more and f"{verb.more}..."
+    return (more if takes == verb.more else f"{takes} {more}").upper().strip()
 
 
 def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation | str:

@@ -73,6 +73,11 @@ class RunDirectory:
         """Return where an export goes that was given no directory."""
         return self.path / "export"
 
+    @property
+    def report(self) -> Path:
+        """Return the page that shows the run, where one was written."""
+        return self.path / "report.html"
+
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank."""
         return self.path / "logs" / f"rank-{rank:03d}.log"

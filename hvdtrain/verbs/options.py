@@ -143,6 +143,36 @@ class PredictOptions(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportOptions(Section):
+    """Write a page of HTML with the curves, settings and machines of one run, or of several side by side."""
+
+    run_dirs: tuple[Path, ...] = setting((), path="directory")
+    """Directories of runs."""
+    output: Path | None = setting(None, path="new file")
+    """File to write; None: report.html in the first directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.run_dirs:
+            raise ConfigError("report is given directories of runs: python -m hvdtrain report RUN_DIR [RUN_DIR ...]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Section):
+    """Say what differs between two runs: settings, data, versions, and from which step on their results."""
+
+    run_dirs: tuple[Path, ...] = setting((), path="directory")
+    """Directories of two runs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.run_dirs) != 2:
+            raise ConfigError(
+                f"compare is given two runs, not {len(self.run_dirs)}: python -m hvdtrain compare RUN_A RUN_B"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Section):
     """Continue prompts with a language model that was trained by the recipe lm or hf."""
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from hvdtrain.verbs.options import (
     BenchOptions,
+    CompareOptions,
     DoctorOptions,
     ExportOptions,
     GenerateOptions,
     PlanOptions,
     PredictOptions,
+    ReportOptions,
     TrainOptions,
     VerifyOptions,
 )
@@ -83,16 +85,32 @@ VERBS = {
         "say what images show, by a trained classifier",
         more="files",
     ),
+    "report": Verb(
+        "hvdtrain.verbs.report:report",
+        ReportOptions,
+        "run-dirs",
+        "write a page with the curves of runs, that holds everything it shows",
+        more="run_dirs",
+    ),
+    "compare": Verb(
+        "hvdtrain.verbs.report:compare",
+        CompareOptions,
+        "run-dirs",
+        "say what differs between two runs, and from which step on",
+        more="run_dirs",
+    ),
 }
 
 VERB_SYNONYMS = {
     "train": "run fit start resume continue finetune fine-tune pretrain learn go",
-    "verify": "test prove compare validate",
+    "verify": "test prove validate",
     "bench": "benchmark profile time measure speed",
     "plan": "scale predict-scaling estimate advise how-many",
     "doctor": "diagnose check info env status health debug",
     "generate": "sample complete chat prompt write",
     "export": "convert save to-hf upload",
+    "report": "plot chart curves show html page visualize visualise graph",
+    "compare": "diff difference versus vs",
     "predict": "classify infer inference label recognise recognize",
 }
 """What people call a verb that has another name here."""

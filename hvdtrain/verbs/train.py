@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from hvdtrain.trainer.memory import Memory, check_fits, estimate, without_storag
 from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.verbs.greeting import details, greeting
 from hvdtrain.verbs.options import TrainOptions
+from hvdtrain.verbs.report.sink import ReportSink, can_report
 from hvdtrain.world import Heartbeat, World, watched
 
 # Weights below this are taken to fit.
@@ -192,7 +194,8 @@ def _train(
     is_writer = world.rank == 0
     say = MetricLog(console, []).say
     sinks = world.together(
-        lambda: [*build_sinks(run, request.recipe.log, say), *task.sinks] if is_writer else [], "sinks"
+        lambda: [*build_sinks(run, request.recipe.log, say), *task.sinks, *_reports(run, say)] if is_writer else [],
+        "sinks",
     )
     log = MetricLog(console, sinks)
     job = _settle(request, task, world, run, log)
@@ -211,6 +214,11 @@ def _train(
     finally:
         log.close()
         close_rank_log(handler)
+
+
+def _reports(run: RunDirectory, say: Callable[[str], None]) -> list[ReportSink]:
+    """Return what writes reports, where that is installed; behind all sinks, whose files it reads."""
+    return [ReportSink(run, say)] if can_report() else []
 
 
 def _is_large(job: Job) -> bool:

@@ -45,7 +45,7 @@ def folder(monkeypatch, tmp_path):
     for name in ("HOROVOD_FUSION_THRESHOLD", "MKL_NUM_THREADS", "OMPI_MCA_mpi_yield_when_idle"):
         monkeypatch.setenv(name, os.environ.get(name, "0"))
     monkeypatch.chdir(tmp_path)
-    for name in ("runs/mine", "my_text", "model", "plan"):
+    for name in ("runs/mine", "runs/a", "runs/b", "runs/c", "my_text", "model", "plan"):
         Path(name).mkdir(parents=True)
     for name in ("my_loop.py", "held_out.txt", "train.bin", "val.bin", "chats.jsonl", "pairs.jsonl", "questions.jsonl"):
         Path(name).touch()

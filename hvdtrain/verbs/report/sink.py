@@ -1,0 +1,77 @@
+"""The report that a run writes of itself, while it trains and when it has finished."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+
+from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.rundir.sinks.sink import Metrics
+from hvdtrain.verbs.report.command import bokeh_source, write_page
+from hvdtrain.verbs.report.page import page_of
+from hvdtrain.verbs.report.runs import read_run
+
+# The first report is taken to cost so much, with the import of Bokeh; of later ones it is known.
+FIRST_COST_S = 3.0
+SHARE = 0.01
+"""Of the time of a run, that its reports take at most."""
+# Other ranks wait meanwhile. Of metrics beyond this, reading alone would take longer.
+_LONGEST_S, _MOST_BYTES = 10.0, 1 << 27
+
+
+def can_report() -> bool:
+    """Return whether what draws is installed; it is not imported."""
+    return importlib.util.find_spec("bokeh") is not None
+
+
+class ReportSink:
+    """Writes `RUN_DIR/report.html` after evaluations, when the clock of training rests, and when a run has finished.
+
+    Reports take 1 % of the run's time at most: a run of a few minutes writes none. Neither does a stop on request:
+    whoever asked may not wait. What goes wrong is said, once, and costs the run nothing.
+
+    Args:
+        run: its directory.
+        say: takes what a person should know.
+        clock: seconds, ascending.
+    """
+
+    def __init__(
+        self, run: RunDirectory, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._run, self._say, self._clock = run, say, clock
+        self._since = clock()
+        self._cost_s = FIRST_COST_S
+        self._has_finished = self._has_failed = False
+
+    def begin(self, step: int, num_steps: int) -> None:
+        """Note when training begins."""
+        self._since = self._clock()
+
+    def write(self, step: int, metrics: Metrics, event: str | None) -> None:
+        """Write the report where this is an evaluation, and enough time has passed since the last one."""
+        self._has_finished = event == "finished"
+        if not event and any(name.startswith("val/") for name in metrics):
+            self._write_if_due()
+
+    def close(self) -> None:
+        """Write the report of a run that has finished, with its last words."""
+        if self._has_finished:
+            self._has_finished = False
+            self._write_if_due()
+
+    def _write_if_due(self) -> None:
+        started = self._clock()
+        is_cheap = self._cost_s <= min(_LONGEST_S, SHARE * (started - self._since))
+        if self._has_failed or not is_cheap:
+            return
+        try:
+            if self._run.metrics.stat().st_size > _MOST_BYTES:
+                return
+            write_page(self._run.report, page_of([read_run(self._run.path)], bokeh_source()))
+        except Exception as error:  # of any type, from a library of others: no report is worth a run
+            self._has_failed = True
+            self._say(f"warning: {self._run.report} cannot be written ({error!r}); training goes on without it")
+        self._since = self._clock()
+        self._cost_s = self._since - started

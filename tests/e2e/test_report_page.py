@@ -1,0 +1,146 @@
+"""The page of `report` in a real browser: it draws, says nothing, fetches nothing, and does what is asked of it."""
+
+import html
+import json
+import re
+
+import pytest
+from browser import visit, why_no_browser
+from made_runs import make_run
+
+from hvdtrain.cli import parse
+
+bokeh = pytest.importorskip("bokeh")
+
+# Does what a reader does, and writes down what the page then is.
+READER = """
+<script>
+(async () => {
+  while (!document.documentElement.dataset.ready) await new Promise((done) => setTimeout(done, 50));
+  const quiet = () => new Promise((done) => setTimeout(done, 300));
+  const figures = Bokeh.documents.map((document) => document.roots()[0]);
+  const first = figures[0];
+  const look = () => ({x: first.renderers[0].glyph.x.field, label: first.below[0].axis_label,
+    end: first.x_range.end, top: first.y_range.end, shown: first.renderers.map((one) => one.visible)});
+  const press = async (query) => { document.querySelector(query)?.click(); await quiet(); return look(); };
+  await quiet();
+  const found = {charts: figures.length, before: look()};
+  found.wide = document.documentElement.scrollWidth <= innerWidth;
+  found.units = await press("input[value=units]");
+  found.seconds = await press("input[value=seconds]");
+  found.steps = await press("input[value=step]");
+  found.usual = await press("input[name=usual]");
+  found.all = await press("input[name=usual]");
+  found.hidden = await press("input[name=run][value='1']");
+  const column = () => [...document.querySelectorAll("table")].find((one) => one.querySelector("th button"))
+    .querySelectorAll("tbody td:first-child");
+  const names = () => [...column()].map((cell) => cell.textContent);
+  const heads = [...document.querySelectorAll("th button")];
+  const head = heads.find((button) => button.textContent.startsWith("training loss"));
+  head.click(); found.up = names(); head.click(); found.down = names();
+  found.unnamed = [...document.querySelectorAll("button, input, summary, figure, [role=region]")].filter((one) =>
+    !(one.textContent.trim() || one.labels?.length || one.getAttribute("aria-label"))).length;
+  const report = document.createElement("pre");
+  report.id = "found";
+  report.textContent = JSON.stringify(found);
+  document.body.append(report);
+})();
+</script>
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chromium():
+    reason = why_no_browser()
+    if reason:
+        pytest.skip(reason)
+
+
+def written(folders, page):
+    assert parse(["report", *map(str, folders), "--output", str(page)]).run() == 0
+    return page
+
+
+def read(page, folder, width=1280, is_dark=False):
+    (folder / "read.html").write_text(page.read_text().replace("</body>", f"{READER}</body>"))
+    seen = visit(folder / "read.html", folder, width, is_dark=is_dark)
+    assert seen.console == []
+    found = re.search(r'<pre id="found">(.*?)</pre>', seen.dom, re.DOTALL)
+    assert found, seen.dom[-500:]
+    return json.loads(html.unescape(found[1])), seen
+
+
+def test_three_runs_side_by_side(tmp_path):
+    folders = [
+        make_run(tmp_path / name, lines=500, seed=i, spike_at=250 if i == 1 else None) for i, name in enumerate("abc")
+    ]
+    found, seen = read(written(folders, tmp_path / "page.html"), tmp_path)
+    assert found["charts"] == seen.dom.count("<figure") == 6
+    assert [found[name]["x"] for name in ("before", "units", "seconds", "steps")] == [
+        "step",
+        "units",
+        "seconds",
+        "step",
+    ]
+    assert found["before"]["end"] == pytest.approx(5000, rel=0.1)
+    assert found["units"]["end"] == pytest.approx(5000 * 2048, rel=0.1)
+    assert found["seconds"]["end"] == pytest.approx(5000 * 0.105, rel=0.1)
+    assert found["steps"]["end"] == pytest.approx(5000, rel=0.1)
+    assert "tokens" in found["units"]["label"]
+    assert found["before"]["top"] > 1000
+    assert found["usual"]["top"] < 10
+    assert found["all"]["top"] > 1000
+    assert all(found["before"]["shown"])
+    assert not all(found["hidden"]["shown"])
+    assert any(found["hidden"]["shown"])
+    assert sorted(found["up"]) == ["a", "b", "c"]
+    assert found["down"] == found["up"][::-1]
+    assert found["unnamed"] == 0
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_a_phone_shows_it_without_scrolling_sideways(tmp_path, is_dark):
+    """The figures of what a screen shows are those of 390 pixels; the picture is not one colour."""
+    page = written([make_run(tmp_path / "a", lines=300)], tmp_path / "page.html")
+    found, _ = read(page, tmp_path, width=390, is_dark=is_dark)
+    assert found["wide"]
+    picture = tmp_path / "picture.png"
+    assert visit(page, tmp_path, 390, is_dark=is_dark, screenshot=picture).console == []
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        colours = image.convert("RGB").getcolors(1 << 24)
+    background = max(colours)[1]
+    assert background == ((0, 0, 0) if is_dark else (255, 255, 255))
+    assert len(colours) > 50
+
+
+def test_nothing_leaves_the_page_whatever_a_run_is_called(tmp_path):
+    """Formulas make BokehJS fetch MathJax, pictures in a text would be fetched: here they are text."""
+    evil = "<img src=http://example.com/a.png>$$x^2$$ @{y} \\[x\\]"
+    folder = make_run(tmp_path / "$$x$$", lines=100, extra=[evil])
+    with (folder / "logs" / "rank-000.log").open("a") as file:
+        file.write(f"2026-11-20 10:00:03,100 INFO warning: {evil} at step 500\n")
+    page = written([folder, make_run(tmp_path / "b", extra=[f"grad_norm/{evil}"])], tmp_path / "page.html")
+    _, seen = read(page, tmp_path)
+    assert [address for address in seen.asked_for if "example.com" in address or "mathjax" in address.lower()] == []
+    assert "http" not in re.sub(r"<script type=.text/plain.*?</script>", "", page.read_text(), flags=re.DOTALL).replace(
+        "http://example.com/a.png", ""
+    ).replace("http-equiv", "")
+
+
+def test_the_browser_would_tell_of_a_request(tmp_path):
+    """The test above can fail: a page that asks for something is seen to ask."""
+    page = tmp_path / "page.html"
+    page.write_text("<img src='http://127.0.0.1:9/a.png'><script>console.error('seen')</script>")
+    seen = visit(page, tmp_path)
+    assert any("127.0.0.1:9" in address for address in seen.asked_for)
+    assert any("seen" in line for line in seen.console)
+
+
+def test_nothing_logged_yet_is_a_page_too(tmp_path):
+    folder = make_run(tmp_path / "a", lines=1)
+    (folder / "metrics.jsonl").write_text("")
+    seen = visit(written([folder], tmp_path / "page.html"), tmp_path)
+    assert seen.console == []
+    assert "No metrics have been logged" in seen.dom
