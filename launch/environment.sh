@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: which environment is used, its programs first on PATH, and Open MPI under root.
+# Sourced by the scripts beside it: which environment is used, its programs first on PATH, Open MPI under root, and what
+# is handed on to ranks on other hosts.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 environment=${VIRTUAL_ENV:-}
@@ -13,3 +14,17 @@ export PATH="$environment/bin:$PATH"
 if [[ $(id -u) == 0 ]]; then # containers, as a rule; Open MPI refuses root otherwise
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
+
+# hand_on: sets `forwarded` to mpirun's options that give ranks on all hosts what is set here for Python, threads, and
+# the libraries below. A GPU that is named by its UUID is on this host alone.
+hand_on() {
+  local name
+  forwarded=(-x PATH)
+  for name in $(compgen -e); do
+    case $name in
+      CUDA_VISIBLE_DEVICES) [[ ${!name} == *[A-Za-z]* ]] || forwarded+=(-x "$name") ;;
+      NCCL_* | HOROVOD_* | UCX_* | CUDA_* | CUBLAS_* | TORCH_* | TORCHINDUCTOR_* | PYTORCH_* | GLOO_* | FI_* | HF_* | \
+        OMP_* | MKL_* | LD_LIBRARY_PATH | LD_PRELOAD | PYTHONPATH | VIRTUAL_ENV) forwarded+=(-x "$name") ;;
+    esac
+  done
+}

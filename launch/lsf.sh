@@ -45,7 +45,8 @@ for ((i = 0; i < ${#words[@]}; i += 2)); do
   ranks=$((ranks + words[i + 1]))
 done
 
-command=(mpirun -np "$ranks" -H "$hosts" --bind-to none -x PATH)
+hand_on
+command=(mpirun -np "$ranks" -H "$hosts" --bind-to none "${forwarded[@]}")
 command+=(python -m hvdtrain "${arguments[@]}" --run-dir "$run_dir")
 printf '+'
 printf ' %q' "${command[@]}"

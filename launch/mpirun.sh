@@ -20,7 +20,12 @@ run_dir=${HVDTRAIN_RUN_DIR:-runs/mpirun}
 interface=${HVDTRAIN_INTERFACE:-}
 network=()
 if [[ -n $interface ]]; then
-  network+=(--mca btl_tcp_if_include "$interface" -x "HOROVOD_GLOO_IFACE=$interface" -x "NCCL_SOCKET_IFNAME=$interface")
+  network+=(--mca btl_tcp_if_include "$interface")
+  if [[ $interface == *[./:]* ]]; then
+    echo "NCCL and Gloo take interfaces by name only, and choose by themselves: $interface is an address range" >&2
+  else
+    export HOROVOD_GLOO_IFACE=${HOROVOD_GLOO_IFACE:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+  fi
 fi
 # Ethernet: Open MPI's TCP ran large all-reduces at half speed without this flag.
 network+=(--mca btl_tcp_flags 1)
@@ -33,11 +38,8 @@ for entry in ${hosts//,/ }; do
 done
 
 # --bind-to none: hvdtrain gives each rank its share of the cores; bound to one core, a rank's threads would share it.
-# -x: variables that ranks on other hosts need.
-command=(mpirun -np "$ranks" -H "$hosts" --bind-to none --map-by slot -x PATH "${network[@]}")
-for name in LD_LIBRARY_PATH PYTHONPATH OMP_NUM_THREADS HOROVOD_CYCLE_TIME NCCL_DEBUG; do
-  [[ -n ${!name:-} ]] && command+=(-x "$name")
-done
+hand_on
+command=(mpirun -np "$ranks" -H "$hosts" --bind-to none --map-by slot "${forwarded[@]}" "${network[@]}")
 command+=(python -m hvdtrain "$@" --run-dir "$run_dir")
 
 printf '+'

@@ -8,7 +8,7 @@
 #
 # Tried: shellcheck, and its body with the variables that PBS sets, in tests/e2e/test_launch_files.py. Never under PBS.
 
-# EDIT 1: what the job gets. mpiprocs: ranks of a node, one per GPU or per group of cores.
+# EDIT 1: what the job gets. mpiprocs: ranks of a node, one per GPU (with 8 cores for each) or per group of cores.
 #PBS -N hvdtrain
 #PBS -l select=2:ncpus=8:mpiprocs=2:ompthreads=4
 #PBS -l walltime=04:00:00
@@ -35,7 +35,8 @@ ranks=$(wc -l < "$PBS_NODEFILE")
 hosts=$(sort "$PBS_NODEFILE" | uniq -c | awk '{printf "%s%s:%s", separator, $2, $1; separator = ","}')
 
 # PBS sends no signal early: hvdtrain watches the clock itself and ends with 75.
-command=(mpirun -np "$ranks" -H "$hosts" --bind-to none -x PATH -x OMP_NUM_THREADS)
+hand_on
+command=(mpirun -np "$ranks" -H "$hosts" --bind-to none "${forwarded[@]}")
 command+=(python -m hvdtrain "${arguments[@]}" --run-dir "$run_dir" --train.max-time "$budget")
 printf '+'
 printf ' %q' "${command[@]}"

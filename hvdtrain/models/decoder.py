@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvdtrain.models import one_token
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
 
 _INIT_STD = 0.02
-_LOSS_BYTES = 2**28
+# Of logits in fp32 that exist at once, on CPUs and on GPUs, which larger products keep busier.
+_LOSS_BYTES = (2**28, 2**29)
 
 
 class Decoder(nn.Module):
@@ -53,17 +55,35 @@ class Decoder(nn.Module):
         large, the logits never exist all at once. Given a cache, the tokens follow those that it holds, and are put
         into it. Given `seen`, bool `(B, 1, T, T)`, position t sees the tokens j with `seen[b, 0, t, j]` and no others.
         """
+        if cache is not None and cache.length and tokens.shape[1] == 1 and targets is None and one_token.suits(self):
+            return self._one_token(cache)(tokens)[:, None]
         hidden = self.model(tokens, cache, seen)
         if targets is not None:
-            chunk = self.config.loss_chunk or max(1, _LOSS_BYTES // (4 * self.vocab_size))
+            chunk = self.config.loss_chunk or max(1, _LOSS_BYTES[hidden.is_cuda] // (4 * self.vocab_size))
             if targets.numel() > chunk:
                 return chunked_loss(hidden, self.lm_head.weight, targets, chunk, product_of(self.lm_head))
         logits: Tensor = self.lm_head(hidden)
         return logits if targets is None else next_token_loss(logits, targets)[0]
 
-    def new_cache(self, padding: Tensor, max_length: int) -> Cache:
-        """Return an empty cache for rows that begin with `padding`, int64 `(B,)`, tokens that are not to be seen."""
-        return Cache(self.config, padding, max_length, like=self.lm_head.weight)
+    def new_cache(self, padding: Tensor, max_length: int, reuse: Cache | None = None) -> Cache:
+        """Return an empty cache for rows that begin with `padding`, int64 `(B,)`, tokens that are not to be seen.
+
+        One that is no longer needed, for as many rows and tokens, is emptied and used again: with the same weights.
+        """
+        if reuse is None:
+            return Cache(self.config, padding, max_length, like=self.lm_head.weight)
+        reuse.padding, reuse.length = padding, 0
+        if reuse.one_token is not None:
+            reuse.one_token.forget()
+        return reuse
+
+    def _one_token(self, cache: Cache) -> one_token.OneToken:
+        if cache.one_token is None:
+            weight = self.lm_head.weight
+            positions = torch.arange(cache.max_length, device=weight.device)
+            rope = rotary_tables(positions, self.config.head_size, self.config.rope_theta, like=weight)
+            cache.one_token = one_token.OneToken(self, cache, rope)
+        return cache.one_token
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -154,11 +174,21 @@ class _Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             k, v = past.extend(k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, seen, is_causal=seen is None, enable_gqa=self.grouped
-        )  # (B, H, T, D)
+        is_grouped = self.grouped
+        if is_grouped and seen is not None and x.is_cuda:
+            k, v, is_grouped = *one_a_query_head(k, v, q.shape[1]), False
+        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=is_grouped)  # (B, H, T, D)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
+
+
+def one_a_query_head(keys: Tensor, values: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values, `(B, K, T, D)`, repeated to `(B, H, T, D)`.
+
+    With a mask, the only kernel for GPUs that takes groups keeps all T x T products of each head.
+    """
+    times = num_heads // keys.shape[1]
+    return keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1)
 
 
 class _FeedForward(nn.Module):
@@ -187,30 +217,35 @@ class Cache:
     """
 
     def __init__(self, config: DecoderConfig, padding: Tensor, max_length: int, *, like: Tensor) -> None:
-        self._padding = padding
+        self.padding = padding
+        self.max_length = max_length
         self.length = 0
         self.mask: Tensor | None = None
         """Who sees whom, bool `(B, 1, T, length)`, for the tokens of the last `begin`."""
-        shape = (len(padding), config.kv_heads, max_length, config.head_size)
+        self.one_token: one_token.OneToken | None = None
+        """What reads tokens one by one, once there has been one."""
+        shape = (len(padding), config.kv_heads, 2, max_length, config.head_size)
         self.layers = [LayerCache(self, shape, like) for _ in range(config.num_layers)]
 
     def begin(self, num_tokens: int) -> Tensor:
         """Make room for more tokens of each row and return their positions, int64 `(B, T)`, 0 for padding."""
-        places = torch.arange(self.length + num_tokens, device=self._padding.device)
+        places = torch.arange(self.length + num_tokens, device=self.padding.device)
         new = places[self.length :]
         # A token sees the ones before it; one of the padding sees itself, since none would be no number.
-        is_seen = (places <= new[:, None]) & (places >= self._padding[:, None, None])
+        is_seen = (places <= new[:, None]) & (places >= self.padding[:, None, None])
         self.mask = (is_seen | (places == new[:, None]))[:, None]  # (B, 1, T, length)
         self.length += num_tokens
-        return (new - self._padding[:, None]).clamp(min=0)
+        return (new - self.padding[:, None]).clamp(min=0)
 
 
 class LayerCache:
     """One layer's part of a `Cache`."""
 
-    def __init__(self, cache: Cache, shape: tuple[int, int, int, int], like: Tensor) -> None:
+    def __init__(self, cache: Cache, shape: tuple[int, int, int, int, int], like: Tensor) -> None:
         self._cache = cache
-        self._keys, self._values = (torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.both = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        """Keys and values, `(B, K, 2, max_length, D)`; numbers also where nothing was read."""
+        self._keys, self._values = self.both[:, :, 0], self.both[:, :, 1]
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take in new keys and values, `(B, K, T, D)`; return all, `(B, K, length, D)`."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hvdtrain.models.compilation import can_compile_for
+
+_log = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 """A target that is not to be predicted: it adds nothing to the loss and is not counted."""
@@ -69,32 +74,29 @@ class _ChunkedLoss(torch.autograd.Function):
         linear: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_any = needs_hidden or needs_weight
+        weight_dtype, weight = weight.dtype, _as_multiplied(weight)
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if needs_weight else None
+        compute = fused_terms if can_compile_for(hidden.device) and not torch.compiler.is_compiling() else terms
         ctx.scale = 1.0
         for start in range(0, len(hidden), chunk):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
             logits = linear(part, weight)  # in the type of autocast, where there is one
             dtype = logits.dtype
             ctx.scale = _FP16_SCALE if dtype == torch.float16 else 1.0
-            logits = logits.to(loss.dtype)
-            is_target = wanted != IGNORE_INDEX
-            rows, columns = torch.arange(len(wanted), device=wanted.device), wanted.where(is_target, 0)
-            log_sums = logits.logsumexp(-1)
-            loss += (log_sums - logits[rows, columns]).where(is_target, 0).sum()
-            if grad_hidden is None and grad_weight is None:
+            summed, gradient = compute(logits, wanted, loss.dtype, ctx.scale if needs_any else None)
+            del logits
+            loss += summed
+            if gradient is None:
                 continue
-            # d loss / d logits = softmax - one at the target, in place of the logits.
-            gradient = logits.sub_(log_sums[:, None]).exp_()
-            gradient[rows, columns] -= 1
-            gradient = gradient.mul_(is_target[:, None] * ctx.scale).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = linear(gradient, weight.to(dtype).T)
             if grad_weight is not None:
                 grad_weight += linear(gradient.T, part.to(dtype).T)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype = weight_dtype
         return loss
 
     @staticmethod
@@ -106,3 +108,75 @@ class _ChunkedLoss(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * factor).to(ctx.weight_dtype),
             *[None] * 3,
         )
+
+
+def _as_multiplied(weight: Tensor) -> Tensor:
+    """Return the weight in the type that autocast would give it in each product anew."""
+    kind = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return weight.detach().to(torch.get_autocast_dtype(kind))
+    return weight
+
+
+def terms(logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float | None) -> tuple[Tensor, Tensor | None]:
+    """Return the summed cross entropy and, times `scale`, its gradient by the logits; None for no scale.
+
+    Args:
+        logits: `(n, V)`; may be overwritten.
+        wanted: int64 `(n,)`, `IGNORE_INDEX` where there is nothing to predict.
+        dtype: of the computation and the sum; the gradient has that of the logits.
+        scale: a factor of the gradient.
+    """
+    own, logits = logits.dtype, logits.to(dtype)
+    is_target = wanted != IGNORE_INDEX
+    rows, columns = torch.arange(len(wanted), device=wanted.device), wanted.where(is_target, 0)
+    log_sums = logits.logsumexp(-1)
+    loss = (log_sums - logits[rows, columns]).where(is_target, 0).sum()
+    if scale is None:
+        return loss, None
+    # d loss / d logits = softmax - one at the target, in place of the logits.
+    gradient = logits.sub_(log_sums[:, None]).exp_()
+    gradient[rows, columns] -= 1
+    return loss, gradient.mul_(is_target[:, None] * scale).to(own)
+
+
+def fusable_terms(
+    logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `terms` does by operators on whole rows alone, none of which writes to a given place.
+
+    A compiler makes two kernels of them: one reads the logits and has the sums, one has the gradient in their type.
+    """
+    own, values = logits.dtype, logits.to(dtype)
+    is_target = wanted != IGNORE_INDEX
+    columns = wanted.where(is_target, 0)[:, None]
+    log_sums = values.logsumexp(-1, keepdim=True)
+    loss = (log_sums - values.gather(-1, columns))[:, 0].where(is_target, 0).sum()
+    if scale is None:
+        return loss, None
+    is_wanted = torch.arange(values.shape[-1], device=values.device) == columns
+    gradient = ((values - log_sums).exp() - is_wanted.to(dtype)) * (is_target[:, None] * scale)
+    return loss, gradient.to(own)
+
+
+class _Fused:
+    """`fusable_terms`, compiled when first used."""
+
+    compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    has_failed = False
+
+
+def fused_terms(
+    logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Do what `terms` does by compiled kernels; where the compiler fails, by torch's own, and say so once."""
+    if not _Fused.has_failed:
+        _Fused.compiled = _Fused.compiled or torch.compile(fusable_terms, fullgraph=True)
+        try:
+            return _Fused.compiled(logits, wanted, dtype, scale)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever Triton, its C compiler and the driver have against each other
+            _Fused.has_failed = True
+            _log.warning("the loss is slower than it could be, since its kernels cannot be compiled: %s", error)
+    return terms(logits, wanted, dtype, scale)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,14 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "BatchNorm",
     "FakeTensorMode",
+    "LiveBytes",
     "apply_to_tensors",
     "backward_run",
     "can_skip_by_itself",
+    "compile_in_place",
     "computed_node",
+    "copy_all_",
+    "divide_all_",
     "holders_of",
     "hook_before_step",
     "is_fake",
@@ -29,11 +36,88 @@ __all__ = [
     "is_saved_buffer",
     "is_transformed",
     "norm_of",
+    "on_compilation",
     "queue_after_run",
     "run_backward",
     "skipping_where",
     "version_of",
+    "zero_all_",
 ]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operators make while it is entered, as long as that lives."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operator, and note new storages among what it returns."""
+        given = {id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self._note(tensor.untyped_storage(), given)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive or key in given:  # what is given and not noted was there before
+            return
+        self._alive[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source to its target, of the same shape; on GPUs by few kernels for all."""
+    torch._foreach_copy_(targets, sources)
+
+
+def divide_all_(tensors: list[Tensor], by: float) -> None:
+    """Divide all; on GPUs by few kernels."""
+    torch._foreach_div_(tensors, by)
+
+
+def zero_all_(tensors: list[Tensor]) -> None:
+    """Set all to zero; on GPUs by few kernels."""
+    torch._foreach_zero_(tensors)
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """Do what `module.compile()` does, for torch's own classes as well.
+
+    Of an `nn.Sequential` that compiles nothing: the compiler passes over what stands in torch's own files where it
+    comes upon it first, and what it finds there is the method that all modules have.
+    """
+    if not type(module).__module__.startswith("torch.nn."):
+        module.compile()
+        return
+    whole: Any = module
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return type(whole)._call_impl(whole, *args, **kwargs)
+
+    vars(module)["_call_impl"] = call
+    try:
+        module.compile()
+    finally:
+        del vars(module)["_call_impl"]
+
+
+def on_compilation(begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Have these called, in the compiling thread, whenever torch.compile begins and ends to compile something."""
+    from torch._dynamo import callback  # takes seconds to import
+
+    callback.on_compile_start(lambda _: begin())
+    callback.on_compile_end(lambda _: end())
 
 
 def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:

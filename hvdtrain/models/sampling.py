@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DivergedError
 
 
 class CachingModel(Protocol):
@@ -21,8 +22,11 @@ class CachingModel(Protocol):
         """Map tokens, int64 `(B, T)`, that follow those in the cache, to logits `(B, T, V)`."""
         ...
 
-    def new_cache(self, padding: Tensor, max_length: int) -> Any:
-        """Return an empty cache for rows that begin with `padding`, int64 `(B,)`, tokens that are not to be seen."""
+    def new_cache(self, padding: Tensor, max_length: int, reuse: Any = None) -> Any:
+        """Return an empty cache for rows that begin with `padding`, int64 `(B,)`, tokens that are not to be seen.
+
+        `reuse` is one of the same size that is no longer needed, if there is one.
+        """
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -130,44 +134,75 @@ class _Context:
         self._model, self._limit, self._use_cache = model, context_length, use_cache
         self._device = next(model.parameters()).device
         self._rows = [row[-context_length:] for row in rows]
+        self._length = max(map(len, self._rows))
         self._cache: Any = None
+        self._old_cache: Any = None
         self._read = 0
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def next_logits(self) -> Tensor:
         """Return the logits of each row's next token, float64 `(B, V)` on the CPU."""
-        length = max(map(len, self._rows))
-        if length > self._limit:
+        if self._length > self._limit:
             half = max(1, self._limit // 2)
             self._rows = [row[-half:] if len(row) > self._limit else row for row in self._rows]
-            length, self._cache = max(map(len, self._rows)), None
+            self._length, self._cache = max(map(len, self._rows)), None
+        length = self._length
         if self._cache is None or not self._use_cache:
             padding = torch.tensor([length - len(row) for row in self._rows], device=self._device)
-            self._cache, self._read = self._model.new_cache(padding, self._limit), 0
-        tokens = torch.tensor([[0] * (length - len(row)) + row for row in self._rows], device=self._device)
-        was_training = self._model.training
-        self._model.train(False)
-        try:
-            logits = self._model(tokens[:, self._read :], cache=self._cache)[:, -1].double().cpu()
-        finally:
-            self._model.train(was_training)
+            self._cache = self._old_cache = self._model.new_cache(padding, self._limit, self._old_cache)
+            self._read = 0
+        if self._read == length - 1 and self._read:
+            tokens = torch.tensor([row[-1:] for row in self._rows], device=self._device)
+        else:
+            tokens = torch.tensor([[0] * (length - len(row)) + row for row in self._rows], device=self._device)
+        logits = self._shown(tokens)[:, -1].double().cpu()
         self._read = length
         return logits
+
+    def _shown(self, tokens: Tensor) -> Tensor:
+        """Show the model tokens, `(B, T)`, that follow those in the cache, and return their logits."""
+        model = self._model
+        if not model.training:
+            return model(tokens, cache=self._cache)
+        model.train(False)
+        try:
+            return model(tokens, cache=self._cache)
+        finally:
+            model.train(True)
 
     def append(self, tokens: Sequence[int | None]) -> None:
         """Take in a token of each row; of one that is done, anything."""
         for row, token in zip(self._rows, tokens, strict=True):
             row.append(token or 0)
+        self._length += 1
 
 
+@torch.inference_mode()
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token from logits, float64 `(V,)`."""
+    """Draw a token from logits, float64 `(V,)`.
+
+    Raises:
+        DivergedError: they are no numbers.
+    """
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        likeliest = int(logits.argmax())
+        _check(float(logits[likeliest]))
+        return likeliest
     count = len(logits) if sampling.top_k is None else min(sampling.top_k, len(logits))
     values, tokens = logits.topk(count)  # the likeliest first
     probabilities = (values / sampling.temperature).softmax(dim=0)
+    _check(float(probabilities[0]))
     if sampling.top_p is not None:
         before = probabilities.cumsum(0) - probabilities
         probabilities = probabilities.where(before < sampling.top_p, 0)
-    return int(tokens[torch.multinomial(probabilities, num_samples=1, generator=generator)])
+    # The first of independent exponential clocks that run at these rates: what `torch.multinomial` does, but for its
+    # tests of what was tested here.
+    times = torch.empty_like(probabilities).exponential_(generator=generator)
+    return int(tokens[int((probabilities / times).argmax())])
+
+
+def _check(value: float) -> None:
+    if not math.isfinite(value):
+        raise DivergedError(
+            "the model's logits are not finite: it is broken, or was trained until it was; choose another checkpoint"
+        )

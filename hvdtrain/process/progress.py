@@ -8,7 +8,17 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 Phase = Literal[
-    "start", "resume", "data", "forward", "backward", "update", "communication", "evaluation", "saving", "end"
+    "start",
+    "resume",
+    "data",
+    "forward",
+    "compilation",
+    "backward",
+    "update",
+    "communication",
+    "evaluation",
+    "saving",
+    "end",
 ]
 
 

@@ -105,7 +105,7 @@ def lm_124m() -> LanguageModel:
         optim=AdamWConfig(peak_lr=6e-4, warmup_fraction=0.035),
         eval=LanguageEvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
-        model=DecoderConfig(num_layers=12, hidden_size=768, num_heads=12),
+        model=DecoderConfig(num_layers=12, hidden_size=768, num_heads=12, compile="auto"),
         data=StreamConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=1024),
     )
 
@@ -117,7 +117,9 @@ def lm_1b() -> LanguageModel:
         optim=AdamWConfig(peak_lr=3e-4, warmup_fraction=0.04),
         eval=LanguageEvalConfig(every=1000),
         checkpoint=CheckpointConfig(every=1000),
-        model=DecoderConfig(num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192),
+        model=DecoderConfig(
+            num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192, compile="auto"
+        ),
         data=StreamConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
     )
 
@@ -136,6 +138,7 @@ def lm_3b() -> LanguageModel:
             num_kv_heads=8,
             intermediate_size=8192,
             checkpoint_blocks=True,
+            compile="auto",
         ),
         data=StreamConfig(tokenizer="bpe", vocab_size=50_304, sequence_length=2048),
     )

@@ -18,7 +18,7 @@ from hvdtrain.settings.units import parse_duration
 # Schedules that multiply the rate now and then.
 _FALLING = ("step", "multistep", "plateau")
 
-Precision = Literal["auto", "fp32", "bf16", "fp16", "bf16-true", "fp64"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "bf16-true", "fp64", "tf32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,11 @@ class TrainConfig(Section):
     """Seed of the initial weights, the order of the samples and every other random number."""
     precision: Precision = "fp32"
     """fp32, bf16 or fp16 (both by autocast; fp16 with a loss scaler), bf16-true (the weights too), fp64 for proofs.
+    tf32: fp32 whose products round their factors to 11 bits, on NVIDIA GPUs since the A100; fp32 never does that.
     auto: bf16 where the devices of all ranks are fast in it (avx512_bf16, AMX, GPUs that have it), else fp32."""
+    deterministic: bool = setting(False, changeable=True)
+    """Two runs alike on GPUs, too, bit by bit: torch, cuBLAS and NCCL take algorithms that repeat, which are slower;
+    what has none ends the run by its name. On CPUs runs repeat without it."""
     max_grad_norm: float | None = setting(1.0, above=0)
     """Clip the global gradient's Euclidean norm to this. None: no clipping."""
     ema: float | None = setting(None, minimum=0, below=1)
@@ -244,8 +248,9 @@ class ModelConfig(Section):
 
     sync_batch_norm: bool = setting(False, several_ranks=True)
     """Batch normalisation over the samples of all ranks instead of each rank's own."""
-    compile: Literal["none", "model", "blocks"] = setting("none", changeable=True)
-    """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier."""
+    compile: Literal["none", "auto", "model", "blocks"] = setting("none", changeable=True)
+    """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier.
+    auto: the blocks, on GPUs since the A100 where Triton and a C compiler are there; nothing elsewhere."""
     linear: Literal["auto", "torch", "onednn"] = setting("auto", changeable=True)
     """Library of linear layers' fp32 products on CPUs. auto: oneDNN on CPUs with AVX-512 that are not Intel's, where it
     is faster, else torch's own choice."""

@@ -1,7 +1,11 @@
 """How much memory a run needs on each rank, and what it sends: found out without allocating any of it.
 
-Model, optimizer and one micro-batch are run on fake tensors (torch's `FakeTensorMode`): shapes and types are real,
-storage there is none. What autograd keeps for the backward pass is counted by its own hooks.
+Model, optimizer and one micro-batch, forward and backward, are run on fake tensors (torch's `FakeTensorMode`): shapes
+and types are real, storage there is none. What lives at the end of the forward pass is what the backward pass needs;
+what lives at most, such as a loss's logits on the way, is the peak.
+
+What CUDA and NCCL take is not part of it: that has been taken by the time when the free memory is asked for
+(`world/first_contact.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.readers import read_samples
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.private_torch import FakeTensorMode
+from hvdtrain.models.private_torch import FakeTensorMode, LiveBytes
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.table import own_class
@@ -53,6 +56,13 @@ class Memory:
     activations: int | None
     """What one micro-batch keeps for its backward pass; None: the model cannot be run on fake tensors."""
     micro_batch_size: int
+    transients: int = 0
+    """What comes and goes while a micro-batch is computed, at the most: of the loss, and of backward."""
+
+    @property
+    def of_micro_batch(self) -> int | None:
+        """Return what grows with the micro-batch."""
+        return None if self.activations is None else self.activations + self.transients
 
     @property
     def fixed(self) -> int:
@@ -62,12 +72,13 @@ class Memory:
     @property
     def total(self) -> int:
         """Return all that is known."""
-        return self.fixed + (self.activations or 0)
+        return self.fixed + (self.of_micro_batch or 0)
 
     def __str__(self) -> str:
         parts = [("weights", self.weights), ("gradients", self.gradients), ("optimizer", self.optimizer)]
         known = [f"{name} {in_units(value)}" for name, value in parts]
         known.append("activations unknown" if self.activations is None else f"activations {in_units(self.activations)}")
+        known += [f"on the way {in_units(self.transients)}"] if self.transients else []
         return f"{in_units(self.total)} a rank: {', '.join(known)}"
 
 
@@ -103,12 +114,13 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
             parameter.requires_grad_(True)
         prepare_blocks(model, _plain(job.config).model)
         weights = _bytes([*model.parameters(), *model.buffers()])
-    activations = _activations(job, model, mode)
+    activations, peak = _traced(job, model, mode)
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
+    transients = max(0, peak - (activations or 0) - gradients)
     if job.world.size > 1:
         gradients += wire_bytes(job, all_trained)
     kept = _optimizer_bytes(job, model) + _component_bytes(job, model, mode)
-    return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size)
+    return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients)
 
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
@@ -132,13 +144,13 @@ def check_fits(job: Job, memory: Memory) -> None:
         return
     ways = []
     fixed = memory.fixed
-    if memory.activations is not None and fixed * (1 + RESERVE) < free:
-        room = int((free / (1 + RESERVE) - fixed) // (memory.activations / memory.micro_batch_size))
+    if memory.of_micro_batch is not None and fixed * (1 + RESERVE) < free:
+        room = int((free / (1 + RESERVE) - fixed) // (memory.of_micro_batch / memory.micro_batch_size))
         if room >= 1:
             ways.append(f"--train.micro-batch-size {room} or fewer (the rest by accumulation)")
     if not job.config.model.checkpoint_blocks:
         ways.append("--model.checkpoint-blocks")
-    if job.config.train.precision in ("fp32", "fp64"):
+    if job.config.train.precision in ("fp32", "tf32", "fp64"):
         ways.append("--train.precision bf16")
     if job.config.train.precision != "bf16-true":
         ways.append("--train.precision bf16-true")
@@ -199,33 +211,32 @@ def _component_bytes(job: Job, model: nn.Module, mode: FakeTensorMode) -> int:
     return _bytes([t for state in states for t in nested_tensors(state).values() if t.numel() > _SMALL])
 
 
-def _activations(job: Job, model: nn.Module, mode: FakeTensorMode) -> int | None:
-    # Held, so that none takes the place of another that is gone.
-    own = {tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())}
-    kept: set[torch.UntypedStorage] = set()
+def _traced(job: Job, model: nn.Module, mode: FakeTensorMode) -> tuple[int | None, int]:
+    """Return the bytes that a micro-batch keeps for its backward pass, None where nobody can tell, and the peak.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage not in own:
-            kept.add(storage)
-        return tensor
-
+    The peak is of all that lives in both passes but weights and inputs: gradients are part of it.
+    """
     samples = job.order.global_batch(0)[: job.plan.micro_batch_size]
-    try:
+    live = LiveBytes()
+    activations = None
+    with contextlib.suppress(Exception):  # whatever a user's model does that a fake tensor cannot
         batch = map_tensors(mode.from_tensor, read_samples(job.task.train_data, samples))
-        with mode, saved_tensors_hooks(note, lambda tensor: tensor):
+        with mode, live:
             sums = forward_batch(job, model, batch)
-        del sums
-    except Exception:  # whatever a user's model does that a fake tensor cannot
-        return None
-    return sum(storage.nbytes() for storage in kept)
+            activations = live.now
+            sums["loss"].sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return activations, live.peak if activations is not None else 0
 
 
 def available(job: Job) -> tuple[int | None, str]:
     """Return the bytes that one rank may take, and where; None where nobody knows."""
     device = job.world.device
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], "are free on the GPU"
+        # What torch keeps for itself, of a model that was tried out before, is free for it.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept, "are free on the GPU"
     limits = []
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())

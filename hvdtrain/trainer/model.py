@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -13,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.linear import takes_onednn, use_onednn
-from hvdtrain.models.private_torch import apply_to_tensors, is_saved_buffer
+from hvdtrain.models.private_torch import apply_to_tensors, compile_in_place, is_saved_buffer
 from hvdtrain.settings import Config, ModelConfig, Precision
+from hvdtrain.trainer.compiling import blocks_of, note_compilations, what_is_compiled
 from hvdtrain.world import World, has_synchronized_layers, synchronize_batch_norm
 
 _TYPES: dict[Precision, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
@@ -41,6 +43,9 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
         use_onednn(model)
     elif settings.linear == "onednn":
         raise ConfigError("--model.linear onednn has no effect: it is for CPUs, and for a torch that has oneDNN")
+    settings = dataclasses.replace(settings, compile=what_is_compiled(settings, model, world.device))
+    if settings.compile != "none":
+        note_compilations(world)
     prepare_blocks(model, settings)
     return model
 
@@ -73,14 +78,14 @@ def prepare_blocks(model: nn.Module, settings: ModelConfig) -> None:
             more: dict[str, Any] = {"context_fn": partial(_computed_again, block)} if has_contexts else {}
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **more)
     if settings.compile == "model":
-        model.compile()
+        compile_in_place(model)
     elif settings.compile == "blocks":
         for block in _blocks(model, "--model.compile blocks"):
-            block.compile()
+            compile_in_place(block)
 
 
 def _blocks(model: nn.Module, asked_by: str) -> list[nn.Module]:
-    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    blocks = blocks_of(model)
     if not blocks:
         raise ConfigError(f"{asked_by} has no effect: the model has no blocks (no nn.ModuleList)")
     return blocks

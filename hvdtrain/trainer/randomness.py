@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hvdtrain.trainer.random_functions import FUNCTIONS
@@ -124,13 +124,16 @@ class MicroBatchRandomness:
     Args:
         device: of the model.
         is_observed: find out what is drawn; slower.
+        compiled: the model, if it or a part of it is compiled: then it is taken to draw nothing until it does, since a
+            function mode would cut the first compilation to pieces, and all would be compiled anew for the second.
     """
 
-    def __init__(self, device: torch.device, is_observed: bool = False) -> None:
+    def __init__(self, device: torch.device, is_observed: bool = False, compiled: nn.Module | None = None) -> None:
         self._generators = {"torch": torch.default_generator}
         if device.type == "cuda":
             self._generators["torch on the GPU"] = torch.cuda.default_generators[device.index or 0]
-        self._is_needed: bool | None = None
+        self._is_needed: bool | None = None if compiled is None else False
+        self._compiled = compiled
         self._mode: SampleRandomness | None = None
         self.is_observed = is_observed
         self.is_by_sample = False
@@ -150,11 +153,14 @@ class MicroBatchRandomness:
         seed = _seed_of(*place, *positions[:1].tolist())
         before = self._seed(seed)
         if self._is_needed is False and not self.is_observed:
+            kept = self._kept_buffers()
             result = forward()
             if self._is_untouched(before):
                 backward(result)
                 return result
             self._seed(seed)
+            for buffer, value in kept:
+                buffer.copy_(value)
         self._mode = mode = SampleRandomness(positions, _seed_of(*place))
         mode.own_draws = self.own_draws if self.is_observed else None
         with mode:
@@ -163,6 +169,11 @@ class MicroBatchRandomness:
             self._note(mode, seed, before)
             backward(result)
         return result
+
+    def _kept_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Return a compiled model's buffers and what they hold, the first time: a pass that is repeated counts once."""
+        model, self._compiled = self._compiled, None
+        return [] if model is None else [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def apart(self, function: Callable[[A], T], argument: A) -> T:
         """Call a function within a micro-batch, and let it draw what it likes: the micro-batch draws the same after it.

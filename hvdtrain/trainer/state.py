@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
+from hvdtrain.models.compilation import is_compiled
 from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, load_model_weights, model_weights
 from hvdtrain.settings import to_dict
 from hvdtrain.trainer.component import Component, Step, nested_tensors
@@ -153,7 +154,7 @@ def start_training(job: Job) -> Training:
         optimizer=world.together(lambda: _optimizer(job, model, components), "optimizer"),
         components=components,
         strategy=job.strategy,
-        randomness=MicroBatchRandomness(world.device),
+        randomness=MicroBatchRandomness(world.device, compiled=model if is_compiled(model) else None),
         reader=Loader(
             job.task.train_data,
             job.order,

@@ -20,6 +20,9 @@ from hvdtrain.rundir.trained import Trained, open_trained
 from hvdtrain.verbs.options import GenerateOptions
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+# Tokens that are decoded at once, and how many of them are decoded again beside the ones that follow.
+_MOST_DECODED = 32
+_DECODED_AGAIN = 8
 
 
 class TokensAsText(Protocol):
@@ -179,6 +182,9 @@ def load_model(trained: Trained, shape: Shape) -> Decoder:
 class Continuation:
     """The text of one row as its tokens come: whole characters only, and nothing from a stop text on.
 
+    A token costs the same however long the text is: the last tokens alone are decoded, beside a few before them, since
+    what a token looks like may depend on its neighbours.
+
     Args:
         writer: turns tokens into text.
         stop: texts that end it.
@@ -187,9 +193,12 @@ class Continuation:
     def __init__(self, writer: TokensAsText, stop: Sequence[str]) -> None:
         self._writer = writer
         self._stop = [text for text in stop if text]
+        self._longest = max(map(len, self._stop), default=0)
         self._tokens: list[int] = []
-        self._text = ""
-        self._taken = 0
+        self._before = 0  # so many characters of the tokens' text are in `_settled`
+        self._settled = ""  # what no later token changes, from a place that was taken before
+        self._new = ""
+        self._taken = 0  # of `_settled + _new`
         self._is_done = False
 
     def add(self, token: int) -> bool:
@@ -198,15 +207,16 @@ class Continuation:
             self._is_done = True
             return True
         self._tokens.append(token)
-        self._text = self._writer.decode(self._tokens)
-        found = [place for text in self._stop if (place := self._text.find(text)) >= 0]
-        if found:
-            self._text, self._is_done = self._text[: min(found)], True
-        return bool(found)
+        self._new = self._writer.decode(self._tokens)[self._before :]
+        if self._longest and self._ends_at_stop():
+            self._is_done = True
+        elif len(self._tokens) >= _MOST_DECODED and not self._new.endswith(_UNFINISHED):
+            self._settle()
+        return self._is_done
 
     def take(self) -> str:
         """Return what is new, but for the beginning of a character or of a stop text."""
-        whole = self._text
+        whole = self._settled + self._new
         if not self._is_done:
             whole = whole.rstrip(_UNFINISHED)
             held = [n for text in self._stop for n in range(1, len(text)) if whole.endswith(text[:n])]
@@ -219,6 +229,22 @@ class Continuation:
         """Return all that was not taken yet."""
         self._is_done = True
         return self.take()
+
+    def _ends_at_stop(self) -> bool:
+        """Return whether there is a stop text now, and cut the text there: it ends in what is new."""
+        start = max(0, len(self._settled) - self._longest)
+        recent = self._settled[start:] + self._new
+        found = [place for text in self._stop if (place := recent.find(text)) >= 0]
+        if found:
+            self._settled, self._new = (self._settled + self._new)[: start + min(found)], ""
+        return bool(found)
+
+    def _settle(self) -> None:
+        """Forget the tokens but for a few, and the text that was taken."""
+        whole = self._settled + self._new
+        self._settled, self._new, self._taken = whole[self._taken :], "", 0
+        del self._tokens[:-_DECODED_AGAIN]
+        self._before = len(self._writer.decode(self._tokens))
 
 
 def _standard_input() -> str:

@@ -13,6 +13,7 @@ from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.schedule import describe_schedule
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
+from hvdtrain.trainer.compiling import what_is_compiled
 from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.without_effect import without_effect
 
@@ -27,6 +28,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
         f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
+        f"{', deterministic' if config.train.deterministic else ''}{_compiled(job)}"
         f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
         *([choice] if choice else []),
         *(f"{line}" for line in task.description.splitlines()),
@@ -79,6 +81,11 @@ def details(job: Job, memory: Memory | None) -> str:
 
 def _num_trained(job: Job) -> int:
     return sum(parameter.numel() for parameter in job.task.model.parameters() if parameter.requires_grad)
+
+
+def _compiled(job: Job) -> str:
+    what = what_is_compiled(job.config.model, job.task.model, job.world.device)
+    return {"none": "", "model": ", compiled", "blocks": ", compiled blocks"}[what]
 
 
 def _count(number: int, noun: str) -> str:

@@ -57,7 +57,10 @@ class SyncBatchNorm(BatchNorm):
         x = input if input.dtype == torch.float64 else input.float()
         mean, variance, count = _Moments.apply(x, self._world, self._name)  # type: ignore[no-untyped-call]
         if self.training and self.running_mean is not None:
-            self._track(mean.detach(), variance.detach(), float(count))
+            if input.is_cuda:
+                self._track_unseen(mean.detach(), variance.detach(), count)
+            else:
+                self._track(mean.detach(), variance.detach(), float(count))
         shape = (1, -1, *[1] * (input.dim() - 2))
         normal = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         if self.weight is not None:
@@ -78,6 +81,21 @@ class SyncBatchNorm(BatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
 
+    @torch.no_grad()
+    def _track_unseen(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Do the same without a look at the count, for which a GPU would have to be waited for in each layer."""
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        is_counted = count > 0
+        self.num_batches_tracked.add_(is_counted)
+        share = 1 / self.num_batches_tracked.clamp(min=1).double() if self.momentum is None else self.momentum
+        share = share * is_counted.double()
+        unbiased = variance.double() * (count / (count - 1).clamp(min=1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            known = torch.where(is_counted, new.to(running.dtype), running)  # of no samples it is no number
+            running.lerp_(known, share.to(running.dtype))
+
 
 class _Moments(torch.autograd.Function):
     """Mean, biased variance `(C,)` and count over the samples of all ranks; the gradient passes through all of them."""
@@ -87,9 +105,7 @@ class _Moments(torch.autograd.Function):
         ctx.world, ctx.name = world, name
         dims = [0, *range(2, input.dim())]
         number = input.numel() // input.shape[1]
-        # fp64: the second moment loses what the mean is large in.
-        values = input.detach().double()
-        local = torch.cat((values.sum(dims), values.square().sum(dims), values.new_tensor([float(number)])))
+        local = _sums_of_moments(input, dims, number) if input.is_cuda else _sums_in_fp64(input, dims, number)
         total, squares, count = _split(world.all_reduce(local, "sum", f"{name}.forward"))
         mean = total / count
         variance = (squares / count - mean.square()).clamp_min(0)
@@ -104,9 +120,32 @@ class _Moments(torch.autograd.Function):
         local = torch.cat((d_mean.double(), d_variance.double()))
         d_mean, d_variance = ctx.world.all_reduce(local, "sum", f"{ctx.name}.backward").chunk(2)
         shape = (1, -1, *[1] * (input.dim() - 2))
+        if input.is_cuda:  # whose fp64 is slow: what is large is passed over as it is
+            slope, offset = 2 * d_variance / count, d_mean / count
+            centred = input - mean.to(input.dtype).view(shape)
+            return centred * slope.to(input.dtype).view(shape) + offset.to(input.dtype).view(shape), None, None
         centred = input.double() - mean.view(shape)
         gradient = (d_mean.view(shape) + 2 * d_variance.view(shape) * centred) / count
         return gradient.to(input.dtype), None, None
+
+
+def _sums_in_fp64(input: Tensor, dims: list[int], number: int) -> Tensor:
+    """Return sums and sums of squares, `(C,)` each, and the number.
+
+    In fp64: the second moment loses what the mean is large in.
+    """
+    values = input.detach().double()
+    return torch.cat((values.sum(dims), values.square().sum(dims), values.new_tensor([float(number)])))
+
+
+def _sums_of_moments(input: Tensor, dims: list[int], number: int) -> Tensor:
+    """Return the same of mean and variance, which torch finds together, in the type of the input, without that loss."""
+    total = torch.full((1,), float(number), dtype=torch.float64, device=input.device)
+    if number == 0:
+        return torch.cat((total.new_zeros(2 * input.shape[1]), total))
+    variance, mean = torch.var_mean(input.detach(), dims, correction=0)
+    mean = mean.double()
+    return torch.cat((mean * number, (variance.double() + mean.square()) * number, total))
 
 
 def _split(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import holders_of, is_held_by_others, version_of
 from hvdtrain.world.codec import Codec
+from hvdtrain.world.filling import fill, real
 from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Bucket:
 
     def _allocate(self) -> None:
         """Make the buffer, and views of its parts."""
-        shapes = [_real(parameter.detach()).shape for parameter in self.parameters]
+        shapes = [real(parameter.detach()).shape for parameter in self.parameters]
         counts = [shape.numel() for shape in shapes]
         lengths = [*counts, len(counts), int(self._has_square)]
         dtype = self._codec.buffer_type(self._forms[0][0].to_real())
@@ -134,19 +135,7 @@ class Bucket:
         """Put the gradients on the wire. Each rank divides its part first: the other way round, fp16 overflows."""
         size = self._world.size
         self._leave_to_holders()
-        self._users.fill_(1 / size)
-        for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
-            if parameter.grad is None:
-                view.zero_()
-                self._users[i] = 0
-                continue
-            gradient = _real(parameter.grad.detach())
-            if gradient.is_sparse:
-                view.copy_(gradient.to_dense()).div_(size)
-            elif gradient.dtype == torch.bfloat16:  # divided as fp32
-                view.copy_(gradient).div_(size)
-            else:
-                torch.div(gradient, size, out=view)
+        fill(self._views, self._users, [parameter.grad for parameter in self.parameters], size)
         if self.question is not None:
             self.question.write(self._users)
         if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean
@@ -212,7 +201,7 @@ class AdasumTensor(Bucket):
             view.zero_()
         else:
             gradient = parameter.grad.detach()
-            view.copy_(_real(gradient.to_dense() if gradient.is_sparse else gradient))
+            view.copy_(real(gradient.to_dense() if gradient.is_sparse else gradient))
         users = self._world.start_all_reduce_(self._users, "sum", f"{self.prefix}.{self.name}.users")
         self._waits = [
             (self._users, users),
@@ -276,8 +265,3 @@ def _can_be_replaced(parameter: nn.Parameter) -> bool:
 
 def _has_form(parameter: nn.Parameter, form: tuple[torch.dtype, torch.device, torch.Size]) -> bool:
     return form_of(parameter) == form
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Return the tensor, a complex one as pairs of real numbers, `(..., 2)`."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -13,6 +13,7 @@ from hvdtrain.errors import LaunchError
 from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, prepare_process
 from hvdtrain.process.stop import end_without_launcher
+from hvdtrain.world.first_contact import contact_gpus
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.world import World
 
@@ -24,7 +25,8 @@ def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: 
     ranks that shall be able to reduce among themselves, each smaller than the world.
 
     Raises:
-        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or ranks outnumber GPUs.
+        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, ranks outnumber GPUs, or
+            NCCL does not start.
     """
     world = connect(groups)
     if not world.launch.is_parallel:
@@ -34,6 +36,8 @@ def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: 
     world.device = world.together(lambda: pick_device(gpus, world.local_rank), "device")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+        if world.size > 1:
+            contact_gpus(world)
     return world
 
 
@@ -117,24 +121,46 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
 
 
-def pick_device(gpus_of_ranks: list[tuple[str, ...]], local_rank: int) -> torch.device:
+def pick_device(gpus_of_ranks: Sequence[tuple[str, ...]], local_rank: int) -> torch.device:
     """Return the device of rank `local_rank` of a host, given the GPUs that each of the host's ranks sees.
 
-    Ranks that see the same GPUs take one each by local rank; where each sees a GPU of its own (as under
-    `srun --gpus-per-task=1`) it is that one.
+    Each rank is given a GPU of its own, told apart by their identities: what a rank calls its first GPU may be another
+    one's second. A rank takes the first that it sees and nobody before it has taken; where one would go without, those
+    before it give way.
 
     Raises:
         LaunchError: two ranks would share a GPU, or only some ranks see one.
     """
     if not any(gpus_of_ranks):
         return torch.device("cpu")
-    each_its_own = all(len(gpus) == 1 for gpus in gpus_of_ranks) and len(set(gpus_of_ranks)) == len(gpus_of_ranks)
-    if each_its_own:
-        return torch.device("cuda", 0)
-    fewest = min(len(gpus) for gpus in gpus_of_ranks)
-    if fewest < len(gpus_of_ranks):
-        raise LaunchError(
-            f"{len(gpus_of_ranks)} ranks on host {socket.gethostname()}, but a rank there sees {fewest} GPUs: start one"
-            " rank per GPU, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
-        )
-    return torch.device("cuda", local_rank)
+    owners: dict[str, int] = {}
+    for rank in range(len(gpus_of_ranks)):
+        if not _finds_gpu(rank, gpus_of_ranks, owners, set()):
+            raise LaunchError(_too_few_gpus(gpus_of_ranks))
+    mine = next(gpu for gpu, rank in owners.items() if rank == local_rank)
+    return torch.device("cuda", gpus_of_ranks[local_rank].index(mine))
+
+
+def _finds_gpu(rank: int, seen: Sequence[tuple[str, ...]], owners: dict[str, int], asked: set[str]) -> bool:
+    """Give a rank a GPU, if need be one whose owner finds another (an augmenting path); returns whether it has one."""
+    free = [gpu for gpu in seen[rank] if gpu not in owners]
+    if free:
+        owners[free[0]] = rank
+        return True
+    for gpu in seen[rank]:
+        if gpu not in asked:
+            asked.add(gpu)
+            if _finds_gpu(owners[gpu], seen, owners, asked):
+                owners[gpu] = rank
+                return True
+    return False
+
+
+def _too_few_gpus(gpus_of_ranks: Sequence[tuple[str, ...]]) -> str:
+    fewest = min(map(len, gpus_of_ranks))
+    distinct = len({gpu for gpus in gpus_of_ranks for gpu in gpus})
+    what = f"a rank there sees {fewest} GPUs" if fewest < len(gpus_of_ranks) else ""
+    return (
+        f"{len(gpus_of_ranks)} ranks on host {socket.gethostname()}, but {what and what + ', and '}together they see"
+        f" {distinct} different ones: start one rank per GPU, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+    )

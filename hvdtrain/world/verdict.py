@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from hvdtrain.process.progress import Place
 
-# What a healthy rank may do for longer than a step without a sign of progress: write or read a large checkpoint, and
-# wait for files or the network before the first step and after the last one. Work there counts as progress, see
-# `process/busy.py`.
-_PATIENCE = {"saving": 6.0, "resume": 6.0, "start": 3.0, "end": 3.0}
+# What a healthy rank may do for longer than a step without a sign of progress: write or read a large checkpoint,
+# compile a whole model, and wait for files or the network before the first step and after the last one. Work there
+# counts as progress, see `process/busy.py`.
+_PATIENCE = {"saving": 6.0, "resume": 6.0, "compilation": 6.0, "start": 3.0, "end": 3.0}
 _MOST_SHOWN = 8
 
 

@@ -14,6 +14,7 @@ from hvdtrain.process.stop import StoppedEarly, leaving_by
 from hvdtrain.process.tracebacks import place_of, sentence_of, stack_of
 from hvdtrain.settings import Config, to_dict
 from hvdtrain.world.heartbeat import Heartbeat
+from hvdtrain.world.numerics import fp32_products, repeatable
 from hvdtrain.world.start import init
 from hvdtrain.world.world import World
 
@@ -43,11 +44,21 @@ def watched(
         SystemExit: with `leaves`, on all ranks alike, with the exit code of what rank 0 has printed.
         HvdtrainError: without, on all ranks alike.
     """
+    with repeatable(config.train.deterministic):
+        return _watched(config, work, groups, leaves)
+
+
+def _watched(
+    config: Config,
+    work: Callable[[World, Heartbeat, list[int]], T],
+    groups: Callable[[Launch], Sequence[tuple[int, ...]]],
+    leaves: bool,
+) -> T:
     world = init(groups)
     heartbeat = Heartbeat(world, config.health.stall_limit_s)
     unwatched = heartbeat.start()
     try:
-        with leaving_by(heartbeat.fail):
+        with leaving_by(heartbeat.fail), fp32_products(config.train.precision, world.device):
             _check_same_settings(config, world)
             result = work(world, heartbeat, unwatched)
     except (Exception, KeyboardInterrupt, SystemExit) as error:

@@ -1,9 +1,11 @@
 """Gradient buckets: a pure function of the parameters."""
 
+import pytest
 import torch
 from torch.nn import Parameter
 
 from hvdtrain.world import buckets
+from hvdtrain.world.filling import fill_at_once, fill_one_by_one
 
 
 def test_buckets_cover_every_parameter_once_in_reverse(monkeypatch):
@@ -17,3 +19,23 @@ def test_types_do_not_mix():
     parameters = [Parameter(torch.zeros(2)), Parameter(torch.zeros(2).double()), Parameter(torch.zeros(2))]
     assert [len(bucket) for bucket in buckets.in_buckets(parameters, 400)] == [1, 1, 1]
     assert buckets.in_buckets([], 400) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype):
+    """Bit by bit: gradients that are missing, not contiguous, or lie in the buffer already."""
+    shapes = [(3, 4), (5,), (2, 3)]
+    in_buffer = torch.float32 if dtype == torch.bfloat16 else dtype.to_real()
+    filled = []
+    for fill in (fill_one_by_one, fill_at_once):
+        generator = torch.Generator().manual_seed(1)
+        numbers = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+        wide = (2,) if dtype.is_complex else ()
+        views = [torch.full((*shape, *wide), 9.0, dtype=in_buffer) for shape in shapes]
+        fill(views, [numbers[0].t().contiguous().t(), None, numbers[2]], 3)
+        filled.append([view.clone() for view in views])
+        fill(views, [torch.view_as_complex(view) if wide else view for view in views], 3)
+        filled[-1] += views
+    assert all(torch.equal(a, b) for a, b in zip(*filled, strict=True))
+    assert filled[0][1].count_nonzero() == 0
+    assert filled[0][0].count_nonzero() > 0

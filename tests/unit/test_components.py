@@ -1,6 +1,7 @@
 """Components: their state goes through a checkpoint, on any number of ranks; the average of weights is torch's."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,20 @@ SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
 
 def list_checkpoints(run_dir):
     return list(RunDirectory(run_dir).checkpoints.by_step().values())
+
+
+class AskedLater(SoloWorld):
+    """One process on what cannot be looked at without waiting, as a GPU, that counts what it starts."""
+
+    reads_at_once = False
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"), Launch("none"))
+        self.started = []
+
+    def start_all_reduce(self, tensor, op, name):
+        self.started.append(name)
+        return super().start_all_reduce(tensor, op, name)
 
 
 class StoppedError(Exception):
@@ -297,3 +312,15 @@ def test_a_type_that_a_checkpoint_cannot_hold_is_refused_at_the_start(tmp_path):
     sparse.task.model.register_buffer("graph", torch.eye(3).to_sparse())
     with pytest.raises(ConfigError, match=r"graph is of the type torch\.sparse_coo"):
         fit(sparse)
+
+
+def test_ranks_on_gpus_agree_on_a_stop_every_few_batches(tmp_path):
+    job = job_of(tmp_path)
+    data = job.task.train_data
+    job = dataclasses.replace(job, world=AskedLater(), task=dataclasses.replace(job.task, val_data=data))
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, eval=EvalConfig(batch_size=1)))
+    training = start_training(job)
+    assert evaluate(job, training)
+    asked = [name for name in job.world.started if name.endswith(".stop")]
+    assert len(asked) == 2  # of 22 batches
+    assert evaluate(job, training, SimpleNamespace(reason="a signal")) == {}

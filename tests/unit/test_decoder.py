@@ -14,7 +14,7 @@ from torch import Tensor
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.config import DecoderConfig
-from hvdtrain.models.decoder import Decoder, rotary_tables
+from hvdtrain.models.decoder import Decoder, one_a_query_head, rotary_tables
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
 from hvdtrain.recipes import load_recipe
@@ -133,6 +133,14 @@ def test_gradients_of_norm_and_rotation() -> None:
     assert torch.autograd.gradcheck(
         lambda x, w: torch.func.functional_call(ours, {"weight": w}, (x,)), [x, ours.weight]
     )
+
+
+def test_keys_and_values_of_a_group_are_those_of_each_of_its_heads() -> None:
+    """What is done on GPUs where there is a mask."""
+    q, k, v = (torch.randn(2, heads, 5, 4, dtype=torch.float64) for heads in (6, 2, 2))
+    seen = torch.ones(5, 5, dtype=torch.bool).tril()
+    grouped = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    torch.testing.assert_close(F.scaled_dot_product_attention(q, *one_a_query_head(k, v, 6), seen), grouped)
 
 
 def test_grouped_heads_equal_repeated_ones() -> None:

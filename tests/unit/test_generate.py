@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import random
+import re
 
 import pytest
 import torch
 from hugging import import_transformers
 
-from hvdtrain.data.text.tokenizer import ByteTokenizer, load_bpe, train_bpe, write_tokenizer
+from hvdtrain.data.text.tokenizer import BpeTokenizer, ByteTokenizer, load_bpe, train_bpe, write_tokenizer
 from hvdtrain.errors import DataError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
@@ -66,6 +68,54 @@ def test_a_stop_text_ends_it_and_is_not_shown():
 def test_the_end_of_the_text_ends_it():
     shown, rest = stream("abc", end=True)
     assert "".join(shown) + rest == "abc"
+
+
+def metaspace():
+    """A tokenizer whose text depends on what came before: it drops the space at the beginning."""
+    library = pytest.importorskip("tokenizers")
+    words = ["<|endoftext|>", *(f"\u2581{word}" for word in ("a", "man", "it")), "s", "ing", "."]
+    inner = library.Tokenizer(library.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="."))
+    inner.decoder = library.decoders.Metaspace()
+    return BpeTokenizer(inner, "words")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "metaspace"])
+def test_text_that_comes_is_the_text_of_all_tokens(kind):
+    """Also of bytes that are no characters, and a stop text that comes late is found."""
+    tokenizer = {"bytes": ByteTokenizer, "bpe": lambda: train_bpe(iter([TEXT] * 3), 290), "metaspace": metaspace}[
+        kind
+    ]()
+    tokenizer.end = tokenizer.eot
+    source = random.Random(1)
+    for _ in range(20):
+        tokens = [token for _ in range(400) if (token := source.randrange(tokenizer.vocab_size)) != tokenizer.eot]
+        text = tokenizer.decode(tokens)
+        stop = re.search("[^\N{REPLACEMENT CHARACTER}]{2}", text[250:]).group()
+        for stops, expected in (([], text), ([stop], text[: text.index(stop)])):
+            taken, kept = Continuation(tokenizer, stops), Continuation(tokenizer, stops)
+            shown = ""
+            for token in tokens:
+                is_done = taken.add(token)
+                assert kept.add(token) == is_done
+                shown += taken.take()
+                if is_done:
+                    break
+            assert shown + taken.finish() == kept.finish() == expected
+
+
+def test_a_token_costs_the_same_however_long_the_text_is():
+    counts = []
+
+    class Counting(Bytes):
+        def decode(self, tokens):
+            counts.append(len(tokens))
+            return super().decode(tokens)
+
+    continuation = Continuation(Counting(), ["never there"])
+    for token in (TEXT * 50).encode():
+        continuation.add(token)
+        continuation.take()
+    assert max(counts) < 40
 
 
 def test_bytes_are_a_bpe_without_merges(tmp_path):

@@ -92,6 +92,27 @@ def test_one_gpu_a_rank():
         pick_device([both, ()], 0)
 
 
+@pytest.mark.parametrize(
+    ("seen", "taken"),
+    [
+        ([("a", "b"), ("b", "a")], ["a", "b"]),  # what one calls its second is the other's first
+        ([("b", "a"), ("a", "b")], ["b", "a"]),
+        ([("a", "b"), ("c", "d")], ["a", "c"]),  # two of its own each
+        ([("a", "b"), ("a",)], ["b", "a"]),  # the first gives way
+        ([("a", "b", "c"), ("a", "b"), ("a",)], ["c", "b", "a"]),
+        ([("a", "b", "c", "d")] * 3, ["a", "b", "c"]),
+    ],
+)
+def test_gpus_are_told_apart_by_their_identities(seen, taken):
+    devices = [pick_device(seen, rank) for rank in range(len(seen))]
+    assert [gpus[device.index] for gpus, device in zip(seen, devices, strict=True)] == taken
+
+
+def test_as_many_names_as_ranks_are_no_help_if_they_are_one_gpu():
+    with pytest.raises(LaunchError, match=r"3 ranks.*together they see 2 different ones"):
+        pick_device([("a", "b"), ("b", "a"), ("a", "b")], 0)
+
+
 def test_solo_world_needs_no_horovod():
     world = SoloWorld(torch.device("cpu"), Launch("none"))
     layer = torch.nn.Linear(2, 1)

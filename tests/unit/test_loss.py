@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hvdtrain.models import loss as models_loss
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.loss import IGNORE_INDEX, chunked_loss
+from hvdtrain.models.loss import IGNORE_INDEX, chunked_loss, fusable_terms, terms
 
 V, C = 1000, 16
 
@@ -54,6 +56,54 @@ def test_autocast(dtype):
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), exact, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).abs().max() < 0.02 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_fused_on_gpus_is_the_same(dtype, scale):
+    """To the last bits of the logits' type; compiled into one piece."""
+    hidden, weight, targets = example()
+    logits, wanted = F.linear(hidden, weight).detach().flatten(0, 1).to(dtype), targets.flatten()
+    loss, gradient = terms(logits.clone(), wanted, torch.float32, scale)
+    compiled = torch.compile(fusable_terms, backend="eager", fullgraph=True)
+    for way in (fusable_terms, compiled):
+        own_loss, own_gradient = way(logits, wanted, torch.float32, scale)
+        torch.testing.assert_close(own_loss, loss, rtol=1e-6, atol=0)
+        if scale is None:
+            assert own_gradient is gradient is None
+        else:
+            assert own_gradient.dtype == dtype
+            torch.testing.assert_close(own_gradient, gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    torch._dynamo.reset()
+
+
+def test_kernels_that_cannot_be_compiled_are_said_once_and_done_without(monkeypatch, caplog):
+    def broken(*arguments, **more):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(models_loss._Fused, "compiled", broken)
+    monkeypatch.setattr(models_loss._Fused, "has_failed", False)
+    monkeypatch.setattr(models_loss, "can_compile_for", lambda device: True)
+    hidden, weight, targets = example()
+    loss = chunked_loss(hidden, weight, targets, 4)
+    assert (loss - plain(hidden, weight, targets)).abs() <= 1e-6 * loss
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+    assert "no C compiler" in caplog.text
+
+
+def test_a_weight_is_cast_once(monkeypatch):
+    hidden, weight, targets = example()
+    casts = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape == weight.shape:
+                casts.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        chunked_loss(hidden, weight, targets, 2)
+    assert casts == [torch.float32]
 
 
 def test_without_gradients_none_is_computed():

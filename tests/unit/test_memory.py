@@ -12,6 +12,7 @@ from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.private_torch import LiveBytes
 from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.optim.table import build_optimizer
 from hvdtrain.process.launch import Launch
@@ -21,7 +22,7 @@ from hvdtrain.settings import CommConfig, Config, HealthConfig, ModelConfig, Opt
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Task, settle
 from hvdtrain.trainer.memory import Memory, check_fits, estimate, wire_bytes, without_storage
-from hvdtrain.trainer.model import own_type
+from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.step import forward_sums
 from hvdtrain.world import SoloWorld
 
@@ -64,6 +65,53 @@ def test_what_is_estimated_is_what_is_taken(precision):
     weights = sum(p.nbytes for p in model.parameters())
     assert (memory.weights, memory.gradients) == (weights, weights)
     assert memory.activations == pytest.approx(kept_for_backward(job), rel=0.01)
+
+
+def test_live_bytes_are_those_at_once():
+    before = torch.empty(10)
+    with LiveBytes() as live:
+        whole = torch.empty(1000)
+        part = whole[:5]
+        del whole
+        assert live.now == 4000  # the part keeps it
+        del part
+        other = before + 1
+        before.add_(1)
+        assert (live.now, live.peak) == (40, 4000)
+    del other
+    assert live.now == 0
+
+
+def really_at_most(job):
+    """Return the most that real tensors of both passes take, weights and inputs aside."""
+    live = LiveBytes()
+    with live:
+        sums = forward_sums(job, job.task.model, torch.arange(job.plan.micro_batch_size))
+        sums["loss"].backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+def test_the_peak_is_that_of_real_tensors(checkpoint_blocks):
+    """Where the loss is the largest part, and one that does not last."""
+    decoder = dataclasses.replace(DECODER, loss_chunk=16)
+    job = job_of(Decoder(decoder, 20_000, seed=0), model=ModelConfig(checkpoint_blocks=checkpoint_blocks))
+    memory = estimate(job)
+    assert memory.transients > 0
+    prepare_blocks(job.task.model, job.config.model)
+    assert memory.activations + memory.transients + memory.gradients == pytest.approx(really_at_most(job), rel=0.02)
+
+
+def test_a_large_vocabulary_shows_in_the_peak():
+    """Logits that come and go are no activations that are kept."""
+    whole, chunks = (
+        estimate(job_of(Decoder(dataclasses.replace(DECODER, loss_chunk=chunk), 20_000, seed=0))) for chunk in (None, 4)
+    )
+    logits = 4 * 8 * 20_000 * 4  # samples, tokens, vocabulary, bytes
+    assert whole.activations > logits  # kept, as they all fit
+    assert chunks.activations - chunks.gradients < logits  # the loss computes the weight's gradient ahead
+    assert chunks.transients > 4 * 20_000 * 4
+    assert "on the way" in str(chunks)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DivergedError
+from hvdtrain.models import one_token
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.sampling import Sampling, sample
+from hvdtrain.models.sampling import Sampling, draw, sample
 
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
@@ -27,7 +29,7 @@ class Fixed(nn.Module):
         self.seen: list[list[int]] = []
         self.modes: set[tuple[bool, bool]] = set()
 
-    def new_cache(self, padding: Tensor, max_length: int) -> list[int]:
+    def new_cache(self, padding: Tensor, max_length: int, reuse: object = None) -> list[int]:
         return []
 
     def forward(self, tokens: Tensor, cache: list[int]) -> Tensor:
@@ -100,7 +102,7 @@ def test_training_mode_and_gradients_are_off_only_meanwhile(training: bool) -> N
     assert model.modes == {(False, False)}
     assert model.training is training
     model.logits.data = model.logits.data * float("nan")
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DivergedError, match="logits are not finite"):
         continue_one(model, [0], 2)
     assert model.training is training
 
@@ -140,6 +142,98 @@ def test_logits_with_a_cache_are_those_of_one_pass() -> None:
     cache = model.new_cache(torch.tensor([0]), 8)
     parts = [model(tokens[:, :3], cache=cache), model(tokens[:, 3:4], cache=cache), model(tokens[:, 4:], cache=cache)]
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
+
+
+SHAPES = {
+    "one head": {"num_heads": 1},
+    "grouped": {"num_heads": 4, "num_kv_heads": 2, "norm_eps": 0.3},
+    "one key head, untied": {"num_heads": 4, "num_kv_heads": 1, "tie_embeddings": False},
+    "wide": {"num_heads": 4, "intermediate_size": 80, "rope_theta": 50.0},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_read_one_by_one_have_the_logits_of_one_pass(shape: str) -> None:
+    """Rows of unequal length, over several rooms of the cache, with longer parts in between."""
+    model = Decoder(DecoderConfig(num_layers=2, hidden_size=32, **SHAPES[shape]), 20, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(20, (3, 90), generator=generator)
+    padding = torch.tensor([0, 5, 1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) / 5)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+            model.to(dtype)
+            cache = model.new_cache(padding, 90)
+            bounds = [0, 9, *range(10, 60), 65, *range(66, 91)]
+            parts = [model(tokens[:, a:b], cache=cache) for a, b in itertools.pairwise(bounds)]
+            assert cache.one_token is not None
+            for row, pad in enumerate(padding.tolist()):
+                logits = torch.cat(parts, 1)[row, pad:]
+                expected = model(tokens[row : row + 1, pad:])[0]
+                assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_a_cache_that_is_used_again_is_as_a_new_one() -> None:
+    model, tokens = decoder(), torch.arange(14).view(2, 7)
+    cache = None
+    with torch.no_grad():
+        for padding, bounds in (([0, 2], (0, 4, 5, 6)), ([1, 0], (0, 6, 7))):
+            fresh = model.new_cache(torch.tensor(padding), 9)
+            cache = model.new_cache(torch.tensor(padding), 9, cache)
+            for start, end in itertools.pairwise(bounds):
+                part = tokens[:, start:end]
+                assert torch.equal(model(part, cache=cache), model(part, cache=fresh))
+
+
+def test_greedy_tokens_are_those_of_the_plain_forward_pass() -> None:
+    model = decoder().float()
+    prompt = [3, 1, 4]
+    said = continue_one(model, prompt, 60, context_length=63, temperature=0)
+    with torch.no_grad():
+        assert said == model(torch.tensor([prompt + said]))[0, 2:-1].argmax(-1).tolist()
+    assert len(set(said)) > 3
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, "large"])
+def test_what_is_not_read_one_by_one_says_the_same(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder()
+    expected = list(sample(model, PROMPTS, 30, context_length=12, sampling=Sampling(temperature=0)))
+    if kind == "large":
+        monkeypatch.setattr(one_token, "_MOST_PACKED_BYTES", 0)
+    else:
+        model = model.to(kind)
+    with torch.no_grad():
+        cache = model.new_cache(torch.tensor([0]), 8)
+        for token in (1, 2):
+            model(torch.tensor([[token]]), cache=cache)
+    assert cache.one_token is None
+    said = list(sample(model, PROMPTS, 30, context_length=12, sampling=Sampling(temperature=0)))
+    assert said == expected if kind == "large" else len(said) == 30
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 7}, {"top_p": 0.6}, {"temperature": 3.0, "top_k": 40, "top_p": 0.9}]
+)
+def test_draws_are_those_of_torch_multinomial(settings: dict[str, Any]) -> None:
+    how = Sampling(**settings)
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2
+    ours, theirs = (torch.Generator().manual_seed(4) for _ in range(2))
+    values, tokens = logits.topk(how.top_k or 50)
+    shares = (values / how.temperature).softmax(0)
+    if how.top_p:
+        shares = shares.where(shares.cumsum(0) - shares < how.top_p, 0)
+    for _ in range(200):
+        expected = int(tokens[torch.multinomial(shares, 1, generator=theirs)])
+        assert draw(logits, how, ours) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", ["nan", "inf", "-inf"])
+def test_logits_that_are_no_numbers_are_an_error(broken: str, temperature: float) -> None:
+    logits = torch.full((5,), float(broken), dtype=torch.float64)
+    with pytest.raises(DivergedError, match="logits are not finite"):
+        draw(logits, Sampling(temperature=temperature), torch.Generator())
 
 
 def test_a_row_that_is_done_says_no_more() -> None:

@@ -19,7 +19,7 @@ from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
 from hvdtrain.data.text.sources import find_sources
 from hvdtrain.data.text.stream import prepare_text
-from hvdtrain.data.text.tokenizer import ByteTokenizer
+from hvdtrain.data.text.tokenizer import ByteTokenizer, train_bpe
 from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes import lm_task
@@ -381,20 +381,43 @@ def test_a_byte_that_is_not_utf_8_is_named_in_any_piece(tmp_path):
     assert Document("late.txt", path).digest() is None
 
 
-def test_tokens_do_not_depend_on_the_batches(tmp_path, monkeypatch):
+def test_tokens_do_not_depend_on_how_many_texts_are_read_ahead(tmp_path, monkeypatch):
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text(f"document {i} says hello\n" * (20 * i + 1))
     (tmp_path / "empty.txt").write_text("")
     told = []
     tokens = []
-    for batch, cache in ((1, "a"), (32, "b")):
-        monkeypatch.setattr("hvdtrain.data.text.tokenize._BATCH_PIECES", batch)
+    for ahead, cache in ((0, "a"), (4, "b")):
+        monkeypatch.setattr("hvdtrain.data.text.tokenizer._TEXTS_AHEAD", ahead)
         monkeypatch.setattr("hvdtrain.data.text.tokenize._SAY_EVERY_S", 0.0)
         config = TextConfig(path=str(tmp_path / "*.txt"), tokenizer="bpe", vocab_size=300, sequence_length=8)
         prepared = prepare_text(dataclasses.replace(config, cache_dir=str(tmp_path / cache)), told.append)
         tokens.append(prepared.train_shards[0].path.read_bytes())
     assert tokens[0] == tokens[1]
     assert any(re.fullmatch(r"tokenising: [\d.]+ MB in \d+ s, [\d.,]+ MB/s", line) for line in told)
+
+
+def test_texts_are_tokenised_ahead_in_order_and_not_all_at_once():
+    tokenizer = train_bpe(iter(["one two three"] * 9), 280)
+    taken = []
+
+    def texts():
+        for i in range(1000):
+            taken.append(i)
+            yield f"one two three {i} " * (1 + i % 7)
+
+    tokens = tokenizer.encode_each(texts())
+    first = next(tokens)
+    assert first.tolist() == tokenizer.inner.encode("one two three 0 ").ids
+    assert len(taken) <= 4 * os.cpu_count() + 1
+    assert [len(one) for one in tokens] == [len(tokenizer.inner.encode(text).ids) for text in texts()][1:]
+
+
+def test_who_stops_early_leaves_no_thread_behind():
+    tokens = train_bpe(iter(["one two three"] * 9), 280).encode_each(iter(["one"] * 100))
+    next(tokens)
+    tokens.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenise")]
 
 
 def test_the_baseline_is_fitted_to_a_part_of_a_large_text_and_says_so(corpus, tmp_path, monkeypatch):

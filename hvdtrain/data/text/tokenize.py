@@ -13,7 +13,6 @@ import numpy as np
 from hvdtrain.data.text.corpus import Document, read_all
 from hvdtrain.data.text.tokenizer import Tokenizer
 
-_BATCH_PIECES = 32
 _SAY_EVERY_S = 10.0
 
 
@@ -50,14 +49,13 @@ def write_tokens(path: Path, documents: Iterable[Document], tokenizer: Tokenizer
     dtype = token_dtype(tokenizer.vocab_size)
     eot = np.array([tokenizer.eot], dtype).tobytes()
     counts = Counts(tokens=1)
-    pieces = read_all(documents)
+    pieces, texts = itertools.tee(read_all(documents))
+    encoded = tokenizer.encode_each(text for _, text in texts)
     with path.open("wb") as file:
-        while batch := list(itertools.islice(pieces, _BATCH_PIECES)):
-            num_bytes = sum(len(text.encode()) for _, text in batch)
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for (is_start, _), tokens in zip(batch, encoded, strict=True):
-                file.write(eot * is_start + tokens.astype(dtype).tobytes())
-                counts.tokens += is_start + len(tokens)
+        for (is_start, text), tokens in zip(pieces, encoded, strict=True):
+            file.write(eot * is_start + tokens.astype(dtype).tobytes())
+            counts.tokens += is_start + len(tokens)
+            num_bytes = len(text.encode())
             counts.num_bytes += num_bytes
             if meter is not None:
                 meter.add(num_bytes)

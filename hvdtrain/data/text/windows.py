@@ -39,18 +39,15 @@ class TokenWindows:
 
     def __init__(self, shards: Sequence[Shard], sequence_length: int) -> None:
         self._given = shards, sequence_length
-        self._parts = [np.memmap(shard.path, shard.dtype, "r", shard.offset) for shard in shards]
+        # As plain arrays: a `memmap` takes several times as long for the same rows.
+        self._parts = [np.asarray(np.memmap(shard.path, shard.dtype, "r", shard.offset)) for shard in shards]
         self._starts = np.cumsum([0, *map(len, self._parts)])
+        self._last = int(self._starts[-1]) - 1  # the place of the last token
         self._length = sequence_length
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process map the files, too: a pickle would hold copies of them."""
         return type(self), self._given
-
-    @property
-    def _last(self) -> int:
-        """Return the place of the last token."""
-        return int(self._starts[-1]) - 1
 
     def __len__(self) -> int:
         return -(-self._last // self._length)
@@ -61,21 +58,25 @@ class TokenWindows:
         The last window is shorter: it is filled up with tokens that do not matter, whose targets are `IGNORED`.
         """
         starts = indices.numpy() * self._length
-        tokens = torch.from_numpy(np.stack([self._read(int(start)) for start in starts]))
+        # One look-up for all rows: a loop over them would hold the interpreter for as long as a small model's step.
+        places = starts[:, None] + np.arange(self._length + 1)  # (n, T + 1)
+        is_short = bool((places[:, -1] > self._last).any())
+        tokens = torch.from_numpy(self._at(np.minimum(places, self._last) if is_short else places))
         targets = tokens[:, 1:].clone()
-        positions = starts[:, None] + np.arange(1, self._length + 1)
-        targets[torch.from_numpy(positions > self._last)] = IGNORED
+        if is_short:
+            targets[torch.from_numpy(places[:, 1:] > self._last)] = IGNORED
         return tokens[:, :-1], targets
 
-    def _read(self, start: int) -> NDArray[np.int64]:
-        """Return T + 1 tokens, int64; after the end, the last one again and again."""
-        stop = min(start + self._length + 1, self._last + 1)
-        first, last = np.searchsorted(self._starts, (start, stop - 1), "right") - 1
-        pieces = [
-            self._parts[i][max(0, start - self._starts[i]) : stop - self._starts[i]] for i in range(first, last + 1)
-        ]
-        tokens = np.concatenate(pieces).astype(np.int64)
-        return np.pad(tokens, (0, self._length + 1 - len(tokens)), mode="edge")
+    def _at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens at these places of the stream, int64, of the same shape."""
+        if len(self._parts) == 1:
+            return self._parts[0][places].astype(np.int64)
+        part_of = np.searchsorted(self._starts, places, "right") - 1
+        tokens = np.empty(places.shape, np.int64)
+        for i in np.unique(part_of):
+            is_here = part_of == i
+            tokens[is_here] = self._parts[i][places[is_here] - self._starts[i]]
+        return tokens
 
     def num_targets(self, indices: Tensor) -> int:
         """Return the tokens that these samples predict."""

@@ -9,6 +9,7 @@ result polls for it and takes Python's lock at each turn, and a rank that is ear
   waited so far.
 - **Patience**: a rank that waits for a later one in a negotiation sleeps between its looks. Waiting being cheap, an
   idle loop joins one every 10 ms instead of each 1 ms. `HOROVOD_CYCLE_TIME` is heeded as before.
+- **Stream**: on GPUs, the stream of whoever asks for a result waits for it, and the host goes on.
 
 With the response cache off, or process sets that come and go, ranks wait within MPI before the first patient place;
 with process sets, those who are in none wait for the others' cycle too: there an idle cycle stays at 1 ms.
@@ -19,9 +20,10 @@ from __future__ import annotations
 from hvdtrain.install.edits import Edit
 from hvdtrain.install.engine.park import park_edits
 from hvdtrain.install.engine.patience import patience_edits
+from hvdtrain.install.engine.stream import stream_edits
 from hvdtrain.install.engine.wake import wake_edits
 
 
 def engine_edits() -> tuple[Edit, ...]:
     """Return the changes to the engine."""
-    return (*park_edits(), *wake_edits(), *patience_edits())
+    return (*park_edits(), *wake_edits(), *patience_edits(), *stream_edits())

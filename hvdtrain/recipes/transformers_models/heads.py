@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hvdtrain.models.compilation import is_compiled
 from hvdtrain.models.linear import product_of
 from hvdtrain.models.loss import chunked_loss, next_token_loss
+from hvdtrain.models.private_torch import compile_in_place
 from hvdtrain.recipes.transformers_models.forward import arguments, draws, run
 
 Inputs = dict[str, Any]
@@ -34,6 +36,8 @@ class ProductHead:
     def body(self, model: nn.Module, inputs: Inputs) -> Any:
         """Return the output of the model without its head; hidden states `(R, L, C)` come first."""
         whole: Any = model
+        if is_compiled(model) and not is_compiled(whole.base_model):  # called past the model, it compiles by itself
+            compile_in_place(whole.base_model)
         return run(whole.base_model, inputs)
 
     def loss(self, model: nn.Module, output: Any, targets: Tensor, chunk: int) -> Tensor:

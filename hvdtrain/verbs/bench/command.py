@@ -1,18 +1,19 @@
-"""The verb: builds the variants, lets them take turns, shows the table."""
+"""The verb: builds the variants, has them measured, shows the table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+
+import torch
 
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Recipe
 from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.verbs.bench.flops import flops_per_step, peak_flops
-from hvdtrain.verbs.bench.measure import Variant, build_variants, memory_peak_bytes
+from hvdtrain.verbs.bench.measure import Possible, Variant, are_measured_apart, memory_peak_bytes
 from hvdtrain.verbs.bench.report import parts_table, row_of, throughput_lines, variants_table
 from hvdtrain.verbs.kit import Speaker, check_json_path, head_line, write_json
 from hvdtrain.verbs.options import BenchOptions
-from hvdtrain.verbs.phase_clock import PhaseClock
 from hvdtrain.world import World, watched
 
 
@@ -29,19 +30,19 @@ def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> in
     say = Speaker(world.rank == 0)
     world.together(lambda: check_json_path(options.json) if say.speaks else None, "bench.json.path")
     recipe, choice = settle_precision(recipe, world)
-    world.progress = PhaseClock(world.device)
+
+    def begin(plan: str) -> None:
+        say(head_line("bench", name, world.size, plan, recipe.train.precision))
+        if choice:
+            say(choice)
+
     task = world.together(lambda: recipe.build(say), "build")
-    built, refused = build_variants(recipe, task, world, options.knobs)
-    first = built[0]
-    flops = flops_per_step(first.job, first.training)
     peak, source = peak_flops(world.device, recipe.train.precision)
-    say(head_line("bench", name, world.size, str(first.job.plan), recipe.train.precision))
-    if choice:
-        say(choice)
-    _take_turns(built, options)
-    rows = [row_of(variant, first) for variant in built]
+    possible = Possible(recipe, task, world, options.knobs)
+    measure = _one_by_one if are_measured_apart(world.device) else _in_turns
+    built, flops, memory = measure(possible, options, begin)
+    rows = [row_of(variant, built[0]) for variant in built]
     mfu = flops / rows[0].step_s / (peak * world.size)
-    memory = memory_peak_bytes(world.device)
     say(parts_table(rows[0]))
     say(
         f"{flops / 1e9:.4g} GFLOP a step, peak {peak / 1e9:,.0f} GFLOP/s a rank ({source}): MFU {mfu:.1%};"
@@ -49,7 +50,7 @@ def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> in
     )
     say(throughput_lines(rows[0], task.unit, world.size))
     say(variants_table(rows, task.unit))
-    for text in refused:
+    for text in possible.refused:
         say(f"not measured: {text}")
     everyone = world.all_gather_object(describe_rank(world.device), "bench.ranks")
     answer = {
@@ -66,10 +67,48 @@ def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> in
     return 0
 
 
-def _take_turns(variants: Sequence[Variant], options: BenchOptions) -> None:
-    """Warm all variants up, then measure them in rounds. Collective."""
-    for variant in variants:
+def _in_turns(
+    possible: Possible, options: BenchOptions, announce: Callable[[str], None]
+) -> tuple[list[Variant], float, int]:
+    """Warm all variants up, then measure them in rounds.
+
+    Returns the variants, the first one's operations a step, and the most memory that was held. Collective.
+    """
+    built = list(possible)
+    flops = _flops_of(built[0])
+    announce(built[0].plan)
+    for variant in built:
         variant.run(options.warmup, is_counted=False)
     for _ in range(options.rounds):
-        for variant in variants:
+        for variant in built:
             variant.run(options.steps, is_counted=True)
+    return built, flops, memory_peak_bytes(_device_of(built[0]))
+
+
+def _one_by_one(
+    possible: Possible, options: BenchOptions, announce: Callable[[str], None]
+) -> tuple[list[Variant], float, int]:
+    """Build, measure and free one variant after another; the same, with the memory of the first. Collective."""
+    built: list[Variant] = []
+    flops, memory = 0.0, 0
+    for variant in possible:
+        built.append(variant)
+        if len(built) == 1:
+            flops = _flops_of(variant)
+            announce(variant.plan)
+        variant.run(options.warmup, is_counted=False)
+        for _ in range(options.rounds):
+            variant.run(options.steps, is_counted=True)
+        memory = memory or memory_peak_bytes(_device_of(variant))
+        variant.free()
+    return built, flops, memory
+
+
+def _flops_of(variant: Variant) -> float:
+    assert variant.rehearsal is not None
+    return flops_per_step(*variant.rehearsal)
+
+
+def _device_of(variant: Variant) -> torch.device:
+    assert variant.rehearsal is not None
+    return variant.rehearsal[0].world.device

@@ -1,8 +1,12 @@
-"""Variants of a recipe that take turns in one process: what slows the machine meanwhile slows all of them alike."""
+"""Variants of a recipe, measured in one process.
+
+On CPUs they take turns, so that what slows the machine slows all of them alike; on GPUs there is room for one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import resource
 import time
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ import torch
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.linear import takes_onednn
+from hvdtrain.process.progress import Progress
 from hvdtrain.trainer import Job, Recipe, Task, train_step
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
@@ -63,15 +68,27 @@ def variants(recipe: Recipe, size: int, device: torch.device) -> Iterator[tuple[
         yield "accumulation 4, batch x 4", dataclasses.replace(recipe, train=train)
 
 
+def are_measured_apart(device: torch.device) -> bool:
+    """Return whether variants are built, measured and freed one after another, and their parts timed apart.
+
+    Side by side their weights would fill a GPU; and to tell a part's own time, the GPU must be waited for at its end,
+    which is not to be in the figure of the whole step. On CPUs they take turns: their speed changes with the machine's.
+    """
+    return device.type == "cuda"
+
+
 @dataclass
 class Variant:
     """One way of training, and what was measured of it."""
 
     name: str
-    job: Job
-    training: Training
+    num_ranks: int
+    plan: str
+    """Its batch arithmetic."""
     samples_per_step: int
     targets_per_step: int
+    rehearsal: tuple[Job, Training] | None
+    """What is measured; None once it has been freed."""
     steps_s: list[float] = field(default_factory=list)
     """Seconds of each round's mean step."""
     parts_s: list[dict[str, float]] = field(default_factory=list)
@@ -87,43 +104,84 @@ class Variant:
         job = world.together(lambda: rehearse(task, recipe, world, only_full_batches=True), "bench.settle")
         training = start_training(job)
         samples = job.order.global_batch(0)
-        return Variant(name, job, training, len(samples), job.task.train_data.num_targets(samples))
+        targets = job.task.train_data.num_targets(samples)
+        return Variant(name, world.size, str(job.plan), len(samples), targets, (job, training))
 
     def run(self, steps: int, is_counted: bool) -> None:
-        """Take some steps. Collective."""
-        world = self.job.world
+        """Take some steps; where clocks are costly, as many once more for the parts. Collective."""
+        assert self.rehearsal is not None
+        device = self.rehearsal[0].world.device
+        clock = PhaseClock(device)
+        seconds = 0.0
+        if are_measured_apart(device):
+            seconds = self._seconds(steps, Progress())
+        with_clock = self._seconds(steps, clock)
+        taken = clock.take()
+        if is_counted:
+            self.steps_s.append(seconds or with_clock)
+            self.parts_s.append({part: taken.get(part, 0.0) / steps for part in PARTS})
+
+    def _seconds(self, steps: int, progress: Progress) -> float:
+        """Return the seconds of a step, the mean of some. Collective."""
+        assert self.rehearsal is not None
+        job, training = self.rehearsal
+        world = job.world
+        world.progress = progress
         world.barrier("bench")
-        progress = world.progress
-        assert isinstance(progress, PhaseClock)
-        progress.take()
+        if isinstance(progress, PhaseClock):
+            progress.take()
         started = time.perf_counter()
         for _ in range(steps):
-            train_step(self.job, self.training)
+            train_step(job, training)
         finish(world.device)
-        seconds = (time.perf_counter() - started) / steps
-        taken = progress.take()
-        parts = {part: taken.get(part, 0.0) / steps for part in PARTS}
-        if is_counted:
-            self.steps_s.append(seconds)
-            self.parts_s.append(parts)
+        return (time.perf_counter() - started) / steps
+
+    def free(self) -> None:
+        """Give its memory back. Collective: what averages its gradients must go on all ranks at the same place."""
+        assert self.rehearsal is not None
+        device = self.rehearsal[0].world.device
+        self.rehearsal[1].close()
+        self.rehearsal = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def build_variants(recipe: Recipe, task: Task, world: World, knobs: bool) -> tuple[list[Variant], list[str]]:
-    """Return the variants that are possible here, and why the others are not. Collective."""
-    built: list[Variant] = []
-    refused = []
-    for name, variant in variants(recipe, world.size, world.device):
-        has_other_data = variant.data != recipe.data
-        if built and not knobs and not has_other_data:
-            continue
-        try:
-            own = task if not has_other_data else world.together(lambda: variant.build(_silent), "bench.build")  # noqa: B023
-            built.append(Variant.of(name, variant, own, world))
-        except ConfigError as error:
-            if not built:
-                raise
-            refused.append(f"{name}: {error}")
-    return built, refused
+class Possible:
+    """The variants that are possible here, built one after another as they are asked for.
+
+    Args:
+        recipe: as it is; raises ConfigError where that is not possible.
+        task: of it.
+        world: the ranks.
+        knobs: also what changes one setting.
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, world: World, knobs: bool) -> None:
+        self._recipe, self._task, self._world, self._knobs = recipe, task, world, knobs
+        self.refused: list[str] = []
+        """Why the others are not, as far as they have been come to."""
+
+    def __iter__(self) -> Iterator[Variant]:
+        world = self._world
+        is_first = True
+        for name, variant in variants(self._recipe, world.size, world.device):
+            has_other_data = variant.data != self._recipe.data
+            if not is_first and not self._knobs and not has_other_data:
+                continue
+            try:
+                own = self._task
+                if has_other_data:
+                    own = world.together(lambda: variant.build(_silent), "bench.build")  # noqa: B023
+                built = Variant.of(name, variant, own, world)
+            except ConfigError as error:
+                if is_first:
+                    raise
+                self.refused.append(f"{name}: {error}")
+                continue
+            is_first = False
+            yield built
+            del built, own
 
 
 def _silent(text: str) -> None:

@@ -12,8 +12,15 @@ from hvdtrain.verbs.plan.network import Layout, Timing
 from hvdtrain.world import World
 from hvdtrain.world.inspect import plain_mpi
 
-SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20)
+# From latency alone to where a fast link's rate is reached: between GPUs that is beyond 64 MiB.
+SIZES = (4 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, 256 << 20)
 _SECONDS_A_SIZE = 0.3
+
+
+def sizes_for(buckets: Sequence[int]) -> list[int]:
+    """Return the bytes that are measured where these many travel at a time: up to the largest, and that itself."""
+    largest = max(buckets)
+    return sorted({*(size for size in SIZES if size < largest), largest})
 
 
 def groups_of(size: int, per_host: int) -> list[tuple[int, ...]]:

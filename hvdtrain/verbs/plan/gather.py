@@ -14,7 +14,7 @@ from hvdtrain.trainer import Job, Recipe, Task
 from hvdtrain.trainer.memory import RESERVE, available, estimate
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.plan import measure
-from hvdtrain.verbs.plan.all_reduce import SIZES, all_reduce_timings
+from hvdtrain.verbs.plan.all_reduce import all_reduce_timings, sizes_for
 from hvdtrain.verbs.plan.calibrate import calibrated
 from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.gradients import gradient_norms
@@ -109,7 +109,9 @@ def _memory(job: Job) -> _Room:
     of_ranks = job.world.all_gather_object((needed, available(job)[0]), "plan.memory")
     needed = of_ranks[0][0]
     known = [free for _, free in of_ranks if free is not None]
-    a_sample = None if needed.activations is None else needed.activations * (1 + RESERVE) / needed.micro_batch_size
+    a_sample = (
+        None if needed.of_micro_batch is None else needed.of_micro_batch * (1 + RESERVE) / needed.micro_batch_size
+    )
     return _Room(int(needed.fixed * (1 + RESERVE)), a_sample, min(known, default=None))
 
 
@@ -139,8 +141,7 @@ def _network(
     if world.size == 1:
         return None, None, {}
     controller: Controller = "gloo" if world.launch.launcher == "horovodrun --gloo" else "mpi"
-    largest = max(bucket.num_bytes for bucket in buckets)
-    sizes = sorted({*(size for size in SIZES if size < largest), largest})
+    sizes = sizes_for([bucket.num_bytes for bucket in buckets])
     timings, plain = all_reduce_timings(world, hosts, sizes, torch.float16 if is_fp16 else torch.float32)
     if is_fp16:
         return fit(controller, timings), None, plain

@@ -18,7 +18,7 @@ def check_dangers(nature: Nature, whole: Run) -> list[Row]:
     difference, _ = worst_of(nature.own.world, bitwise(whole, replicated_tensors(again.training)), "again")
     advice = (
         f"two runs of the same command differ, first in {difference.name}: an operation without a deterministic"
-        " algorithm (torch.use_deterministic_algorithms(True) names it), or random numbers of a generator of your own"
+        " algorithm (--train.deterministic names it), or random numbers of a generator of your own"
     )
     rows.append(warned("two identical runs are identical", difference, advice, in_bits(difference)))
     if nature.depends_on_batch:

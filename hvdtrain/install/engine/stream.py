@@ -1,0 +1,286 @@
+"""Stream: what waits for a result on a GPU is the stream of whoever uses it, not the host; and faults end the job.
+
+As released, a handle is done when a host thread has seen the end of the work on the GPU, so that whoever asks for the
+gradients leaves the GPU without work until then. `HOROVOD_ENABLE_ASYNC_COMPLETION` hands the event to the thread that
+finishes the operation, whose stream it is that waits: in the middle of a backward pass, and no stream but the default
+one. Here the event stays with the handle until somebody asks for the result: then their current stream waits for it.
+
+Meanwhile a thread still looks at the event, and at what NCCL knows of lost peers: either fault shuts Horovod down on
+all ranks, where an exception used to end the process in `std::terminate`.
+
+A build for CPUs has none of it: events are empty there.
+"""
+
+from __future__ import annotations
+
+from hvdtrain.install.edits import Edit
+
+_STREAM = "the host waited for the GPU wherever a result was asked for"
+_FAULTS = "an error on the GPU ended the process without a word, and NCCL's were not looked for"
+
+_HANDED_OVER = """\
+  gpu_context_->RecordEvent(event_queue, "", *stream);
+
+  auto& first_entry = entries[0];
+#if HAVE_CUDA
+  // Whoever asks for the result has their own stream wait for the event, which needs no thread. Not where the host has
+  // something left to do with the result (Adasum, which gives no callback), or times it.
+  bool is_handed_over = global_state_->enable_async_completion &&
+                        error_check_callback && !global_state_->timeline.Initialized();
+#else
+  bool is_handed_over = false;
+#endif
+"""
+
+_WATCH = """\
+  int device = first_entry.device;
+  if (is_handed_over) {
+    Status done = Status::OK();
+    done.pending = event_queue.back().second;
+    done.pending.device = device;
+    for (auto& e : entries) {
+      e.FinishWithCallback(done);
+    }
+  }
+  // Tensors that were given back are not kept: how long they live is their owner's business.
+  auto watched = is_handed_over ? std::vector<TensorTableEntry>() : entries;
+  gpu_context_->finalizer_thread_pool.execute(
+      [watched, device, cpu_buffer, fusion_buffer, free_host_buffer,
+       evt_queue, &timeline, &gpu_context, error_check_callback,
+       &global_state]() mutable {
+        Status status = Status::OK();
+        try {
+          gpu_context->SetDevice(device);
+          gpu_context->WaitForEventsElastic(evt_queue, watched, timeline,
+                                            error_check_callback);
+        } catch (const std::exception& e) {
+          LOG(ERROR, global_state->global_controller->GetRank())
+              << "Horovod shuts down, since work on the GPU has failed: "
+              << e.what();
+          global_state->shut_down = true;
+          status = Status::UnknownError(e.what());
+        }
+
+        if (free_host_buffer && cpu_buffer != nullptr) {
+          free(cpu_buffer);
+        }
+
+        for (auto& e : watched) {
+          timeline.End(e.tensor_name, e.output);
+          try {
+            e.FinishWithCallback(status);
+          } catch (const std::exception& error) {
+            LOG(ERROR, global_state->global_controller->GetRank())
+                << "Horovod shuts down, since " << e.tensor_name
+                << " cannot be finished: " << error.what();
+            global_state->shut_down = true;
+          }
+        }
+      });
+"""
+
+_WATCH_AS_RELEASED = """\
+  bool elastic = global_state_->elastic_enabled;
+  bool enable_async_completion = global_state_->enable_async_completion;
+  auto current_stream = *stream;
+  gpu_context_->finalizer_thread_pool.execute(
+      [entries, first_entry, cpu_buffer, fusion_buffer, free_host_buffer,
+       evt_queue, &timeline, &gpu_context, error_check_callback, elastic,
+       enable_async_completion, current_stream, &global_state]() mutable {
+        gpu_context->SetDevice(first_entry.device);
+
+        Event event;
+        bool gpu_evt_failed = false;
+        std::string gpu_evt_err_msg;
+        if (!enable_async_completion || timeline.Initialized()) {
+          // If timeline is enabled, wait for events on CPU for accurate
+          // timings.
+          if (elastic) {
+            try {
+              gpu_context->WaitForEventsElastic(evt_queue, entries, timeline,
+                                                error_check_callback);
+            } catch (std::exception& e) {
+              // notify background loop to exit and reinit rather than just
+              // aborting the program
+              global_state->shut_down = true;
+              gpu_evt_failed = true;
+              gpu_evt_err_msg = e.what();
+            }
+          } else {
+            gpu_context->WaitForEvents(evt_queue, entries, timeline,
+                                       error_check_callback);
+          }
+        } else {
+          gpu_context->ClearEvents(evt_queue, entries, timeline,
+                                   error_check_callback, elastic);
+          event = gpu_context->RecordEvent(current_stream);
+        }
+
+        if (free_host_buffer && cpu_buffer != nullptr) {
+          free(cpu_buffer);
+        }
+
+        Status status;
+        if (gpu_evt_failed) {
+          status = Status::UnknownError(gpu_evt_err_msg);
+        } else {
+          status = Status::OK();
+          status.event = event;
+        }
+
+        for (auto& e : entries) {
+          timeline.End(e.tensor_name, e.output);
+          e.FinishWithCallback(status);
+        }
+        if (enable_async_completion) {
+          gpu_context->ReleaseEvent(event);
+        }
+      });
+"""
+
+_WAIT = """\
+  ThrowIfError(*status);
+#if HAVE_GPU
+  if (status->pending.event) {
+    // An event may have been recorded anew behind a later operation of Horovod's stream: then this waits for more than
+    // it must, but for nothing that was not enqueued before.
+    auto stream = GetGPUStream(status->pending.device);
+    HVD_GPU_CHECK(gpuStreamWaitEvent(stream, *(status->pending.event), 0));
+  }
+#endif
+}
+
+void Reset() {
+"""
+
+_DRAIN = """\
+void ThreadPool::drain(std::chrono::seconds limit) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  cond_.wait_for(lock, limit, [this] { return work_queue_.empty() && num_busy_ == 0; });
+}
+
+void ThreadPool::reset() {
+"""
+
+
+def stream_edits() -> tuple[Edit, ...]:
+    """Return the changes to how work on GPUs ends; `wake_edits`, whose class Patience they use, come before them."""
+    common, operations, pool = "horovod/common", "horovod/common/ops", "horovod/common/thread_pool"
+    return (
+        Edit(
+            f"{common}/common.h",
+            "  gpuStream_t stream = nullptr;\n#endif\n",
+            "  gpuStream_t stream = nullptr;\n  int device = 0;\n#endif\n",
+            _STREAM,
+        ),
+        Edit(
+            f"{common}/common.h",
+            "  Event event;\n\nprivate:\n",
+            "  Event event;\n"
+            "  // Behind the operation: the stream of whoever asks for the result waits for it.\n"
+            "  Event pending;\n\nprivate:\n",
+            _STREAM,
+        ),
+        Edit(
+            f"{operations}/gpu_operations.cc",
+            "  if (!global_state_->enable_async_completion) {\n"
+            '    gpu_context_->RecordEvent(event_queue, "", *stream);\n'
+            "  }\n\n"
+            "  auto& first_entry = entries[0];\n",
+            _HANDED_OVER,
+            _STREAM,
+        ),
+        Edit(f"{operations}/gpu_operations.cc", _WATCH_AS_RELEASED, _WATCH, _STREAM),
+        Edit(
+            f"{operations}/gpu_operations.cc",
+            '#include "gpu_operations.h"\n',
+            '#include "gpu_operations.h"\n#include "../logging.h"\n',
+            _FAULTS,
+        ),
+        Edit(
+            "horovod/torch/mpi_ops_v2.cc",
+            "  ThrowIfError(*status);\n}\n\nvoid Reset() {\n",
+            _WAIT,
+            _STREAM,
+        ),
+        Edit(
+            f"{common}/operations.cc",
+            "  SetBoolFromEnv(HOROVOD_ENABLE_ASYNC_COMPLETION, state.enable_async_completion,\n"
+            "                 true);\n",
+            "  state.enable_async_completion =\n      GetBoolEnvOrDefault(HOROVOD_ENABLE_ASYNC_COMPLETION, true);\n",
+            _STREAM,
+        ),
+        *_fault_edits(common, operations, pool),
+    )
+
+
+def _fault_edits(common: str, operations: str, pool: str) -> tuple[Edit, ...]:
+    """Return what makes faults end the job in order: watchers are through before NCCL's communicators go."""
+    return (
+        Edit(
+            f"{operations}/cuda_operations.cc",
+            '#include "../message.h"\n',
+            '#include "../message.h"\n#include "../tensor_queue.h"\n',
+            _FAULTS,
+        ),
+        Edit(
+            f"{operations}/cuda_operations.cc",
+            "      cudaError_t cuda_result;\n      while (true) {\n",
+            "      cudaError_t cuda_result;\n      Patience patience;\n      while (true) {\n",
+            _FAULTS,
+        ),
+        Edit(
+            f"{operations}/cuda_operations.cc",
+            "        std::this_thread::yield();\n",
+            "        patience.Pause();\n",
+            _FAULTS,
+        ),
+        Edit(
+            f"{operations}/nccl_operations.cc",
+            "    ncclCommAbort(nccl_comm);\n    throw std::logic_error(std::string(op_name) +\n",
+            "    ncclCommAbort(nccl_comm);\n"
+            "    nccl_comm = nullptr; // it is gone: the end would destroy it once more\n"
+            "    throw std::logic_error(std::string(op_name) +\n",
+            _FAULTS,
+        ),
+        Edit(
+            f"{common}/operations.cc",
+            "shutdown:\n  // Finalize all contexts\n",
+            "shutdown:\n"
+            "#if HAVE_GPU\n"
+            "  // Those that watch the GPU still ask NCCL's communicators.\n"
+            "  gpu_context.finalizer_thread_pool.drain(std::chrono::seconds(10));\n"
+            "#endif\n"
+            "  // Finalize all contexts\n",
+            _FAULTS,
+        ),
+        Edit(
+            f"{pool}.h",
+            "    void execute(std::function<void(void)> f);\n",
+            "    void execute(std::function<void(void)> f);\n"
+            "    // Waits until nothing is left to execute, at most for `limit`.\n"
+            "    void drain(std::chrono::seconds limit);\n",
+            _FAULTS,
+        ),
+        Edit(f"{pool}.h", "    bool running_;\n", "    bool running_;\n    int num_busy_ = 0;\n", _FAULTS),
+        Edit(
+            f"{pool}.h",
+            "#include <condition_variable>\n",
+            "#include <chrono>\n#include <condition_variable>\n",
+            _FAULTS,
+        ),
+        Edit(f"{pool}.cc", "void ThreadPool::reset() {\n", _DRAIN, _FAULTS),
+        Edit(
+            f"{pool}.cc",
+            "    work_queue_.pop();\n    lock.unlock();\n\n    f();\n",
+            "    work_queue_.pop();\n"
+            "    ++num_busy_;\n"
+            "    lock.unlock();\n\n"
+            "    f();\n\n"
+            "    lock.lock();\n"
+            "    --num_busy_;\n"
+            "    lock.unlock();\n"
+            "    cond_.notify_all();\n",
+            _FAULTS,
+        ),
+    )

@@ -1,0 +1,61 @@
+"""Gradients into the flat buffer that is sent: each divided by the number of ranks, and who has none marked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvdtrain.models.private_torch import copy_all_, divide_all_, zero_all_
+
+
+def fill(views: Sequence[Tensor], users: Tensor, gradients: Sequence[Tensor | None], size: int) -> None:
+    """Put each gradient, divided by the number of ranks, into its part of the buffer; zeros where there is none.
+
+    Args:
+        views: the parts, of one type; a gradient may be its part already.
+        users: `(n,)`, becomes 1 / size for each gradient that there is, else 0.
+        gradients: as many, dense or sparse.
+        size: number of ranks.
+    """
+    users.fill_(1 / size)
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            users[i] = 0
+    if users.is_cuda and not any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        fill_at_once(views, gradients, size)
+    else:
+        fill_one_by_one(views, gradients, size)
+
+
+def fill_one_by_one(views: Sequence[Tensor], gradients: Sequence[Tensor | None], size: int) -> None:
+    """Take one pass over each gradient, which is the least on CPUs."""
+    for view, whole in zip(views, gradients, strict=True):
+        if whole is None:
+            view.zero_()
+            continue
+        gradient = real(whole.detach())
+        if gradient.is_sparse:
+            view.copy_(gradient.to_dense()).div_(size)
+        elif gradient.dtype == torch.bfloat16:  # divided as fp32
+            view.copy_(gradient).div_(size)
+        else:
+            torch.div(gradient, size, out=view)
+
+
+def fill_at_once(views: Sequence[Tensor], gradients: Sequence[Tensor | None], size: int) -> None:
+    """Take a few kernels for all of them, on GPUs, where each has its price; the same numbers."""
+    empty = [view for view, gradient in zip(views, gradients, strict=True) if gradient is None]
+    pairs = [(view, real(own.detach())) for view, own in zip(views, gradients, strict=True) if own is not None]
+    if empty:
+        zero_all_(empty)
+    if pairs:
+        full = [view for view, _ in pairs]
+        copy_all_(full, [gradient for _, gradient in pairs])
+        divide_all_(full, size)
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Return the tensor, a complex one as pairs of real numbers, `(..., 2)`."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

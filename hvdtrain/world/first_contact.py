@@ -1,0 +1,77 @@
+"""The first time that GPUs of several ranks talk: where NCCL hangs or refuses, before anything depends on it.
+
+NCCL starts with the first collective on GPUs, and may wait there for ever: for a network that it has chosen wrongly, or
+for a host that a firewall hides. No step has begun then, so nobody would notice. It also takes its memory here, before
+the memory that is left is compared with what training needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from hvdtrain.errors import LaunchError
+from hvdtrain.world.world import World
+
+SECONDS = 180.0
+"""How long NCCL may take to start; hundreds of GPUs take a minute."""
+# Rank 0 speaks; if it is not there any more, the others do.
+_SECONDS_FOR_RANK_0 = 3.0
+
+
+def contact_gpus(world: World, limit_s: float = SECONDS) -> None:
+    """All-reduce one number on the ranks' devices; the process ends with a sentence where that hangs. Collective.
+
+    Raises:
+        LaunchError: NCCL refuses, as it does where two ranks share a GPU, or the sum is wrong.
+    """
+    with ending_after(limit_s + (_SECONDS_FOR_RANK_0 if world.rank else 0.0), _hangs(world, limit_s)):
+        try:
+            total = float(world.all_reduce(torch.ones(1, device=world.device), "sum", "first_contact"))
+        except Exception as error:
+            if not world.has_lost_contact(error):
+                raise
+            raise LaunchError(
+                f"NCCL does not start on rank {world.rank} ({socket.gethostname()}): {error}. It refuses two ranks on"
+                " one GPU, and two MIG instances of one: start one rank per GPU; NCCL_DEBUG=WARN says more"
+            ) from error
+    if total != world.size:
+        raise LaunchError(
+            f"an all-reduce of ones over {world.size} GPUs gave {total:g}: `python -m hvdtrain doctor` under the same"
+            " launcher looks for the reason; NCCL_P2P_DISABLE=1 avoids faulty paths between GPUs of one host"
+        )
+
+
+@contextlib.contextmanager
+def ending_after(limit_s: float, reason: str) -> Iterator[None]:
+    """End the process, exit code 1, where what is done within takes longer; it cannot be interrupted."""
+
+    def end() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"hvdtrain: {reason}\n")
+            sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _hangs(world: World, limit_s: float) -> str:
+    chosen = os.environ.get("NCCL_SOCKET_IFNAME")
+    now = f"it is {chosen} now" if chosen else "NCCL chooses by itself now"
+    return (
+        f"NCCL has not started within {limit_s:g} s on rank {world.rank} ({socket.gethostname()}): set"
+        " NCCL_SOCKET_IFNAME to the names of the interfaces that all hosts reach each other by, as in `ip link`"
+        f" ({now}), and let their firewalls pass; NCCL_DEBUG=INFO says where it waits"
+    )

@@ -1,0 +1,129 @@
+"""What GPUs compute in a way of their own, against what CPUs do; skipped elsewhere."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+HERE = Path(__file__).parent
+GPU = torch.device("cuda", 0)
+
+
+def test_the_fused_loss_is_the_plain_one():
+    from hvdtrain.models import loss
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 100, 64, generator=generator).to(GPU).requires_grad_()
+    weight = torch.randn(3000, 64, generator=generator).to(GPU).requires_grad_()
+    targets = torch.randint(3000, (4, 100), generator=generator).to(GPU)
+    targets[0, :7] = loss.IGNORE_INDEX
+    with torch.autocast("cuda", torch.bfloat16):
+        ours = loss.chunked_loss(hidden, weight, targets, 100)
+    logits = (hidden @ weight.T).flatten(0, 1)
+    plain = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=loss.IGNORE_INDEX, reduction="sum")
+    assert not loss._Fused.has_failed
+    torch.testing.assert_close(ours, plain, rtol=1e-3, atol=0)
+    for one, other in zip(*(torch.autograd.grad(value, (hidden, weight)) for value in (ours, plain)), strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_a_mask_with_grouped_queries_keeps_no_products():
+    from hvdtrain.models.config import DecoderConfig
+    from hvdtrain.models.decoder import Decoder
+
+    model = Decoder(DecoderConfig(num_layers=1, hidden_size=512, num_heads=8, num_kv_heads=2), 100).to(GPU)
+    length = 4096
+    tokens = torch.randint(100, (1, length), device=GPU)
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=GPU).tril()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.bfloat16):
+        model.model(tokens, None, seen).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8 * length**2 * 4  # eight heads' products in fp32
+
+
+def test_synchronised_batch_norm_waits_for_nothing_and_is_torchs():
+    from hvdtrain.process.launch import Launch
+    from hvdtrain.world import SoloWorld
+    from hvdtrain.world.batch_norm import SyncBatchNorm
+
+    layer = nn.BatchNorm2d(8).to(GPU)
+    ours = SyncBatchNorm(copy.deepcopy(layer), SoloWorld(GPU, Launch("none")), "layer")
+    x = torch.randn(4, 8, 5, 5, device=GPU)
+    ours(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(x).square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        expected = layer(x)
+    torch.testing.assert_close(ours.running_var, layer.running_var)
+    torch.testing.assert_close(ours(x), expected)
+
+
+def test_two_runs_that_are_to_be_deterministic_are(tmp_path):
+    losses = []
+    for name in ("a", "b"):
+        words = ["train", "lm", "--train.steps", "60", "--train.precision", "bf16", "--train.deterministic"]
+        words += ["--log.every", "1", "--run-dir", str(tmp_path / name)]
+        done = subprocess.run([sys.executable, "-m", "hvdtrain", *words], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert losses[0] == losses[1]
+
+
+def test_tf32_is_another_result_than_fp32():
+    from hvdtrain.world.numerics import fp32_products
+
+    a, b = (torch.randn(512, 512, device=GPU) for _ in range(2))
+    exact = a.double() @ b.double()
+    errors = []
+    for precision in ("fp32", "tf32"):
+        with fp32_products(precision, GPU):
+            errors.append(float((a @ b - exact).norm() / exact.norm()))
+    assert errors[0] < 1e-6
+    assert errors[1] == pytest.approx(errors[0], abs=2e-3)
+    if torch.cuda.get_device_capability()[0] >= 8:
+        assert errors[1] > 10 * errors[0]
+
+
+def test_bench_frees_what_it_has_measured(tmp_path):
+    from hvdtrain.verbs.bench import measure
+
+    assert measure.are_measured_apart(GPU)
+    words = ["bench", "lm", "--rounds", "1", "--steps", "2", "--warmup", "1", "--json", str(tmp_path / "bench.json")]
+    done = subprocess.run([sys.executable, "-m", "hvdtrain", *words], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(json.loads((tmp_path / "bench.json").read_text())["variants"]) > 3
+
+
+def test_auto_compiles_the_blocks_of_the_presets():
+    from hvdtrain.models.compilation import can_compile_for
+    from hvdtrain.recipes import load_recipe
+    from hvdtrain.trainer.compiling import what_is_compiled
+
+    recipe = load_recipe("lm-124m")
+    model = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
+    expected = "blocks" if can_compile_for(GPU) else "none"
+    assert what_is_compiled(dataclasses.replace(recipe.model), model, GPU) == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this needs two GPUs")
+def test_a_step_of_two_ranks_waits_for_no_gpu():
+    command = ["horovodrun", "-np", "2", sys.executable, str(HERE / "rank_that_does_not_wait.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if '"is_busy"' in line)
+    assert json.loads(line[line.index("{") :]) == {"is_busy": True, "is_right": True}

@@ -1,0 +1,68 @@
+"""The first collective on GPUs: what hangs ends with a sentence, what NCCL refuses is an error of the launch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from thread_world import ThreadWorld, run_ranks
+
+from hvdtrain.errors import LaunchError
+from hvdtrain.world.first_contact import contact_gpus
+
+HANGS = """
+import threading
+from hvdtrain.process.launch import Launch
+from hvdtrain.world import SoloWorld
+from hvdtrain.world.first_contact import contact_gpus
+import torch
+
+class Hanging(SoloWorld):
+    def all_reduce(self, *arguments):
+        threading.Event().wait()
+
+contact_gpus(Hanging(torch.device("cpu"), Launch("none")), 0.2)
+"""
+
+
+def test_a_hang_ends_with_what_to_set(monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "NCCL has not started within 0.2 s on rank 0" in done.stderr
+    assert "NCCL_SOCKET_IFNAME" in done.stderr
+    assert "it is eth7 now" in done.stderr
+
+
+def test_ranks_that_reach_each_other_go_on():
+    assert run_ranks(2, contact_gpus) == [None, None]
+
+
+def test_a_refusal_is_an_error_of_the_launch():
+    class Refusing(ThreadWorld):
+        def all_reduce(self, *arguments):
+            raise RuntimeError("ncclCommInitRank failed: invalid usage")
+
+        def has_lost_contact(self, error):
+            return True
+
+    def work(world):
+        world.__class__ = Refusing
+        with pytest.raises(LaunchError, match=r"ncclCommInitRank failed.*one rank per GPU"):
+            contact_gpus(world)
+
+    run_ranks(2, work)
+
+
+def test_a_wrong_sum_is_an_error_of_the_launch():
+    class Wrong(ThreadWorld):
+        def all_reduce(self, *arguments):
+            return torch.tensor([7.0])
+
+    def work(world):
+        world.__class__ = Wrong
+        with pytest.raises(LaunchError, match="over 2 GPUs gave 7"):
+            contact_gpus(world)
+
+    run_ranks(2, work)

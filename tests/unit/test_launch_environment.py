@@ -1,0 +1,102 @@
+"""What the files in `launch/` hand on to ranks on other hosts, by the commands that they print."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SET = {
+    "NCCL_IB_HCA": "mlx5",
+    "HOROVOD_CYCLE_TIME": "2",
+    "UCX_TLS": "rc",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Return a function that runs a launch file and returns the words of the command that it prints."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"mpirun": "true", "python": f'exec {sys.executable} "$@"'}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "nodes").write_text("localhost\n")
+    variables = {
+        "VIRTUAL_ENV": str(tmp_path),
+        "HVDTRAIN_RUN_DIR": str(tmp_path / "run"),
+        "LSB_JOBID": "7",
+        "LS_SUBCWD": str(LAUNCH.parent),
+        "LSB_MCPU_HOSTS": "localhost 1",
+        "PBS_O_WORKDIR": str(LAUNCH.parent),
+        "PBS_NODEFILE": str(tmp_path / "nodes"),
+        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "1",
+    }
+
+    def run(script, **more):
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **variables, **more}
+        done = subprocess.run(
+            ["bash", str(LAUNCH / script), "train", "lm"], env=environment, capture_output=True, text=True, timeout=60
+        )
+        printed = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
+        assert printed, done.stdout + done.stderr
+        return printed[0].split(), done.stderr
+
+    return run
+
+
+def handed_on(words):
+    return {words[i + 1].partition("=")[0] for i, word in enumerate(words) if word == "-x"}
+
+
+@pytest.mark.parametrize("script", ["mpirun.sh", "pbs.sh", "lsf.sh", "slurm.sbatch"])
+def test_what_is_set_for_the_libraries_reaches_all_hosts(launched, script):
+    words, _ = launched(script, **SET, EDITOR="vi", CUDA_VISIBLE_DEVICES="0,1")
+    assert handed_on(words) >= {"PATH", "CUDA_VISIBLE_DEVICES", *SET}
+    assert "EDITOR" not in handed_on(words)
+    counts = [words.count(name) for name in handed_on(words)]
+    assert max(counts) == 1  # mpirun refuses a variable that is given twice
+
+
+def test_gpus_named_by_uuid_are_this_hosts_own(launched):
+    words, _ = launched("mpirun.sh", CUDA_VISIBLE_DEVICES="GPU-4b36,GPU-9f01")
+    assert "CUDA_VISIBLE_DEVICES" not in handed_on(words)
+
+
+def test_nccl_is_given_the_name_of_an_interface(launched):
+    words, said = launched("mpirun.sh", HVDTRAIN_INTERFACE="eth1")
+    assert {"NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE"} <= handed_on(words)
+    assert "address range" not in said
+
+
+def test_nccl_is_never_given_an_address_range(launched):
+    words, said = launched("mpirun.sh", HVDTRAIN_INTERFACE="10.0.0.0/16")
+    assert "NCCL_SOCKET_IFNAME" not in handed_on(words)
+    assert words[words.index("btl_tcp_if_include") + 1] == "10.0.0.0/16"
+    assert "10.0.0.0/16 is an address range" in said
+
+
+def test_a_slurm_task_with_a_gpu_is_told_of_too_few_cores(launched):
+    assert "has 1 cores" in launched("slurm.sbatch", SLURM_GPUS_ON_NODE="2", SLURM_CPUS_PER_TASK="1")[1]
+    assert "cores" not in launched("slurm.sbatch", SLURM_GPUS_ON_NODE="2", SLURM_CPUS_PER_TASK="8")[1]
+    assert "cores" not in launched("slurm.sbatch", SLURM_CPUS_PER_TASK="1")[1]
+
+
+def test_the_mpijob_hands_them_on(tmp_path):
+    job = yaml.safe_load((LAUNCH / "mpijob.yaml").read_text())
+    (container,) = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    (script,) = container["args"]
+    (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "mpirun").chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    libraries = {name: SET[name] for name in SET if name.startswith(("NCCL", "HOROVOD", "UCX", "CUDA"))}
+    done = subprocess.run([*container["command"], script], env={**path, **libraries}, capture_output=True, text=True)
+    assert handed_on(done.stdout.split()) == {"PATH", *libraries}
