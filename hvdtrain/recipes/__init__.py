@@ -30,6 +30,8 @@ RECIPES = {
     "lm-3b": ("hvdtrain.recipes.lm", "lm_3b"),
     "hf": ("hvdtrain.recipes.hf", "hf"),
     "mnist": ("hvdtrain.recipes.mnist", "mnist"),
+    "seq2seq": ("hvdtrain.recipes.seq2seq", "seq2seq"),
+    "ctc": ("hvdtrain.recipes.ctc", "ctc"),
     "resnet": ("hvdtrain.recipes.resnet", "resnet"),
 }
 

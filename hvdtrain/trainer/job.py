@@ -17,7 +17,7 @@ from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
 from hvdtrain.settings.intervals import parse_every
 from hvdtrain.trainer.contract import check_task
 from hvdtrain.trainer.strategy import EveryStep, Strategy
-from hvdtrain.trainer.task import Evaluation, Task
+from hvdtrain.trainer.task import CorpusEvaluation, Evaluation, Task
 from hvdtrain.world import World
 
 
@@ -158,6 +158,6 @@ def check_names(task: Task) -> None:
             seen.add(name)
 
 
-def metric_names(part: Evaluation) -> list[str]:
+def metric_names(part: Evaluation | CorpusEvaluation) -> list[str]:
     """Return the names of an evaluation's metrics, with its own before them."""
     return [f"{part.name}/{metric}" if part.name else metric for metric in part.metrics]

@@ -14,6 +14,10 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.small_resnet import DEPTHS
 from hvdtrain.recipes.image_models import MODEL_TYPE, Description, load_classifier, read_description
 from hvdtrain.rundir.trained import Trained
+from hvdtrain.settings.untrusted import read_json
+
+CTC, SEQ2SEQ = "AutoModelForCTC", "AutoModelForSeq2SeqLM"
+"""Auto classes of transformers."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,20 @@ def loading_of(trained: Trained) -> Loading:
         hint = "README.md there says how to load it; python -m hvdtrain predict {output} FILES... answers with it"
         return Loading(hint, _classifier_note(about), lambda weights: _program(about, weights, trained.source))
     if trained.model_type:
-        return Loading("transformers.AutoModelForCausalLM.from_pretrained({output!r})")
+        return Loading(f"transformers.{auto_class_of(trained)}.from_pretrained({{output!r}})")
     return Loading("README.md there says how to load it", _plain_note())
+
+
+def auto_class_of(trained: Trained) -> str:
+    """Return the auto class of transformers that loads a model, by what its config.json says; nothing without one."""
+    if not trained.model_type:
+        return ""
+    about = read_json(trained.folder / "config.json")
+    named = about.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    if name.endswith("ForCTC"):
+        return CTC
+    return SEQ2SEQ if name and about.get("is_encoder_decoder") is True else "AutoModelForCausalLM"
 
 
 def _refuse() -> ExportedProgram:
