@@ -105,8 +105,8 @@ class SpeechRecognition(Recipe):
 def ctc() -> SpeechRecognition:
     """Return settings for the small model on short clips; to fine-tune a large one, --optim.peak-lr 1e-4."""
     return SpeechRecognition(
-        train=TrainConfig(steps=1000, global_batch_size=16),
-        optim=AdamWConfig(peak_lr=1e-3, warmup_fraction=0.1, weight_decay=0.01),
-        eval=HearingEvalConfig(every=250),
-        checkpoint=CheckpointConfig(every=250),
+        train=TrainConfig(steps=600, global_batch_size=8),
+        optim=AdamWConfig(peak_lr=3e-3, warmup_fraction=0.1, weight_decay=0.01),
+        eval=HearingEvalConfig(every=200),
+        checkpoint=CheckpointConfig(every=200),
     )

@@ -213,7 +213,9 @@ def _small_wav2vec2() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=192,
-        conv_dim=(16, 24, 32, 48, 64, 96, 96),  # most of the work is in the first ones
+        conv_dim=(32, 48, 64, 96),
+        conv_kernel=(20, 8, 8, 3),
+        conv_stride=(10, 4, 4, 2),
         feat_extract_activation="relu",
         feat_extract_norm="layer",
         conv_bias=True,

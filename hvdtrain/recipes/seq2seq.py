@@ -31,7 +31,7 @@ class EncoderDecoderConfig(ModelConfig):
     path: str | None = setting(None, path="directory or name")
     """Directory or name on the hub of a model to begin with, and of its tokenizer."""
     config: Path | None = setting(None, path="file")
-    """config.json of a model to train from scratch. None, and no path: a small T5 for two CPU cores."""
+    """config.json of a model to train from scratch. None, and no path: a small BART for two CPU cores."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
     """How transformers computes attention. auto: as it chooses itself."""
     trust_remote_code: bool = False
@@ -139,10 +139,10 @@ class EncoderDecoder(Recipe):
 
 
 def seq2seq() -> EncoderDecoder:
-    """Return settings for the small T5 on numbers; a model of your own needs another --optim.peak-lr."""
+    """Return settings for the small BART on numbers; to fine-tune a large model, --optim.peak-lr 5e-5."""
     return EncoderDecoder(
-        train=TrainConfig(steps=1500, global_batch_size=64),
+        train=TrainConfig(steps=600, global_batch_size=32),
         optim=AdamWConfig(peak_lr=2e-3, warmup_fraction=0.1, weight_decay=0.01),
-        eval=TranslationEvalConfig(every=500),
-        checkpoint=CheckpointConfig(every=500),
+        eval=TranslationEvalConfig(every=200),
+        checkpoint=CheckpointConfig(every=200),
     )

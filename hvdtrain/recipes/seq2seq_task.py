@@ -209,15 +209,11 @@ def _load(recipe: EncoderDecoder, tokenizer: Any) -> nn.Module:
     config: Any = settings.config
     is_trained_here = recipe.data.tokenizer is None and settings.path is None
     if is_trained_here:
-        changes = {
-            "vocab_size": len(tokenizer),
-            "decoder_start_token_id": tokenizer.bos_token_id,
-            **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
-        }
+        changes = _tokens_of(tokenizer)
     if settings.path is None and config is None:
-        config = _small_t5()
+        config = _small_bart(max(recipe.data.max_source_length, recipe.data.max_target_length))
         if not is_trained_here:
-            changes = {"vocab_size": len(tokenizer), "decoder_start_token_id": tokenizer.pad_token_id or 0}
+            changes = _tokens_of(tokenizer)
     model: Any = load_as(
         KIND,
         settings.path,
@@ -227,7 +223,7 @@ def _load(recipe: EncoderDecoder, tokenizer: Any) -> nn.Module:
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
     )
-    if is_trained_here:  # what a configuration forces is for the tokens of another tokenizer
+    if changes:  # what a configuration forces is for the tokens of another tokenizer
         changes.pop("vocab_size")
         model.generation_config = import_transformers().GenerationConfig(**changes)
     if recipe.data.source_prefix:
@@ -236,9 +232,25 @@ def _load(recipe: EncoderDecoder, tokenizer: Any) -> nn.Module:
     return trained
 
 
-def _small_t5() -> Any:
-    return import_transformers().T5Config(
-        d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4, dropout_rate=0.0, feed_forward_proj="gated-gelu"
+def _tokens_of(tokenizer: Any) -> dict[str, Any]:
+    """Return what a configuration says of a tokenizer."""
+    begin = tokenizer.bos_token_id
+    return {
+        "vocab_size": len(tokenizer),
+        "decoder_start_token_id": tokenizer.pad_token_id if begin is None else begin,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
+    }
+
+
+def _small_bart(num_positions: int) -> Any:
+    return import_transformers().BartConfig(
+        d_model=96,
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 192),
+        max_position_embeddings=num_positions,
+        dropout=0.0,
+        init_std=0.05,
     )
 
 

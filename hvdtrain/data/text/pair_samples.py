@@ -19,13 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdtrain.data.samplers import ByLength
 from hvdtrain.data.text.pairs import Pair
 
 NOTHING = -100
 """Stands where there is no target; torch's cross entropy passes over it."""
 _BATCH = 512
-_BLOCK = 16
+_BLOCK, _GOLDEN = 16, (5**0.5 - 1) / 2
 
 _Sample = tuple[NDArray[np.uint32], NDArray[np.uint32], Pair]
 """Tokens of a source, of its target, and both as text."""
@@ -158,8 +157,10 @@ def mixed_by_length(lengths: Sequence[int]) -> list[int]:
     """
     if not lengths:
         return []
-    sampler = ByLength(lengths, _BLOCK, pool=len(lengths))
-    return [int(number) for number in sampler.samples(np.arange(len(lengths)), len(lengths), 0, 0)]
+    blocks = np.array_split(np.argsort(lengths, kind="stable"), -(-len(lengths) // _BLOCK))
+    # Multiples of the golden ratio lie evenly in every stretch of them.
+    places = np.argsort(np.argsort(np.arange(len(blocks)) * _GOLDEN % 1))
+    return [int(number) for place in places for number in blocks[place]]
 
 
 def read_held_out(folder: Path) -> list[Pair]:

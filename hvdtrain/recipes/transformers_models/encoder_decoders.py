@@ -111,9 +111,12 @@ def translate(
         sources: int64 `(n, S)`, filled up.
         is_text: int64 `(n, S)`, 1 where a source is.
         beams: of the search; 1 takes the likeliest token each time.
-        longest: the most tokens of an answer.
+        longest: the most tokens of an answer; a model with fewer positions ends there.
     """
     whole: Any = model
+    positions = getattr(whole.config, "max_position_embeddings", None)
+    if positions is not None:
+        longest = min(longest, positions - 1)  # one is for what begins an answer
     tokens = whole.generate(
         input_ids=sources,
         attention_mask=is_text,
