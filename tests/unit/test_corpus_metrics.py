@@ -89,7 +89,9 @@ def test_by_length_pads_less_and_mixes_long_with_short():
     order = SampleOrder(4096, BatchPlan(32, 32, 1, 1), 0, ByLength(lengths, 32))
     batches = [lengths[order.global_batch(step).numpy()] for step in range(order.steps_per_epoch)]
     padded = sum(len(batch) * batch.max() for batch in batches) / lengths.sum()
-    shuffled = [lengths[SampleOrder(4096, BatchPlan(32, 32, 1, 1), 0).global_batch(step).numpy()] for step in range(128)]
+    shuffled = [
+        lengths[SampleOrder(4096, BatchPlan(32, 32, 1, 1), 0).global_batch(step).numpy()] for step in range(128)
+    ]
     assert padded < 1.05
     assert sum(len(batch) * batch.max() for batch in shuffled) / lengths.sum() > 1.5
     means = [batch.mean() for batch in batches]

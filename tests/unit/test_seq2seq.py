@@ -83,7 +83,9 @@ def test_scores_are_sacrebleus(place):
     answers = part.answers(task.model.eval(), part.data.batch(torch.arange(3)))
     assert len(answers) == 3
     answers = ["0 0 1", "1 0 1 1 0 1", "2"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(next(path for path in (place / "cache").glob("pairs-bpe-*") if path.is_dir()))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        next(path for path in (place / "cache").glob("pairs-bpe-*") if path.is_dir())
+    )
     targets = [row[row >= 0] for row in part.data.batch(torch.arange(3))[2]]
     references = [[tokenizer.decode(target, skip_special_tokens=True) for target in targets]]
     found = part.score(answers)
@@ -154,9 +156,9 @@ def test_settings_of_the_data(place):
 
 
 def test_what_does_not_fit_is_told(place):
+    both = EncoderDecoderConfig(path="somewhere", config=place / "pairs.tsv")
     with pytest.raises(ConfigError, match=r"give --model\.path, a model to begin with, or --model\.config"):
-        model = EncoderDecoderConfig(path="somewhere", config=place / "pairs.tsv")
-        dataclasses.replace(recipe_of(place), model=model).build(print)
+        dataclasses.replace(recipe_of(place), model=both).build(print)
     CONFIGS["bart"]().save_pretrained(place / "long")
     (place / "pairs.tsv").write_text("".join(f"{'1' * 90}{n}\t2\n" for n in range(40)))
     with pytest.raises(DataError, match=r"a source has 9\d tokens, and the model 64 positions"):

@@ -17,7 +17,9 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Of `TokenizedPairs`."""
 
 _TOLERANCE = 1e-3
-"""Of a sample's loss beside others, relative to what it is alone: rounding in fp32 makes about 1e-6."""
+"""Of a sample's loss, relative to transformers' own."""
+_LOGITS_TOLERANCE = 1e-4
+"""Of a sample's logits beside others, relative to what they are alone: rounding in fp32 makes about 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,19 @@ class PairLoss:
         parts = _rows(batch) if self.is_alone and len(batch[0]) else [batch]
         return {"loss": torch.stack([self._of(model, part) for part in parts]).sum()}
 
-    def _of(self, model: nn.Module, batch: Batch) -> Tensor:
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return logits, `(n, T, V)`, of samples that pass through the model together."""
         sources, is_text, targets = batch
         whole: Any = model
         # The model's own way to put what begins a target before it: T5 and BART begin with different tokens.
         before = whole.prepare_decoder_input_ids_from_labels(labels=targets)
         output = run(model, {"input_ids": sources, "attention_mask": is_text, "decoder_input_ids": before})
-        logits = output.logits.flatten(0, 1)
+        logits: Tensor = output.logits
+        return logits
+
+    def _of(self, model: nn.Module, batch: Batch) -> Tensor:
+        targets = batch[2]
+        logits = self.logits(model, batch).flatten(0, 1)
         if logits.dtype != torch.float64:
             logits = logits.float()
         smoothing = self.smoothing if model.training else 0.0
@@ -73,9 +81,13 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
     """
     model.eval()
     try:
-        alone = torch.stack([replace(loss, is_alone=True)(model, row)["loss"] for row in _rows(batch)])
+        alone = torch.stack([loss(model, row)["loss"] for row in _rows(batch)])
         theirs = torch.stack([_their_own(model, row) for row in _rows(batch)])
-        together = float(loss(model, batch)["loss"])
+        together = loss.logits(model, batch)
+        error = max(
+            _difference(loss.logits(model, row)[0], other[: row[2].shape[1]])
+            for row, other in zip(_rows(batch), together, strict=True)
+        )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
         raise ConfigError(f"this model cannot be trained on pairs: {' '.join(str(error).split())[:300]}") from error
     finally:
@@ -86,11 +98,16 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
             f"loss:       the cross entropy alone, which is {float(alone.sum()):.4g} where transformers has"
             f" {float(theirs.sum()):.4g}: it adds something"
         )
-    total = float(alone.sum())
-    if abs(together - total) > _TOLERANCE * abs(total):
+    if error > _LOGITS_TOLERANCE:
         lines.append("padding:    changes what this model says, so that samples pass through it one at a time")
         loss = replace(loss, is_alone=True)
     return loss, "\n".join(lines)
+
+
+def _difference(alone: Tensor, together: Tensor) -> float:
+    """Return the norm of the difference of a sample's logits, `(T, V)`, relative to how far they are from even."""
+    spread = alone - alone.mean(-1, keepdim=True)
+    return float((together - alone).norm() / spread.norm().clamp_min(1e-30))
 
 
 def _their_own(model: nn.Module, row: Batch) -> Tensor:
