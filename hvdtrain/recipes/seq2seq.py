@@ -143,6 +143,6 @@ def seq2seq() -> EncoderDecoder:
     return EncoderDecoder(
         train=TrainConfig(steps=600, global_batch_size=32),
         optim=AdamWConfig(peak_lr=2e-3, warmup_fraction=0.1, weight_decay=0.01),
-        eval=TranslationEvalConfig(every=200),
-        checkpoint=CheckpointConfig(every=200),
+        eval=TranslationEvalConfig(every=300, batch_size=64),
+        checkpoint=CheckpointConfig(every=300),
     )
