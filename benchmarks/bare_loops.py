@@ -1,7 +1,7 @@
-"""One rank of the training loops that speed.py holds hvdtrain against: each the shortest that is correct.
+"""One rank of the training loops that speed.py holds hvdtrain against: bare ones, and those of other frameworks.
 
-speed.py starts it, with a description of the comparison as JSON. On a GPU machine each rank takes the GPU of its local
-rank, and collectives are NCCL's.
+speed.py starts it, with a description of the comparison as JSON. All train hvdtrain's own model on the same batches.
+On a GPU machine each rank takes the GPU of its local rank, and collectives are NCCL's.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import torch
+from torch.optim import AdamW
 
 from hvdtrain.data.config import TextConfig
 from hvdtrain.data.order import SampleOrder
@@ -61,8 +63,51 @@ def text_of(given: SimpleNamespace) -> PreparedText:
     return prepare_text(TextConfig(sequence_length=given.length, val_fraction=0.01), lambda line: None)
 
 
+class Batches:
+    """What every loop trains on: text, and the samples of each step in hvdtrain's order.
+
+    Args:
+        given: the comparison.
+        rank: this process's.
+        size: how many processes train.
+    """
+
+    def __init__(self, given: SimpleNamespace, rank: int, size: int) -> None:
+        self.text = text_of(given)
+        self.data = TokenWindows(self.text.train_shards, given.length)
+        self._rank = rank
+        self._order = SampleOrder(len(self.data), BatchPlan(given.batch * size, given.batch, 1, size), 0)
+
+    def positions(self, step: int) -> torch.Tensor:
+        """Return which samples this rank takes in a step."""
+        (mine,) = self._order.micro_batches(step, self._rank)
+        return self._order.global_batch(step)[mine]
+
+    def of(self, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens and targets, `(B, T)` each."""
+        tokens, targets = self.data.batch(self.positions(step))
+        return tokens.to(device), targets.to(device)
+
+
+def model_and_optimizer(given: SimpleNamespace, vocab_size: int, device: torch.device) -> tuple[Decoder, AdamW]:
+    """Return the model of the comparison and the optimizer that all use."""
+    shape = {"num_layers": given.layers, "hidden_size": given.hidden_size, "num_heads": given.heads}
+    model = Decoder(DecoderConfig(**shape, intermediate_size=given.intermediate_size), vocab_size, seed=0).to(device)
+    if given.compile:
+        model.compile()
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    groups = [{"params": matrices}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    return model, AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+
+def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss a token."""
+    total, count = next_token_loss(logits, targets)
+    return total / count
+
+
 def bare_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[float]]:
-    """Train hvdtrain's model by Horovod, by DDP or in one process; returns the rank and its windows."""
+    """Train by Horovod, by DDP or in one process; returns the rank and its windows."""
     rank, size = 0, 1
     if given.runner == "horovod":
         import horovod.torch as hvd
@@ -72,29 +117,19 @@ def bare_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[f
     elif given.runner == "ddp":
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    text = text_of(given)
-    data = TokenWindows(text.train_shards, given.length)
-    order = SampleOrder(len(data), BatchPlan(given.batch * size, given.batch, 1, size), 0)
-    shape = {"num_layers": given.layers, "hidden_size": given.hidden_size, "num_heads": given.heads}
-    config = DecoderConfig(**shape, intermediate_size=given.intermediate_size)
-    model = Decoder(config, text.vocab_size, seed=0).to(device)
-    if given.compile:
-        model.compile()
+    batches = Batches(given, rank, size)
+    model, optimizer = model_and_optimizer(given, batches.text.vocab_size, device)
     trained: torch.nn.Module = torch.nn.parallel.DistributedDataParallel(model) if given.runner == "ddp" else model
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    groups = [{"params": matrices}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     if given.runner == "horovod":
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 
     def step(i: int) -> None:
-        for positions in order.micro_batches(i, rank):
-            tokens, targets = (t.to(device) for t in data.batch(order.global_batch(i)[positions]))
-            model.zero_grad()
-            with autocast(given, device):
-                total, count = next_token_loss(trained(tokens), targets)
-            (total / count).backward()
+        tokens, targets = batches.of(i, device)
+        model.zero_grad()
+        with autocast(given, device):
+            loss = mean_loss(trained(tokens), targets)
+        loss.backward()
         if given.runner == "horovod":
             optimizer.synchronize()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,55 +142,133 @@ def bare_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[f
     return rank, timed(given.steps, step, device)
 
 
-def nanogpt_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[float]]:
-    """Train nanoGPT's model as its train.py does: random windows, the next one read between forward and backward."""
-    sys.path.insert(0, given.nanogpt)
-    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+def accelerate_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[float]]:
+    """Train by Hugging Face's Accelerate."""
+    from accelerate import Accelerator
 
-    is_parallel = given.ranks > 1
-    if is_parallel:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank = torch.distributed.get_rank() if is_parallel else 0
-    torch.manual_seed(1337 + rank)
-    text = text_of(given)
-    tokens = np.memmap(text.train_shards[0].path, dtype=text.train_shards[0].dtype, mode="r")
-    shape = {"n_layer": given.layers, "n_head": given.heads, "n_embd": given.hidden_size, "block_size": given.length}
-    model = GPT(GPTConfig(**shape, vocab_size=text.vocab_size, dropout=0.0, bias=False)).to(device)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
-    trained = torch.compile(model) if given.compile else model
-    if is_parallel:
-        trained = torch.nn.parallel.DistributedDataParallel(trained)
-
-    def batch() -> list[torch.Tensor]:
-        starts = torch.randint(len(tokens) - given.length, (given.batch,))
-        pair = [
-            torch.stack([torch.from_numpy(tokens[i + j : i + j + given.length].astype(np.int64)) for i in starts])
-            for j in (0, 1)
-        ]
-        if device.type == "cuda":
-            return [half.pin_memory().to(device, non_blocking=True) for half in pair]
-        return pair
-
-    following = batch()
+    precision = "bf16" if given.precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    batches = Batches(given, accelerator.process_index, accelerator.num_processes)
+    model, optimizer = accelerator.prepare(*model_and_optimizer(given, batches.text.vocab_size, device))
 
     def step(i: int) -> None:
-        nonlocal following
-        with autocast(given, device):
-            _, loss = trained(*following)
-        following = batch()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        tokens, targets = batches.of(i, device)
+        optimizer.zero_grad()
+        with accelerator.autocast():
+            loss = mean_loss(model(tokens), targets)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return rank, timed(given.steps, step, device)
+    return accelerator.process_index, timed(given.steps, step, device)
+
+
+def fabric_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[float]]:
+    """Train by Lightning Fabric."""
+    from lightning.fabric import Fabric
+
+    precision = "bf16-mixed" if given.precision == "bf16" else "32-true"
+    strategy = "ddp" if given.ranks > 1 else "auto"
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    fabric = Fabric(accelerator=kind, devices=given.ranks, strategy=strategy, precision=precision)
+    fabric.launch()
+    batches = Batches(given, fabric.global_rank, fabric.world_size)
+    model, optimizer = fabric.setup(*model_and_optimizer(given, batches.text.vocab_size, device))
+
+    def step(i: int) -> None:
+        tokens, targets = batches.of(i, device)
+        optimizer.zero_grad()
+        with fabric.autocast():  # the loss, too: the model itself has it from Fabric
+            loss = mean_loss(model(tokens), targets)
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+
+    return fabric.global_rank, timed(given.steps, step, device)
+
+
+def trainer_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[float]]:
+    """Train by the Trainer of transformers, with its own sampler and as little besides as it can be told to do."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Windows(TrainerCallback):
+        """The mean seconds of each window of steps."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self._started = time.perf_counter()
+
+        def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
+            """Note the time."""
+            if state.global_step % WINDOW == 0:
+                now = time.perf_counter()
+                self.seconds.append((now - self._started) / WINDOW)
+                self._started = now
+
+    class WithLoss(torch.nn.Module):
+        """The model in the form that Trainer asks for."""
+
+        def __init__(self, model: Decoder) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            """Return the loss by its name."""
+            return {"loss": mean_loss(self.model(tokens), labels)}
+
+    class Samples(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        """The windows of the text, one by one."""
+
+        def __init__(self, data: TokenWindows) -> None:
+            self._data = data
+
+        def __len__(self) -> int:
+            return len(self._data)
+
+        def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+            tokens, targets = self._data.batch(torch.tensor([position]))
+            return {"tokens": tokens[0], "labels": targets[0]}
+
+    batches = Batches(given, 0, 1)
+    model, optimizer = model_and_optimizer(given, batches.text.vocab_size, device)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    windows = Windows()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            max_steps=given.steps,
+            per_device_train_batch_size=given.batch,
+            max_grad_norm=1.0,
+            use_cpu=device.type == "cpu",
+            ddp_backend=("nccl" if device.type == "cuda" else "gloo") if given.ranks > 1 else None,
+            bf16=given.precision == "bf16",
+            save_strategy="no",
+            eval_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        samples, made = Samples(batches.data), (optimizer, constant)
+        trainer = Trainer(WithLoss(model), settings, train_dataset=samples, optimizers=made, callbacks=[windows])
+        trainer.train()
+    return settings.process_index, windows.seconds
+
+
+LOOPS: dict[str, Callable[[SimpleNamespace, torch.device], tuple[int, list[float]]]] = {
+    "horovod": bare_loop,
+    "ddp": bare_loop,
+    "one process": bare_loop,
+    "accelerate": accelerate_loop,
+    "fabric": fabric_loop,
+    "hf trainer": trainer_loop,
+}
 
 
 def main() -> None:
     """Be a rank; rank 0 writes its windows to the file that the description names."""
     given = SimpleNamespace(**json.loads(sys.argv[1]))
-    loop = nanogpt_loop if given.runner == "nanogpt" else bare_loop
-    rank, windows = loop(given, local_device())
+    rank, windows = LOOPS[given.runner](given, local_device())
     if rank == 0:
         Path(given.times).write_text(json.dumps(windows))
 

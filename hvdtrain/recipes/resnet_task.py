@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def build_task(recipe: ImageClassifier) -> Task:
     zero_gamma = settings.zero_init_gamma and settings.has_residual_gains
     model = build_classifier(settings.name, len(classes), config.size, seed=recipe.train.seed, zero_gamma=zero_gamma)
     if is_channels_last(recipe):
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = cast(Any, model).to(memory_format=torch.channels_last)  # which not every torch's types know
     train, held_out = _samples(recipe, images)
     confusion = ConfusionMatrix(classes)
     loss = ClassificationLoss(recipe, len(classes), confusion)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.trainer.component import Component, Step
-from hvdtrain.trainer.job import Job
 from hvdtrain.world import World, digest_of, per_rank_buffers
 
 if TYPE_CHECKING:
+    from hvdtrain.trainer.job import Job
     from hvdtrain.trainer.state import Training
 
 

@@ -36,7 +36,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
 
 
 def build_components(job: Job) -> list[Component]:
-    """Return the components that the job's settings ask for, then those of the task, then its callbacks."""
+    """Return the components that the job's settings ask for, those of the task, of the strategy, then callbacks."""
     factories = (*COMPONENTS, *job.task.components)
     components = [component for build in factories if (component := build(job)) is not None]
-    return components + callback_components(job)
+    return components + job.strategy.components(job) + callback_components(job)

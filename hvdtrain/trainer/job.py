@@ -16,6 +16,7 @@ from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.settings import BatchPlan, Config, keep_batch, plan_batch
 from hvdtrain.settings.intervals import parse_every
 from hvdtrain.trainer.contract import check_task
+from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.strategy import EveryStep, Strategy
 from hvdtrain.trainer.task import CorpusEvaluation, Evaluation, Task
 from hvdtrain.world import World
@@ -104,7 +105,8 @@ def settle(
     check_schedule(config.optim, num_steps)
     if order.num_samples >= ENDLESS:
         _check_no_epochs(config)
-    return Job(task, config, world, run, log, plan, order, num_steps, allowed_changes)
+    strategy = strategy_of(config, world.size)
+    return Job(task, config, world, run, log, plan, order, num_steps, allowed_changes, strategy)
 
 
 def _check_no_epochs(config: Config) -> None:

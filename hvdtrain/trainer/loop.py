@@ -67,6 +67,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         because = f": {ended}" if ended else ""
         job.log.say(f"this run has finished before, at step {training.step}{because}")
         evaluated = evaluate(job, training)
+        training.strategy.end(job.world, training)
         training.use_evaluated_weights()
         return evaluated
     with closing(training), Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
@@ -93,6 +94,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         job.log.say(f"ended at step {training.step} of {job.num_steps}: {run.ended}")
     last = {**evaluated, **saver.metrics(), "time/train_s": stopwatch.seconds}
     job.log.write(training.step, last, "finished")
+    training.strategy.end(job.world, training)
     training.use_evaluated_weights()
     return evaluated
 

@@ -12,6 +12,7 @@ from hvdtrain.data.order import SampleOrder
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import BatchPlan, Config, plan_batch
 from hvdtrain.trainer.job import Job, order_of
+from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.task import Task
 from hvdtrain.world import World
 
@@ -65,4 +66,5 @@ def rehearse(
     if only_full_batches:
         order = FullBatches(**vars(order))
     task = dataclasses.replace(task, model=copy.deepcopy(task.model))
-    return Job(task, config, world, None, MetricLog(None, []), plan, order, num_steps)
+    strategy = strategy_of(config, world.size)
+    return Job(task, config, world, None, MetricLog(None, []), plan, order, num_steps, strategy=strategy)

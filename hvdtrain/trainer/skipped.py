@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class SkippedSteps(Component):
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self.is_replicated = job.strategy.agrees
         self._in_window = 0
         self._in_a_row = 0
         self._pending: _Pending | None = None
@@ -69,6 +70,10 @@ class SkippedSteps(Component):
         """
         self._settle()
         skipped, self._in_window = self._in_window, 0
+        if not self.is_replicated:
+            skipped = int(self._job.world.all_reduce(torch.tensor(float(skipped)), "sum", "skipped"))
+            if skipped:
+                self._job.log.say(f"WARNING: {skipped} steps of single ranks were skipped up to here, not being finite")
         return {"train/skipped_steps": skipped} if skipped else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,6 +88,11 @@ class SkippedSteps(Component):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Count on."""
         self._in_window, self._in_a_row = state["in_window"], state["in_a_row"]
+
+    def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
+        """Give what was skipped to rank 0; in a row, all have as many as the worst."""
+        skipped = sum(state["in_window"] for state in states) if rank == 0 else 0
+        return {"in_window": skipped, "in_a_row": max(state["in_a_row"] for state in states)}
 
     def _settle(self) -> None:
         pending, self._pending = self._pending, None
@@ -101,12 +111,15 @@ class SkippedSteps(Component):
         self._in_window += 1
         self._in_a_row += 1
         loss = float(step.totals[job.task.metrics.index("loss")])
-        losses = job.world.all_gather_object(loss, "skip")
-        ranks = [str(rank) for rank, loss in enumerate(losses) if not torch.tensor(loss).isfinite()]
+        losses = {job.world.rank: loss}
+        if self.is_replicated:
+            losses = dict(enumerate(job.world.all_gather_object(loss, "skip")))
+        ranks = [str(rank) for rank, loss in losses.items() if not torch.tensor(loss).isfinite()]
         who = f"the loss on rank {', '.join(ranks)}" if ranks else "the gradient"
+        where = "all ranks" if self.is_replicated else f"rank {job.world.rank} alone"
         assert self._training is not None
         notes = "".join(component.note_on_skip() for component in self._training.components)
-        job.log.say(f"WARNING: step {step.number} is skipped on all ranks: {who} is not finite{notes}")
+        job.log.say(f"WARNING: step {step.number} is skipped on {where}: {who} is not finite{notes}")
         if self._in_a_row >= job.config.health.max_skipped_steps:
             checkpoints = job.run.checkpoints.report() if job.directory else "Nothing was saved"
             raise DivergedError(

@@ -215,9 +215,11 @@ def _restore_optimizer(job: Job, training: Training, state: Any) -> None:
 def _restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
     """Give a component its part of what was saved; one that was not there then begins anew."""
     saved = states.get(component.name)
-    if saved is not None and not component.is_replicated:
-        rank, size = job.world.rank, job.world.size
-        saved = saved[rank] if len(saved) == size else component.redistribute(saved, rank)
+    rank: int = job.world.rank
+    of_ranks: list[Any] = saved if isinstance(saved, list) else [saved]
+    if saved is not None and not (component.is_replicated and saved is of_ranks[0]):
+        is_own = not component.is_replicated and len(of_ranks) == job.world.size
+        saved = of_ranks[rank] if is_own else component.redistribute(of_ranks, rank)
     if saved is not None:
         check_like(component.state_dict(), saved, component.name)
         component.load_state_dict(saved)

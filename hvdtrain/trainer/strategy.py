@@ -19,11 +19,20 @@ from torch import Tensor, nn
 from hvdtrain.world import World, WrappedOptimizer, per_rank_buffers
 
 if TYPE_CHECKING:
+    from hvdtrain.trainer.component import Component
+    from hvdtrain.trainer.job import Job
     from hvdtrain.trainer.state import Training
 
 
 class Strategy(ABC):
     """What is shared between ranks, and when. Every method is called by every rank."""
+
+    agrees: bool = True
+    """Whether a step counts on all ranks or on none."""
+
+    def components(self, job: Job) -> list[Component]:
+        """Return the components, with states of their own, that the strategy needs."""
+        return []
 
     @abstractmethod
     def wrap(
@@ -41,7 +50,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def agree(self, world: World, is_finite: Tensor) -> Tensor:
-        """Return whether a step counts, bool, a scalar, alike on all ranks, from this rank's averaged gradient."""
+        """Return whether a step counts, bool, a scalar, from this rank's gradient; alike on all if it `agrees`."""
 
     @abstractmethod
     def after_update(self, world: World, training: Training) -> None:
@@ -54,6 +63,9 @@ class Strategy(ABC):
     @abstractmethod
     def replicated_tensors(self, training: Training, with_optimizer: bool) -> dict[str, Tensor]:
         """Return the tensors of the model, and perhaps of the optimizer, that must be equal on all ranks now."""
+
+    def end(self, world: World, training: Training) -> None:  # noqa: B027  most have nothing to do
+        """Leave the weights that were evaluated last, alike on all ranks, in the model, for good. Collective."""
 
     @abstractmethod
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:

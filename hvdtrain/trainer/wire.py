@@ -7,6 +7,7 @@ from typing import Any
 
 from hvdtrain.trainer.component import Component
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.strategy import EveryStep
 from hvdtrain.world import Codec, codec_of
 
 
@@ -24,8 +25,10 @@ class WireFormat(Component):
         self.wrap_options = {"compression": codec}
 
     @classmethod
-    def of(cls, job: Job) -> WireFormat:
-        """Return one with the codec that `--comm.compression` names."""
+    def of(cls, job: Job) -> WireFormat | None:
+        """Return one with the codec that `--comm.compression` names, where gradients travel."""
+        if not isinstance(job.strategy, EveryStep):
+            return None
         return cls(codec_of(job.config.comm.compression))
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,7 +61,10 @@ def details(job: Job, memory: Memory | None) -> str:
         lines.append(f"memory:     {memory}")
     size, gradients = job.world.size, wire_bytes(job)
     sent = in_units(2 * (size - 1) / size * gradients)
-    lines.append(f"network:    {in_units(gradients)} of gradients; in a ring each rank sends {sent} a step")
+    comm, what, when = job.config.comm, "gradients", "a step"
+    if comm.sync == "local" and size > 1:
+        what, when = "updates", f"every {comm.period:,} steps"
+    lines.append(f"network:    {in_units(gradients)} of {what}; in a ring each rank sends {sent} {when}")
     return "\n".join(lines)
 
 

@@ -38,6 +38,8 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
         say(describe(facts))
         _show(_ask(facts, options), options, {}, say)
         return 0
+    if recipe.comm.sync == "local":
+        raise ConfigError("plan predicts steps that average gradients: leave out --comm.sync local")
     return watched(
         recipe,
         lambda world, heartbeat, unwatched: _plan(name, recipe, options, world),

@@ -25,6 +25,11 @@ def verify(name: str, recipe: Recipe, options: VerifyOptions) -> int:
     """
     if options.steps < 2:
         raise ConfigError(f"--steps {options.steps} must be at least 2: one before and one after a save")
+    if recipe.comm.sync == "local":
+        raise ConfigError(
+            "verify checks that ranks train what one process would, which they do not with --comm.sync local: leave it"
+            " out"
+        )
     return watched(recipe, lambda world, heartbeat, unwatched: _verify(name, recipe, options, world))
 
 

@@ -1,0 +1,185 @@
+"""What averages in every step, fewer bits and local updates cost on slow links, and what they reach.
+
+    python benchmarks/slow_links.py --cluster CLUSTER.sh --output benchmarks/results/slow_links.txt
+
+Two questions, apart. Loss: recipe lm on the ranks of this machine, the same steps with each method; the network has no
+part in it. Time: a few steps of each method on hosts whose links are throttled, beside DistributedDataParallel on Gloo
+with the same model and batch. CLUSTER.sh makes hosts of Linux namespaces: `up N --emu`, `net RATE DELAY_MS`,
+`exec HOST COMMAND...`, `down`. Median of the steps' times; of local updates, of whole periods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+import machine  # noqa: E402
+from bare_loops import WINDOW  # noqa: E402
+
+NETWORKS = ("200mbit,1", "100mbit,5", "20mbit,20")
+
+
+def methods(period: int) -> dict[str, list[str]]:
+    """Return hvdtrain's flags for each method."""
+    local = ["--comm.sync", "local", "--comm.period", str(period)]
+    return {
+        "every step": [],
+        "every step, bf16": ["--comm.compression", "bf16"],
+        f"local, {period} steps": local,
+        f"DiLoCo, {period} steps": [*local, "--comm.outer", "nesterov"],
+        f"DiLoCo, {period} steps, bf16": [*local, "--comm.outer", "nesterov", "--comm.compression", "bf16"],
+    }
+
+
+def run(command: list[str], timeout: int = 1800) -> None:
+    """Run a command; its output is shown only where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    """Return what a run has logged."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> float:
+    """Return the held-out loss, nats a byte, after a training on this machine."""
+    launch = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(given.hosts), sys.executable]
+    train = ["-m", "hvdtrain", "train", "lm", "--run-dir", str(folder), "--train.steps", str(given.steps)]
+    run([*launch, *train, "--train.seed", str(seed), *flags])
+    return lines_of(folder)[-1]["val/loss"]
+
+
+def variables(more: dict[str, str]) -> list[str]:
+    """Return the environment of a process on a host, as words before its command."""
+    fixed = {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+    }
+    return ["env", *(f"{name}={value}" for name, value in {**fixed, **more}.items())]
+
+
+def ours(given: argparse.Namespace, flags: list[str], steps: int, folder: Path) -> float:
+    """Return the seconds of a step of hvdtrain on the hosts."""
+    where = ",".join(f"node{i + 1}:1" for i in range(given.hosts))
+    launch = ["horovodrun", "--mpi", "--disable-cache", "--network-interfaces", "eth0", "-np", str(given.hosts)]
+    launch += ["--mpi-args=--mca btl_tcp_flags 1", "-H", where, sys.executable]
+    train = ["-m", "hvdtrain", "train", "lm", "--run-dir", str(folder), "--train.steps", str(steps)]
+    train += ["--log.every", str(given.period if "local" in flags else WINDOW), "--eval.every", "none", *flags]
+    run([given.cluster, "exec", "node1", *variables({}), *launch, *train])
+    times = [line["time/step_s"] for line in lines_of(folder) if "time/step_s" in line]
+    return statistics.median(times[1:])
+
+
+def ddp(given: argparse.Namespace, steps: int, folder: Path) -> float:
+    """Return the seconds of a step of DistributedDataParallel on the hosts."""
+    times = folder / "times.json"
+    shape = {"layers": 3, "hidden_size": 128, "heads": 4, "intermediate_size": None, "length": 128}
+    description = {**shape, "batch": 16 // given.hosts, "ranks": given.hosts, "runner": "ddp"}
+    description |= {"precision": "fp32", "compile": False}
+    description |= {"steps": steps, "times": str(times)}
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "bare_loops.py"), json.dumps(description)]
+    ranks = []
+    for rank in range(given.hosts):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(given.hosts), "MASTER_ADDR": "node1", "MASTER_PORT": "29511"}
+        place["GLOO_SOCKET_IFNAME"] = "eth0"
+        words = [given.cluster, "exec", f"node{rank + 1}", *variables(place), *command]
+        ranks.append(subprocess.Popen(words, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL))
+    try:
+        codes = [process.wait(timeout=900) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    if any(codes):
+        raise RuntimeError(f"DistributedDataParallel ended with {codes}")
+    return statistics.median(json.loads(times.read_text())[1:])
+
+
+def losses(given: argparse.Namespace) -> list[str]:
+    """Return the rows of the held-out losses."""
+    rows = [f"held-out loss in nats a byte after {given.steps} steps on {given.hosts} ranks, seed by seed"]
+    found: dict[str, list[float]] = {name: [] for name in methods(given.period)}
+    for seed in range(given.seeds):
+        for name, flags in methods(given.period).items():
+            with tempfile.TemporaryDirectory() as folder:
+                found[name].append(loss(given, flags, seed, Path(folder) / "run"))
+            print(f"seed {seed}: {name} {found[name][-1]:.4f}", file=sys.stderr, flush=True)
+    plain = statistics.mean(found["every step"])
+    for name, values in found.items():
+        of_seeds = " ".join(f"{value:.4f}" for value in values)
+        rows.append(f"{name:28} {of_seeds}   mean {statistics.mean(values) / plain - 1:+.2%} of every step's")
+    return rows
+
+
+def times(given: argparse.Namespace) -> list[str]:
+    """Return the rows of the times on each network."""
+    tokens = 16 * 128
+    rows = []
+    for network in given.networks:
+        rate, delay = network.split(",")
+        run([given.cluster, "net", rate, delay])
+        rows += ["", f"{rate}, {delay} ms one way, {given.hosts} hosts: ms a step, tokens/s, DDP's time / this one's"]
+        seconds: dict[str, list[float]] = {"DDP, Gloo": [], **{name: [] for name in methods(given.period)}}
+        for _ in range(given.repeats):
+            for name, values in seconds.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    if name == "DDP, Gloo":
+                        values.append(ddp(given, 4 * WINDOW, Path(folder)))
+                    else:
+                        flags = methods(given.period)[name]
+                        steps = (3 * given.period) if "local" in flags else 4 * WINDOW
+                        values.append(ours(given, flags, steps, Path(folder) / "run"))
+                print(f"{network} {name}: {1e3 * values[-1]:.0f} ms", file=sys.stderr, flush=True)
+        for name, values in seconds.items():
+            ratios = [a / b for a, b in zip(seconds["DDP, Gloo"], values, strict=True)]
+            middle = statistics.median(values)
+            rows.append(f"{name:28} {1e3 * middle:8.1f} {tokens / middle:10,.0f}   {machine.spread(ratios, 2)}")
+    return rows
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", help="the script that makes the hosts; without it, losses alone")
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--period", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=300, help="of the trainings whose loss is compared")
+    parser.add_argument("--seeds", type=int, default=3, help="0: times alone")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="rate and one-way delay in ms")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    table = [
+        machine.describe(),
+        "",
+        "recipe lm: 3 layers x 128, a global batch of 16 x 128 bytes, one thread a rank",
+        "",
+    ]
+    if given.seeds:
+        table += losses(given)
+    if given.cluster:
+        given.cluster = str(Path(given.cluster).resolve())
+        run([given.cluster, "up", str(given.hosts), "--emu"])
+        try:
+            table += times(given)
+        finally:
+            subprocess.run([given.cluster, "down"], check=False, capture_output=True)
+    print("\n".join(table))
+    if given.output:
+        given.output.write_text("\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()
