@@ -84,7 +84,7 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
         alone = torch.stack([loss(model, row)["loss"] for row in _rows(batch)])
         theirs = torch.stack([_their_own(model, row) for row in _rows(batch)])
         together = loss.logits(model, batch)
-        error = max(
+        difference = max(
             _difference(loss.logits(model, row)[0], other[: row[2].shape[1]])
             for row, other in zip(_rows(batch), together, strict=True)
         )
@@ -98,7 +98,7 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
             f"loss:       the cross entropy alone, which is {float(alone.sum()):.4g} where transformers has"
             f" {float(theirs.sum()):.4g}: it adds something"
         )
-    if error > _LOGITS_TOLERANCE:
+    if difference > _LOGITS_TOLERANCE:
         lines.append("padding:    changes what this model says, so that samples pass through it one at a time")
         loss = replace(loss, is_alone=True)
     return loss, "\n".join(lines)

@@ -78,7 +78,7 @@ def try_out(model: nn.Module, batch: Batch, loss: CtcLoss) -> tuple[CtcLoss, str
         loss(model, batch)
         alone, frames = replace(loss, is_alone=True).logits(model, batch)
         together, _ = loss.logits(model, batch)
-        error = max(
+        difference = max(
             _difference(row[:count], other[:count])
             for row, other, count in zip(alone, together, frames.tolist(), strict=True)
         )
@@ -87,7 +87,7 @@ def try_out(model: nn.Module, batch: Batch, loss: CtcLoss) -> tuple[CtcLoss, str
         raise ConfigError(f"this model cannot be trained on waves of sound by CTC: {reason}") from error
     finally:
         model.train()
-    if error <= _TOLERANCE:
+    if difference <= _TOLERANCE:
         return loss, ""
     return replace(loss, is_alone=True), (
         "padding:    changes what this model hears, so that clips pass through it one at a time: it normalises over"
