@@ -86,7 +86,12 @@ class VisionConfig(DataConfig):
 
 def cache_dir(config: CorpusConfig) -> Path:
     """Return where prepared tokens are kept."""
-    if config.cache_dir:
-        return Path(config.cache_dir).expanduser()
+    return cache_at(config.cache_dir)
+
+
+def cache_at(folder: str | None) -> Path:
+    """Return the directory of prepared data that a setting names; None: hvdtrain/tokens in the user's cache."""
+    if folder:
+        return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "hvdtrain" / "tokens"

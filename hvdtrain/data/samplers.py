@@ -1,4 +1,4 @@
-"""Which sample stands where in an epoch: shuffled, in order, or drawn by weight.
+"""Which sample stands where in an epoch: shuffled, in order, by length, or drawn by weight.
 
 Each is a pure function of (seed, epoch, position): it takes no memory that grows with the data, begins anywhere, and
 knows no ranks. So whatever the sampler, a run goes on exactly, on any number of ranks.
@@ -92,10 +92,49 @@ class Weighted:
         return drawn
 
 
+class ByLength:
+    """Every sample once an epoch, beside samples of about its length: less is padded, and ranks have alike much to do.
+
+    An epoch is shuffled and cut into pools of many batches; each pool is sorted by length and cut into batches, and
+    these come in a random order. So batches are drawn anew in each epoch.
+
+    Args:
+        lengths: of all samples, in any unit.
+        batch_size: samples that shall be alike: a global batch, so that all ranks have the same share of the work.
+        pool: batches that are sorted together; the more there are, the less is padded and the less is left to chance.
+    """
+
+    def __init__(self, lengths: Sequence[int] | NDArray[np.int64], batch_size: int, pool: int = 32) -> None:
+        self.lengths = np.asarray(lengths, np.int64)
+        self._batch_size, self._pool = batch_size, pool
+        self._known: tuple[tuple[int, int, int], NDArray[np.int64]] | None = None
+
+    def samples(self, positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the samples at `positions`."""
+        key, known = (num_samples, seed, epoch), self._known
+        if known is None or known[0] != key:
+            self._known = known = key, self._epoch(*key)
+        return known[1][positions]
+
+    def _epoch(self, num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the samples of an epoch in their order, int64 `(num_samples,)`."""
+        places = np.arange(num_samples)
+        samples = permute(places, num_samples, seed, epoch)
+        pools = places // (self._pool * self._batch_size)
+        samples = samples[np.lexsort((self.lengths[samples], pools))]
+        full = num_samples // self._batch_size
+        batches = samples[: full * self._batch_size].reshape(full, self._batch_size)
+        if full > 1:
+            batches = batches[permute(np.arange(full), full, seed, ~epoch)]  # no epoch has a number below 0
+        return np.concatenate((batches.ravel(), samples[full * self._batch_size :]))
+
+
 def check_sampler(sampler: Sampler | None, num_samples: int) -> None:
-    """Raise DataError where there is not one weight a sample."""
+    """Raise DataError where there is not one weight, or one length, a sample."""
     if isinstance(sampler, Weighted) and len(sampler.weights) != num_samples:
         raise DataError(f"there are {len(sampler.weights):,} weights for {num_samples:,} samples")
+    if isinstance(sampler, ByLength) and len(sampler.lengths) != num_samples:
+        raise DataError(f"there are {len(sampler.lengths):,} lengths for {num_samples:,} samples")
 
 
 def permute(positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:

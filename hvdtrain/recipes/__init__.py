@@ -31,6 +31,8 @@ RECIPES = {
     "hf": ("hvdtrain.recipes.hf", "hf"),
     "dpo": ("hvdtrain.recipes.dpo", "dpo"),
     "mnist": ("hvdtrain.recipes.mnist", "mnist"),
+    "seq2seq": ("hvdtrain.recipes.seq2seq", "seq2seq"),
+    "ctc": ("hvdtrain.recipes.ctc", "ctc"),
     "resnet": ("hvdtrain.recipes.resnet", "resnet"),
 }
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job, settle
     from hvdtrain.trainer.loop import fit
     from hvdtrain.trainer.step import train_step
-    from hvdtrain.trainer.task import Evaluation, Recipe, Task
+    from hvdtrain.trainer.task import CorpusEvaluation, Evaluation, Recipe, Task
 
 # Imported on first use: a recipe's settings need no torch.
 _HOMES = {
@@ -18,10 +18,10 @@ _HOMES = {
     "hvdtrain.trainer.evaluation": ("evaluate",),
     "hvdtrain.trainer.loop": ("fit",),
     "hvdtrain.trainer.step": ("train_step",),
-    "hvdtrain.trainer.task": ("Evaluation", "Recipe", "Task"),
+    "hvdtrain.trainer.task": ("CorpusEvaluation", "Evaluation", "Recipe", "Task"),
 }
 
-__all__ = ["Evaluation", "Job", "Recipe", "Task", "evaluate", "fit", "settle", "train_step"]
+__all__ = ["CorpusEvaluation", "Evaluation", "Job", "Recipe", "Task", "evaluate", "fit", "settle", "train_step"]
 
 
 def __getattr__(name: str) -> Any:

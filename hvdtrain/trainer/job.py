@@ -18,7 +18,7 @@ from hvdtrain.settings.intervals import parse_every
 from hvdtrain.trainer.contract import check_task
 from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.strategy import EveryStep, Strategy
-from hvdtrain.trainer.task import Evaluation, Task
+from hvdtrain.trainer.task import CorpusEvaluation, Evaluation, Task
 from hvdtrain.world import World
 
 
@@ -164,6 +164,6 @@ def check_names(task: Task) -> None:
             seen.add(name)
 
 
-def metric_names(part: Evaluation) -> list[str]:
+def metric_names(part: Evaluation | CorpusEvaluation) -> list[str]:
     """Return the names of an evaluation's metrics, with its own before them."""
     return [f"{part.name}/{metric}" if part.name else metric for metric in part.metrics]

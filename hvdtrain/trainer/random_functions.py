@@ -65,7 +65,9 @@ def _factory(
     if kwargs.keys() - {"dtype", "device"}:
         return NotImplemented
     shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-    u = self.uniform(shape, torch.device(kwargs.get("device") or torch.get_default_device()))
+    device = torch.device(kwargs.get("device") or torch.get_default_device())
+    # A single number, such as what drops a layer (arXiv:1909.11556), is drawn once for all samples of a step.
+    u = self.uniform(shape, device) if shape else self.of_step(device)
     return NotImplemented if u is None else make(u).to(kwargs.get("dtype") or torch.get_default_dtype())
 
 

@@ -2,10 +2,11 @@
 
 torch draws a batch's random numbers one after the other, so the ones that a sample gets depend on what else is in its
 micro-batch. While `SampleRandomness` is entered they are instead a function of (seed, step, how many draws the step
-made before, position of the sample in the global batch, place in the sample's own tensor). That holds for what
-`random_functions.py` and `random_layers.py` name, wherever its tensor has the samples of the micro-batch as its first
-dimension: dropout in all its forms, also inside attention, `rand`, `randn`, `randint`, `normal`, `bernoulli`,
-`multinomial`, `exponential_` and their like, and so for what `torch.distributions` makes of them.
+made before, position of the sample in the global batch, place in the sample's own tensor, however far that is padded).
+That holds for what `random_functions.py` and `random_layers.py` name, wherever its tensor has the samples of the
+micro-batch as its first dimension: dropout in all its forms, also inside attention, `rand`, `randn`, `randint`,
+`normal`, `bernoulli`, `multinomial`, `exponential_` and their like, and so for what `torch.distributions` makes of
+them. A single number of `rand` or `randn`, such as what drops a layer, is the same for all samples of a step.
 
 Anything else (`randperm`, Poisson and gamma variates, the dropout inside `nn.LSTM`, Python's `random`, numpy) draws
 from its own generator, which is seeded for each micro-batch: the numbers differ on every rank and in every micro-batch,
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -87,6 +87,10 @@ class SampleRandomness(TorchFunctionMode):
         if not self._is_of_samples(shape):
             return None
         return (_words(self._keys(device), shape).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)).float() * 2.0**-24
+
+    def of_step(self, device: torch.device) -> Tensor:
+        """Return one fp32 number in [0, 1), the same for all samples of the step: what no sample draws by itself."""
+        return (_mix64(torch.tensor(self._salt())) >> 8 & 0xFFFFFF).float().mul(2.0**-24).to(device)
 
     def fine(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Return fp64 numbers in [0, 1) of this shape, in steps of 2^-53; None if its first dimension is not `n`."""
@@ -243,8 +247,26 @@ def _mix32(x: Tensor) -> Tensor:
     return x
 
 
+_STRIDE = -1640531535  # 2^32 / golden ratio, odd, as a signed number
+
+
 def _words(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """Return 32 random bits for each element, int32 of this shape `(n, ...)`; `keys` are int64 `(n,)`."""
-    x = torch.arange(math.prod(shape[1:]), dtype=torch.int32, device=keys.device) ^ keys.to(torch.int32)[:, None]
+    x = _places(shape[1:], keys.device).flatten() ^ keys.to(torch.int32)[:, None]
     x = _mix32(_mix32(x) + (keys >> 32).to(torch.int32)[:, None])
     return x.view(tuple(shape))
+
+
+def _places(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return a number for each place in a sample's own tensor, int32 of this shape, whatever the sizes in it are.
+
+    So what a sample draws does not depend on how far it is padded, nor on what else is in its micro-batch. Multiples of
+    the stride lie far apart (Steinhaus' three-distance theorem): rows do not run into each other.
+    """
+    places = torch.zeros((), dtype=torch.int32, device=device)
+    stride = 1
+    for axis, size in enumerate(reversed(shape)):
+        steps = torch.arange(size, dtype=torch.int32, device=device) * stride
+        places = places + steps.view(size, *(1,) * axis)
+        stride = (stride * _STRIDE + 2**31) % 2**32 - 2**31
+    return places

@@ -45,6 +45,33 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusEvaluation:
+    """Figures of a whole held-out set that are no means over its samples, such as BLEU or a word error rate.
+
+    The answers to all samples are gathered from all ranks, each once and in the order of the data, so that the figures
+    are those of one process.
+    """
+
+    name: str = ""
+    """Stands before its metrics: `val/<name>/bleu`. Needed where its metrics have the names of others."""
+    data: Any
+    """As `Task.val_data`."""
+    answers: Callable[[nn.Module, Batch], list[Any]]
+    """Returns, for one batch on the model's device, one answer for each sample in it: a text, or other plain values.
+    The model is in evaluation mode, without gradients; nothing is drawn at random."""
+    score: Callable[[list[Any]], dict[str, float]]
+    """Returns the figures by name, given the answers to all samples of `data` in their order. Called on rank 0."""
+    metrics: tuple[str, ...]
+    """Names of the figures that `score` returns."""
+
+    def __post_init__(self) -> None:
+        """Adapt users' own data sets."""
+        from hvdtrain.data.users import as_dataset
+
+        object.__setattr__(self, "data", as_dataset(self.data))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What is trained: a model, its data and its loss."""
 
@@ -70,7 +97,7 @@ class Task:
     exactly the mean over the global batch on any number of ranks."""
     metrics: tuple[str, ...] = ("loss",)
     """Names of the sums that `loss_sums` returns; "loss" is the one that is minimised."""
-    evaluations: tuple[Evaluation, ...] = ()
+    evaluations: tuple[Evaluation | CorpusEvaluation, ...] = ()
     """What is evaluated besides `val_data`."""
     unit: str = "samples"
     """What a target is, in the plural: "samples" or "tokens"."""

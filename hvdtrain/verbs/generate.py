@@ -1,4 +1,4 @@
-"""The verb `generate`: continues prompts with a trained language model."""
+"""The verb `generate`: continues prompts with a trained language model, or translates (`translate.py`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from hvdtrain.models.interchange import Shape, read_shape
 from hvdtrain.models.sampling import Sampling, sample
 from hvdtrain.recipes.image_models import MODEL_TYPE
 from hvdtrain.rundir.trained import Trained, open_trained
+from hvdtrain.verbs.loading import CTC, SEQ2SEQ, auto_class_of
 from hvdtrain.verbs.options import GenerateOptions
+from hvdtrain.verbs.translate import refuse_for_language_models, translate
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 # Tokens that are decoded at once, and how many of them are decoded again beside the ones that follow.
@@ -54,10 +56,17 @@ class Writer(TokensAsText, Protocol):
 
 def generate(options: GenerateOptions) -> int:
     """Answer `generate DIR`: text to standard output, how fast to standard error; returns the exit code."""
-    how = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     trained = open_trained(options.run_dir, options.checkpoint)
     if trained.about:
         sys.stderr.write(f"{trained.about}\n")
+    kind = auto_class_of(trained)
+    if kind == SEQ2SEQ:
+        return translate(options, trained)
+    if kind == CTC:
+        raise DataError(f"{trained.source} writes down speech: python -m hvdtrain predict {options.run_dir} FILES...")
+    refuse_for_language_models(options)
+    temperature = 0.8 if options.temperature is None else options.temperature
+    how = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     writer = open_writer(trained, options.chat)
     prompts = options.prompt or (_standard_input(),)
     texts = [Continuation(writer, options.stop) for _ in prompts]

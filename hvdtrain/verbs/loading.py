@@ -14,6 +14,10 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.small_resnet import DEPTHS
 from hvdtrain.recipes.image_models import MODEL_TYPE, Description, load_classifier, read_description
 from hvdtrain.rundir.trained import Trained
+from hvdtrain.settings.untrusted import read_json
+
+CTC, SEQ2SEQ = "AutoModelForCTC", "AutoModelForSeq2SeqLM"
+"""Auto classes of transformers."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,20 @@ def loading_of(trained: Trained, is_merged: bool = False) -> Loading:
     if trained.is_adapter and not is_merged:
         return Loading("peft.AutoPeftModelForCausalLM.from_pretrained({output!r}); --merged writes the whole model")
     if trained.model_type:
-        return Loading("transformers.AutoModelForCausalLM.from_pretrained({output!r})")
+        return Loading(f"transformers.{auto_class_of(trained)}.from_pretrained({{output!r}})")
     return Loading("README.md there says how to load it", _plain_note())
+
+
+def auto_class_of(trained: Trained) -> str:
+    """Return the auto class of transformers that loads a model, by what its config.json says; nothing without one."""
+    if not trained.model_type:
+        return ""
+    about = read_json(trained.folder / "config.json")
+    named = about.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    if name.endswith("ForCTC"):
+        return CTC
+    return SEQ2SEQ if name and about.get("is_encoder_decoder") is True else "AutoModelForCausalLM"
 
 
 def _refuse() -> ExportedProgram:

@@ -124,16 +124,16 @@ class ExportOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(Section):
-    """Say what images show, by a classifier that was trained by the recipe resnet or mnist."""
+    """Say what images show, by a run of resnet or mnist; or what is said in clips of speech, by a run of ctc."""
 
     run_dir: Path = setting(path="directory")
     """Directory of a run, or one that was exported."""
     files: tuple[Path, ...] = setting((), path="file")
-    """Images, of any size and format that Pillow reads."""
+    """Images, of any size and format that Pillow reads; or clips, of any rate and format that soundfile reads."""
     checkpoint: str = "latest"
     """latest, best (by held-out loss), or a step; for a run."""
     top: int = setting(3, above=0, maximum=MOST)
-    """How many of the likeliest classes are named."""
+    """How many of the likeliest classes are named; of images."""
     json: Path | None = setting(None, path="new file")
     """Also write the answer to this file."""
 
@@ -174,20 +174,25 @@ class CompareOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Section):
-    """Continue prompts with a language model that was trained by the recipe lm or hf."""
+    """Continue prompts with a language model, or translate with an encoder-decoder: runs of lm, hf and seq2seq."""
 
     run_dir: Path = setting(path="directory")
     """Directory of a run, or one that was exported."""
     checkpoint: str = "latest"
     """latest, best (by held-out loss), or a step; for a run."""
     prompt: tuple[str, ...] = ()
-    """Text to continue; several are continued together. None: standard input, or the beginning of a document."""
+    """Text to continue, or to translate; several are continued together. None: standard input, or the beginning of a
+    document."""
+    file: Path | None = setting(None, path="file")
+    """File whose lines are translated, each on a line of standard output; for an encoder-decoder."""
+    beams: int | None = setting(None, above=0, maximum=1024)
+    """Of the search for a translation. None: 4; 1 takes the likeliest token each time."""
     chat: bool = False
     """Each prompt is a user's message: write the answer, by the chat template of the model's tokenizer."""
     max_tokens: int = setting(200, above=0, maximum=10**9)
     """The most tokens to add to each prompt."""
-    temperature: float = setting(0.8, minimum=0)
-    """Divides the logits; 0 always takes the likeliest token."""
+    temperature: float | None = setting(None, minimum=0)
+    """Divides the logits; 0 always takes the likeliest token. None: 0.8. Translations are searched for, not drawn."""
     top_k: int | None = setting(None, above=0)
     """Draw among the k likeliest tokens only."""
     top_p: float | None = setting(None, above=0, maximum=1)

@@ -1,4 +1,4 @@
-"""The verb `predict`: what images show, by a trained classifier."""
+"""The verb `predict`: what images show, by a trained classifier; what is said in clips (`transcribe.py`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.image_models import MODEL_TYPE, Description, load_classifier, read_description
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.verbs.kit import check_json_path, write_json
+from hvdtrain.verbs.loading import CTC, auto_class_of
 from hvdtrain.verbs.options import PredictOptions
+from hvdtrain.verbs.transcribe import transcribe
 
 _BATCH = 32
 # MNIST's digits fill a box of 20x20 pixels, whose middle of mass is the middle of the image.
@@ -32,11 +34,15 @@ def predict(options: PredictOptions) -> int:
         DataError: the model is none of images, or a file cannot be read.
     """
     if not options.files:
-        raise ConfigError("predict is given images: python -m hvdtrain predict RUN_DIR FILES...")
+        raise ConfigError("predict is given images or clips of speech: python -m hvdtrain predict RUN_DIR FILES...")
     check_json_path(options.json)
     trained = open_trained(options.run_dir, options.checkpoint)
+    if auto_class_of(trained) == CTC:
+        return transcribe(options, trained)
     if trained.model_type != MODEL_TYPE:
-        raise DataError(f"{trained.source} is no classifier of images: predict is for runs of resnet and mnist")
+        raise DataError(
+            f"{trained.source} neither classifies images nor hears speech: predict is for runs of resnet, mnist and ctc"
+        )
     about = read_description(trained.folder)
     model = load_classifier(about, trained.weights, trained.source)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -127,6 +127,17 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("model.channels_last", "model.name", "model.zero_init_gamma"), "unit/test_image_models.py"),
     **dict.fromkeys(("labels.smoothing", "optim.patience"), "unit/test_large_batches.py"),
+    **dict.fromkeys(
+        (
+            *("data.max_source_length", "data.max_target_length", "data.source_field", "data.source_prefix"),
+            *("data.target_field", "eval.beams", "eval.bleu_tokenizer", "eval.samples"),
+        ),
+        "unit/test_seq2seq.py",
+    ),
+    **dict.fromkeys(
+        ("data.audio_field", "data.lowercase", "data.max_seconds", "model.freeze_features", "model.spec_augment"),
+        "unit/test_ctc.py",
+    ),
     **dict.fromkeys(("data.text_field", "data.on_error", "data.show", "data.chat_template"), "unit/test_hf_task.py"),
 }
 
@@ -188,7 +199,7 @@ def portraits(quick, tmp_path_factory):
 
 
 def test_every_setting_has_a_line_here():
-    recipes = [*map(load_recipe, ("lm", "hf", "dpo", "mnist", "resnet")), small()]
+    recipes = [*map(load_recipe, ("lm", "hf", "dpo", "mnist", "resnet", "seq2seq", "ctc")), small()]
     names = {name for recipe in recipes for name, _, _ in fields_of(recipe) if name != "seen"}
     names |= {f"optim.{name}" for kind in OPTIMIZERS for name, _, _ in fields_of(settings_class(kind)())}
     assert names == {*SHARED, *ONE_OF, *LM, *ELSEWHERE}

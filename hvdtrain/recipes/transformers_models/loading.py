@@ -29,7 +29,7 @@ def import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise DataError(f"the recipe hf needs transformers ({error}): pip install 'hvdtrain[hf]'") from error
+        raise DataError(f"models of transformers need it installed ({error}): pip install 'hvdtrain[hf]'") from error
     library: Any = transformers
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
@@ -47,7 +47,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a tokenizer's files make its code raise
-        raise DataError(f"no tokenizer comes from {source} ({_why(error)}): give --data.tokenizer") from error
+        raise DataError(f"no tokenizer comes from {source} ({why(error)}): give --data.tokenizer") from error
     check_template(tokenizer.chat_template, source)
     return tokenizer
 
@@ -70,7 +70,8 @@ def check_files(source: str) -> None:
             raise DataError(f"{path} is a pipe, a device or a link to nothing: take it out of the model's directory")
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
+    """Return what a person should know of an error that a model's files have made."""
     if "trust_remote_code" in str(error):
         return "it comes with Python code of its own: read it, and run it with --model.trust-remote-code"
     return describe(error)
@@ -107,7 +108,7 @@ def load_model(
     except DataError:
         raise
     except Exception as error:  # whatever a model's files make its code raise
-        raise DataError(f"no model comes from {path or config} ({_why(error)})") from error
+        raise DataError(f"no model comes from {path or config} ({why(error)})") from error
     for settings in _configurations(model):
         settings.use_cache = False
     trained: nn.Module = model.train()

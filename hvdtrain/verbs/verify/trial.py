@@ -107,7 +107,9 @@ class Trial:
         if accum_steps is not None:
             micro = -(-plan.global_batch_size // accum_steps)
             plan, size = dataclasses.replace(plan, micro_batch_size=micro, accum_steps=accum_steps), 1
-        order = JointOrder(len(self.task.train_data), plan, self.recipe.train.seed, as_size=size, apart=apart)
+        seed = self.recipe.train.seed
+        own = order_of(self.task, plan, seed)
+        order = JointOrder(own.num_samples, plan, seed, own.sampler, drop_last=own.drop_last, as_size=size, apart=apart)
         accum = plan.accum_steps * (size if apart else 1)
         job = self.job(self.solo(), order, precision)
         whole = dataclasses.replace(plan, world_size=1, accum_steps=accum)

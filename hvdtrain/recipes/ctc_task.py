@@ -1,0 +1,283 @@
+"""The task of `recipes/ctc.py`: clips, the model, and how what it hears is scored. Needs torch and transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdtrain.data.clips import Clip, ClipSamples, find_clips, measured
+from hvdtrain.data.config import cache_at
+from hvdtrain.data.samplers import ByLength
+from hvdtrain.data.text.corpus import Document
+from hvdtrain.data.text.named_splits import named_splits
+from hvdtrain.data.text.pair_samples import FirstSamples, mixed_by_length
+from hvdtrain.data.text.pairs import PairReader
+from hvdtrain.data.text.sources import position
+from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.recipes.ctc import ClipsConfig, SpeechRecognition
+from hvdtrain.recipes.transformers_models.auto_classes import load_as, needs
+from hvdtrain.recipes.transformers_models.hearing import CtcLoss, try_out, write_down
+from hvdtrain.recipes.transformers_models.hearing_files import (
+    find_extractor,
+    find_tokenizer,
+    make_tokenizer,
+    write_hearing_files,
+)
+from hvdtrain.recipes.transformers_models.loading import import_transformers
+from hvdtrain.trainer.task import CorpusEvaluation, Task
+
+KIND = "AutoModelForCTC"
+_TRIED = 4
+
+
+def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
+    """Return the task; `say` tells a person what takes long."""
+    data = recipe.data
+    needs("soundfile", "the recipe ctc", "speech")
+    if recipe.eval.samples != 0:
+        needs("jiwer", "the score of what is heard (--eval.samples)", "speech")
+    import_transformers()
+    reader = PairReader(data.audio_field, data.text_field, data.on_error)
+    train, held_out = _splits(data, reader, say)
+    source = data.tokenizer or recipe.model.path
+    trust = recipe.model.trust_remote_code
+    tokenizer = find_tokenizer(source, trust, is_needed=data.tokenizer is not None) if source else None
+    tokenizer = tokenizer or make_tokenizer(clip.text for clip in train)
+    extractor = find_extractor(recipe.model.path)
+    rate = int(extractor.sampling_rate)
+    _check_rates([*train, *held_out], rate)
+    model = _load(recipe, tokenizer)
+    about = _Usable(model, tokenizer, rate, data.max_seconds, reader)
+    train_data, val_data = (
+        ClipSamples(*about.of(part), rate, extractor.do_normalize, data.on_error == "skip")
+        for part in (train, _mixed(held_out))
+    )
+    for name, samples in (("training", train_data), ("held-out", val_data)):
+        if len(samples) == 0:
+            raise DataError(f"there are no {name} clips that can be used: use more, or give --data.val-path")
+    loss, way = CtcLoss(tokenizer.pad_token_id), ""
+    if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
+        loss, way = try_out(model, train_data.batch(_shortest(train_data)), loss)
+    seconds = [samples.lengths.sum() / rate for samples in (train_data, val_data)]
+    lines = (
+        f"data:       {data.path}: {len(train_data):,} clips of {_hours(seconds[0])}, {len(val_data):,} of"
+        f" {_hours(seconds[1])} held out, {len(tokenizer)} tokens",
+        *_left_out(reader, about, data),
+        way,
+    )
+    batch = recipe.train.global_batch_size or (recipe.train.micro_batch_size or 1) * (recipe.train.accum_steps or 1)
+    metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
+    return Task(
+        model=model,
+        train_data=train_data,
+        val_data=val_data,
+        sampler=ByLength(train_data.lengths, batch),
+        loss_sums=loss,
+        metrics=metrics,
+        evaluations=_transcripts(recipe, val_data, tokenizer, loss),
+        unit="characters",
+        summarize=_over_those_read,
+        epilogue=lambda model, metrics: _show(model, tokenizer, val_data, loss),
+        write_model_files=lambda folder: write_hearing_files(folder, model, tokenizer, extractor),
+        description="\n".join(filter(None, lines)),
+        fingerprint=_fingerprint(train_data, val_data, tokenizer),
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def _splits(data: ClipsConfig, reader: PairReader, say: Callable[[str], None]) -> tuple[list[Clip], list[Clip]]:
+    """Return the training and the held-out clips, measured."""
+    assert data.path is not None
+    clips = _found(data, data.path, reader)
+    documents = [Document(clip.name, clip.path) for clip in clips]
+    named = named_splits(documents)
+    if data.val_path is not None:
+        held_out = _found(data, data.val_path, reader)
+        below = None if named is None else {document.path for document in named.train}
+        return [clip for clip in clips if below is None or clip.path in below], held_out
+    if named is not None:
+        say(named.about)
+        parts = [{document.path for document in part} for part in (named.train, named.held_out)]
+        train, held_out = ([clip for clip in clips if clip.path in part] for part in parts)
+        return train, held_out
+    below_fraction = [position(clip.name) <= data.val_fraction for clip in clips]
+    train, held_out = (
+        [clip for clip, is_out in zip(clips, below_fraction, strict=True) if is_out == which] for which in (False, True)
+    )
+    return train, held_out
+
+
+def _found(data: ClipsConfig, path: str, reader: PairReader) -> list[Clip]:
+    corpus = str(Path(path).expanduser().absolute())
+    clips = measured(find_clips(path, reader), cache_at(data.cache_dir), corpus, reader)
+    return [replace(clip, text=clip.text.lower()) for clip in clips] if data.lowercase else clips
+
+
+def _mixed(clips: list[Clip]) -> list[Clip]:
+    """Return held-out clips so that neighbours are of about one length, and each rank has short and long ones."""
+    return [clips[number] for number in mixed_by_length([clip.frames for clip in clips])]
+
+
+def _check_rates(clips: Sequence[Clip], rate: int) -> None:
+    other = next((clip for clip in clips if clip.rate != rate), None)
+    if other is not None:
+        needs("soxr", f"{other.path} has {other.rate:,} Hz, the model hears {rate:,} Hz, and resampling", "speech")
+
+
+class _Usable:
+    """Chooses the clips that can be learned from."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, rate: int, max_seconds: float, reader: PairReader) -> None:
+        self._model, self._tokenizer, self._rate, self._reader = model, tokenizer, rate, reader
+        self._longest = int(max_seconds * rate)
+        self.num_too_long = 0
+        self.num_unknown = 0
+        """Characters that the tokenizer does not have."""
+
+    def of(self, clips: Sequence[Clip]) -> tuple[list[Clip], list[list[int]]]:
+        """Return those that are not too long, nor too short for their texts, and the tokens of these."""
+        whole: Any = self._model
+        kept: list[Clip] = []
+        labels: list[list[int]] = []
+        for clip in clips:
+            length = clip.length(self._rate)
+            if length > self._longest:
+                self.num_too_long += 1
+                continue
+            tokens = list(self._tokenizer(clip.text)["input_ids"])
+            # CTC needs a frame a token, and one between two that are alike.
+            needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
+            frames = int(whole._get_feat_extract_output_lengths(torch.tensor(length)))
+            if not tokens or frames < needed:
+                self._reader.pass_over(
+                    f"the clip {clip.path} is too short for its text: the model hears {max(0, frames)} frames in it,"
+                    f" and {len(tokens)} characters need {needed}"
+                )
+                continue
+            self.num_unknown += sum(token == self._tokenizer.unk_token_id for token in tokens)
+            kept.append(clip)
+            labels.append(tokens)
+        return kept, labels
+
+
+def _left_out(reader: PairReader, about: _Usable, data: ClipsConfig) -> Iterator[str]:
+    if reader.num_skipped:
+        yield f"left out:   {reader.num_skipped:,} clips that cannot be used, such as: {reader.skipped[0]}"
+    if about.num_too_long:
+        yield f"left out:   {about.num_too_long:,} clips of more than {data.max_seconds:g} seconds"
+    if about.num_unknown:
+        yield f"texts:      {about.num_unknown:,} characters that the tokenizer does not have"
+
+
+def _load(recipe: SpeechRecognition, tokenizer: Any) -> nn.Module:
+    settings = recipe.model
+    config: Any = settings.config
+    if settings.path is None and config is None:
+        config = _small_wav2vec2()
+    changes = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "apply_spec_augment": settings.spec_augment,
+    }
+    model: Any = load_as(
+        KIND, settings.path, config, changes, recipe.train.seed, trust_remote_code=settings.trust_remote_code
+    )
+    if model.main_input_name != "input_values" or not hasattr(model, "_get_feat_extract_output_lengths"):
+        raise ConfigError(
+            f"{type(model).__name__} does not hear waves (its input is {model.main_input_name}): the recipe ctc is for"
+            " models such as Wav2Vec2, HuBERT and WavLM"
+        )
+    if settings.freeze_features == "yes" or (settings.freeze_features == "auto" and settings.path is not None):
+        if not hasattr(model, "freeze_feature_encoder"):
+            raise ConfigError(f"{type(model).__name__} cannot have its convolutions frozen: --model.freeze-features no")
+        model.freeze_feature_encoder()
+    trained: nn.Module = model
+    return trained
+
+
+def _small_wav2vec2() -> Any:
+    return import_transformers().Wav2Vec2Config(
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        conv_dim=(32, 48, 64, 96),
+        conv_kernel=(20, 8, 8, 3),
+        conv_stride=(10, 4, 4, 2),
+        feat_extract_activation="relu",
+        feat_extract_norm="layer",
+        conv_bias=True,
+        do_stable_layer_norm=True,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0),
+        **dict.fromkeys(("final_dropout", "layerdrop"), 0.0),
+    )
+
+
+def _shortest(data: ClipSamples) -> torch.Tensor:
+    """Return a few samples to try the model on, the shortest and one of middle length, which make for padding."""
+    order = torch.from_numpy(data.lengths).argsort(stable=True)
+    return torch.unique(torch.cat((order[: _TRIED - 1], order[len(order) // 2 :][:1])))  # type: ignore[no-any-return]
+
+
+def _over_those_read(means: dict[str, float]) -> dict[str, float]:
+    """Return the loss over the characters of clips that could be read."""
+    read = 1 - means.get("unread", 0.0)
+    return {**means, "loss": means["loss"] / read if read else float("nan")}
+
+
+def _transcripts(
+    recipe: SpeechRecognition, data: ClipSamples, tokenizer: Any, loss: CtcLoss
+) -> tuple[CorpusEvaluation, ...]:
+    asked = recipe.eval.samples
+    count = len(data) if asked is None else min(asked, len(data))
+    if count == 0:
+        return ()
+    references = [clip.text for clip in data.clips[:count]]
+
+    def score(answers: list[str]) -> dict[str, float]:
+        library = needs("jiwer", "the score of what is heard", "speech")
+        return {"wer": library.wer(references, answers), "cer": library.cer(references, answers)}
+
+    return (
+        CorpusEvaluation(
+            data=data if count == len(data) else FirstSamples(data, count),
+            answers=lambda model, batch: write_down(model, batch, loss, tokenizer),
+            score=score,
+            metrics=("wer", "cer"),
+        ),
+    )
+
+
+def _show(model: nn.Module, tokenizer: Any, data: ClipSamples, loss: CtcLoss) -> str:
+    """Return what is said in a few held-out clips, and what is heard."""
+    chosen = torch.from_numpy(np.linspace(0, len(data) - 1, min(_TRIED, len(data))).astype(np.int64))
+    first = next(model.parameters())
+    waves, lengths, labels = (part.to(first.device) for part in data.batch(chosen))
+    model.eval()
+    with torch.no_grad():
+        heard = write_down(model, (waves.to(first.dtype), lengths, labels), loss, tokenizer)
+    shown = [f"  {data.clips[int(i)].text}\n    {text}" for i, text in zip(chosen, heard, strict=True)]
+    return "\n".join(["held-out clips, and what is heard in them:", *shown])
+
+
+def _fingerprint(train: ClipSamples, held_out: ClipSamples, tokenizer: Any) -> str:
+    """Return what changes when the clips do: their names, lengths and texts."""
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for data in (train, held_out):
+        for clip in data.clips:
+            digest.update(json.dumps([clip.name, clip.frames, clip.rate, clip.text]).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,315 @@
+"""The task of `recipes/seq2seq.py`: pairs, the model, and how translations are scored. Needs torch and transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdtrain.data.config import cache_at
+from hvdtrain.data.samplers import ByLength
+from hvdtrain.data.text.corpus import Document, find_documents
+from hvdtrain.data.text.known import KnownFiles
+from hvdtrain.data.text.named_splits import listed, named_splits
+from hvdtrain.data.text.number_words import number_pairs
+from hvdtrain.data.text.pair_samples import FirstSamples, PairWriter, TokenizedPairs, read_held_out
+from hvdtrain.data.text.pairs import Pair, PairReader
+from hvdtrain.data.text.sealed import sealed_folder
+from hvdtrain.data.text.sources import position
+from hvdtrain.errors import DataError
+from hvdtrain.recipes.seq2seq import EncoderDecoder, PairsConfig
+from hvdtrain.recipes.transformers_models.auto_classes import load_as, needs
+from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, translate, try_out
+from hvdtrain.recipes.transformers_models.loading import (
+    identity,
+    import_transformers,
+    load_tokenizer,
+    num_rows,
+    write_model_files,
+)
+from hvdtrain.recipes.transformers_models.trained_tokenizers import train_tokenizer
+from hvdtrain.settings.files import sha256_of
+from hvdtrain.trainer.task import CorpusEvaluation, Task
+
+KIND = "AutoModelForSeq2SeqLM"
+FORMAT_VERSION = 1
+_TRIED = 4
+
+
+def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
+    """Return the task; `say` tells a person what takes long."""
+    data = recipe.data
+    if recipe.eval.samples != 0:
+        needs("sacrebleu", "the score of translations (--eval.samples)", "translation")
+    import_transformers()
+    splits, digest = _find(data, say)
+    tokenizer = _tokenizer(recipe, splits["train"], digest, say)
+    folder, about = _prepare(data, tokenizer, splits, digest, say)
+    model = _load(recipe, tokenizer)
+    _check_rows(model, tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    train, held_out = (TokenizedPairs(folder, name, padding) for name in ("train", "val"))
+    for name, samples in (("training", train), ("held-out", held_out)):
+        if len(samples) == 0:
+            raise DataError(f"there are no {name} pairs that can be used: use more, or give --data.val-path")
+        _check_positions(model, samples)
+    loss, way = PairLoss(recipe.labels.smoothing), ""
+    if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
+        loss, way = try_out(model, train.batch(_shortest(train)), loss)
+    lines = (
+        f"data:       {data.path or 'numbers in digits and in words, English and German'}: {len(train):,} pairs,"
+        f" {int(train.target_lengths.sum()):,} tokens to predict, {len(held_out):,} held out,"
+        f" vocabulary {len(tokenizer):,}",
+        *_describe(about, data),
+        way,
+    )
+    batch = recipe.train.global_batch_size or (recipe.train.micro_batch_size or 1) * (recipe.train.accum_steps or 1)
+    return Task(
+        model=model,
+        train_data=train,
+        val_data=held_out,
+        sampler=ByLength(train.source_lengths + train.target_lengths, batch),
+        loss_sums=loss,
+        evaluations=_translations(recipe, folder, held_out, tokenizer),
+        unit="tokens",
+        summarize=lambda means: {**means, "perplexity": math.exp(min(means["loss"], 700.0))},
+        epilogue=lambda model, metrics: _show(model, tokenizer, held_out, read_held_out(folder), recipe),
+        write_model_files=lambda folder: write_model_files(folder, model, tokenizer),
+        description="\n".join(filter(None, lines)),
+        fingerprint=folder.name,
+    )
+
+
+Splits = Mapping[str, Callable[[PairReader], Iterator[Pair]]]
+"""What yields the pairs of train and val."""
+
+
+def _find(data: PairsConfig, say: Callable[[str], None]) -> tuple[Splits, str]:
+    """Return the splits, and a hash of all that makes their pairs."""
+    made_by: list[Any] = [data.source_field, data.target_field, data.on_error, data.val_fraction]
+    if data.path is None:
+        return _by_hash(lambda reader: number_pairs(), data.val_fraction), _digest([*made_by, "numbers"])
+    documents = listed(find_documents(data.path))
+    made_by.append(_digests(data, documents))
+    if data.val_path is not None:
+        held_out = listed(find_documents(data.val_path))
+        made_by.append(_digests(data, held_out))
+        named = named_splits(documents)
+        documents = documents if named is None else named.train
+    elif (named := named_splits(documents)) is not None:
+        say(named.about)
+        documents, held_out = named.train, named.held_out
+    else:
+        return _by_hash(partial(_read, documents), data.val_fraction), _digest(made_by)
+    return {"train": partial(_read, documents), "val": partial(_read, held_out)}, _digest(made_by)
+
+
+def _read(documents: Sequence[Document], reader: PairReader) -> Iterator[Pair]:
+    return reader.read(documents)
+
+
+def _by_hash(whole: Callable[[PairReader], Iterator[Pair]], fraction: float) -> Splits:
+    """Return the splits of pairs whose sources are held out by a hash: equal sources are never apart."""
+
+    def part(is_held_out: bool, reader: PairReader) -> Iterator[Pair]:
+        return (pair for pair in whole(reader) if (position(pair[0]) <= fraction) == is_held_out)
+
+    return {"train": partial(part, False), "val": partial(part, True)}
+
+
+def _digests(data: PairsConfig, documents: Sequence[Document]) -> list[list[str]]:
+    """Return name and hash of each file, which is read again only where it has changed."""
+    named = {str(document.path.absolute()): document for document in documents}
+    known = KnownFiles(_cache(data), f"pairs of {' '.join(named)}")
+    hashes = known.values({name: document.path for name, document in named.items()}, lambda name: sha256_of(Path(name)))
+    return [[document.name, hashes[name]] for name, document in named.items()]
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, *values]).encode()).hexdigest()[:32]
+
+
+def _cache(data: PairsConfig) -> Path:
+    return cache_at(data.cache_dir)
+
+
+def _tokenizer(
+    recipe: EncoderDecoder, train: Callable[[PairReader], Iterator[Pair]], digest: str, say: Callable[[str], None]
+) -> Any:
+    data = recipe.data
+    source = data.tokenizer or recipe.model.path
+    if source is not None:
+        return load_tokenizer(source, recipe.model.trust_remote_code)
+
+    def write(new: Path) -> None:
+        reader = PairReader(data.source_field, data.target_field, "skip")  # what is wrong is told when pairs are read
+        pairs = ((f"{data.source_prefix}{one}", other) for one, other in train(reader))
+        train_tokenizer((text for pair in pairs for text in pair), data.num_tokens).save_pretrained(new)
+
+    name = _digest([digest, data.source_prefix, data.num_tokens])
+    return load_tokenizer(str(_sealed(data, f"pairs-bpe-{name}", write, say)))
+
+
+def _sealed(data: PairsConfig, name: str, write: Callable[[Path], None], say: Callable[[str], None]) -> Path:
+    try:
+        return sealed_folder(_cache(data), name, write, say)
+    except OSError as error:
+        raise DataError(
+            f"prepared tokens cannot be kept in {_cache(data)} ({error.strerror or error}): free some space there, or"
+            " choose another --data.cache-dir"
+        ) from error
+
+
+def _prepare(
+    data: PairsConfig, tokenizer: Any, splits: Splits, digest: str, say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the tokenised pairs, and what was counted."""
+    longest = (data.max_source_length, data.max_target_length)
+
+    def encode(sources: Sequence[str], targets: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        given = [f"{data.source_prefix}{source}" for source in sources]
+        return tokenizer(given)["input_ids"], tokenizer(text_target=list(targets))["input_ids"]
+
+    def write(new: Path) -> None:
+        reader = PairReader(data.source_field, data.target_field, data.on_error)
+        writer = PairWriter(encode, longest)
+        for name, read in splits.items():
+            reader.num_skipped, reader.skipped = 0, []
+            writer.write(new, name, read(reader))
+        meta = {"too_long": writer.num_too_long, "num_skipped": reader.num_skipped, "skipped": reader.skipped}
+        (new / "meta.json").write_text(json.dumps(meta))
+
+    name = _digest([digest, identity(tokenizer), data.source_prefix, *longest])
+    folder = _sealed(data, f"pairs-{name}", write, say)
+    return folder, json.loads((folder / "meta.json").read_text())
+
+
+def _describe(about: dict[str, Any], data: PairsConfig) -> Iterator[str]:
+    """Yield what a person should know of pairs that are left out."""
+    if about["num_skipped"]:
+        yield f"left out:   {about['num_skipped']:,} lines that cannot be used, such as {about['skipped'][0]}"
+    if any(about["too_long"].values()):
+        train, held_out = (about["too_long"].get(name, 0) for name in ("train", "val"))
+        yield (
+            f"left out:   {train:,} training and {held_out:,} held-out pairs with more than {data.max_source_length}"
+            f" tokens in the source or {data.max_target_length} in the target"
+        )
+
+
+def _load(recipe: EncoderDecoder, tokenizer: Any) -> nn.Module:
+    settings, changes = recipe.model, {}
+    config: Any = settings.config
+    is_trained_here = recipe.data.tokenizer is None and settings.path is None
+    if is_trained_here:
+        changes = _tokens_of(tokenizer)
+    if settings.path is None and config is None:
+        config = _small_bart(max(recipe.data.max_source_length, recipe.data.max_target_length))
+        if not is_trained_here:
+            changes = _tokens_of(tokenizer)
+    model: Any = load_as(
+        KIND,
+        settings.path,
+        config,
+        changes,
+        recipe.train.seed,
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if changes:  # what a configuration forces is for the tokens of another tokenizer
+        changes.pop("vocab_size")
+        model.generation_config = import_transformers().GenerationConfig(**changes)
+    if recipe.data.source_prefix:
+        model.config.prefix = recipe.data.source_prefix  # where transformers' pipelines look for it, and `generate`
+    trained: nn.Module = model
+    return trained
+
+
+def _tokens_of(tokenizer: Any) -> dict[str, Any]:
+    """Return what a configuration says of a tokenizer."""
+    begin = tokenizer.bos_token_id
+    return {
+        "vocab_size": len(tokenizer),
+        "decoder_start_token_id": tokenizer.pad_token_id if begin is None else begin,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
+    }
+
+
+def _small_bart(num_positions: int) -> Any:
+    return import_transformers().BartConfig(
+        d_model=96,
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 192),
+        max_position_embeddings=num_positions,
+        dropout=0.0,
+        init_std=0.05,
+    )
+
+
+def _check_rows(model: nn.Module, tokenizer: Any) -> None:
+    if len(tokenizer) > num_rows(model):
+        raise DataError(
+            f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {num_rows(model):,}: give"
+            " --data.tokenizer the one that the model was made for"
+        )
+
+
+def _check_positions(model: nn.Module, samples: TokenizedPairs) -> None:
+    settings: Any = model.config
+    most = getattr(settings, "max_position_embeddings", None)
+    for name, lengths in (("source", samples.source_lengths), ("target", samples.target_lengths)):
+        if most is not None and lengths.max() > most:
+            raise DataError(
+                f"a {name} has {lengths.max():,} tokens, and the model {most:,} positions: leave such pairs out by"
+                f" --data.max-{name}-length {most}"
+            )
+
+
+def _shortest(data: TokenizedPairs) -> torch.Tensor:
+    """Return a few samples to try the model on, the shortest and one of middle length, which make for padding."""
+    order = torch.from_numpy(data.source_lengths + data.target_lengths).argsort(stable=True)
+    return torch.unique(torch.cat((order[: _TRIED - 1], order[len(order) // 2 :][:1])))  # type: ignore[no-any-return]
+
+
+def _translations(
+    recipe: EncoderDecoder, folder: Path, held_out: TokenizedPairs, tokenizer: Any
+) -> tuple[CorpusEvaluation, ...]:
+    asked, longest = recipe.eval, recipe.data.max_target_length
+    count = len(held_out) if asked.samples is None else min(asked.samples, len(held_out))
+    if count == 0:
+        return ()
+
+    def answers(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> list[str]:
+        return translate(model, tokenizer, batch[0], batch[1], asked.beams, longest)
+
+    def score(answers: list[str]) -> dict[str, float]:
+        library = needs("sacrebleu", "the score of translations", "translation")
+        references = [[target for _, target in read_held_out(folder)[:count]]]
+        bleu = library.corpus_bleu(answers, references, tokenize=asked.bleu_tokenizer)
+        return {"bleu": bleu.score, "chrf": library.corpus_chrf(answers, references).score}
+
+    data = held_out if count == len(held_out) else FirstSamples(held_out, count)
+    return (CorpusEvaluation(data=data, answers=answers, score=score, metrics=("bleu", "chrf")),)
+
+
+def _show(
+    model: nn.Module, tokenizer: Any, held_out: TokenizedPairs, pairs: Sequence[Pair], recipe: EncoderDecoder
+) -> str:
+    """Return a few held-out sources with what the model makes of them."""
+    device = next(model.parameters()).device
+    chosen = torch.from_numpy(np.linspace(0, len(pairs) - 1, min(_TRIED, len(pairs))).astype(np.int64))
+    sources, is_text, _ = held_out.batch(chosen)
+    model.eval()
+    made = translate(
+        model, tokenizer, sources.to(device), is_text.to(device), recipe.eval.beams, recipe.data.max_target_length
+    )
+    shown = [f"  {pairs[int(number)][0]}\n    {answer}" for number, answer in zip(chosen, made, strict=True)]
+    return "\n".join(["held-out sources, and what is made of them:", *shown])

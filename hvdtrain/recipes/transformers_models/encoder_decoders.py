@@ -1,0 +1,147 @@
+"""How pairs pass through an encoder-decoder of transformers: their loss, and what it says itself, by beam search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hvdtrain.data.text.pair_samples import NOTHING
+from hvdtrain.errors import ConfigError
+from hvdtrain.recipes.transformers_models.forward import run
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Of `TokenizedPairs`."""
+
+_TOLERANCE = 1e-3
+"""Of a sample's loss, relative to transformers' own."""
+_LOGITS_TOLERANCE = 1e-4
+"""Of a sample's logits beside others, relative to what they are alone: rounding in fp32 makes about 1e-6."""
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """Sums the cross entropy of a batch's targets.
+
+    Args:
+        smoothing: share of each target that is spread over all tokens, in training.
+        is_alone: each sample passes through the model by itself, for models to which padding is more than nothing.
+    """
+
+    smoothing: float = 0.0
+    is_alone: bool = False
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return the sum over the tokens of the targets, as "loss"."""
+        parts = _rows(batch) if self.is_alone and len(batch[0]) else [batch]
+        return {"loss": torch.stack([self._of(model, part) for part in parts]).sum()}
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return logits, `(n, T, V)`, of samples that pass through the model together."""
+        sources, is_text, targets = batch
+        whole: Any = model
+        # The model's own way to put what begins a target before it: T5 and BART begin with different tokens.
+        before = whole.prepare_decoder_input_ids_from_labels(labels=targets)
+        output = run(model, {"input_ids": sources, "attention_mask": is_text, "decoder_input_ids": before})
+        logits: Tensor = output.logits
+        return logits
+
+    def _of(self, model: nn.Module, batch: Batch) -> Tensor:
+        targets = batch[2]
+        logits = self.logits(model, batch).flatten(0, 1)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        smoothing = self.smoothing if model.training else 0.0
+        return F.cross_entropy(
+            logits, targets.flatten(), ignore_index=NOTHING, label_smoothing=smoothing, reduction="sum"
+        )
+
+
+def _rows(batch: Batch) -> list[Batch]:
+    """Return each sample without padding."""
+    sources, is_text, targets = batch
+    lengths = zip(is_text.sum(1).tolist(), (targets != NOTHING).sum(1).tolist(), strict=True)
+    return [
+        (sources[i : i + 1, :source], is_text[i : i + 1, :source], targets[i : i + 1, :target])
+        for i, (source, target) in enumerate(lengths)
+    ]
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, str]:
+    """Return the loss in the way that holds for this model, and what a person should know of it.
+
+    The judge is transformers' own loss of each sample alone. The model is left in training mode.
+
+    Raises:
+        ConfigError: transformers cannot run the model on these samples.
+    """
+    model.eval()
+    try:
+        alone = torch.stack([loss(model, row)["loss"] for row in _rows(batch)])
+        theirs = torch.stack([_their_own(model, row) for row in _rows(batch)])
+        together = loss.logits(model, batch)
+        difference = max(
+            _difference(loss.logits(model, row)[0], other[: row[2].shape[1]])
+            for row, other in zip(_rows(batch), together, strict=True)
+        )
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"this model cannot be trained on pairs: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        model.train()
+    lines = []
+    if not torch.allclose(alone, theirs, rtol=_TOLERANCE, atol=_TOLERANCE):
+        lines.append(
+            f"loss:       the cross entropy alone, which is {float(alone.sum()):.4g} where transformers has"
+            f" {float(theirs.sum()):.4g}: it adds something"
+        )
+    if difference > _LOGITS_TOLERANCE:
+        lines.append("padding:    changes what this model says, so that samples pass through it one at a time")
+        loss = replace(loss, is_alone=True)
+    return loss, "\n".join(lines)
+
+
+def _difference(alone: Tensor, together: Tensor) -> float:
+    """Return the norm of the difference of a sample's logits, `(T, V)`, relative to how far they are from even."""
+    spread = alone - alone.mean(-1, keepdim=True)
+    return float((together - alone).norm() / spread.norm().clamp_min(1e-30))
+
+
+def _their_own(model: nn.Module, row: Batch) -> Tensor:
+    sources, is_text, targets = row
+    output = run(model, {"input_ids": sources, "attention_mask": is_text, "labels": targets})
+    return output.loss * targets.numel()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def translate(
+    model: nn.Module, tokenizer: Any, sources: Tensor, is_text: Tensor, beams: int, longest: int
+) -> list[str]:
+    """Return what the model makes of sources, by transformers' own search.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: turns its tokens into text.
+        sources: int64 `(n, S)`, filled up.
+        is_text: int64 `(n, S)`, 1 where a source is.
+        beams: of the search; 1 takes the likeliest token each time.
+        longest: the most tokens of an answer; a model with fewer positions ends there.
+    """
+    whole: Any = model
+    positions = getattr(whole.config, "max_position_embeddings", None)
+    if positions is not None:
+        longest = min(longest, positions - 1)  # one is for what begins an answer
+    tokens = whole.generate(
+        input_ids=sources,
+        attention_mask=is_text,
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=longest,
+        max_length=None,
+        use_cache=True,
+    )
+    texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
