@@ -43,6 +43,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bare_loops import WINDOW  # noqa: E402
 
+from hvdtrain.models.linear import takes_onednn  # noqa: E402
+
 TORCHS_PRODUCTS = "torch's mm"  # hvdtrain with --model.linear torch: the loop alone, compared with the others
 OURS = ("hvdtrain", TORCHS_PRODUCTS)
 RUNNERS = (*OURS, *bare_loops.LOOPS, "nanogpt")
@@ -62,8 +64,8 @@ def why_not(runner: str, given: argparse.Namespace) -> str:
         return "without GPUs its train.py has one process and fp32"
     if runner == "one process" and given.ranks == 1:
         return "it is ddp's loop on one rank"
-    if runner == TORCHS_PRODUCTS and torch.cuda.is_available():
-        return "it is hvdtrain itself on GPUs"
+    if runner == TORCHS_PRODUCTS and not takes_onednn("auto", bare_loops.local_device()):
+        return "it is hvdtrain itself on this machine"
     return ""
 
 
