@@ -1,4 +1,4 @@
-"""Models of transformers that are no causal language models: made or loaded by the auto class of their kind."""
+"""Models of transformers of any kind: made, or loaded from a run, by the auto class of their kind."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.sampling import Sampling
+from hvdtrain.recipes.transformers_models.auto_classes import load_trained
 from hvdtrain.recipes.transformers_models.loading import (
     check_files,
     import_transformers,
@@ -17,7 +18,6 @@ from hvdtrain.recipes.transformers_models.loading import (
     load_tokenizer,
 )
 from hvdtrain.recipes.transformers_models.lora import load_adapted
-from hvdtrain.recipes.transformers_models.probe import describe
 from hvdtrain.rundir.trained import Trained
 
 
@@ -167,24 +167,8 @@ def load_with_adapters(trained: Trained) -> nn.Module:
 
 
 def _load(trained: Trained) -> nn.Module:
-    library = import_transformers()
+    if not trained.is_adapter:
+        return load_trained(trained, "AutoModelForCausalLM")
     check_files(str(trained.folder))
-    if trained.is_adapter:
-        adapted = load_with_adapters(trained)
-        return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    try:
-        config = library.AutoConfig.from_pretrained(trained.folder)
-        model: Any = library.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        missing, unknown = model.load_state_dict(trained.weights, strict=False)
-        model.tie_weights()
-    except Exception as error:  # whatever a model's files make its code raise
-        raise DataError(f"no model comes from {trained.source} ({describe(error)})") from error
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    lost = [name for name in missing if name not in tied]
-    if lost or unknown:
-        raise DataError(f"the weights of {trained.source} do not fit its config.json: {(lost + unknown)[0]}")
-    files = trained.folder / "generation_config.json"
-    if files.exists():
-        model.generation_config = library.GenerationConfig.from_pretrained(trained.folder)
-    loaded: nn.Module = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return loaded
+    adapted = load_with_adapters(trained)
+    return adapted.to("cuda" if torch.cuda.is_available() else "cpu").eval()
