@@ -92,6 +92,8 @@ def _run(arguments: list[str], launch: Launch) -> int:
         return _answer(invocation, launch)
     if invocation.recipe and invocation.options.print_config:
         return _answer(_toml(invocation.recipe), launch)
+    if VERBS[invocation.verb].is_for_one and launch.rank != 0:
+        return 0
     try:
         return invocation.run()
     except HvdtrainError as error:

@@ -35,6 +35,11 @@ class Verb:
     """The option that all words after that one are values of."""
 
     @property
+    def is_for_one(self) -> bool:
+        """Return whether one process answers, however many were started: it only reads what was trained."""
+        return bool(self.takes) and not self.has_recipe
+
+    @property
     def has_recipe(self) -> bool:
         """Return whether the word after it is a recipe."""
         return self.takes == "RECIPE"

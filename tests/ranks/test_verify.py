@@ -120,7 +120,7 @@ class Small(Recipe):
                 times = torch.randint(0, 10, (len(batch[0]),))
                 batch = (batch[0] + 0.1 * times[:, None] * torch.randn_like(batch[0]), batch[1])
             if self.kind == "mixed":  # one number for a whole micro-batch
-                batch = (batch[0] * (1 + torch.rand(()) + random.random() + np.random.rand()), batch[1])
+                batch = (batch[0] * (1 + torch.randperm(2)[0] + random.random() + np.random.rand()), batch[1])
             return {
                 "loss": F.cross_entropy(
                     model(batch[0]).float() if self.kind == "fp32" else model(batch[0]), batch[1], reduction="sum"

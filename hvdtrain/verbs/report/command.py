@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.process.launch import detect_launch
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.verbs.kit import counted
@@ -27,8 +26,6 @@ def report(options: ReportOptions) -> int:
     Raises:
         ConfigError: the library that draws is missing, a directory holds no run, or the page cannot be written.
     """
-    if detect_launch().rank != 0:
-        return 0  # one page is enough, whoever started this
     bokeh = bokeh_source()
     runs = read_runs(options.run_dirs)
     output = options.output or RunDirectory(options.run_dirs[0]).report
@@ -77,8 +74,6 @@ def compare(options: CompareOptions) -> int:
     Raises:
         ConfigError: one of them holds no run.
     """
-    if detect_launch().rank != 0:
-        return 0
     a, b = read_runs(options.run_dirs)
     for line in compared(a, b):
         sys.stdout.write(f"{line}\n")
