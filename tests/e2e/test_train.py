@@ -12,6 +12,8 @@ from conftest import REPOSITORY, processes_naming
 from digits import write_digits
 from safetensors.torch import load_file
 
+from hvdtrain.recipes import RECIPES
+
 
 def metrics_of(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -188,7 +190,7 @@ def test_printed_settings_load_back(hvdtrain, tmp_path):
 def test_help(hvdtrain):
     overview = hvdtrain("--help")
     assert overview.code == 0
-    assert "recipes: lm, lm-10m, lm-124m, lm-1b, lm-3b, hf, mnist, resnet" in overview.out
+    assert f"recipes: {', '.join(RECIPES)}" in overview.out
     details = hvdtrain("train", "lm", "--help-all", COLUMNS="200")
     assert details.code == 0
     for words in ("--train.global-batch-size", "Optimizer steps of the whole run", "--data.path", "--model.num-layers"):
