@@ -40,7 +40,8 @@ def lstm(x):
 CASES = {
     "none": (None, "pass", "none are drawn"),
     "of samples": (torch.randn_like, "pass", "belong to samples"),
-    "of micro-batches": (lambda x: torch.rand(()), "warning", "belong to micro-batches"),
+    "of steps": (lambda x: torch.rand(()), "pass", "belong to samples"),
+    "of micro-batches": (lambda x: torch.randperm(2)[0], "warning", "belong to micro-batches"),
     "lstm": (lstm, "warning", "belong to micro-batches"),
     "own": (
         lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(3)),
