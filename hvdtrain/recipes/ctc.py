@@ -5,7 +5,8 @@
 
 Clips are WAV, FLAC and what else soundfile reads, their texts beside them or in a table. Batches hold clips of about
 one length; held-out clips are written down by all ranks, and scored by jiwer. `predict RUN_DIR FILES...` writes speech
-down.
+down. Digits spoken by espeak-ng (benchmarks/spoken_words.py) take 1m23s on two cores (AMD EPYC, AVX2), to a word error
+rate of 0.19 (benchmarks/results/translation_speech.txt).
 """
 
 from __future__ import annotations
