@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hvdtrain.data.config import cache_dir
 from hvdtrain.data.dataset import in_batches
 from hvdtrain.data.text.packed import read_meta, write_packed
-from hvdtrain.data.text.preference_pairs import PairReader, PreferencePairs
+from hvdtrain.data.text.preference_pairs import PreferencePairs, PreferenceReader
 from hvdtrain.data.text.sources import find_sources
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.private_torch import is_fake
@@ -96,7 +96,7 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
 def _prepare(data: PairsConfig, tokenizer: Any, say: Callable[[str], None]) -> Path:
     """Return the folder of the tokenised pairs."""
     splits = find_sources(data, say)
-    reader = PairReader(tokenizer, data.on_error)
+    reader = PreferenceReader(tokenizer, data.on_error)
     digest = hashlib.sha256(json.dumps(["pairs", data.on_error, identity(tokenizer)]).encode())
     for part in splits.values():
         digest.update("\0".join(["", *(f"{source.digest} {source.held_out_below}" for source in part)]).encode())

@@ -16,6 +16,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.weights import has_plain_state, model_weights
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.model import wide_type
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -53,7 +54,7 @@ class WeightAverage(Component):
                 "--train.ema cannot average this model: its state_dict() renames or adds something (state-dict hooks,"
                 " get_extra_state)"
             )
-        self._weights = {name: tensor.to(_wide(tensor.dtype), copy=True) for name, tensor in _real(model).items()}
+        self._weights = {name: tensor.to(wide_type(tensor.dtype), copy=True) for name, tensor in _real(model).items()}
         device = next((tensor.device for tensor in self._weights.values()), None)
         self._num_updates = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -84,8 +85,3 @@ class WeightAverage(Component):
 
 def _real(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model_weights(model).items() if tensor.is_floating_point()}
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return a type in which a small share of a weight is not rounded away."""
-    return torch.promote_types(dtype, torch.float32)

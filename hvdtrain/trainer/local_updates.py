@@ -26,8 +26,10 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.settings import Config
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.model import wide_type
 from hvdtrain.trainer.strategy import EveryStep, Strategy, model_tensors
 from hvdtrain.world import SoloWorld, World, WrappedOptimizer, codec_of
+from hvdtrain.world.filling import real
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
@@ -145,7 +147,9 @@ class OuterUpdates(Component):
     def begin(self, model: nn.Module) -> None:
         """Begin with the weights as they are."""
         moved = _moved(model, self._training)
-        self._last = {name: _wide(parameter.detach()) for name, parameter in moved.items()}
+        self._last = {
+            name: parameter.detach().to(wide_type(parameter.dtype), copy=True) for name, parameter in moved.items()
+        }
         if self._momentum:
             self._velocity = {name: torch.zeros_like(last) for name, last in self._last.items()}
 
@@ -156,12 +160,12 @@ class OuterUpdates(Component):
         moved = _moved(self._training.model, self._training)
         for dtype in dict.fromkeys(last.dtype for last in self._last.values()):
             names = [name for name, last in self._last.items() if last.dtype == dtype]
-            updates = [_wide(moved[name].detach()).sub_(self._last[name]) for name in names]
-            means = self._mean(torch.cat([_real(update).flatten() for update in updates]), str(dtype))
-            lengths = [_real(update).numel() for update in updates]
+            updates = [moved[name].detach().to(dtype, copy=True).sub_(self._last[name]) for name in names]
+            means = self._mean(torch.cat([real(update).flatten() for update in updates]), str(dtype))
+            lengths = [real(update).numel() for update in updates]
             parts = torch.split_with_sizes(means.to(updates[0].dtype.to_real()), lengths)
             for name, update, part in zip(names, updates, parts, strict=True):
-                _real(update).copy_(part.view(_real(update).shape))
+                real(update).copy_(part.view(real(update).shape))
                 self._move(name, update)
                 moved[name].copy_(self._last[name])
 
@@ -278,13 +282,3 @@ def _moved(model: nn.Module, training: Training | None) -> dict[str, nn.Paramete
         return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     own = set(owned_by(training.optimizer))
     return {name: parameter for name, parameter in named.items() if parameter in own}
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Return a copy in which a small update is not rounded away."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Return the tensor, a complex one as pairs of real numbers, `(..., 2)`."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -22,6 +22,11 @@ from hvdtrain.world import World, has_synchronized_layers, synchronize_batch_nor
 _TYPES: dict[Precision, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
 
 
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """Return a type in which a small share of a weight is not rounded away."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def own_type(precision: Precision) -> torch.dtype | None:
     """Return the type of weights and inputs where it is not the model's own."""
     return _TYPES.get(precision)

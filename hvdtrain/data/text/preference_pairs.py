@@ -24,7 +24,7 @@ from hvdtrain.data.text.windows import IGNORED
 from hvdtrain.errors import DataError
 
 
-class PairReader(DocumentReader):
+class PreferenceReader(DocumentReader):
     """Reads preferences and has them tokenised: of each, two documents, of which the answers are learned.
 
     Args:
@@ -53,7 +53,7 @@ class PreferencePairs:
     """A `Dataset` of pairs; those whose prompt leaves no room for an answer are left out.
 
     Args:
-        folder: where `write_packed` has put what `PairReader` reads.
+        folder: where `write_packed` has put what `PreferenceReader` reads.
         name: "train" or "val".
         sequence_length: T; what is longer is cut at its end.
         first: the number of the first pair, where several data sets share what is known of their pairs.
