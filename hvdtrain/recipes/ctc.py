@@ -18,6 +18,7 @@ from typing import Literal
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.adamw import AdamWConfig
+from hvdtrain.recipes.origin import check_one_origin
 from hvdtrain.settings import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, TrainConfig, setting
 from hvdtrain.trainer.task import Recipe, Task
 
@@ -95,8 +96,7 @@ class SpeechRecognition(Recipe):
         """Find the clips, look at their lengths once per host, and load or make the model."""
         if self.data.path is None:
             raise ConfigError("give --data.path, a directory of clips of speech with their texts, or a table of them")
-        if self.model.path is not None and self.model.config is not None:
-            raise ConfigError("give --model.path, a model to begin with, or --model.config, one to train from scratch")
+        check_one_origin(self.model.path, self.model.config)
 
         from hvdtrain.recipes.ctc_task import build_task
 

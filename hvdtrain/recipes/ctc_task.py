@@ -10,22 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from hvdtrain.data.clips import Clip, ClipSamples, find_clips, measured
 from hvdtrain.data.config import cache_at
-from hvdtrain.data.samplers import ByLength
 from hvdtrain.data.text.corpus import Document
 from hvdtrain.data.text.named_splits import named_splits
-from hvdtrain.data.text.pair_samples import FirstSamples, mixed_by_length
+from hvdtrain.data.text.pair_samples import mixed_by_length
 from hvdtrain.data.text.pairs import PairReader
 from hvdtrain.data.text.sources import position
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.ctc import ClipsConfig, SpeechRecognition
+from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spread
 from hvdtrain.recipes.transformers_models.auto_classes import load_as, needs
-from hvdtrain.recipes.transformers_models.hearing import CtcLoss, try_out, write_down
+from hvdtrain.recipes.transformers_models.hearing import CtcLoss, small_wav2vec2, try_out, write_down
 from hvdtrain.recipes.transformers_models.hearing_files import (
     find_extractor,
     find_tokenizer,
@@ -36,7 +35,6 @@ from hvdtrain.recipes.transformers_models.loading import import_transformers
 from hvdtrain.trainer.task import CorpusEvaluation, Task
 
 KIND = "AutoModelForCTC"
-_TRIED = 4
 
 
 def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
@@ -66,7 +64,7 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
             raise DataError(f"there are no {name} clips that can be used: use more, or give --data.val-path")
     loss, way = CtcLoss(tokenizer.pad_token_id), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
-        loss, way = try_out(model, train_data.batch(_shortest(train_data)), loss)
+        loss, way = try_out(model, train_data.batch(shortest(train_data.lengths)), loss)
     seconds = [samples.lengths.sum() / rate for samples in (train_data, val_data)]
     lines = (
         f"data:       {data.path}: {len(train_data):,} clips of {_hours(seconds[0])}, {len(val_data):,} of"
@@ -74,13 +72,12 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
         *_left_out(reader, about, data),
         way,
     )
-    batch = recipe.train.global_batch_size or (recipe.train.micro_batch_size or 1) * (recipe.train.accum_steps or 1)
     metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
     return Task(
         model=model,
         train_data=train_data,
         val_data=val_data,
-        sampler=ByLength(train_data.lengths, batch),
+        sampler=by_length(train_data.lengths, recipe.train),
         loss_sums=loss,
         metrics=metrics,
         evaluations=_transcripts(recipe, val_data, tokenizer, loss),
@@ -185,7 +182,7 @@ def _load(recipe: SpeechRecognition, tokenizer: Any) -> nn.Module:
     settings = recipe.model
     config: Any = settings.config
     if settings.path is None and config is None:
-        config = _small_wav2vec2()
+        config = small_wav2vec2()
     changes = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -207,32 +204,6 @@ def _load(recipe: SpeechRecognition, tokenizer: Any) -> nn.Module:
     return trained
 
 
-def _small_wav2vec2() -> Any:
-    return import_transformers().Wav2Vec2Config(
-        hidden_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=192,
-        conv_dim=(32, 48, 64, 96),
-        conv_kernel=(20, 8, 8, 3),
-        conv_stride=(10, 4, 4, 2),
-        feat_extract_activation="relu",
-        feat_extract_norm="layer",
-        conv_bias=True,
-        do_stable_layer_norm=True,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4,
-        **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0),
-        **dict.fromkeys(("final_dropout", "layerdrop"), 0.0),
-    )
-
-
-def _shortest(data: ClipSamples) -> torch.Tensor:
-    """Return a few samples to try the model on, the shortest and one of middle length, which make for padding."""
-    order = torch.from_numpy(data.lengths).argsort(stable=True)
-    return torch.unique(torch.cat((order[: _TRIED - 1], order[len(order) // 2 :][:1])))  # type: ignore[no-any-return]
-
-
 def _over_those_read(means: dict[str, float]) -> dict[str, float]:
     """Return the loss over the characters of clips that could be read."""
     read = 1 - means.get("unread", 0.0)
@@ -242,11 +213,10 @@ def _over_those_read(means: dict[str, float]) -> dict[str, float]:
 def _transcripts(
     recipe: SpeechRecognition, data: ClipSamples, tokenizer: Any, loss: CtcLoss
 ) -> tuple[CorpusEvaluation, ...]:
-    asked = recipe.eval.samples
-    count = len(data) if asked is None else min(asked, len(data))
-    if count == 0:
+    heard = first_of(data, recipe.eval.samples)
+    if heard is None:
         return ()
-    references = [clip.text for clip in data.clips[:count]]
+    references = [clip.text for clip in data.clips[: len(heard)]]
 
     def score(answers: list[str]) -> dict[str, float]:
         library = needs("jiwer", "the score of what is heard", "speech")
@@ -254,7 +224,7 @@ def _transcripts(
 
     return (
         CorpusEvaluation(
-            data=data if count == len(data) else FirstSamples(data, count),
+            data=heard,
             answers=lambda model, batch: write_down(model, batch, loss, tokenizer),
             score=score,
             metrics=("wer", "cer"),
@@ -264,14 +234,13 @@ def _transcripts(
 
 def _show(model: nn.Module, tokenizer: Any, data: ClipSamples, loss: CtcLoss) -> str:
     """Return what is said in a few held-out clips, and what is heard."""
-    chosen = torch.from_numpy(np.linspace(0, len(data) - 1, min(_TRIED, len(data))).astype(np.int64))
+    chosen = spread(len(data))
     first = next(model.parameters())
     waves, lengths, labels = (part.to(first.device) for part in data.batch(chosen))
     model.eval()
     with torch.no_grad():
         heard = write_down(model, (waves.to(first.dtype), lengths, labels), loss, tokenizer)
-    shown = [f"  {data.clips[int(i)].text}\n    {text}" for i, text in zip(chosen, heard, strict=True)]
-    return "\n".join(["held-out clips, and what is heard in them:", *shown])
+    return shown("held-out clips, and what is heard in them:", [data.clips[int(i)].text for i in chosen], heard)
 
 
 def _fingerprint(train: ClipSamples, held_out: ClipSamples, tokenizer: Any) -> str:

@@ -18,6 +18,7 @@ from hvdtrain.data.config import CorpusConfig
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.recipes.choices import LanguageEvalConfig
+from hvdtrain.recipes.origin import check_one_origin
 from hvdtrain.settings import CheckpointConfig, ModelConfig, TrainConfig, setting
 from hvdtrain.trainer.task import Recipe, Task
 
@@ -116,8 +117,7 @@ class Transformers(Recipe):
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Tokenise the documents, once per host, load or make the model, and try how documents pass through it."""
-        if (self.model.path is None) == (self.model.config is None):
-            raise ConfigError("give --model.path, a model to begin with, or --model.config, one to train from scratch")
+        check_one_origin(self.model.path, self.model.config, is_needed=True)
 
         from hvdtrain.recipes.hf_task import build_task
 

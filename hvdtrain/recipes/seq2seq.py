@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hvdtrain.errors import ConfigError
 from hvdtrain.optim.adamw import AdamWConfig
+from hvdtrain.recipes.origin import check_one_origin
 from hvdtrain.settings import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, Section, TrainConfig, setting
 from hvdtrain.trainer.task import Recipe, Task
 
@@ -125,8 +125,7 @@ class EncoderDecoder(Recipe):
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Tokenise the pairs, once per host, and load or make the model."""
-        if self.model.path is not None and self.model.config is not None:
-            raise ConfigError("give --model.path, a model to begin with, or --model.config, one to train from scratch")
+        check_one_origin(self.model.path, self.model.config)
 
         from hvdtrain.recipes.seq2seq_task import build_task
 

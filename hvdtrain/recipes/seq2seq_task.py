@@ -10,24 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from hvdtrain.data.config import cache_at
-from hvdtrain.data.samplers import ByLength
 from hvdtrain.data.text.corpus import Document, find_documents
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.named_splits import listed, named_splits
 from hvdtrain.data.text.number_words import number_pairs
-from hvdtrain.data.text.pair_samples import FirstSamples, PairWriter, TokenizedPairs, read_held_out
+from hvdtrain.data.text.pair_samples import PairWriter, TokenizedPairs, read_held_out
 from hvdtrain.data.text.pairs import Pair, PairReader
 from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.sources import position
 from hvdtrain.errors import DataError
 from hvdtrain.recipes.seq2seq import EncoderDecoder, PairsConfig
+from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spread
 from hvdtrain.recipes.transformers_models.auto_classes import load_as, needs
-from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, translate, try_out
+from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, small_bart, translate, try_out
 from hvdtrain.recipes.transformers_models.loading import (
     identity,
     import_transformers,
@@ -41,7 +40,6 @@ from hvdtrain.trainer.task import CorpusEvaluation, Task
 
 KIND = "AutoModelForSeq2SeqLM"
 FORMAT_VERSION = 1
-_TRIED = 4
 
 
 def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
@@ -63,7 +61,7 @@ def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
         _check_positions(model, samples)
     loss, way = PairLoss(recipe.labels.smoothing), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
-        loss, way = try_out(model, train.batch(_shortest(train)), loss)
+        loss, way = try_out(model, train.batch(shortest(train.source_lengths + train.target_lengths)), loss)
     lines = (
         f"data:       {data.path or 'numbers in digits and in words, English and German'}: {len(train):,} pairs,"
         f" {int(train.target_lengths.sum()):,} tokens to predict, {len(held_out):,} held out,"
@@ -71,12 +69,11 @@ def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
         *_describe(about, data),
         way,
     )
-    batch = recipe.train.global_batch_size or (recipe.train.micro_batch_size or 1) * (recipe.train.accum_steps or 1)
     return Task(
         model=model,
         train_data=train,
         val_data=held_out,
-        sampler=ByLength(train.source_lengths + train.target_lengths, batch),
+        sampler=by_length(train.source_lengths + train.target_lengths, recipe.train),
         loss_sums=loss,
         evaluations=_translations(recipe, folder, held_out, tokenizer),
         unit="tokens",
@@ -211,7 +208,7 @@ def _load(recipe: EncoderDecoder, tokenizer: Any) -> nn.Module:
     if is_trained_here:
         changes = _tokens_of(tokenizer)
     if settings.path is None and config is None:
-        config = _small_bart(max(recipe.data.max_source_length, recipe.data.max_target_length))
+        config = small_bart(max(recipe.data.max_source_length, recipe.data.max_target_length))
         if not is_trained_here:
             changes = _tokens_of(tokenizer)
     model: Any = load_as(
@@ -242,18 +239,6 @@ def _tokens_of(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _small_bart(num_positions: int) -> Any:
-    return import_transformers().BartConfig(
-        d_model=96,
-        **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
-        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 192),
-        max_position_embeddings=num_positions,
-        dropout=0.0,
-        init_std=0.05,
-    )
-
-
 def _check_rows(model: nn.Module, tokenizer: Any) -> None:
     if len(tokenizer) > num_rows(model):
         raise DataError(
@@ -273,18 +258,12 @@ def _check_positions(model: nn.Module, samples: TokenizedPairs) -> None:
             )
 
 
-def _shortest(data: TokenizedPairs) -> torch.Tensor:
-    """Return a few samples to try the model on, the shortest and one of middle length, which make for padding."""
-    order = torch.from_numpy(data.source_lengths + data.target_lengths).argsort(stable=True)
-    return torch.unique(torch.cat((order[: _TRIED - 1], order[len(order) // 2 :][:1])))  # type: ignore[no-any-return]
-
-
 def _translations(
     recipe: EncoderDecoder, folder: Path, held_out: TokenizedPairs, tokenizer: Any
 ) -> tuple[CorpusEvaluation, ...]:
     asked, longest = recipe.eval, recipe.data.max_target_length
-    count = len(held_out) if asked.samples is None else min(asked.samples, len(held_out))
-    if count == 0:
+    data = first_of(held_out, asked.samples)
+    if data is None:
         return ()
 
     def answers(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> list[str]:
@@ -292,11 +271,10 @@ def _translations(
 
     def score(answers: list[str]) -> dict[str, float]:
         library = needs("sacrebleu", "the score of translations", "translation")
-        references = [[target for _, target in read_held_out(folder)[:count]]]
+        references = [[target for _, target in read_held_out(folder)[: len(data)]]]
         bleu = library.corpus_bleu(answers, references, tokenize=asked.bleu_tokenizer)
         return {"bleu": bleu.score, "chrf": library.corpus_chrf(answers, references).score}
 
-    data = held_out if count == len(held_out) else FirstSamples(held_out, count)
     return (CorpusEvaluation(data=data, answers=answers, score=score, metrics=("bleu", "chrf")),)
 
 
@@ -305,11 +283,10 @@ def _show(
 ) -> str:
     """Return a few held-out sources with what the model makes of them."""
     device = next(model.parameters()).device
-    chosen = torch.from_numpy(np.linspace(0, len(pairs) - 1, min(_TRIED, len(pairs))).astype(np.int64))
+    chosen = spread(len(pairs))
     sources, is_text, _ = held_out.batch(chosen)
     model.eval()
     made = translate(
         model, tokenizer, sources.to(device), is_text.to(device), recipe.eval.beams, recipe.data.max_target_length
     )
-    shown = [f"  {pairs[int(number)][0]}\n    {answer}" for number, answer in zip(chosen, made, strict=True)]
-    return "\n".join(["held-out sources, and what is made of them:", *shown])
+    return shown("held-out sources, and what is made of them:", [pairs[int(i)][0] for i in chosen], made)

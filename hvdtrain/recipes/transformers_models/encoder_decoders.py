@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.errors import ConfigError
 from hvdtrain.recipes.transformers_models.forward import run
+from hvdtrain.recipes.transformers_models.loading import import_transformers
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Of `TokenizedPairs`."""
@@ -145,3 +146,16 @@ def translate(
     )
     texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def small_bart(num_positions: int) -> Any:
+    """Return the configuration of a model that two CPU cores train in minutes."""
+    return import_transformers().BartConfig(
+        d_model=96,
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 192),
+        max_position_embeddings=num_positions,
+        dropout=0.0,
+        init_std=0.05,
+    )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.errors import ConfigError
+from hvdtrain.recipes.transformers_models.loading import import_transformers
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Of `ClipSamples`."""
@@ -116,3 +117,24 @@ def write_down(model: nn.Module, batch: Batch, loss: CtcLoss, tokenizer: Any) ->
     tokens = torch.where(is_own & (batch[1] > 0)[:, None], tokens, loss.blank)
     texts: list[str] = tokenizer.batch_decode(tokens.cpu().numpy())
     return [" ".join(text.split()) for text in texts]
+
+
+def small_wav2vec2() -> Any:
+    """Return the configuration of a model that two CPU cores train in minutes."""
+    return import_transformers().Wav2Vec2Config(
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        conv_dim=(32, 48, 64, 96),
+        conv_kernel=(20, 8, 8, 3),
+        conv_stride=(10, 4, 4, 2),
+        feat_extract_activation="relu",
+        feat_extract_norm="layer",
+        conv_bias=True,
+        do_stable_layer_norm=True,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout"), 0.0),
+        **dict.fromkeys(("final_dropout", "layerdrop"), 0.0),
+    )
