@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import shutil
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -17,6 +18,16 @@ _CAPABILITY = (8, 0)
 def can_compile_for(device: torch.device) -> bool:
     """Return whether kernels can be compiled for this GPU; of CPUs, whose kernels gain little by it, never."""
     return device.type == "cuda" and _has_tools() and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Within, what has been given to the compiler runs as it was written.
+
+    For modes that see every operator: the compiler passes over a function that it meets under one of them, says nothing
+    and never looks at it again, so that a model which was once measured would train uncompiled ever after.
+    """
+    context: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -167,7 +167,7 @@ class _Attention(nn.Module):
     ) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
         parts = products(x, self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (B, T, H, D), (B, T, K, D) twice
+        q, k, v = (torch.unflatten(part, -1, (-1, self.head_size)) for part in parts)  # (B, T, H or K, D)
         q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:

@@ -101,7 +101,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 def _by_one_product(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
     weights = [layer.weight for layer in layers]
-    return list(F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1))
+    return list(torch.split(F.linear(x, torch.cat(weights)), [len(weight) for weight in weights], -1))
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:

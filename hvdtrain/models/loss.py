@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvdtrain.models.compilation import can_compile_for
+from hvdtrain.models.private_torch import is_watched
 
 _log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ def fused_terms(
     logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Do what `terms` does by compiled kernels; where the compiler fails, by torch's own, and say so once."""
-    if not _Fused.has_failed:
+    if not _Fused.has_failed and not is_watched():
         _Fused.compiled = _Fused.compiled or torch.compile(fusable_terms, fullgraph=True)
         try:
             return _Fused.compiled(logits, wanted, dtype, scale)

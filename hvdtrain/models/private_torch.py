@@ -35,6 +35,7 @@ __all__ = [
     "is_held_by_others",
     "is_saved_buffer",
     "is_transformed",
+    "is_watched",
     "norm_of",
     "on_compilation",
     "queue_after_run",
@@ -74,6 +75,14 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         del self._alive[key]
         self.now -= size
+
+
+def is_watched() -> bool:
+    """Return whether a mode sees every operator now, as one does that counts them or their memory.
+
+    The compiler passes over a function that it meets under such a mode, and for good.
+    """
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.readers import read_samples
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.compilation import uncompiled
 from hvdtrain.models.private_torch import FakeTensorMode, LiveBytes
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.optim.groups import trainable
@@ -221,7 +222,7 @@ def _traced(job: Job, model: nn.Module, mode: FakeTensorMode) -> tuple[int | Non
     activations = None
     with contextlib.suppress(Exception):  # whatever a user's model does that a fake tensor cannot
         batch = map_tensors(mode.from_tensor, read_samples(job.task.train_data, samples))
-        with mode, live:
+        with uncompiled(), mode, live:
             sums = forward_batch(job, model, batch)
             activations = live.now
             sums["loss"].sum().backward()  # type: ignore[no-untyped-call]

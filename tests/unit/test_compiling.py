@@ -152,3 +152,41 @@ def test_presets_for_gpus_and_those_for_cpus():
     names = {name: load_recipe(name).model.compile for name in ("lm", "lm-10m", "lm-124m", "lm-1b", "lm-3b")}
     assert names == {"lm": "none", "lm-10m": "none", "lm-124m": "auto", "lm-1b": "auto", "lm-3b": "auto"}
     assert dataclasses.is_dataclass(load_recipe("lm-1b").model)
+
+
+def test_what_was_measured_once_is_compiled_all_the_same(graphs, monkeypatch):
+    """Operations and memory are counted by modes, under which the compiler passes over what it meets, for good."""
+    from hvdtrain.data.dataset import TensorSamples
+    from hvdtrain.models import loss as models_loss
+    from hvdtrain.settings import Config, TrainConfig
+    from hvdtrain.trainer import Task, train_step
+    from hvdtrain.trainer.memory import estimate
+    from hvdtrain.trainer.rehearsal import rehearse
+    from hvdtrain.trainer.state import start_training
+    from hvdtrain.verbs.bench.flops import flops_per_step
+
+    backend = counting(graphs)
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend, fullgraph=True))
+    monkeypatch.setattr(models_loss, "can_compile_for", lambda device: True)
+    monkeypatch.setattr(models_loss._Fused, "has_failed", False)
+    fused = torch.compile(models_loss.fusable_terms, backend=backend, fullgraph=True)
+    monkeypatch.setattr(models_loss._Fused, "compiled", fused)
+    tokens = torch.randint(50, (8, 9))
+    data = TensorSamples(tokens[:, :-1].clone(), tokens[:, 1:].clone())
+    task = Task(
+        model=Decoder(DecoderConfig(num_layers=2, hidden_size=32, num_heads=2, loss_chunk=4), 50),
+        train_data=data,
+        val_data=data,
+        loss_sums=lambda model, batch: {"loss": model(*batch)},
+        unit="tokens",
+    )
+    config = Config(model=ModelConfig(compile="blocks"), train=TrainConfig(steps=3, global_batch_size=4))
+    job = rehearse(task, config, SoloWorld(CPU, Launch("none")))
+    assert estimate(job).activations
+    training = start_training(job)
+    assert flops_per_step(job, training) > 0
+    assert not graphs
+    train_step(job, training)
+    train_step(job, training)
+    assert len(graphs) == 2  # the blocks' and the loss's
+    assert not models_loss._Fused.has_failed

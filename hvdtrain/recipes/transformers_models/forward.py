@@ -75,7 +75,7 @@ class DocumentLoss:
         Args:
             model: of transformers.
             batch: of `PackedDocuments`.
-            loss_bytes: logits that may exist at once.
+            loss_bytes: of logits in fp32 that may exist at once; None: what suits the device.
         """
         calls = self.layout.calls(model, batch)
         done = [self._run(model, call, loss_bytes) for call in calls]
@@ -86,7 +86,7 @@ class DocumentLoss:
             loss, [(output, call.origins) for (_, output), call in zip(done, calls, strict=True)], batch
         )
 
-    def _run(self, model: nn.Module, call: Call, loss_bytes: int) -> tuple[Tensor, Any]:
+    def _run(self, model: nn.Module, call: Call, loss_bytes: int | None) -> tuple[Tensor, Any]:
         if self.head is not None:
             chunk = max(1, (loss_bytes or bytes_at_once(call.targets.device)) // (4 * self.head.num_logits(model)))
             if call.targets.numel() > chunk:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from hvdtrain.models.compilation import uncompiled
 from hvdtrain.models.linear import linear
 from hvdtrain.settings import Precision
 from hvdtrain.trainer import Job
@@ -71,7 +72,7 @@ def flops_per_step(job: Job, training: Training) -> float:
     """
     samples = job.order.global_batch(0)
     positions = job.order.micro_batches(0, 0)[0]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), uncompiled(), FlopCounterMode(display=False) as counter:
         forward_sums(job, training.model, samples[positions])
     return float(3 * counter.get_total_flops()) / len(positions) * len(samples)
 
