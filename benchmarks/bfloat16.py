@@ -2,10 +2,10 @@
 
     python benchmarks/bfloat16.py --output benchmarks/results/bfloat16.txt
 
-The ways: `fp32` sends gradients of bfloat16 as fp32; `engine` is Horovod's all-reduce of bfloat16 as the set-up edits it
-(parts exchanged, added as fp32, rounded once); `ranks` does the same by an all-to-all and an all-gather of bits, as
-before the engine could; `hops` is Horovod's all-reduce of float16, which MPI and Gloo round at each hop: what bfloat16
-would take if it were added like that.
+The ways: `fp32` sends gradients of bfloat16 as fp32; `engine` is Horovod's all-reduce of bfloat16 as the set-up edits
+it (parts exchanged, added as fp32, rounded once); `ranks` does the same by an all-to-all and an all-gather of bits, as
+it was before the engine could; `hops` is Horovod's all-reduce of float16, which MPI and Gloo round at each hop: what
+bfloat16 would take if it were added like that.
 
 Each number is the median of the calls of a launch, then over launches; they take turns. The error is the root mean
 square of (mean - exact mean) over that of the exact mean, for normal numbers of bfloat16; of `hops` it is computed for
@@ -98,7 +98,8 @@ def measure(seconds: float) -> None:
     from hvdtrain.world.horovod import HorovodWorld
 
     world = hvdtrain.init()
-    assert isinstance(world, HorovodWorld) and world.adds_bfloat16, "this Horovod was not built by launch/setup.sh"
+    assert isinstance(world, HorovodWorld)
+    assert world.adds_bfloat16, "this Horovod was built before it knew bfloat16"
 
     class WithoutEngine(HorovodWorld):
         adds_bfloat16 = False

@@ -78,7 +78,7 @@ class Codec(ABC):
 
 
 class AsTheyAre(Codec):
-    """Gradients travel in their own type; bfloat16 as fp32 where the world cannot add it without rounding at each hop."""
+    """Gradients travel in their own type; bfloat16 as fp32 where the world cannot add it, or would round each hop."""
 
     name = "none"
     native_types = (torch.bfloat16,)
@@ -120,7 +120,7 @@ class Bf16(Codec):
     Each rank is sent its part of the bucket by every other; it adds them as fp32 in the order of the ranks, rounds the
     mean to bfloat16, and sends it to all. On the wire that is half of an fp32 all-reduce, and each number is rounded
     twice: as a rank's part, and as the mean; gradients that are bfloat16 once. A world that adds bfloat16 does that in
-    one all-reduce. In others (NCCL would round at each hop) the ranks do, by an all-to-all and an all-gather of the bits.
+    one all-reduce. In others (NCCL would round at each hop) the ranks do, by an all-to-all and an all-gather of bits.
     """
 
     name = "bf16"
