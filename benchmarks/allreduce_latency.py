@@ -10,8 +10,8 @@ A second table counts the launches whose own 95th percentile is within twice the
 
     python benchmarks/allreduce_latency.py --repeats 20 --output benchmarks/results/allreduce_latency_20.txt
 
-That takes 2 and 4 ranks, and about 50 minutes; the machine must be quiet meanwhile (four ranks need four cores: on fewer
-they share them, and the file says so). The load before and after each half is written down.
+That is 2 and 4 ranks and takes about half an hour, in which the machine must be quiet (four ranks need four cores: on
+fewer they share them, and the file says so). The load before and after each half is written down.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def main() -> None:
             launches = [launch(by, ranks, given.seconds) for _ in range(given.repeats)]
             parts += [f"{ranks} ranks, {by}, {given.repeats} launches: milliseconds, and error", table(launches), ""]
             print("\n".join(parts[-3:]), flush=True)
-    if given.output:
-        given.output.write_text("\n".join(parts))
+            if given.output:  # also what is there so far: on a busy machine it takes long
+                given.output.write_text("\n".join(parts))
 
 
 def table(launches: list[dict[str, dict[str, list[float]]]]) -> str:
