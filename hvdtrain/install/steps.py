@@ -90,7 +90,7 @@ class Setup:
     def stamp(self) -> dict[str, str | None]:
         """Return all that must be unchanged for a set-up to hold."""
         digest = hashlib.sha256()
-        files = [*sorted(PACKAGE.glob("*.py")), *sorted(PACKAGE.glob("*.txt"))]
+        files = [*sorted(PACKAGE.rglob("*.py")), *sorted(PACKAGE.rglob("*.txt"))]
         for file in [*files, *([self.root / "setup.cfg"] if self.root else [])]:
             digest.update(file.read_bytes())
         environment = self.environment

@@ -130,7 +130,9 @@ def wire_bytes(job: Job, all_trained: bool = False) -> int:
     total = 0
     for parameter in trainable(job.task.model):
         if parameter.requires_grad or all_trained:
-            total += codec.wire_bytes(parameter.numel(), own or parameter.dtype)
+            dtype, count = own or parameter.dtype, parameter.numel()
+            is_native = codec.is_native(job.world, dtype)
+            total += count * dtype.itemsize if is_native else codec.wire_bytes(count, dtype)
     return total
 
 

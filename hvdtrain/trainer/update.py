@@ -61,8 +61,8 @@ def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | 
     Of what the optimizer moves: what it leaves alone is not averaged, and differs on every rank.
     """
     moved = set(owned_by(optimizer))
-    parameters = [item for item in parameters_of(model) if item.grad is not None and item in moved]
-    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+    pairs = [(item, grad) for item in parameters_of(model) if (grad := item.grad) is not None and item in moved]
+    parameters, gradients = [item for item, _ in pairs], [grad for _, grad in pairs]
     if not any(gradient.is_sparse for gradient in gradients):
         norm = norm_of(gradients)
         if max_norm is not None:

@@ -73,6 +73,7 @@ class Bucket:
 
     square: Tensor
     """After `receive`, the mean over the ranks of the squared norms of their own gradients, `(1,)`; or `(0,)`."""
+    _may_be_native = True
 
     def __init__(
         self,
@@ -98,6 +99,8 @@ class Bucket:
         """What the gradients were when they were sent."""
         self._forms = [form_of(parameter) for parameter in self.parameters]
         self._has_square = has_square
+        # A squared norm needs more than 8 bits.
+        self._is_native = self._may_be_native and not has_square and codec.is_native(world, self._forms[0][0])
         self._allocate()
 
     def _allocate(self) -> None:
@@ -105,7 +108,7 @@ class Bucket:
         shapes = [real(parameter.detach()).shape for parameter in self.parameters]
         counts = [shape.numel() for shape in shapes]
         lengths = [*counts, len(counts), int(self._has_square)]
-        dtype = self._codec.buffer_type(self._forms[0][0].to_real())
+        dtype = self._forms[0][0] if self._is_native else self._codec.buffer_type(self._forms[0][0].to_real())
         self._wire = torch.zeros(sum(lengths), dtype=dtype, device=self.parameters[0].device)
         *flat, self._users, self.square = torch.split(self._wire, lengths)
         self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(self._has_square)])
@@ -132,15 +135,21 @@ class Bucket:
         return all(map(_has_form, self.parameters, self._forms))
 
     def send(self) -> None:
-        """Put the gradients on the wire. Each rank divides its part first: the other way round, fp16 overflows."""
-        size = self._world.size
+        """Put the gradients on the wire. Each rank divides its part first: the other way round, fp16 overflows.
+
+        Native ones are divided after they were added, in fp32, which does not, and rounds once.
+        """
+        size = 1 if self._is_native else self._world.size
         self._leave_to_holders()
         fill(self._views, self._users, [parameter.grad for parameter in self.parameters], size)
         if self.question is not None:
-            self.question.write(self._users)
+            self.question.write(self._users, self._world.size // size)
         if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean
             self.square.copy_(torch.dot(self._numbers, self._numbers) * size)
-        if self._codec.is_elementwise:
+        if self._is_native:
+            mean = self._world.start_all_reduce_(self._wire, "mean", f"{self.prefix}.{self.name}")
+            self._waits = [(self._wire, mean)]
+        elif self._codec.is_elementwise:
             self._waits = [(self._wire, self._codec.start(self._world, self.prefix, self.name, self._wire))]
         else:
             counts = self._world.start_all_reduce_(self._counts, "sum", f"{self.prefix}.{self.name}.counts")
@@ -191,6 +200,8 @@ class Bucket:
 
 class AdasumTensor(Bucket):
     """One gradient that is combined by Adasum (arXiv:2006.02924): each rank gives its own mean, undivided."""
+
+    _may_be_native = False  # Horovod's Adasum does not take bfloat16
 
     def send(self) -> None:
         """Put the gradient on the wire, zeros where there is none, and which ranks have one."""

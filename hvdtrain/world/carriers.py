@@ -24,10 +24,13 @@ _WIDER = {
 }
 
 
-def for_reduction(tensor: Tensor, op: ReduceOp, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def for_reduction(
+    tensor: Tensor, op: ReduceOp, name: str, adds_bfloat16: bool = False
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return a contiguous copy that every back end can reduce, and what turns the result back into the tensor's type.
 
-    bfloat16 and 8-bit floats are added as fp32 and rounded once; small integers as larger ones.
+    bfloat16 and 8-bit floats are added as fp32 and rounded once; small integers as larger ones. Where the back end adds
+    bfloat16 in just that way itself, `adds_bfloat16`, it travels as it is.
 
     Raises:
         UsageError: the tensor has no such reduction; names it and says what to do.
@@ -44,7 +47,7 @@ def for_reduction(tensor: Tensor, op: ReduceOp, name: str) -> tuple[Tensor, Call
             raise UsageError(f"'{name}' is {dtype}, which has no {op}: give its .abs(), or torch.view_as_real of it")
         real = torch.view_as_real(tensor.resolve_conj()).clone(memory_format=torch.contiguous_format)
         return real, torch.view_as_complex
-    if dtype in _REDUCED:
+    if dtype in _REDUCED or (dtype == torch.bfloat16 and adds_bfloat16):
         return tensor.clone(memory_format=torch.contiguous_format), lambda result: result
     carrier = torch.float32 if dtype.is_floating_point else _WIDER.get(dtype)
     if carrier is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,14 @@ class Codec(ABC):
     """As `--comm.compression` and `Averaging(compression=...)` say it."""
     is_elementwise: bool = True
     """Each number travels by itself, zero as zero: a bucket's counts can then travel behind its gradients."""
+    native_types: Collection[torch.dtype] = ()
+    """Types of gradients that are sent undivided as they are, past `start`, where the world averages them as exactly as
+    this codec does. Not inherited by a class that encodes, decodes or sends in a way of its own."""
+
+    def is_native(self, world: World, dtype: torch.dtype) -> bool:
+        """Return whether the world itself averages gradients of type `dtype` as they are."""
+        own = next(kind for kind in type(self).__mro__ if _WAYS & vars(kind).keys())
+        return world.adds_bfloat16 and dtype == torch.bfloat16 and dtype in vars(own).get("native_types", ())
 
     @abstractmethod
     def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
@@ -70,9 +78,10 @@ class Codec(ABC):
 
 
 class AsTheyAre(Codec):
-    """Gradients travel in their own type, bfloat16 as fp32: Horovod's torch binding cannot add bfloat16."""
+    """Gradients travel in their own type; bfloat16 as fp32 where the world cannot add it, or would round each hop."""
 
     name = "none"
+    native_types = (torch.bfloat16,)
 
     def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
         """Return the type itself, fp32 for bfloat16."""
@@ -108,13 +117,14 @@ class Fp16(Codec):
 class Bf16(Codec):
     """Gradients travel as bfloat16: 8 bits, with the range of fp32.
 
-    MPI and Gloo cannot add bfloat16, so the ranks do. Each rank is sent its part of the bucket by every other, as the
-    bits of bfloat16 (int16, all-to-all); it adds them as fp32 in the order of the ranks, rounds the mean to bfloat16,
-    and sends these bits to all (all-gather). On the wire that is half of an fp32 all-reduce, and each number is rounded
-    twice: as a rank's part, and as the mean.
+    Each rank is sent its part of the bucket by every other; it adds them as fp32 in the order of the ranks, rounds the
+    mean to bfloat16, and sends it to all. On the wire that is half of an fp32 all-reduce, and each number is rounded
+    twice: as a rank's part, and as the mean; gradients that are bfloat16 once. A world that adds bfloat16 does that in
+    one all-reduce. In others (NCCL would round at each hop) the ranks do, by an all-to-all and an all-gather of bits.
     """
 
     name = "bf16"
+    native_types = (torch.bfloat16,)
 
     def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
         """Return fp32, or fp64 for fp64: the sum is taken in it."""
@@ -130,6 +140,9 @@ class Bf16(Codec):
 
     def start(self, world: World, prefix: str, name: str, part: Tensor) -> Callable[[], Tensor]:
         """Send each rank its part of the bucket; the means are gathered while waiting."""
+        if world.adds_bfloat16 and part.dtype == torch.float32:
+            total = world.start_all_reduce_(part.bfloat16(), "sum", f"{prefix}.{name}")
+            return lambda: part.copy_(total())
         share = -(-len(part) // world.size)
         wire = torch.zeros(share * world.size, dtype=torch.bfloat16, device=part.device)
         wire[: len(part)] = part
@@ -144,6 +157,7 @@ class Bf16(Codec):
         return finish
 
 
+_WAYS = {"buffer_type", "encode", "decode", "start"}
 CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (AsTheyAre, Fp16, Bf16)}
 """By the names that `--comm.compression` knows."""
 

@@ -31,6 +31,8 @@ class Collectives(ABC):
     device: torch.device
     progress: Progress
     """Where this rank is; blocking collectives note themselves."""
+    adds_bfloat16: bool = False
+    """Whether `start_all_reduce_` takes bfloat16: added as fp32 in the order of the ranks, divided, rounded once."""
     _unnamed: dict[str, int] | None = None
     """How many collectives of each kind were not named."""
 
@@ -67,7 +69,7 @@ class Collectives(ABC):
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
         name = self.named("all_reduce", name)
-        copy, restore = for_reduction(tensor, op, name)
+        copy, restore = for_reduction(tensor, op, name, self.adds_bfloat16)
         wait = self.start_all_reduce_(copy, op, name)
         return lambda: restore(wait())
 

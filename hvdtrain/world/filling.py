@@ -17,7 +17,7 @@ def fill(views: Sequence[Tensor], users: Tensor, gradients: Sequence[Tensor | No
         views: the parts, of one type; a gradient may be its part already.
         users: `(n,)`, becomes 1 / size for each gradient that there is, else 0.
         gradients: as many, dense or sparse.
-        size: number of ranks.
+        size: number of ranks; 1 where the sum is divided afterwards.
     """
     users.fill_(1 / size)
     for i, gradient in enumerate(gradients):
@@ -38,6 +38,8 @@ def fill_one_by_one(views: Sequence[Tensor], gradients: Sequence[Tensor | None],
         gradient = real(whole.detach())
         if gradient.is_sparse:
             view.copy_(gradient.to_dense()).div_(size)
+        elif size == 1:
+            view.copy_(gradient)
         elif gradient.dtype == torch.bfloat16:  # divided as fp32
             view.copy_(gradient).div_(size)
         else:

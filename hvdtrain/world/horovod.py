@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
+from horovod.torch.mpi_ops import mpi_lib
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError, LaunchError
@@ -25,6 +26,7 @@ from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.world import World
 
 T = TypeVar("T")
+_KNOWS_BFLOAT16 = hasattr(mpi_lib, "horovod_torch_allreduce_async_torch_BFloat16Tensor")
 _OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max, "adasum": hvd.Adasum}
 
 
@@ -38,6 +40,11 @@ class HorovodWorld(World):
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.device = torch.device("cpu")
         self.progress = Progress()
+
+    @property
+    def adds_bfloat16(self) -> bool:  # type: ignore[override]
+        """Return whether Horovod has the edits that bring it, and the tensors are MPI's or Gloo's; NCCL's are not."""
+        return _KNOWS_BFLOAT16 and self.device.type == "cpu"
 
     def check_averaging(self, averaging: Averaging) -> None:
         """Refuse Adasum where Horovod's cannot be had: under Gloo it hangs after an error."""

@@ -34,10 +34,13 @@ class Question:
         """Answer it on this rank, before its backward passes."""
         self._own, self.answer = own, None
 
-    def write(self, shares: Tensor) -> None:
-        """Put the answer into the shares, `(n,)` with n > 0, of ranks that have each gradient."""
+    def write(self, shares: Tensor, divisor: int = 1) -> None:
+        """Put the answer into the shares, `(n,)` with n > 0, of ranks that have each gradient.
+
+        Their sum is divided by `divisor` afterwards.
+        """
         if self._own:
-            shares[0] += _YES
+            shares[0] += _YES * divisor
 
     def read(self, shares: Tensor) -> None:
         """Take the answers of all ranks out of the sums of their shares."""

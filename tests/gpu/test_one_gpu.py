@@ -46,6 +46,27 @@ def test_doctor_finds_nothing_wrong(tmp_path):
     assert "error " not in hvdtrain("doctor", cwd=tmp_path)
 
 
+BFLOAT16 = """
+import horovod.torch as hvd, torch
+hvd.init()
+for count in (1, 7, 4096, 100_003):  # words of every length, with a rest and without
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count)).bfloat16()
+    total = hvd.allreduce(values.cuda(), name=f"{count}", op=hvd.Sum, prescale_factor=0.5, postscale_factor=3.0)
+    once = (values.float() * 0.5 * hvd.size()).bfloat16()
+    assert torch.equal(total.cpu(), (once.float() * 3.0).bfloat16()), count
+    pair = hvd.grouped_allreduce([values.cuda(), values.cuda()], name=f"pair {count}", op=hvd.Average)
+    assert all(torch.equal(mean.cpu(), values) for mean in pair), count
+    assert torch.equal(hvd.allgather(values.cuda(), name=f"gather {count}").cpu()[:count], values), count
+hvd.shutdown()
+"""
+
+
+def test_horovod_sends_and_scales_bfloat16():
+    start = ["horovodrun", "-np", str(RANKS)] if RANKS > 1 else []
+    done = subprocess.run([*start, sys.executable, "-c", BFLOAT16], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_horovod_has_nccl_where_there_are_several():
     if RANKS < 2:
         pytest.skip("one GPU needs no NCCL")

@@ -69,6 +69,9 @@ class ThreadWorld(World):
         assert tensor.is_contiguous()
 
         def finish(parts):
+            assert tensor.dtype != torch.bfloat16 or self.adds_bfloat16, name
+            if tensor.dtype == torch.bfloat16:
+                parts = [part.float() for part in parts]
             kinds = {(part.dtype, part.shape) for part in parts}
             assert len(kinds) == 1, f"{name}: {kinds}"
             if op in ("min", "max"):

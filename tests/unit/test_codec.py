@@ -21,12 +21,13 @@ def test_the_settings_name_all_codecs():
         codec_of("fp8")
 
 
-def gradients_of(size, compression, value, dtype):
+def gradients_of(size, compression, value, dtype, adds_bfloat16=False, **fields):
     """Return the mean that each rank is given for the ranks' `value(rank)`."""
 
     def work(world):
+        world.adds_bfloat16 = adds_bfloat16
         layer = torch.nn.Linear(5, 2, bias=False).to(dtype)
-        optimizer = world.wrap(sgd(layer), layer, compression=compression)
+        optimizer = world.wrap(sgd(layer), layer, compression=compression, **fields)
         (layer.weight * value(world.rank).to(dtype)).sum().backward()
         optimizer.synchronize()
         return layer.weight.grad
@@ -34,15 +35,16 @@ def gradients_of(size, compression, value, dtype):
     return run_ranks(size, work)
 
 
+@pytest.mark.parametrize("adds_bfloat16", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", CODECS)
-def test_a_mean_is_within_the_tolerance_and_alike_on_all_ranks(name, dtype, size):
+def test_a_mean_is_within_the_tolerance_and_alike_on_all_ranks(name, dtype, size, adds_bfloat16):
     def value(rank):
         return torch.randn(2, 5, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
 
     exact = sum(value(rank).to(dtype).double() for rank in range(size)) / size
-    means = gradients_of(size, name, value, dtype)
+    means = gradients_of(size, name, value, dtype, adds_bfloat16)
     assert all(mean.dtype == dtype for mean in means)
     assert all(torch.equal(means[0], mean) for mean in means[1:])
     error = (means[0].double() - exact).abs().max() / exact.abs().max()
@@ -64,6 +66,65 @@ def test_bf16_keeps_the_range_of_fp32_and_what_is_not_finite():
     assert means[0][0, 2] == torch.inf
     assert means[0][0, 3].isnan()
     assert means[0][0, 4] == 0
+
+
+@pytest.mark.parametrize("name", ["none", "bf16"])
+def test_bfloat16_travels_as_it_is_where_the_world_adds_it_and_is_rounded_once(name):
+    """Three ranks: a part that each divides first would be rounded before it is added, too."""
+
+    def value(rank):
+        return torch.randn(2, 5, generator=torch.Generator().manual_seed(rank))
+
+    total = sum(value(rank).bfloat16().float() for rank in range(3))
+    for mean in gradients_of(3, name, value, torch.bfloat16, adds_bfloat16=True):
+        assert torch.equal(mean, (total / 3).bfloat16())
+
+
+def test_fp32_gradients_as_bfloat16_are_the_same_bits_whoever_adds_them():
+    def value(rank):
+        return torch.randn(2, 5, generator=torch.Generator().manual_seed(rank))
+
+    own, worlds = (gradients_of(3, "bf16", value, torch.float32, adds_bfloat16=adds) for adds in (False, True))
+    assert torch.equal(own[0], worlds[0])
+
+
+def test_what_needs_more_than_8_bits_and_a_codec_of_another_way_do_not_travel_as_bfloat16():
+    class Doubled(type(codec_of("none"))):
+        def start(self, world, prefix, name, part):
+            assert part.dtype == torch.float32
+            wait = super().start(world, prefix, name, part)
+            return lambda: wait().mul_(2)
+
+    def ones(rank):
+        return torch.ones(2, 5)
+
+    for mean in gradients_of(2, Doubled(), ones, torch.bfloat16, adds_bfloat16=True):
+        assert mean.tolist() == [[2.0] * 5] * 2
+
+    def square(world):
+        world.adds_bfloat16 = True
+        layer = torch.nn.Linear(5, 2, bias=False).bfloat16()
+        optimizer = world.wrap(sgd(layer), layer, has_square=True)
+        (layer.weight * torch.full((2, 5), 1.0 + 2**-7)).sum().backward()
+        optimizer.synchronize()
+        return float(optimizer.mean_square)
+
+    assert run_ranks(2, square) == pytest.approx([10 * (1 + 2**-7) ** 2] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("yes", [0, 1, 3])
+def test_a_question_travels_with_bfloat16(yes):
+    def work(world):
+        world.adds_bfloat16 = True
+        layer = torch.nn.Linear(5, 2, bias=False).bfloat16()
+        optimizer = world.wrap(sgd(layer), layer)
+        optimizer.question.ask(world.rank < yes)
+        if world.rank:
+            layer.weight.sum().backward()
+        optimizer.synchronize()
+        return optimizer.question.answer, layer.weight.grad.float().mean().item()
+
+    assert run_ranks(3, work) == [(yes > 0, pytest.approx(2 / 3, rel=4e-3))] * 3
 
 
 def test_bytes():

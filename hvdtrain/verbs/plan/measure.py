@@ -18,7 +18,7 @@ from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.kit import spread
 from hvdtrain.verbs.phase_clock import PhaseClock, finish
 from hvdtrain.verbs.plan.step import Bucket, Compute
-from hvdtrain.world import Codec, SoloWorld, in_buckets
+from hvdtrain.world import Codec, SoloWorld, World, in_buckets
 
 # A machine is unsteady when the middle half of its steps differs by more than this share; it is measured longer then.
 UNSTEADY = 0.1
@@ -64,7 +64,7 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     return Measured(Compute(forward, backward, max(0.0, total - forward - backward)), differ_by, len(parts))
 
 
-def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec) -> list[Bucket]:
+def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec, world: World) -> list[Bucket]:
     """Return the buckets that training would send, each with the share of the backward pass after which it is ready.
 
     Args:
@@ -72,6 +72,7 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec)
         training: its model.
         bucket_bytes: as `--comm.bucket-mib` says.
         codec: what they become on the wire.
+        world: would carry them.
     """
     parameters = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     groups = in_buckets(parameters, bucket_bytes)
@@ -98,7 +99,10 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec)
     for group in groups:
         ready = max(statistics.median(shares[parameter]) for parameter in group)
         numbers = sum(parameter.numel() for parameter in group) + len(group)
-        buckets.append(Bucket(min(1.0, ready), codec.wire_bytes(numbers, group[0].dtype)))
+        dtype = group[0].dtype
+        is_native = codec.is_native(world, dtype)
+        sent = numbers * dtype.itemsize if is_native else codec.wire_bytes(numbers, dtype)
+        buckets.append(Bucket(min(1.0, ready), sent))
     return sorted(buckets, key=lambda bucket: bucket.ready)
 
 
