@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,7 @@ def divisions(optimizer: torch.optim.Optimizer) -> list[Division]:
     groups = [_stand_ins(group["params"]) for group in optimizer.param_groups]
     try:
         whole, again = (_moved(optimizer, groups, _whole) for _ in range(2))
-        apart = [_moved(optimizer, groups, lambda i, tensor, k=k: _one_of_two(i, tensor, k)) for k in range(2)]
+        apart = [_moved(optimizer, groups, partial(_one_of_two, part=k)) for k in range(2)]
     except Exception:  # of any type: it is a user's class, and what cannot be tried is not divided
         return ["none"] * len(groups)
     for other in (again, _joined(apart)):

@@ -167,11 +167,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 parameter.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its gradients are averaged from the next backward pass on.
-
-        Raises:
-            ConfigError: the state is sharded, by what there was when it was wrapped.
-        """
+        """Add a group; its gradients are averaged from the next backward pass on. Not with `shard` (ConfigError)."""
         if self.sharding is not None:
             raise ConfigError("an optimizer with --optim.shard takes no further parameters: give it all at first")
         self._inner.add_param_group(self, param_group)
@@ -231,8 +227,8 @@ def wrap_optimizer(
     of_ranks = weakref.ref(wrapped)  # no circle: whoever drops it drops it on all ranks at once
 
     def parameters() -> list[nn.Parameter]:
-        owner = of_ranks()
-        own = [] if owner is None else owner.sharding.parameters if owner.sharding else owned_by(owner)
+        own = owned_by(owner) if (owner := of_ranks()) is not None else []
+        own = sharding.parameters if sharding else own
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
     world.num_wraps += 1
@@ -243,6 +239,16 @@ def wrap_optimizer(
     wrapped._exchange = exchange
     world.claim_gradients(exchange)
 
+    _hang_on_step(world, wrapped, exchange, model, prefix)
+    if sharding is not None:
+        wrapped.register_step_post_hook(lambda *_: sharding.gather())
+    return wrapped
+
+
+def _hang_on_step(
+    world: World, wrapped: WrappedOptimizer, exchange: GradientExchange, model: nn.Module, prefix: str
+) -> None:
+    """Have `step` average first, whoever calls it."""
     left_out = [model]  # looked at once, in the first step
 
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,9 +263,6 @@ def wrap_optimizer(
 
     hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
     wrapped.register_step_post_hook(lambda *_: exchange.end_step())
-    if sharding is not None:
-        wrapped.register_step_post_hook(lambda *_: sharding.gather())
-    return wrapped
 
 
 def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:

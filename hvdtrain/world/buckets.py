@@ -122,6 +122,11 @@ class Bucket:
             self._allocate()
 
     @property
+    def num_learning(self) -> int:
+        """Return how many of the parameters get a gradient."""
+        return len(self.parameters)
+
+    @property
     def is_sent(self) -> bool:
         """Return whether it is on the wire."""
         return bool(self._waits)

@@ -214,8 +214,8 @@ class GradientExchange:
             )
         if count == expected:
             bucket.ready += 1
-            if bucket.ready == len(bucket.parameters):
-                bucket.send()
+            if bucket.ready == bucket.num_learning:
+                self._layout.note_ready(bucket)
 
     def end_pass(self) -> None:
         """Count a backward pass that is over; average at the end of a window. Collective then."""

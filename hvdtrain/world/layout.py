@@ -76,6 +76,10 @@ class Layout:
         """Return whether gradients are on the wire."""
         return any(bucket.is_sent for bucket in self.buckets)
 
+    def note_ready(self, bucket: Bucket) -> None:
+        """Send a bucket all of whose gradients are there."""
+        bucket.send()
+
     def is_of(self, trainable: Sequence[nn.Parameter]) -> bool:
         """Return whether these parameters, and no others, are laid out."""
         return self._known() == set(trainable)

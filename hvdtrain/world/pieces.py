@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.optim.divisible import Division
-from hvdtrain.world.buckets import form_of, in_buckets
+from hvdtrain.world.buckets import in_buckets
 
 # A rank's part begins at a multiple of this many elements: kernels take whole vectors then.
 _ALIGNMENT = 16
@@ -126,5 +126,3 @@ def _groups(
 def numbers_in(parameter: Tensor) -> int:
     """Return how many real numbers a parameter has."""
     return parameter.numel() * (2 if parameter.is_complex() else 1)
-
-

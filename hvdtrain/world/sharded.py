@@ -1,9 +1,9 @@
 """An optimizer whose state is spread over the ranks: each keeps, and moves, its own part of the parameters (ZeRO-1).
 
-A step of `shard=True` (arXiv:1910.02054, section 5): gradients are summed on the rank that keeps their part, each rank's
-optimizer moves its pieces of the parameters, and the pieces are gathered on all ranks. In between, the optimizer's
-parameter groups hold the pieces instead of the model's parameters: clipping, a loss scaler, a schedule and the
-optimizer itself go on as they are, on fewer numbers.
+A step of `shard=True` (arXiv:1910.02054, section 5): gradients are summed on the rank that keeps their part, each
+rank's optimizer moves its pieces of the parameters, and the pieces are gathered on all ranks. The optimizer's
+parameter groups meanwhile hold the pieces instead of the model's parameters: clipping, a loss scaler, a schedule and
+the optimizer itself go on as they are, on fewer numbers.
 """
 
 from __future__ import annotations
@@ -18,19 +18,16 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import divisions
 from hvdtrain.world.carriers import bits_of
+from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import real
 from hvdtrain.world.layout import Layout
 from hvdtrain.world.pieces import Cut, cut_for, is_divisible, like, numbers_in
-from hvdtrain.world.sharded_buckets import Piece, ShardedLayout
+from hvdtrain.world.sharded_buckets import IN_FLIGHT, Piece, ShardedLayout
 from hvdtrain.world.sharded_state import State, part_of, whole_of
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
-    from hvdtrain.world.codec import Codec
     from hvdtrain.world.world import World
-
-# Buckets of parameters on their way at a time: one is copied while others travel, and few take memory.
-_IN_FLIGHT = 3
 
 
 def check_sharding(averaging: Averaging) -> None:
@@ -41,19 +38,15 @@ def check_sharding(averaging: Averaging) -> None:
     """
     codec = averaging.codec()
     if averaging.op == "adasum":
-        raise ConfigError("--optim.shard leaves each rank a part of the mean, and --comm.op adasum needs whole"
-            " gradients: leave one of them out")
-    if not codec.is_elementwise or type(codec).start is not _plain_start():
+        raise ConfigError(
+            "--optim.shard leaves each rank a part of the mean, and --comm.op adasum needs whole gradients: leave out"
+            " one of them"
+        )
+    if not codec.is_elementwise or type(codec).start is not Codec.start:
         raise ConfigError(
             f"--optim.shard sums gradients in parts, and --comm.compression {codec.name} does not send them as one sum:"
             " leave one of them out, or use --comm.compression fp16"
         )
-
-
-def _plain_start() -> Any:
-    from hvdtrain.world.codec import Codec
-
-    return Codec.start
 
 
 class Sharding:
@@ -125,15 +118,15 @@ class Sharding:
         """Give every rank what the others have moved. Collective."""
         active = [i for i, cut in enumerate(self.cuts) if any(p.requires_grad for p in cut.parameters)]
         waits: list[Any] = []
-        for place in range(len(active) + _IN_FLIGHT):
+        for place in range(len(active) + IN_FLIGHT):
             if place < len(active):
                 i = active[place]
                 own = _row([piece.moved for piece in self._pieces[i]], self.cuts[i])
                 name = self._names.get(self.cuts[i].parameters[0], str(i))
                 waits.append(self._world.start_all_gather(own, f"{self._prefix}.moved.{name}"))
-            if place >= _IN_FLIGHT:
-                _spread(waits[place - _IN_FLIGHT](), self.cuts[active[place - _IN_FLIGHT]])
-                waits[place - _IN_FLIGHT] = None
+            if place >= IN_FLIGHT:
+                _spread(waits[place - IN_FLIGHT](), self.cuts[active[place - IN_FLIGHT]])
+                waits[place - IN_FLIGHT] = None
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return the whole gradients that the pieces have now; zeros where there is none. Collective."""

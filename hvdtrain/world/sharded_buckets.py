@@ -1,7 +1,8 @@
 """Buckets whose sums go to the rank that keeps that part of the optimizer's state, and to no other (arXiv:1910.02054).
 
-A gradient is freed as soon as it lies in the buffer that is sent, and the buffer once it has arrived: between two steps
-a rank holds its own part of the mean alone.
+A gradient is freed as soon as it lies in the buffer that is sent, and the buffer once the sum is there. All ranks send
+in the order of the buckets, so a rank may wait for an early one while backward runs, and few are on the wire at a time:
+where one backward pass makes a step, no rank ever holds all of the gradient after the first (ZeRO-2).
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import fill, real
 from hvdtrain.world.layout import Layout, Travelling
 from hvdtrain.world.pieces import Cut, Part, like, numbers_in
+
+# Buckets on the wire at a time: one is summed while others travel, and each takes memory twice, as sent and received.
+IN_FLIGHT = 3
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -40,7 +44,7 @@ class Piece:
         """What stands in the optimizer's parameter groups; its `grad` is this part of the mean gradient."""
         grad_dtype = getattr(own, "grad_dtype", None)
         if grad_dtype not in (None, own.dtype):
-            self.moved.grad_dtype = grad_dtype  # type: ignore[assignment]
+            self.moved.grad_dtype = grad_dtype
 
     @property
     def fits(self) -> bool:
@@ -75,6 +79,13 @@ class Tail:
         self.views = torch.split(self._all[: sum(lengths)], list(lengths))
         self.is_sent = False
         """Whether it is on the wire."""
+        self._on_wire: list[ShardedBucket] = []
+
+    def note_sent(self, bucket: ShardedBucket) -> None:
+        """Wait for the oldest bucket where too many are on the wire."""
+        self._on_wire.append(bucket)
+        while len(self._on_wire) > IN_FLIGHT:
+            self._on_wire.pop(0).land()
 
     def send(self) -> None:
         """Put it on the wire, when all buckets have left."""
@@ -95,6 +106,7 @@ class Tail:
         """Wait for it."""
         self.arrive()
         self.is_sent = False
+        self._on_wire = []
 
 
 class ShardedBucket(Bucket):
@@ -132,14 +144,27 @@ class ShardedBucket(Bucket):
         self._users, self.square = shares[:-1], shares[-1:]
         self._had: list[bool] = []
         """Which parameters have had a gradient on this rank."""
+        self._wait: Callable[[], Tensor] | None = None
+        self._mean: Tensor | None = None
+        """This rank's part of it, once it has arrived."""
 
     def _allocate(self) -> None:
         """Take no memory before there is something to send."""
 
     @property
-    def is_active(self) -> bool:
-        """Return whether any of the parameters learns."""
-        return any(parameter.requires_grad for parameter in self.parameters)
+    def num_learning(self) -> int:
+        """Return how many of the parameters get a gradient: others are frozen, and keep their place."""
+        return sum(parameter.requires_grad for parameter in self.parameters)
+
+    @property
+    def is_sent(self) -> bool:
+        """Return whether it is on the wire, or its sum is there and not yet among the gradients."""
+        return self._wait is not None or self._mean is not None
+
+    def land(self) -> None:
+        """Wait for this rank's part of the sum; the buffers are freed."""
+        if self._wait is not None:
+            self._mean, self._wait = self._codec.decode(self.name, self._wait()), None
 
     @property
     def fits(self) -> bool:
@@ -169,7 +194,8 @@ class ShardedBucket(Bucket):
         for parameter in self.parameters:
             parameter.grad = None
         sent, name = self._codec.encode(self.name, wire), f"{self.prefix}.{self.name}"
-        self._waits = [(wire[:0], self._world.start_reduce_scatter(sent, self.cut.lengths, name))]
+        self._wait = self._world.start_reduce_scatter(sent, self.cut.lengths, name)
+        self._tail.note_sent(self)
 
     def receive(self) -> None:
         """Wait for this rank's part of the mean, and add it to the gradients of its pieces.
@@ -183,9 +209,9 @@ class ShardedBucket(Bucket):
                 " hook must not give a parameter a gradient after backward has"
             )
         self._tail.arrive()
-        ((_, wait),) = self._waits
-        mean = self._codec.decode(self.name, wait())
-        self._waits, self.ready = [], 0
+        self.land()
+        assert self._mean is not None
+        mean, self._mean, self.ready = self._mean, None, 0
         place = {parameter: i for i, parameter in enumerate(self.parameters)}
         for piece in self.pieces:
             i = place[piece.part.parameter]
@@ -235,6 +261,14 @@ class ShardedLayout(Layout):
         """Return what leaves: the buckets in which something learns, and the tail at last."""
         return [*self._active, self._tail]
 
+    def note_ready(self, bucket: Bucket) -> None:
+        """Send what is ready and next in turn: the same order on all ranks, whose backward passes may differ."""
+        for next_one in self._active:
+            if not next_one.is_sent:
+                if next_one.ready < next_one.num_learning:
+                    return
+                next_one.send()
+
     def is_of(self, trainable: Sequence[nn.Parameter]) -> bool:
         """Return True: those that are frozen keep their place."""
         return True
@@ -255,7 +289,7 @@ class ShardedLayout(Layout):
         self._active = []
         for bucket in self.buckets:
             assert isinstance(bucket, ShardedBucket)
-            if bucket.is_active:
+            if bucket.num_learning:
                 self._active.append(bucket)
             else:
                 bucket.rest()
