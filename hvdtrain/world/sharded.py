@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import owned_by
-from hvdtrain.optim.divisible import divisions
+from hvdtrain.optim.divisible import Division, divisions
 from hvdtrain.world.carriers import bits_of
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import real
@@ -81,7 +81,7 @@ class Sharding:
         self.parameters = owned_by(optimizer)
         """The model's, in the order of the optimizer's groups: in which its state numbers them."""
         order = {parameter: place for place, parameter in enumerate(names)}
-        division = _division(optimizer)
+        division = division_of(optimizer)
         ordered = sorted(self.parameters, key=lambda parameter: order.get(parameter, len(order)))
         self.cuts: list[Cut] = cut_for(world.size, ordered, division, averaging.bucket_bytes)
         self._pieces = [[Piece(part, offset) for part, offset in cut.parts(world.rank)] for cut in self.cuts]
@@ -169,7 +169,12 @@ class Sharding:
         return [[of[moved] for moved in group["params"]] for group in optimizer.param_groups]
 
 
-def _division(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Any]:
+def division_of(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Division]:
+    """Return how far each of an optimizer's parameters can be divided.
+
+    Raises:
+        ConfigError: not at all.
+    """
     found = divisions(optimizer)
     if "none" in found:
         raise ConfigError(

@@ -263,8 +263,9 @@ class ShardedLayout(Layout):
 
     def note_ready(self, bucket: Bucket) -> None:
         """Send what is ready and next in turn: the same order on all ranks, whose backward passes may differ."""
-        for next_one in self._active:
-            if not next_one.is_sent:
+        for next_one in self.buckets:
+            # Asked anew: what was unfrozen since the last step must have its turn, too.
+            if next_one.num_learning and not next_one.is_sent:
                 if next_one.ready < next_one.num_learning:
                     return
                 next_one.send()
