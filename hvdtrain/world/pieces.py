@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.optim.divisible import Division
 from hvdtrain.world.buckets import in_buckets
+from hvdtrain.world.filling import flat, lies_densely
 
 # A rank's part begins at a multiple of this many elements: kernels take whole vectors then.
 _ALIGNMENT = 16
@@ -53,28 +54,11 @@ class Cut:
         return found
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """Return the elements, `(n,)`, of a tensor without gaps, in the order in which they lie in memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def like(numbers: Tensor, parameter: Tensor) -> Tensor:
-    """Return `(n,)` numbers in a parameter's shape and order: the other way round as `flat`."""
-    return numbers.as_strided(parameter.shape, parameter.stride(), numbers.storage_offset())
-
-
 def is_divisible(parameter: Tensor, division: Division) -> bool:
     """Return whether a parameter can be cut between two of its elements, if its optimizer lets it."""
     if division != "elements" or parameter.dim() == 0 or parameter.is_complex():
         return False
-    # Without gaps and overlaps: some order of the dimensions is that of a contiguous tensor.
-    sides = sorted((stride, length) for stride, length in zip(parameter.stride(), parameter.shape, strict=True))
-    expected = 1
-    for stride, length in sides:
-        if length > 1 and stride != expected:
-            return False
-        expected *= length
-    return parameter.numel() > 0
+    return lies_densely(parameter)
 
 
 def cut_for(

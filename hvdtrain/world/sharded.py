@@ -19,9 +19,9 @@ from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import Division, divisions
 from hvdtrain.world.carriers import bits_of
 from hvdtrain.world.codec import Codec
-from hvdtrain.world.filling import real
+from hvdtrain.world.filling import like, real
 from hvdtrain.world.layout import Layout
-from hvdtrain.world.pieces import Cut, cut_for, is_divisible, like, numbers_in
+from hvdtrain.world.pieces import Cut, cut_for, is_divisible, numbers_in
 from hvdtrain.world.sharded_buckets import IN_FLIGHT, Piece, ShardedLayout
 from hvdtrain.world.sharded_state import State, part_of, whole_of
 

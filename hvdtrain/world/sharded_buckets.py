@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from hvdtrain.world.buckets import Bucket
 from hvdtrain.world.codec import Codec
-from hvdtrain.world.filling import fill, real
+from hvdtrain.world.filling import fill, like, real
 from hvdtrain.world.layout import Layout, Travelling
-from hvdtrain.world.pieces import Cut, Part, like, numbers_in
+from hvdtrain.world.pieces import Cut, Part, numbers_in
 
 # Buckets on the wire at a time: one is summed while others travel, and each takes memory twice, as sent and received.
 IN_FLIGHT = 3

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.world.pieces import Cut, Part, flat, like
+from hvdtrain.world.filling import flat, like
+from hvdtrain.world.pieces import Cut, Part
 
 if TYPE_CHECKING:
     from hvdtrain.world.sharded_buckets import Piece
@@ -77,7 +78,7 @@ def whole_of(
 
 def _form(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return _Form(tuple(value.shape), value.dtype) if value.dim() else value.detach().cpu()
+        return _Form(tuple(value.shape), value.dtype) if value.dim() else value.detach().cpu().clone()
     return value
 
 
