@@ -255,7 +255,7 @@ def test_gradients_lie_as_their_parameters_do_on_a_rank_without_samples():
 
     def work(world, fused):
         weight = torch.linspace(-1, 1, 24).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-        model = nn.ParameterList([nn.Parameter(weight)])
+        model = torch.nn.ParameterList([torch.nn.Parameter(weight)])
         optimizer = world.wrap(torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused), model)
         for step in range(2):
             optimizer.zero_grad()
