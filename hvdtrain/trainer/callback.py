@@ -28,7 +28,8 @@ class RunView:
         self.num_steps: int = job.num_steps
         """Optimizer steps of the whole run."""
         self.model: nn.Module
-        """With the weights after the step; parameters still hold its averaged gradients, after clipping."""
+        """With the weights after the step; parameters still hold its averaged gradients, after clipping. With
+        --optim.shard they do not: each rank's part of them is in the optimizer's parameter groups."""
         self.optimizer: WrappedOptimizer
         """The wrapped optimizer."""
         self.step: int = 0

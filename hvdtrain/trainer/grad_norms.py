@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
+from hvdtrain.world import World
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -20,26 +20,25 @@ class GradNorms(Component):
 
     name = "grad_norms"
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._norms: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, job: Job) -> GradNorms | None:
         """Return one where `--log.grad-norms` is given."""
-        return cls() if job.config.log.grad_norms else None
+        return cls(job.world) if job.config.log.grad_norms else None
 
     @torch.no_grad()
     def after_backward(self, training: Training, step: Step) -> None:
         """Take the norms."""
         gradients: dict[str, list[Tensor]] = {}
-        # What no optimizer moves is not averaged, and differs on every rank.
-        moved = set(owned_by(training.optimizer))
-        for name, parameter in training.model.named_parameters():
-            if parameter.grad is not None and parameter in moved:
-                grad = parameter.grad
-                values = grad.coalesce().values() if grad.is_sparse else grad
-                gradients.setdefault(layer_of(name), []).append(values)
-        self._norms = {layer: torch.nn.utils.get_total_norm(values) for layer, values in gradients.items()}
+        for name, grad in training.strategy.named_gradients(training):
+            own = gradients.setdefault(layer_of(name), [])
+            if grad is not None:
+                own.append(grad.coalesce().values() if grad.is_sparse else grad)
+        norms = training.strategy.norms_of(self._world, list(gradients.values()))
+        self._norms = dict(zip(gradients, norms, strict=True))
 
     def metrics(self, training: Training) -> dict[str, float]:
         """Return the last step's norms."""

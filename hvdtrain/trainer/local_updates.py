@@ -27,6 +27,7 @@ from hvdtrain.settings import Config
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.component import Component
 from hvdtrain.trainer.model import wide_type
+from hvdtrain.trainer.sharded import Sharded
 from hvdtrain.trainer.strategy import EveryStep, Strategy, model_tensors
 from hvdtrain.world import SoloWorld, World, WrappedOptimizer, codec_of
 from hvdtrain.world.filling import real
@@ -46,7 +47,7 @@ def strategy_of(config: Config, size: int) -> Strategy:
         ConfigError: another setting needs ranks that are equal after every step.
     """
     if config.comm.sync == "every-step" or size == 1:
-        return EveryStep()
+        return Sharded() if config.optim.shard and size > 1 else EveryStep()
     refused = {
         "--train.precision fp16": config.train.precision == "fp16",
         "--train.ema": config.train.ema is not None,
@@ -54,6 +55,7 @@ def strategy_of(config: Config, size: int) -> Strategy:
         "--log.grad-norms": config.log.grad_norms,
         "--model.sync-batch-norm": config.model.sync_batch_norm,
         "--comm.op adasum": config.comm.op == "adasum",
+        "--optim.shard": config.optim.shard,
     }
     for setting in (setting for setting, is_given in refused.items() if is_given):
         raise ConfigError(
@@ -110,10 +112,6 @@ class LocalUpdates(Strategy):
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
         """Return rank 0's; `OwnProgress` keeps everybody's."""
         return training.optimizer.state_dict()
-
-    def load_optimizer_state(self, world: World, training: Training, state: Mapping[str, Any]) -> None:
-        """Begin with rank 0's; `OwnProgress` gives each rank its own afterwards."""
-        training.optimizer.load_state_dict(dict(state))
 
     def end(self, world: World, training: Training) -> None:
         """Leave every rank with the mean where the run ends within a period: it is what was evaluated and saved."""

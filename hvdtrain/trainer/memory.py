@@ -36,6 +36,7 @@ from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, prepare_blocks
+from hvdtrain.trainer.sharded_memory import sharded_shares
 from hvdtrain.trainer.step import forward_batch
 from hvdtrain.world import codec_of
 
@@ -118,9 +119,15 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
     activations, peak = _traced(job, model, mode)
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     transients = max(0, peak - (activations or 0) - gradients)
-    if job.world.size > 1:
+    of_each = _optimizer_bytes(job, model)
+    kept = sum(of_each.values())
+    if job.config.optim.shard and job.world.size > 1:
+        shares = sharded_shares(job, job.task.build_optimizer(_plain(job.config).optim, model), model)
+        gradients += shares.wire_bytes
+        kept = shares.most_of(of_each)
+    elif job.world.size > 1:
         gradients += wire_bytes(job, all_trained)
-    kept = _optimizer_bytes(job, model) + _component_bytes(job, model, mode)
+    kept += _component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients)
 
 
@@ -153,6 +160,8 @@ def check_fits(job: Job, memory: Memory) -> None:
             ways.append(f"--train.micro-batch-size {room} or fewer (the rest by accumulation)")
     if not job.config.model.checkpoint_blocks:
         ways.append("--model.checkpoint-blocks")
+    if job.world.size > 1 and not job.config.optim.shard and memory.optimizer:
+        ways.append("--optim.shard")
     if job.config.train.precision in ("fp32", "tf32", "fp64"):
         ways.append("--train.precision bf16")
     if job.config.train.precision != "bf16-true":
@@ -183,8 +192,8 @@ def _fake(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> 
     return copy.deepcopy(model, memo)
 
 
-def _optimizer_bytes(job: Job, model: nn.Module) -> int:
-    """Return the optimizer's state, from a step of it on parameters cut to at most three in each dimension."""
+def _optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
+    """Return each parameter's state, from a step of it on parameters cut to at most three in each dimension."""
     small = {id(p): nn.Parameter(torch.ones([min(n, 3) for n in p.shape]), p.requires_grad) for p in model.parameters()}
     full: dict[Tensor, nn.Parameter] = {small[id(p)]: p for p in model.parameters()}
     memo: dict[int, Any] = {**small, **{id(buffer): buffer for buffer in model.buffers()}}
@@ -193,16 +202,17 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> int:
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer = job.task.build_optimizer(_plain(job.config).optim, cut)
     optimizer.step()
-    total = 0
+    found: dict[nn.Parameter, int] = {}
     for cut_parameter, entries in optimizer.state.items():
-        whole = full[cut_parameter]
+        whole, total = full[cut_parameter], 0
         for value in entries.values():
             if isinstance(value, Tensor):
                 itemsize = (whole if value.dtype == cut_parameter.dtype else value).element_size()
                 # A dimension as long as the cut parameter's has the length of the whole one's.
                 shapes = zip(value.shape, cut_parameter.shape, whole.shape, strict=False)
                 total += itemsize * math.prod(n if own == of_cut else own for own, of_cut, n in shapes)
-    return total
+        found[whole] = total
+    return found
 
 
 def _component_bytes(job: Job, model: nn.Module, mode: FakeTensorMode) -> int:

@@ -46,10 +46,10 @@ class Saver:
         job, checkpoints = self._job, self._job.run.checkpoints
         started = time.perf_counter()
         job.world.progress.enter("saving")
+        self._wait()  # before the state is gathered: host memory holds one copy of it at a time
         with training.strategy.made_equal(job.world, training):
             state = training_state(job, training)
             if job.world.rank == 0:
-                self._wait()
                 try:
                     arguments = self._arguments(training, state, evaluated)
                 except (MemoryError, RuntimeError) as error:  # torch tells by a RuntimeError that there is no memory
@@ -102,10 +102,13 @@ class Saver:
     def _arguments(self, training: Training, state: dict[str, Any], evaluated: Mapping[str, float]) -> dict[str, Any]:
         """Return what `Checkpoints.save` takes, in host memory."""
         job, config = self._job, self._job.config.checkpoint
+        copied = {key: value for key, value in state.items() if key == "optimizer" and training.strategy.gathers_state}
+        others = {key: value for key, value in state.items() if key not in copied}
+        state = storable(others, "the state of the training", _to_host)
         return {
             "manifest": _manifest(job, training, evaluated),
             "weights": storable(model_weights(training.model), "the model's weights", _to_host),
-            "state": storable(state, "the state of the training", _to_host),
+            "state": {**state, **storable(copied, "the state of the training")},
             "retention": Retention(config.keep_last, config.keep_every),
             "parameters": parameter_names(training.model),
             "warn": job.log.say,

@@ -168,12 +168,15 @@ def start_training(job: Job) -> Training:
     )
     with world.progress.during("resume"):
         found = world.together(lambda: _read_latest(job, model, data) if world.rank == 0 else None, "resume")
+        of_optimizer = found.pop("optimizer") if found else None
         state = world.broadcast_object(found, "resume.state")
     if state is not None:
         training.step, training.is_evaluation_due = state["step"], bool(state["is_evaluation_due"])
         training.num_steps_then, training.best_loss = state.get("num_steps"), state.get("best_loss", math.inf)
-        world.together(lambda: _restore_optimizer(job, training, state["optimizer"]), "restore.optimizer")
-    world.broadcast_state(model, training.optimizer)
+        own = job.strategy.part_of_state(world, training, of_optimizer)
+        del of_optimizer  # not twice, while there is no need
+        world.together(lambda: _restore_optimizer(job, training, own), "restore.optimizer")
+    world.broadcast_state(model, training.optimizer if job.strategy.shares_state else None)
     world.together(lambda: _begin(job, training, state), "begin")
     world.check_replicas(replicated_tensors(training), "start")
     return training
@@ -210,7 +213,7 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
 
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:
     with in_a_sentence(job):
-        job.strategy.load_optimizer_state(job.world, training, state)
+        training.optimizer.load_state_dict(state)
 
 
 def _restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.models.private_torch import norm_of
+from hvdtrain.models.walk import owned_by, parameters_of
 from hvdtrain.world import World, WrappedOptimizer, per_rank_buffers
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ class Strategy(ABC):
 
     agrees: bool = True
     """Whether a step counts on all ranks or on none."""
+    shares_state: bool = True
+    """Whether every rank's optimizer begins with the state of rank 0's."""
+    gathers_state: bool = False
+    """Whether `optimizer_state` is a copy in host memory already."""
 
     def components(self, job: Job) -> list[Component]:
         """Return the components, with states of their own, that the strategy needs."""
@@ -71,9 +77,39 @@ class Strategy(ABC):
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
         """Return the whole state of the optimizer on rank 0, as its `state_dict` has it. Collective."""
 
-    @abstractmethod
-    def load_optimizer_state(self, world: World, training: Training, state: Mapping[str, Any]) -> None:
-        """Take from the optimizer's whole state what this rank needs. Collective."""
+    def part_of_state(self, world: World, training: Training, state: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return what this rank's optimizer loads of the whole state that rank 0 has, others None. Collective."""
+        return dict(world.broadcast_object(state, "resume.optimizer"))
+
+    def moved(self, training: Training) -> list[nn.Parameter]:
+        """Return what this rank's optimizer moves and has a gradient for, in an order that is its own.
+
+        What it leaves alone is not averaged, and differs on every rank.
+        """
+        own = set(owned_by(training.optimizer))
+        return [item for item in parameters_of(training.model) if item.grad is not None and item in own]
+
+    def norm_of(self, world: World, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the Euclidean norm, a scalar, of the gradient of which this rank has these parts. Collective."""
+        return norm_of(gradients)
+
+    def norms_of(self, world: World, layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the norm, a scalar, of each layer's gradient, of which this rank has these parts. Collective."""
+        return [nn.utils.get_total_norm(parts) for parts in layers]
+
+    def named_gradients(self, training: Training) -> list[tuple[str, Tensor | None]]:
+        """Return the name of every parameter that learns, alike on all ranks, and what this rank has of its gradient.
+
+        A parameter without a gradient on any rank may be left out.
+        """
+        own = set(owned_by(training.optimizer))
+        named = training.model.named_parameters()
+        return [(name, item.grad) for name, item in named if item.grad is not None and item in own]
+
+    def whole_gradients(self, training: Training) -> dict[nn.Parameter, Tensor]:
+        """Return the averaged gradients of what the optimizer moves, whole; zeros where there is none. Collective."""
+        own = owned_by(training.optimizer)
+        return {item: torch.zeros_like(item) if item.grad is None else item.grad.to_dense() for item in own}
 
 
 class EveryStep(Strategy):
@@ -108,10 +144,6 @@ class EveryStep(Strategy):
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
         """Return the optimizer's own."""
         return training.optimizer.state_dict()
-
-    def load_optimizer_state(self, world: World, training: Training, state: Mapping[str, Any]) -> None:
-        """Load it whole."""
-        training.optimizer.load_state_dict(dict(state))
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,8 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import can_skip_by_itself, norm_of, skipping_where
-from hvdtrain.models.walk import owned_by, parameters_of
+from hvdtrain.models.private_torch import can_skip_by_itself, skipping_where
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.job import Job
@@ -30,7 +29,7 @@ def update(job: Job, training: Training, step: Step) -> None:
         step: what is known of the step; learns the norm and whether it is finite.
     """
     optimizer = training.optimizer
-    step.grad_norm = _clip(training.model, optimizer, job.config.train.max_grad_norm)
+    step.grad_norm = _clip(job, training)
     factor = math.prod((component.lr_factor() for component in training.components), start=job.lr_factor)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * factor
@@ -55,16 +54,13 @@ def _is_finite(norm: Tensor, at_once: bool) -> Tensor:
 _ANSWERS = {answer: torch.tensor(answer) for answer in (False, True)}
 
 
-def _clip(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
-    """Return the gradient's Euclidean norm; scale the gradient down to `max_norm` if it is longer.
-
-    Of what the optimizer moves: what it leaves alone is not averaged, and differs on every rank.
-    """
-    moved = set(owned_by(optimizer))
-    pairs = [(item, grad) for item in parameters_of(model) if (grad := item.grad) is not None and item in moved]
-    parameters, gradients = [item for item, _ in pairs], [grad for _, grad in pairs]
+def _clip(job: Job, training: Training) -> Tensor:
+    """Return the gradient's Euclidean norm; scale the gradient down to `max_grad_norm` if it is longer. Collective."""
+    max_norm, strategy = job.config.train.max_grad_norm, training.strategy
+    parameters = strategy.moved(training)
+    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
     if not any(gradient.is_sparse for gradient in gradients):
-        norm = norm_of(gradients)
+        norm = strategy.norm_of(job.world, gradients)
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

@@ -69,6 +69,8 @@ def details(job: Job, memory: Memory | None) -> str:
     comm, what, when = job.config.comm, "gradients", "a step"
     if comm.sync == "local" and size > 1:
         what, when = "updates", f"every {comm.period:,} steps"
+    if job.config.optim.shard and size > 1:
+        what, when = "gradients, and as many of weights", "in all a step"
     lines.append(f"network:    {in_units(gradients)} of {what}; in a ring each rank sends {sent} {when}")
     if memory is not None and 0 < _num_trained(job) < sum(p.numel() for p in trainable(job.task.model)):
         whole = estimate(job, all_trained=True)

@@ -19,6 +19,7 @@ from hvdtrain.world.codec import Codec, codec_of
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import restore_types
 from hvdtrain.world.question import Question
+from hvdtrain.world.sharded import Sharding
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -44,6 +45,9 @@ class Averaging:
     """Gradients travel in parts of this size, each as soon as backward has finished it."""
     has_square: bool = False
     """Also average the squared norms of the ranks' own gradients, for the gradient noise scale."""
+    shard: bool = False
+    """Keep the optimizer's state in parts, one on each rank (`world/sharded.py`). The optimizer's groups then hold this
+    rank's pieces, and their `grad` is its part of the mean: for the trainer, which clips and saves by them."""
 
     def __post_init__(self) -> None:
         for name in ("accum_steps", "bucket_bytes"):
@@ -68,6 +72,8 @@ class Averaging:
             return f"accum_steps = {self.accum_steps}, the other {other.accum_steps}"
         if self.op != other.op:
             return f"op = {self.op}, the other {other.op}"
+        if self.shard != other.shard:
+            return f"shard = {self.shard}, the other {other.shard}"
         own, others = self.codec(), other.codec()
         if own is not others and (own.name != others.name or type(own) is not type(others)):
             return f"compression = {own.name}, the other {others.name}"
@@ -93,6 +99,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
     """None where there is one rank."""
     _world: World
     _should_synchronize: bool
+    sharding: Sharding | None
+    """Which rank keeps what of the state; None: each keeps all of it."""
 
     @property
     def mean_square(self) -> Tensor | None:
@@ -149,6 +157,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
                     " the rest of them: end this rank, or call synchronize() before zero_grad()"
                 )
             self._exchange.forget()
+        for parameter in self.sharding.parameters if self.sharding is not None else ():
+            parameter.grad = None
         if args or kwargs or self._inner.zero_grad is not torch.optim.Optimizer.zero_grad:
             self._inner.zero_grad(self, *args, **kwargs)
             return
@@ -157,7 +167,9 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 parameter.grad = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its gradients are averaged from the next backward pass on."""
+        """Add a group; its gradients are averaged from the next backward pass on. Not with `shard` (ConfigError)."""
+        if self.sharding is not None:
+            raise ConfigError("an optimizer with --optim.shard takes no further parameters: give it all at first")
         self._inner.add_param_group(self, param_group)
         if self._exchange is not None:
             self._exchange.watch_parameters()
@@ -201,7 +213,9 @@ def wrap_optimizer(
     inner = type(optimizer)
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)
-    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world)
+    is_sharded = averaging.shard and world.size > 1
+    sharding = Sharding(world, optimizer, names, averaging, sparse) if is_sharded else None
+    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world, sharding=sharding)
     # `step` is named again, as it is: a library's class may have another, and torch would hang its hooks on that too.
     members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__, "__module__": inner.__module__}
     optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
@@ -214,14 +228,27 @@ def wrap_optimizer(
 
     def parameters() -> list[nn.Parameter]:
         own = owned_by(owner) if (owner := of_ranks()) is not None else []
+        own = sharding.parameters if sharding else own
         return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
 
     world.num_wraps += 1
     prefix = f"gradients.{world.num_wraps}"
-    exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, averaging.codec())
+    codec = averaging.codec()
+    layout = sharding.layout(prefix, codec) if sharding else None
+    exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, codec, layout)
     wrapped._exchange = exchange
     world.claim_gradients(exchange)
 
+    _hang_on_step(world, wrapped, exchange, model, prefix)
+    if sharding is not None:
+        wrapped.register_step_post_hook(lambda *_: sharding.gather())
+    return wrapped
+
+
+def _hang_on_step(
+    world: World, wrapped: WrappedOptimizer, exchange: GradientExchange, model: nn.Module, prefix: str
+) -> None:
+    """Have `step` average first, whoever calls it."""
     left_out = [model]  # looked at once, in the first step
 
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -236,7 +263,6 @@ def wrap_optimizer(
 
     hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
     wrapped.register_step_post_hook(lambda *_: exchange.end_step())
-    return wrapped
 
 
 def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import holders_of, is_held_by_others, version_of
 from hvdtrain.world.codec import Codec
-from hvdtrain.world.filling import fill, real
+from hvdtrain.world.filling import fill, lies_densely, like, real
 from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
@@ -105,14 +105,18 @@ class Bucket:
 
     def _allocate(self) -> None:
         """Make the buffer, and views of its parts."""
-        shapes = [real(parameter.detach()).shape for parameter in self.parameters]
-        counts = [shape.numel() for shape in shapes]
+        wholes = [real(parameter.detach()) for parameter in self.parameters]
+        counts = [whole.numel() for whole in wholes]
         lengths = [*counts, len(counts), int(self._has_square)]
         dtype = self._forms[0][0] if self._is_native else self._codec.buffer_type(self._forms[0][0].to_real())
         self._wire = torch.zeros(sum(lengths), dtype=dtype, device=self.parameters[0].device)
         *flat, self._users, self.square = torch.split(self._wire, lengths)
         self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(self._has_square)])
-        self._views = [view.view(shape) for view, shape in zip(flat, shapes, strict=True)]
+        # In the parameter's own order: torch's fused optimizers go through both as they lie in memory.
+        self._views = [
+            like(view, whole) if lies_densely(whole) else view.view(whole.shape)
+            for view, whole in zip(flat, wholes, strict=True)
+        ]
         del flat
         self._holders = holders_of(self._wire)
 
@@ -123,6 +127,11 @@ class Bucket:
         own = sum(first <= gradient.data_ptr() < end for gradient in gradients if not gradient.is_sparse)
         if holders_of(self._wire) > self._holders + own:
             self._allocate()
+
+    @property
+    def num_learning(self) -> int:
+        """Return how many of the parameters get a gradient."""
+        return len(self.parameters)
 
     @property
     def is_sent(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvdtrain.errors import UsageError
 from hvdtrain.process.progress import Progress
@@ -133,9 +133,7 @@ class Collectives(ABC):
         parts = parts.view(self.size, len(tensor) // self.size, *parts.shape[1:])
         if op in ("min", "max"):
             return restore(parts.amin(0) if op == "min" else parts.amax(0))
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
+        total = added_in_order(parts)
         return restore(total / self.size if op == "mean" else total)
 
     def _check_cut(self, tensor: Tensor, name: str) -> None:
@@ -232,6 +230,19 @@ class Collectives(ABC):
         Returns the function that waits for what this rank is sent, in the order of the ranks; the shape of `tensor`.
         """
 
+    def start_reduce_scatter(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Callable[[], Tensor]:
+        """Begin to add a flat tensor over the ranks; rank r gets its own part, of `lengths[r]` numbers. Collective.
+
+        Returns the function that waits for `(lengths[rank],)`, added in the order of the ranks. `tensor` holds rank 0's
+        part first, and is of a type of `start_all_reduce_`.
+        """
+        longest = max(lengths)
+        if longest * self.size != len(tensor):
+            parts = torch.split(tensor, list(lengths))
+            tensor = torch.cat([nn.functional.pad(part, (0, longest - len(part))) for part in parts])
+        wait = self.start_all_to_all(tensor, name)
+        return lambda: added_in_order(wait().view(self.size, longest)[:, : lengths[self.rank]])
+
     @abstractmethod
     def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
         """Return the reduction of `tensor` over some ranks. Collective among these; `init` was given the group."""
@@ -250,6 +261,14 @@ class Collectives(ABC):
         Horovod's `join`, for scripts that were written for it; `join` of this class needs no help of the back end.
         """
         return self.rank
+
+
+def added_in_order(parts: Tensor) -> Tensor:
+    """Return the sum over the first dimension, its entries added one after the other."""
+    total = parts[0].clone(memory_format=torch.contiguous_format)
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _with_bits(tensor: Tensor, name: str, exchange: Callable[[Tensor], Tensor]) -> Tensor:

@@ -51,6 +51,7 @@ class GradientExchange:
         sparse: parameters whose gradients are sparse.
         averaging: what is averaged, and how.
         codec: what gradients become on the wire.
+        layout: the buckets; None: as the averaging has them, for what is trainable.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class GradientExchange:
         sparse: set[nn.Parameter],
         averaging: Averaging,
         codec: Codec,
+        layout: Layout | None = None,
     ) -> None:
         self.codec = codec
         self._world = world
@@ -84,7 +86,7 @@ class GradientExchange:
         self._is_averaged = False
         """Gradients were averaged since the last step."""
         self._hooks: dict[nn.Parameter, Any] = {}
-        self._layout = Layout(world, prefix, parameters, names, sparse, averaging, codec)
+        self._layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
         self._layout.add(self._trainable())
 
@@ -212,8 +214,8 @@ class GradientExchange:
             )
         if count == expected:
             bucket.ready += 1
-            if bucket.ready == len(bucket.parameters):
-                bucket.send()
+            if bucket.ready == bucket.num_learning:
+                self._layout.note_ready(bucket)
 
     def end_pass(self) -> None:
         """Count a backward pass that is over; average at the end of a window. Collective then."""

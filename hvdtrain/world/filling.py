@@ -61,3 +61,23 @@ def fill_at_once(views: Sequence[Tensor], gradients: Sequence[Tensor | None], si
 def real(tensor: Tensor) -> Tensor:
     """Return the tensor, a complex one as pairs of real numbers, `(..., 2)`."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return the elements, `(n,)`, of a tensor without gaps, in the order in which they lie in memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def like(numbers: Tensor, parameter: Tensor) -> Tensor:
+    """Return `(n,)` numbers in a parameter's shape and order: the other way round as `flat`."""
+    return numbers.as_strided(parameter.shape, parameter.stride(), numbers.storage_offset())
+
+
+def lies_densely(tensor: Tensor) -> bool:
+    """Return whether a tensor has no gaps and overlaps: in some order of its dimensions it is contiguous."""
+    expected = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1 and stride != expected:
+            return False
+        expected *= length
+    return tensor.numel() > 0

@@ -23,6 +23,7 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.carriers import ReduceOp
+from hvdtrain.world.collectives import added_in_order
 from hvdtrain.world.world import World
 
 T = TypeVar("T")
@@ -95,6 +96,15 @@ class HorovodWorld(World):
         """Exchange in the background."""
         wait = self._waiting(hvd.alltoall_async(tensor, name=name))
         return lambda: cast(Any, wait())[0]  # Horovod also returns how much came from each rank
+
+    def start_reduce_scatter(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Callable[[], Tensor]:
+        """Send the parts as they are, of unequal lengths.
+
+        Not by `hvd.reducescatter`: under Gloo that takes four times as long as an all-reduce, and under MPI as long.
+        """
+        splits = torch.tensor(lengths, dtype=torch.int32)
+        wait = self._waiting(hvd.alltoall_async(tensor, splits=splits, name=name))
+        return lambda: added_in_order(cast(Any, wait())[0].view(self.size, lengths[self.rank]))
 
     def start_broadcast_(self, tensor: Tensor, name: str, root: int = 0) -> Callable[[], Tensor]:
         """Broadcast in the background."""

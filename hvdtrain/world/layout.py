@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
@@ -14,6 +14,20 @@ from hvdtrain.world.question import Question
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
     from hvdtrain.world.world import World
+
+
+class Travelling(Protocol):
+    """What leaves in a step and is waited for."""
+
+    @property
+    def is_sent(self) -> bool:
+        """Return whether it is on the wire."""
+
+    def send(self) -> None:
+        """Put it on the wire. Collective."""
+
+    def receive(self) -> None:
+        """Wait for it. Collective."""
 
 
 class Layout:
@@ -53,7 +67,7 @@ class Layout:
         self._codec = codec
 
     @property
-    def parts(self) -> list[Bucket | SparseRows]:
+    def parts(self) -> Sequence[Travelling]:
         """Return all of them, in the order in which they are sent."""
         return [*self.buckets, *self.sparse]
 
@@ -61,6 +75,10 @@ class Layout:
     def is_under_way(self) -> bool:
         """Return whether gradients are on the wire."""
         return any(bucket.is_sent for bucket in self.buckets)
+
+    def note_ready(self, bucket: Bucket) -> None:
+        """Send a bucket all of whose gradients are there."""
+        bucket.send()
 
     def is_of(self, trainable: Sequence[nn.Parameter]) -> bool:
         """Return whether these parameters, and no others, are laid out."""

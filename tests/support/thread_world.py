@@ -1,5 +1,6 @@
 """A world whose ranks are threads of one process: all that a further back end needs, and real sums in milliseconds."""
 
+import copy
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,7 @@ class ThreadWorld(World):
         raise NotImplementedError
 
     def broadcast_pickled(self, value, name, root):
-        return self._start(name, value, lambda parts: parts[root])()
+        return self._start(name, value, lambda parts: copy.deepcopy(parts[root]))()
 
     def all_gather_pickled(self, value, name):
         return self._start(name, value, list)()

@@ -250,6 +250,24 @@ def test_optimizers_that_share_parameters_average_alike_or_the_earlier_is_refuse
     assert run_ranks(2, work) == [True, True]
 
 
+def test_gradients_lie_as_their_parameters_do_on_a_rank_without_samples():
+    """torch's fused optimizers go through both as they lie in memory, in whatever order that is."""
+
+    def work(world, fused):
+        weight = torch.linspace(-1, 1, 24).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+        model = torch.nn.ParameterList([torch.nn.Parameter(weight)])
+        optimizer = world.wrap(torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused), model)
+        for step in range(2):
+            optimizer.zero_grad()
+            if world.rank == 0:
+                (model[0].square() * torch.linspace(step, 1, 24).view(2, 3, 2, 2)).sum().backward()
+            optimizer.step()
+        return model[0].detach()
+
+    fused, plain = (run_ranks(2, lambda world, fused=fused: work(world, fused)) for fused in (True, False))
+    assert all((tensor - plain[0]).abs().max() < 1e-6 for tensor in (*fused, *plain))
+
+
 def test_a_gradient_that_no_optimizer_averages_is_said_once(caplog):
     """A norm over the whole model would clip every rank in another way."""
 

@@ -47,6 +47,7 @@ SHARED = {
     "optim.nesterov": (True, {"optim.name": "sgd", "optim.momentum": 0.5}),
     "optim.trust": (0.5, {"optim.name": "lars"}),
     "optim.weight_decay": 0.5,
+    "optim.shard": True,
     "optim.beta1": 0.5,
     "optim.beta2": 0.5,
     "optim.eps": 0.1,
@@ -155,6 +156,7 @@ ONLY = {
     "health.stall_limit": {"plan"},
     "health.replica_check_every": {"checks", "said"},
     "health.noise_scale": {"said", "exchange"},
+    "optim.shard": {"said"},  # on one rank; on several: unit/test_sharded.py
     "data.ahead": {"plan"},
     **{name: {"said", "exchange"} for name in ("comm.compression", "comm.bucket_mib", "comm.op")},
 }

@@ -46,6 +46,7 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
     of_ranks = world.all_gather_object(measure.own_steps(own, training, warmup=1, steps=5), "plan.own")
     codec = codec_of(recipe.comm.compression)
     buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20, codec, world)
+    buckets = measure.as_sharded(buckets) if recipe.optim.shard else buckets
     buckets = world.broadcast_object(buckets, "plan.buckets")
     network, fp16, plain = _network(world, hosts, buckets, codec.wire_bytes(1, torch.float32) == 2)
     samples = job.order.global_batch(0)

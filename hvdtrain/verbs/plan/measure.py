@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +106,15 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec,
         sent = numbers * dtype.itemsize if is_native else codec.wire_bytes(numbers, dtype)
         buckets.append(Bucket(min(1.0, ready), sent))
     return sorted(buckets, key=lambda bucket: bucket.ready)
+
+
+def as_sharded(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """Return what `--optim.shard` sends instead: gradients are scattered, and as many weights gathered in the end.
+
+    Each of the two moves half of what an all-reduce does.
+    """
+    halves = [dataclasses.replace(bucket, num_bytes=bucket.num_bytes // 2) for bucket in buckets]
+    return [*halves, *(dataclasses.replace(bucket, ready=1.0) for bucket in halves)]
 
 
 def whole_steps(job: Job, training: Training, *, warmup: int, steps: int) -> list[float]:

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.step import train_step
@@ -68,22 +67,19 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
     training = start_training(job)
     for _ in range(_MOST_BACK_OFFS):
         train_step(job, training)
-        of_groups = (parameter.grad for parameter in owned_by(training.optimizer))
-        gradients = [gradient.to_dense() for gradient in of_groups if gradient is not None]
-        if all(gradient.isfinite().all() for gradient in gradients):
+        gradients = training.strategy.whole_gradients(training)
+        if all(gradient.isfinite().all() for gradient in gradients.values()):
             break  # else the loss scale is still too large
     scaler = training.component(LossScaler)
     scale = scaler.scale if scaler else 1.0
     averaged, expected, witness = {}, {}, "mpi4py"
-    moved = set(owned_by(training.optimizer))
-    for key, parameter in ((key, p) for key, p in training.model.named_parameters() if p in moved):
+    for key, parameter in ((key, p) for key, p in training.model.named_parameters() if p in gradients):
         own = local.get(key, torch.zeros_like(parameter, dtype=torch.float64)).double() / world.size / scale
         total = plain_sum(world, own)
         if total is None:
             witness = "gathered, no MPI"
             total = torch.stack(world.all_gather_object(own.cpu(), f"verify.gradient.{key}")).sum(0)
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
-        averaged[key], expected[key] = gradient.cpu().double(), total
+        averaged[key], expected[key] = gradients[parameter].cpu().double(), total
     return averaged, expected, witness
 
 

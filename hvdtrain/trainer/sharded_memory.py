@@ -1,0 +1,53 @@
+"""What `--optim.shard` leaves on one rank, without allocating it: the same cuts as training makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hvdtrain.trainer.job import Job
+from hvdtrain.world import codec_of
+from hvdtrain.world.pieces import Cut, cut_for, numbers_in
+from hvdtrain.world.sharded import division_of
+from hvdtrain.world.sharded_buckets import IN_FLIGHT
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How an optimizer's parameters are cut between the ranks."""
+
+    cuts: list[Cut]
+    size: int
+    wire_bytes: int
+    """What the rank with the most holds of gradients besides those that backward writes: buckets on the wire, as they
+    are sent and received, and its part of the mean."""
+
+    def most_of(self, of_each: Mapping[nn.Parameter, int]) -> int:
+        """Return the bytes of state on the rank with the most, from those of each whole parameter."""
+        return max(round(sum(self._of_rank(rank, of_each))) for rank in range(self.size))
+
+    def _of_rank(self, rank: int, of_each: Mapping[nn.Parameter, int]) -> list[float]:
+        parts = [part for cut in self.cuts for part, _ in cut.parts(rank)]
+        shares = [(part.parameter, (part.end - part.start) / numbers_in(part.parameter)) for part in parts]
+        return [of_each.get(parameter, 0) * share for parameter, share in shares]
+
+
+def sharded_shares(job: Job, optimizer: torch.optim.Optimizer, model: nn.Module) -> Shares:
+    """Return how training would cut an optimizer over parameters of `model`, which may have no storage.
+
+    Raises:
+        ConfigError: it cannot be divided.
+    """
+    size, division = job.world.size, division_of(optimizer)
+    ordered = [parameter for parameter in model.parameters() if parameter in division]
+    cuts = cut_for(size, ordered, division, job.config.comm.bucket_mib << 20)
+    codec = codec_of(job.config.comm.compression)
+    active = [cut for cut in cuts if any(parameter.requires_grad for parameter in cut.parameters)]
+    buckets = sorted(codec.wire_bytes(sum(cut.lengths), cut.parameters[0].dtype) for cut in active)
+    own = max(
+        sum(codec.wire_bytes(cut.lengths[rank], cut.parameters[0].dtype) for cut in active) for rank in range(size)
+    )
+    return Shares(cuts, size, own + 2 * sum(buckets[-IN_FLIGHT - 1 :]))
