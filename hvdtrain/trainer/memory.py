@@ -14,7 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.step import forward_batch
-from hvdtrain.world import codec_of
+from hvdtrain.world import Codec, codec_for
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
 RESERVE = 0.1
@@ -50,7 +50,7 @@ class Memory:
 
     weights: int
     gradients: int
-    """Those that backward writes and, between several ranks, the buckets that are sent."""
+    """Those that backward writes and, between several ranks, the buckets that are sent and what is not sent yet."""
     optimizer: int
     """The optimizer's state, and components' such as a moving average of the weights."""
     activations: int | None
@@ -118,19 +118,24 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     transients = max(0, peak - (activations or 0) - gradients)
     if job.world.size > 1:
-        gradients += wire_bytes(job, all_trained)
+        gradients += wire_bytes(job, all_trained) + _of_codec(job, Codec.kept_bytes, all_trained)
     kept = _optimizer_bytes(job, model) + _component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients)
 
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
     """Return the bytes of all gradients as they are sent; `all_trained` as for `estimate`."""
-    own, codec = own_type(job.config.train.precision), codec_of(job.config.comm.compression)
-    total = 0
-    for parameter in trainable(job.task.model):
-        if parameter.requires_grad or all_trained:
-            total += codec.wire_bytes(parameter.numel(), own or parameter.dtype)
-    return total
+    return _of_codec(job, Codec.tensor_bytes, all_trained)
+
+
+def _of_codec(job: Job, count: Callable[[Codec, torch.Size, torch.dtype], int], all_trained: bool) -> int:
+    """Return the sum of what a codec counts for each gradient."""
+    own, codec = own_type(job.config.train.precision), codec_for(job.config.comm)
+    return sum(
+        count(codec, parameter.shape, own or parameter.dtype)
+        for parameter in trainable(job.task.model)
+        if parameter.requires_grad or all_trained
+    )
 
 
 def check_fits(job: Job, memory: Memory) -> None:

@@ -140,7 +140,7 @@ class Bucket:
             self.question.write(self._users)
         if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean
             self.square.copy_(torch.dot(self._numbers, self._numbers) * size)
-        if self._codec.is_elementwise:
+        if self._codec.is_elementwise or self._codec.has_exact_tail:
             self._waits = [(self._wire, self._codec.start(self._world, self.prefix, self.name, self._wire))]
         else:
             counts = self._world.start_all_reduce_(self._counts, "sum", f"{self.prefix}.{self.name}.counts")
@@ -173,6 +173,7 @@ class Bucket:
                 part.copy_(mean)
         if self.question is not None:
             self.question.read(self._users)
+        self._codec.received(self.name, self._users)
         self._waits, self._marks, self.ready = [], [], 0
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             is_free, dtype = _can_be_replaced(parameter), self._forms[i][0]

@@ -64,14 +64,17 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     return Measured(Compute(forward, backward, max(0.0, total - forward - backward)), differ_by, len(parts))
 
 
-def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec) -> list[Bucket]:
+def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec, size: int) -> list[Bucket]:
     """Return the buckets that training would send, each with the share of the backward pass after which it is ready.
+
+    What a codec sends in another way than by an all-reduce counts as one of as many bytes on the links of `size` ranks.
 
     Args:
         job: of this rank alone.
         training: its model.
         bucket_bytes: as `--comm.bucket-mib` says.
         codec: what they become on the wire.
+        size: the number of ranks.
     """
     parameters = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     groups = in_buckets(parameters, bucket_bytes)
@@ -97,8 +100,13 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec)
     buckets = []
     for group in groups:
         ready = max(statistics.median(shares[parameter]) for parameter in group)
-        numbers = sum(parameter.numel() for parameter in group) + len(group)
-        buckets.append(Bucket(min(1.0, ready), codec.wire_bytes(numbers, group[0].dtype)))
+        handed = sum(codec.tensor_bytes(parameter.shape, parameter.dtype) for parameter in group)
+        handed += codec.wire_bytes(len(group), group[0].dtype)
+        rounds = codec.rounds(size)
+        as_all_reduce = codec.link_bytes(handed, size) * size // (2 * (size - 1)) if size > 1 else handed
+        # What follows a first round leaves when backward is over.
+        readiness = [min(1.0, ready), *[1.0] * (rounds - 1)]
+        buckets += [Bucket(share, as_all_reduce // rounds) for share in readiness]
     return sorted(buckets, key=lambda bucket: bucket.ready)
 
 
