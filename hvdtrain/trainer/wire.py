@@ -11,27 +11,21 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.optim.groups import trainable
 from hvdtrain.settings import Config
 from hvdtrain.trainer.component import Component, Step
-from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.strategy import EveryStep
 from hvdtrain.world import Codec, codec_for
 
 if TYPE_CHECKING:
+    from hvdtrain.trainer.job import Job
     from hvdtrain.trainer.state import Training
 
 
-def wire_codec(config: Config) -> Codec:
-    """Return a new codec as the settings ask for it.
-
-    Raises:
-        ConfigError: what it remembers would be of the size of other gradients.
-    """
-    codec = codec_for(config.comm)
-    if codec.is_approximate and config.train.precision == "fp16":
+def check_compression(config: Config) -> None:
+    """Raise ConfigError where what a codec remembers would be of the size of other gradients."""
+    if config.train.precision == "fp16" and codec_for(config.comm).is_approximate:
         raise ConfigError(
-            f"--comm.compression {codec.name} remembers a part of the gradients for later steps, and the loss scale of"
-            " --train.precision fp16 gives these another size: use --train.precision bf16"
+            f"--comm.compression {config.comm.compression} remembers a part of the gradients for later steps, and the"
+            " loss scale of --train.precision fp16 gives these another size: use --train.precision bf16"
         )
-    return codec
 
 
 class WireFormat(Component):
@@ -49,7 +43,7 @@ class WireFormat(Component):
     @classmethod
     def of(cls, job: Job) -> WireFormat | None:
         """Return one with the codec that `--comm.compression` names, where gradients travel."""
-        return cls(job, wire_codec(job.config)) if isinstance(job.strategy, EveryStep) else None
+        return cls(job, codec_for(job.config.comm)) if isinstance(job.strategy, EveryStep) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank's codec remembers."""
