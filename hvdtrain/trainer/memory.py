@@ -36,7 +36,7 @@ from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.step import forward_batch
-from hvdtrain.world import Codec, codec_for
+from hvdtrain.world import codec_for
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
 RESERVE = 0.1
@@ -118,21 +118,22 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     transients = max(0, peak - (activations or 0) - gradients)
     if job.world.size > 1:
-        gradients += wire_bytes(job, all_trained) + _of_codec(job, Codec.kept_bytes, all_trained)
+        gradients += wire_bytes(job, all_trained)
+        gradients += _of_gradients(job, codec_for(job.config.comm).kept_bytes, all_trained)
     kept = _optimizer_bytes(job, model) + _component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients)
 
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
     """Return the bytes of all gradients as they are sent; `all_trained` as for `estimate`."""
-    return _of_codec(job, Codec.tensor_bytes, all_trained)
+    return _of_gradients(job, codec_for(job.config.comm).tensor_bytes, all_trained)
 
 
-def _of_codec(job: Job, count: Callable[[Codec, torch.Size, torch.dtype], int], all_trained: bool) -> int:
+def _of_gradients(job: Job, count: Callable[[torch.Size, torch.dtype], int], all_trained: bool) -> int:
     """Return the sum of what a codec counts for each gradient."""
-    own, codec = own_type(job.config.train.precision), codec_for(job.config.comm)
+    own = own_type(job.config.train.precision)
     return sum(
-        count(codec, parameter.shape, own or parameter.dtype)
+        count(parameter.shape, own or parameter.dtype)
         for parameter in trainable(job.task.model)
         if parameter.requires_grad or all_trained
     )
