@@ -160,8 +160,9 @@ def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
     A scale is not finite where a number of its row is not; the numbers then mean nothing.
     """
     scales = rows.abs().amax(1) / _LARGEST if len(rows) else rows.new_zeros(0)
-    codes = (rows / torch.where(scales == 0, 1.0, scales)[:, None]).round_()
-    return scales, codes.nan_to_num_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    # Numbers so small that their scale has lost its last bits are rounded to 0.
+    divisors = torch.where(scales < torch.finfo(rows.dtype).tiny, 1.0, scales)
+    return scales, (rows / divisors[:, None]).round_().to(torch.int8)
 
 
 def read(scales: Tensor, codes: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ what it remembers added:
     Q = sum over the ranks of M^T P        all-reduce of m x r numbers
     mean = P Q^T                           what is kept: M - P (M^T P)^T, of this rank's own M
 
-All P of a bucket, and what is sent as it is, travel in one all-reduce, and all Q in another.
+All P of a bucket, and what is sent as it is, travel in one all-reduce, and all Q in another. Q is kept transposed,
+`(r, m)`: so both products go through M by its rows, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hvdtrain.world.error_feedback import MIN_SIZE, ErrorFeedback, Parts, Piece, Round, flat
 from hvdtrain.world.memory import Memory
@@ -45,7 +47,7 @@ class PowerSGD(ErrorFeedback):
         self._rank = rank
         self._min_saving = min_saving
         self._factors = Memory()
-        """Q of the last step, by tensor; alike on all ranks."""
+        """Q of the last step, transposed, by tensor; alike on all ranks."""
         self._fresh_factors: dict[str, Tensor] = {}
 
     def compresses(self, shape: torch.Size) -> bool:
@@ -73,7 +75,7 @@ class PowerSGD(ErrorFeedback):
     def _factor(self, piece: Piece) -> Tensor:
         """Return Q of the last step, or random numbers that are alike on all ranks."""
         rows, columns = _sides(piece.whole.shape)
-        like = piece.whole.new_empty(columns, min(self._rank, rows, columns))
+        like = piece.whole.new_empty(min(self._rank, rows, columns), columns)
         kept = self._factors.get(piece.name, like)
         if kept is not None:
             return kept
@@ -113,7 +115,7 @@ class _PowerIteration(Round):
         self._world, self._name, self._parts = world, name, parts
         self._matrices = [piece.whole.view(_sides(piece.whole.shape)) for piece in parts.pieces]
         self._kept_factors = kept_factors
-        products = [matrix @ factor for matrix, factor in zip(self._matrices, factors, strict=True)]
+        products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
         self._shapes = [product.shape for product in products]
         message = flat([*products, *parts.exact], parts.exact[-1])
         self._wait_first = world.start_all_reduce_(message, "sum", f"{name}.p")
@@ -129,9 +131,9 @@ class _PowerIteration(Round):
         self._parts.take_exact(exact)
         # Where P is not finite, the basis is not either, and no rank keeps anything of the step.
         self._bases = [torch.linalg.qr(product)[0] for product in products]
-        own = [matrix.t() @ basis for matrix, basis in zip(self._matrices, self._bases, strict=True)]
+        own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
         self._errors = [
-            torch.addmm(matrix, basis, factor.t(), alpha=-1)
+            torch.addmm(matrix, basis, factor, alpha=-1)
             for matrix, basis, factor in zip(self._matrices, self._bases, own, strict=True)
         ]
         self._shapes = [factor.shape for factor in own]
@@ -144,7 +146,7 @@ class _PowerIteration(Round):
         message = self._wait_second()
         *factors, _ = _split(message, self._shapes)
         for piece, matrix, basis, factor in zip(self._parts.pieces, self._matrices, self._bases, factors, strict=True):
-            torch.mm(basis, factor.t(), out=matrix)
+            torch.mm(basis, factor, out=matrix)
             self._kept_factors[piece.name] = factor.clone()  # of its own: the message is all of them
         errors = zip(self._errors, self._parts.pieces, strict=True)
         return [error.view(piece.whole.shape) for error, piece in errors], message.isfinite().all()

@@ -5,13 +5,15 @@ import math
 
 import pytest
 import torch
-from test_averaging import data, largest, network, sgd, share, train
+from test_averaging import data, network, sgd, share, train
+from test_averaging import largest as furthest
 from thread_world import run_ranks
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import CommConfig
 from hvdtrain.world import Int8, PowerSGD, TopK, codec_for, codec_of
-from hvdtrain.world.int8 import BLOCK, rounded
+from hvdtrain.world.int8 import BLOCK, read, rounded
+from hvdtrain.world.topk import largest
 
 KINDS = {
     "powersgd": lambda **options: PowerSGD(1, **{"min_size": 4, "min_saving": 0.0, **options}),
@@ -52,7 +54,7 @@ def exact_mean(step, size, name, value=gradient):
     return sum(value(step, rank, name) for rank in range(size)) / size
 
 
-def powersgd_by_the_paper(steps, size, name, rank, first_q):
+def powersgd_by_the_paper(steps, size, name, first_q):
     """Algorithm 2 of arXiv:1905.13727 for one matrix: errors by rank in gradients' own units, M is g_w + e_w."""
     errors, q = [torch.zeros(SHAPES[name]).double().flatten(1)] * size, first_q
     means = []
@@ -81,8 +83,8 @@ def test_powersgd_is_the_papers(size, bucket_bytes):
         probe = PowerSGD(2, min_size=8)
         piece = type("Piece", (), {"name": name, "whole": torch.zeros(SHAPES[name]).double()})
         q = probe._factor(piece)
-        assert q.shape == (columns, 2)
-        means, errors = powersgd_by_the_paper(range(4), size, name, 2, q)
+        assert q.shape == (2, columns)
+        means, errors = powersgd_by_the_paper(range(4), size, name, q.T)
         for rank, (found, _) in enumerate(ranks):
             for step in range(4):
                 assert (found[step][0][name] - means[step]).abs().max() < 1e-12
@@ -139,6 +141,23 @@ def test_topk_sends_the_largest_of_each_rank():
             assert (kept["wide"].flatten() - errors[rank]).abs().max() < 1e-15
 
 
+@pytest.mark.parametrize("kind", ["normal", "few", "equal", "nan"])
+def test_the_largest_of_a_long_tensor_are_found(kind):
+    numbers = torch.randn(100_000, generator=torch.Generator().manual_seed(1))
+    if kind == "few":
+        numbers[50:] = 0
+    if kind == "equal":
+        numbers.fill_(1.0)
+    if kind == "nan":
+        numbers[[5, 77_777]] = torch.nan
+    for count in (1, 1000, 60_000):
+        places = largest(numbers, count)
+        assert len(places.unique()) == count
+        sizes = numbers.abs().nan_to_num(torch.inf)
+        assert torch.equal(sizes[places].sort().values, sizes.sort().values[-count:])
+        assert kind != "nan" or count == 1 or {5, 77_777} <= set(places.tolist())
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_int8_rounds_blocks_to_127_steps(size):
     found = run_ranks(size, lambda world: averaged(world, Int8(min_size=8), range(1)))
@@ -148,9 +167,9 @@ def test_int8_rounds_blocks_to_127_steps(size):
         bound = step / 2 if size == 2 else 1.1 * step  # of more than two ranks the sum is rounded again
         assert 0 < (means["wide"] - exact).abs().max() <= bound
         assert torch.equal(means["wide"], found[0][0][0]["wide"])
-    scales, codes = rounded(torch.zeros(2, BLOCK))
-    assert not scales.any()
-    assert not codes.any()
+    for small in (0.0, 2.6e-43, 1e-45):
+        scales, codes = rounded(torch.full((2, BLOCK), small))
+        assert not read(scales, codes).any()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -338,8 +357,8 @@ def test_a_resumed_training_is_bitwise_the_same(kind):
 
     for on, resumed, other, forgetful in run_ranks(2, work):
         assert all(torch.equal(a, b) for a, b in zip(on, resumed, strict=True))
-        assert largest(on, other) < 1e-12
-        assert largest(on, forgetful) > 1e-6
+        assert furthest(on, other) < 1e-12
+        assert furthest(on, forgetful) > 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
