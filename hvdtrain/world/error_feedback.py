@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hvdtrain.settings.units import in_units
 from hvdtrain.world.codec import AsTheyAre, Codec
 from hvdtrain.world.memory import Memory, merged
 
@@ -197,14 +198,17 @@ class ErrorFeedback(Codec):
         return 3 * shape.numel() * self.buffer_type(dtype).itemsize if self.compresses(shape) else 0
 
     def about(self, shapes: Sequence[torch.Size]) -> str:
-        """Say how much is compressed, and from when on."""
+        """Say how much is compressed, from when on, and to how many bytes."""
         small = [shape.numel() for shape in shapes if not self.compresses(shape)]
         total = sum(shape.numel() for shape in shapes)
         warmup = f", from step {self.warmup_steps + 1:,} on" if self.warmup_steps else ""
         what = (
             f"{len(shapes) - len(small)} of {len(shapes)} tensors, {1 - sum(small) / max(1, total):.1%} of the numbers"
         )
-        return f"wire:       {self.name} for {what}{warmup}"
+        sent, whole = (
+            in_units(sum(codec.tensor_bytes(shape, torch.float32) for shape in shapes)) for codec in (self, _EXACT)
+        )
+        return f"wire:       {self.name} for {what}{warmup}: {sent} instead of {whole}"
 
 
 def flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
