@@ -111,6 +111,20 @@ def mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return total / count
 
 
+def hang_hook(trained: Any, given: SimpleNamespace) -> None:
+    """Have DistributedDataParallel compress gradients by one of its own communication hooks, if one is asked for."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    hook = getattr(given, "hook", "")
+    if hook == "fp16":
+        trained.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif hook == "powersgd":  # the earliest start that it allows with error feedback
+        state = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=given.hook_rank, start_powerSGD_iter=2, min_compression_rate=1
+        )
+        trained.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
 def bare_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[float]]:
     """Train by Horovod, by DDP or in one process; returns the rank and its windows."""
     rank, size = 0, 1
@@ -124,7 +138,12 @@ def bare_loop(given: SimpleNamespace, device: torch.device) -> tuple[int, list[f
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     batches = Batches(given, rank, size)
     model, optimizer = model_and_optimizer(given, batches.text.vocab_size, device)
-    trained: torch.nn.Module = torch.nn.parallel.DistributedDataParallel(model) if given.runner == "ddp" else model
+    trained: torch.nn.Module = model
+    if given.runner == "ddp":
+        # Of several buckets, its PowerSGD hook's all-reduces meet those of other buckets on other ranks: Gloo aborts.
+        whole = {"bucket_cap_mb": 1024} if getattr(given, "hook", "") == "powersgd" else {}
+        trained = torch.nn.parallel.DistributedDataParallel(model, **whole)
+        hang_hook(trained, given)
     if given.runner == "horovod":
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)

@@ -94,7 +94,7 @@ def measure(seconds: float) -> None:
     import torch
 
     import hvdtrain
-    from hvdtrain.world.codec import codec_of
+    from hvdtrain.world.codecs import codec_of
     from hvdtrain.world.horovod import HorovodWorld
 
     world = hvdtrain.init()

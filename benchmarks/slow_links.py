@@ -24,18 +24,34 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 from bare_loops import WINDOW  # noqa: E402
 
+RANK, WARMUP = 4, 20
 NETWORKS = ("200mbit,1", "100mbit,5", "20mbit,20")
 
 
-def methods(period: int) -> dict[str, list[str]]:
-    """Return hvdtrain's flags for each method."""
+# DistributedDataParallel's communication hooks, as bare_loops.py knows them.
+DDP = {"DDP, Gloo": "", "DDP, Gloo, fp16 hook": "fp16", "DDP, Gloo, PowerSGD hook": "powersgd"}
+
+
+def methods(period: int, warmup: int, rank: int) -> dict[str, list[str]]:
+    """Return hvdtrain's flags for each method.
+
+    Args:
+        period: steps between two averages of local updates.
+        warmup: exact steps before PowerSGD and top-k begin.
+        rank: of PowerSGD.
+    """
+    warm = ["--comm.compression-warmup-steps", str(warmup)]
     local = ["--comm.sync", "local", "--comm.period", str(period)]
     return {
         "every step": [],
         "every step, bf16": ["--comm.compression", "bf16"],
+        "every step, int8": ["--comm.compression", "int8"],
+        f"every step, PowerSGD {rank}": ["--comm.compression", f"powersgd:{rank}", *warm],
+        "every step, top 1 %": ["--comm.compression", "topk:0.01", *warm],
         f"local, {period} steps": local,
         f"DiLoCo, {period} steps": [*local, "--comm.outer", "nesterov"],
         f"DiLoCo, {period} steps, bf16": [*local, "--comm.outer", "nesterov", "--comm.compression", "bf16"],
+        f"DiLoCo, {period} steps, int8": [*local, "--comm.outer", "nesterov", "--comm.compression", "int8"],
     }
 
 
@@ -83,12 +99,12 @@ def ours(given: argparse.Namespace, flags: list[str], steps: int, folder: Path) 
     return statistics.median(times[1:])
 
 
-def ddp(given: argparse.Namespace, steps: int, folder: Path) -> float:
+def ddp(given: argparse.Namespace, hook: str, steps: int, folder: Path) -> float:
     """Return the seconds of a step of DistributedDataParallel on the hosts."""
     times = folder / "times.json"
     shape = {"layers": 3, "hidden_size": 128, "heads": 4, "intermediate_size": None, "length": 128}
     description = {**shape, "batch": 16 // given.hosts, "ranks": given.hosts, "runner": "ddp"}
-    description |= {"precision": "fp32", "compile": False}
+    description |= {"precision": "fp32", "compile": False, "hook": hook, "hook_rank": given.rank}
     description |= {"steps": steps, "times": str(times)}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "bare_loops.py"), json.dumps(description)]
     ranks = []
@@ -110,9 +126,10 @@ def ddp(given: argparse.Namespace, steps: int, folder: Path) -> float:
 def losses(given: argparse.Namespace) -> list[str]:
     """Return the rows of the held-out losses."""
     rows = [f"held-out loss in nats a byte after {given.steps} steps on {given.hosts} ranks, seed by seed"]
-    found: dict[str, list[float]] = {name: [] for name in methods(given.period)}
+    chosen = methods(given.period, given.warmup, given.rank)
+    found: dict[str, list[float]] = {name: [] for name in chosen}
     for seed in range(given.seeds):
-        for name, flags in methods(given.period).items():
+        for name, flags in chosen.items():
             with tempfile.TemporaryDirectory() as folder:
                 found[name].append(loss(given, flags, seed, Path(folder) / "run"))
             print(f"seed {seed}: {name} {found[name][-1]:.4f}", file=sys.stderr, flush=True)
@@ -126,19 +143,20 @@ def losses(given: argparse.Namespace) -> list[str]:
 def times(given: argparse.Namespace) -> list[str]:
     """Return the rows of the times on each network."""
     tokens = 16 * 128
+    chosen = methods(given.period, 0, given.rank)  # nothing is timed while it warms up
     rows = []
     for network in given.networks:
         rate, delay = network.split(",")
         run([given.cluster, "net", rate, delay])
         rows += ["", f"{rate}, {delay} ms one way, {given.hosts} hosts: ms a step, tokens/s, DDP's time / this one's"]
-        seconds: dict[str, list[float]] = {"DDP, Gloo": [], **{name: [] for name in methods(given.period)}}
+        seconds: dict[str, list[float]] = {name: [] for name in (*DDP, *chosen)}
         for _ in range(given.repeats):
             for name, values in seconds.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    if name == "DDP, Gloo":
-                        values.append(ddp(given, 4 * WINDOW, Path(folder)))
+                    if name in DDP:
+                        values.append(ddp(given, DDP[name], 4 * WINDOW, Path(folder)))
                     else:
-                        flags = methods(given.period)[name]
+                        flags = chosen[name]
                         steps = (3 * given.period) if "local" in flags else 4 * WINDOW
                         values.append(ours(given, flags, steps, Path(folder) / "run"))
                 print(f"{network} {name}: {1e3 * values[-1]:.0f} ms", file=sys.stderr, flush=True)
@@ -155,6 +173,8 @@ def main() -> None:
     parser.add_argument("--cluster", help="the script that makes the hosts; without it, losses alone")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--period", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="exact steps before PowerSGD and top-k begin")
+    parser.add_argument("--rank", type=int, default=RANK, help="of PowerSGD")
     parser.add_argument("--steps", type=int, default=300, help="of the trainings whose loss is compared")
     parser.add_argument("--seeds", type=int, default=3, help="0: times alone")
     parser.add_argument("--repeats", type=int, default=3)

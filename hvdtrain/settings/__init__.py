@@ -1,10 +1,10 @@
 """Settings: frozen dataclasses, and their way to and from files and flags. Standard library only."""
 
 from hvdtrain.settings.batch import BatchPlan, keep_batch, plan_batch
+from hvdtrain.settings.comm import CommConfig
 from hvdtrain.settings.fields import Section, changeable_settings, setting
 from hvdtrain.settings.sections import (
     CheckpointConfig,
-    CommConfig,
     Config,
     DataConfig,
     EvalConfig,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.comm import CommConfig
 from hvdtrain.settings.fields import Section, check_fields, setting
 from hvdtrain.settings.units import parse_duration
 
@@ -133,43 +134,6 @@ class OptimConfig(Section):
         for schedule, name in owners.items():
             if self.schedule != schedule:
                 yield name, f"it belongs to --optim.schedule {schedule}, and the schedule is {self.schedule}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommConfig(Section):
-    """What travels between the ranks."""
-
-    compression: Literal["none", "fp16", "bf16"] = setting("none", several_ranks=True)
-    """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits; bf16 halves them too,
-    and rounds to 8 bits with the range of fp32."""
-    bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
-    """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
-    op: Literal["average", "adasum"] = setting("average", several_ranks=True)
-    """adasum combines gradients by their directions (arXiv:2006.02924), before they are clipped; MPI and 2, 4, 8, ...
-    ranks only."""
-
-    sync: Literal["every-step", "local"] = setting("every-step", several_ranks=True)
-    """every-step: gradients are averaged in each step. local: each rank takes --comm.period steps by itself, then what
-    they have moved by is averaged: less talk, for slow networks (arXiv:1805.09767)."""
-    period: int = setting(50, above=0, several_ranks=True)
-    """Steps between two averages of --comm.sync local."""
-    outer: Literal["average", "nesterov"] = setting("average", several_ranks=True)
-    """local: take the mean update as it is, or as the gradient of SGD with Nesterov's momentum (DiLoCo,
-    arXiv:2311.08105)."""
-    outer_lr: float | None = setting(None, above=0, several_ranks=True)
-    """local: by what the mean update is multiplied. None: 1, or 0.7 with --comm.outer nesterov."""
-    outer_momentum: float = setting(0.9, above=0, below=1, several_ranks=True)
-    """local: the momentum of --comm.outer nesterov."""
-
-    def unused(self) -> Iterator[tuple[str, str]]:
-        """Yield what lays out buckets where there are none, and what belongs to local updates."""
-        if self.op == "adasum":
-            yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
-        if self.sync != "local":
-            for name in ("period", "outer", "outer_lr", "outer_momentum"):
-                yield name, "it belongs to --comm.sync local"
-        elif self.outer != "nesterov":
-            yield "outer_momentum", "it belongs to --comm.outer nesterov"
 
 
 @dataclass(frozen=True, kw_only=True)

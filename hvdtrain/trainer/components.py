@@ -16,7 +16,7 @@ from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.stream_place import StreamPlace
 from hvdtrain.trainer.window import MetricWindow
-from hvdtrain.trainer.wire import WireFormat
+from hvdtrain.trainer.wire import Traffic, WireFormat
 
 # The loss scaler comes before what looks at gradients: after it, gradients have their own size.
 COMPONENTS: tuple[ComponentFactory, ...] = (
@@ -30,6 +30,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     EarlyStopping.of,
     SkippedSteps,
     WireFormat.of,
+    Traffic.of,
     StreamPlace.of,
     Plateau.of,
 )

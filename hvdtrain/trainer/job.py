@@ -19,6 +19,7 @@ from hvdtrain.trainer.contract import check_task
 from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.strategy import EveryStep, Strategy
 from hvdtrain.trainer.task import CorpusEvaluation, Evaluation, Task
+from hvdtrain.trainer.wire import check_compression
 from hvdtrain.world import World
 
 
@@ -109,6 +110,7 @@ def settle(
     check_schedule(config.optim, num_steps)
     if order.num_samples >= ENDLESS:
         _check_no_epochs(config)
+    check_compression(config)
     strategy = strategy_of(config, world.size)
     return Job(task, config, world, run, log, plan, order, num_steps, allowed_changes, strategy)
 

@@ -13,7 +13,7 @@ one step and outer_lr 1 this is what averaging gradients in every step gives.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +29,8 @@ from hvdtrain.trainer.component import Component
 from hvdtrain.trainer.model import wide_type
 from hvdtrain.trainer.sharded import Sharded
 from hvdtrain.trainer.strategy import EveryStep, Strategy, model_tensors
-from hvdtrain.world import SoloWorld, World, WrappedOptimizer, codec_of
+from hvdtrain.trainer.wire import about, in_parts, redistributed
+from hvdtrain.world import Codec, SoloWorld, World, WrappedOptimizer, codec_for
 from hvdtrain.world.filling import real
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class OuterUpdates(Component):
     def __init__(self, job: Job) -> None:
         comm = job.config.comm
         is_nesterov = comm.outer == "nesterov"
-        self.codec = codec_of(comm.compression)
+        self.codec: Codec = codec_for(comm)
         self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
         self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
         self._momentum = comm.outer_momentum if is_nesterov else 0.0
@@ -137,6 +138,7 @@ class OuterUpdates(Component):
         what = f"Nesterov's momentum {self._momentum:g}, " if is_nesterov else ""
         steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
         self.about = f"updates:    averaged {steps}, not gradients ({what}outer learning rate {self._lr:g})"
+        self.about += f"\n{wire}" if (wire := about(job, self.codec)) else ""
 
     def attach(self, training: Training) -> None:
         """See the optimizer."""
@@ -159,20 +161,26 @@ class OuterUpdates(Component):
         for dtype in dict.fromkeys(last.dtype for last in self._last.values()):
             names = [name for name, last in self._last.items() if last.dtype == dtype]
             updates = [moved[name].detach().to(dtype, copy=True).sub_(self._last[name]) for name in names]
-            means = self._mean(torch.cat([real(update).flatten() for update in updates]), str(dtype))
-            lengths = [real(update).numel() for update in updates]
-            parts = torch.split_with_sizes(means.to(updates[0].dtype.to_real()), lengths)
-            for name, update, part in zip(names, updates, parts, strict=True):
-                real(update).copy_(part.view(real(update).shape))
+            self._average(dict(zip(names, updates, strict=True)), str(dtype))
+            for name, update in zip(names, updates, strict=True):
                 self._move(name, update)
                 moved[name].copy_(self._last[name])
+        self.codec.settle(False)
 
-    def _mean(self, flat: Tensor, kind: str) -> Tensor:
-        """Return the mean over the ranks of a flat tensor, sent in parts. Collective."""
-        flat = flat.div_(self._world.size).to(self.codec.buffer_type(flat.dtype))
-        chunks = torch.split(flat, max(1, self._chunk_bytes // flat.element_size()))
-        waits = [self.codec.start(self._world, "outer", f"{kind}.{i}", chunk) for i, chunk in enumerate(chunks)]
-        return torch.cat([wait() for wait in waits])
+    def _average(self, updates: Mapping[str, Tensor], kind: str) -> None:
+        """Turn updates of one type into their means over the ranks, sent in parts of whole tensors. Collective."""
+        waits: list[tuple[str, list[Tensor], Callable[[], Tensor]]] = []
+        for i, names in enumerate(in_parts(updates, self._chunk_bytes)):
+            part, numbers = f"{kind}.{i}", [real(updates[name]) for name in names]
+            self.codec.lay_out(part, [(name, item.shape) for name, item in zip(names, numbers, strict=True)])
+            flat = torch.cat([item.flatten() for item in numbers]).div_(self._world.size)
+            flat = flat.to(self.codec.buffer_type(flat.dtype))
+            waits.append((part, numbers, self.codec.start(self._world, "outer", part, flat)))
+        for part, numbers, wait in waits:
+            means = torch.split_with_sizes(wait(), [item.numel() for item in numbers])
+            self.codec.received(part, None)
+            for item, mean in zip(numbers, means, strict=True):
+                item.copy_(mean.view(item.shape))
 
     def _move(self, name: str, update: Tensor) -> None:
         if self._momentum:
@@ -263,7 +271,8 @@ class OwnProgress(Component):
             f"WARNING: {len(states)} ranks have trained apart, and {self._job.world.size} go on: from the mean of"
             " their weights, with the optimizers' states of as many of them"
         )
-        return {"weights": {}, "optimizer": states[rank % len(states)]["optimizer"], "codec": {}}
+        codec = redistributed(self._job, self._outer.codec, [state["codec"] for state in states])
+        return {"weights": {}, "optimizer": states[rank % len(states)]["optimizer"], "codec": codec or {}}
 
 
 def _part(training: Training, kind: type[C]) -> C:

@@ -14,7 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.sharded_memory import sharded_shares
 from hvdtrain.trainer.step import forward_batch
-from hvdtrain.world import codec_of
+from hvdtrain.world import codec_for
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
 RESERVE = 0.1
@@ -52,7 +52,7 @@ class Memory:
 
     weights: int
     gradients: int
-    """Those that backward writes and, between several ranks, the buckets that are sent."""
+    """Those that backward writes and, between several ranks, the buckets that are sent and what is not sent yet."""
     optimizer: int
     """The optimizer's state, and components' such as a moving average of the weights."""
     activations: int | None
@@ -127,20 +127,30 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
         kept = shares.most_of(of_each)
     elif job.world.size > 1:
         gradients += wire_bytes(job, all_trained)
+        gradients += _of_gradients(job, codec_for(job.config.comm).kept_bytes, all_trained)
     kept += _component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients)
 
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
     """Return the bytes of all gradients as they are sent; `all_trained` as for `estimate`."""
-    own, codec = own_type(job.config.train.precision), codec_of(job.config.comm.compression)
-    total = 0
-    for parameter in trainable(job.task.model):
-        if parameter.requires_grad or all_trained:
-            dtype, count = own or parameter.dtype, parameter.numel()
-            is_native = codec.is_native(job.world, dtype)
-            total += count * dtype.itemsize if is_native else codec.wire_bytes(count, dtype)
-    return total
+    codec = codec_for(job.config.comm)
+
+    def count(shape: torch.Size, dtype: torch.dtype) -> int:
+        is_native = codec.is_native(job.world, dtype)
+        return shape.numel() * dtype.itemsize if is_native else codec.tensor_bytes(shape, dtype)
+
+    return _of_gradients(job, count, all_trained)
+
+
+def _of_gradients(job: Job, count: Callable[[torch.Size, torch.dtype], int], all_trained: bool) -> int:
+    """Return the sum of what a codec counts for each gradient."""
+    own = own_type(job.config.train.precision)
+    return sum(
+        count(parameter.shape, own or parameter.dtype)
+        for parameter in trainable(job.task.model)
+        if parameter.requires_grad or all_trained
+    )
 
 
 def check_fits(job: Job, memory: Memory) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hvdtrain.trainer.job import Job
-from hvdtrain.world import codec_of
+from hvdtrain.world import codec_for
 from hvdtrain.world.pieces import Cut, cut_for, numbers_in
 from hvdtrain.world.sharded import division_of
 from hvdtrain.world.sharded_buckets import IN_FLIGHT
@@ -44,7 +44,7 @@ def sharded_shares(job: Job, optimizer: torch.optim.Optimizer, model: nn.Module)
     size, division = job.world.size, division_of(optimizer)
     ordered = [parameter for parameter in model.parameters() if parameter in division]
     cuts = cut_for(size, ordered, division, job.config.comm.bucket_mib << 20)
-    codec = codec_of(job.config.comm.compression)
+    codec = codec_for(job.config.comm)
     active = [cut for cut in cuts if any(parameter.requires_grad for parameter in cut.parameters)]
     buckets = sorted(codec.wire_bytes(sum(cut.lengths), cut.parameters[0].dtype) for cut in active)
     own = max(

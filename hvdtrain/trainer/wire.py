@@ -1,35 +1,49 @@
-"""What the codec of the gradients remembers between steps, such as the error that rounding has left."""
+"""The format of gradients on the wire: what its codec remembers between steps, and how many bytes travel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from hvdtrain.trainer.component import Component
-from hvdtrain.trainer.job import Job
+from torch import Tensor
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.optim.groups import trainable
+from hvdtrain.settings import Config
+from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.strategy import EveryStep
-from hvdtrain.world import Codec, codec_of
+from hvdtrain.world import Codec, codec_for
+
+if TYPE_CHECKING:
+    from hvdtrain.trainer.job import Job
+    from hvdtrain.trainer.state import Training
+
+
+def check_compression(config: Config) -> None:
+    """Raise ConfigError where what a codec remembers would be of the size of other gradients."""
+    if config.train.precision == "fp16" and codec_for(config.comm).is_approximate:
+        raise ConfigError(
+            f"--comm.compression {config.comm.compression} remembers a part of the gradients for later steps, and the"
+            " loss scale of --train.precision fp16 gives these another size: use --train.precision bf16"
+        )
 
 
 class WireFormat(Component):
-    """Gives the wrapped optimizer its codec, and keeps what that remembers; each rank has its own.
-
-    On another number of ranks the codec begins anew: what one rank has left over means nothing to the others.
-    """
+    """Gives the wrapped optimizer its codec, and keeps what that remembers; each rank has its own."""
 
     name = "codec"
     is_replicated = False
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, job: Job, codec: Codec) -> None:
+        self._job = job
         self._codec = codec
         self.wrap_options = {"compression": codec}
+        self.about = about(job, codec)
 
     @classmethod
     def of(cls, job: Job) -> WireFormat | None:
         """Return one with the codec that `--comm.compression` names, where gradients travel."""
-        if not isinstance(job.strategy, EveryStep):
-            return None
-        return cls(codec_of(job.config.comm.compression))
+        return cls(job, codec_for(job.config.comm)) if isinstance(job.strategy, EveryStep) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank's codec remembers."""
@@ -38,3 +52,79 @@ class WireFormat(Component):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the codec go on from what it remembered."""
         self._codec.load_state_dict(dict(state))
+
+    def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
+        """Return what another number of ranks goes on with."""
+        return redistributed(self._job, self._codec, states)
+
+
+def about(job: Job, codec: Codec) -> str:
+    """Return a line about what is compressed, where something is and there are several ranks."""
+    return codec.about([p.shape for p in trainable(job.task.model)]) if job.world.size > 1 else ""
+
+
+def redistributed(job: Job, codec: Codec, states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return what each rank's codec goes on with where another number of ranks has saved, and say it."""
+    size = job.world.size
+    if not any(states):
+        return None
+    if size == 1:
+        job.log.say(
+            f"WARNING: {len(states)} ranks had a part of their gradients still to send (--comm.compression"
+            f" {codec.name}); one rank sends nothing, and it is dropped"
+        )
+        return None
+    merged = codec.merged(states, size)
+    if merged is not None:
+        job.log.say(
+            f"WARNING: {len(states)} ranks had a part of their gradients still to send (--comm.compression"
+            f" {codec.name}), and {size} go on: each with an equal part of the sum"
+        )
+    return merged
+
+
+def in_parts(tensors: Mapping[str, Tensor], num_bytes: int) -> Iterator[list[str]]:
+    """Yield names of tensors that travel together: as many as fit, one that is larger by itself."""
+    names: list[str] = []
+    room = num_bytes
+    for name, tensor in tensors.items():
+        if names and tensor.nbytes > room:
+            yield names
+            names, room = [], num_bytes
+        names.append(name)
+        room -= tensor.nbytes
+    if names:
+        yield names
+
+
+class Traffic(Component):
+    """Counts the bytes that this rank hands over for gradients, or for updates, in a step."""
+
+    name = "traffic"
+
+    def __init__(self, job: Job) -> None:
+        self._handed = job.world.handed_bytes
+        self._before: int | None = None
+        self._steps = 0
+
+    @classmethod
+    def of(cls, job: Job) -> Traffic | None:
+        """Return one where there are several ranks."""
+        return cls(job) if job.world.size > 1 else None
+
+    def begin(self, model: Any) -> None:
+        """Begin to count."""
+        self._before = self._now()
+
+    def _now(self) -> int:
+        return self._handed["gradients"] + self._handed["outer"]
+
+    def after_update(self, training: Training, step: Step) -> None:
+        """Count the step."""
+        self._steps += 1
+
+    def metrics(self, training: Training) -> dict[str, float]:
+        """Return the bytes of a step, in the mean since the last call."""
+        now, steps = self._now(), self._steps
+        before, self._before, self._steps = self._before or 0, now, 0
+        return {"comm/bytes_per_step": (now - before) / steps} if steps else {}

@@ -16,6 +16,7 @@ from hvdtrain.trainer import Job
 from hvdtrain.trainer.compiling import what_is_compiled
 from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.without_effect import without_effect
+from hvdtrain.world import codec_for
 
 
 def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "") -> str:
@@ -65,7 +66,7 @@ def details(job: Job, memory: Memory | None) -> str:
     if memory is not None:
         lines.append(f"memory:     {memory}")
     size, gradients = job.world.size, wire_bytes(job)
-    sent = in_units(2 * (size - 1) / size * gradients)
+    sent = in_units(codec_for(job.config.comm).link_bytes(gradients, size))
     comm, what, when = job.config.comm, "gradients", "a step"
     if comm.sync == "local" and size > 1:
         what, when = "updates", f"every {comm.period:,} steps"

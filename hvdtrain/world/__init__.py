@@ -5,14 +5,18 @@ from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch
 from hvdtrain.world.buckets import in_buckets
 from hvdtrain.world.build_info import ask_horovod
 from hvdtrain.world.carriers import ReduceOp
-from hvdtrain.world.codec import CODECS, Codec, codec_of
+from hvdtrain.world.codec import Codec
+from hvdtrain.world.codecs import CODECS, codec_for, codec_of
 from hvdtrain.world.heartbeat import Heartbeat
+from hvdtrain.world.int8 import Int8
 from hvdtrain.world.plain_mpi import plain_sum
+from hvdtrain.world.powersgd import PowerSGD
 from hvdtrain.world.question import ask_with_gradients
 from hvdtrain.world.replicas import digest_of, keep_per_rank, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.start import connect, init, pick_device, visible_gpus
+from hvdtrain.world.topk import TopK
 from hvdtrain.world.watch import watched
 from hvdtrain.world.world import World
 
@@ -21,13 +25,17 @@ __all__ = [
     "Averaging",
     "Codec",
     "Heartbeat",
+    "Int8",
+    "PowerSGD",
     "RankSampler",
     "ReduceOp",
     "SoloWorld",
+    "TopK",
     "World",
     "WrappedOptimizer",
     "ask_horovod",
     "ask_with_gradients",
+    "codec_for",
     "codec_of",
     "connect",
     "digest_of",

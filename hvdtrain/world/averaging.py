@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
 from hvdtrain.models.walk import owned_by
-from hvdtrain.world.codec import Codec, codec_of
+from hvdtrain.world.codec import Codec
+from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import restore_types
 from hvdtrain.world.question import Question
@@ -37,7 +38,8 @@ class Averaging:
     The gradients are averaged at the end of the last one. With 1, several passes before a step are right too, and each
     averages: all ranks must then make equally many."""
     compression: str | Codec = "none"
-    """Format of the gradients on the wire: a name that `codec_of` knows, or a codec of your own."""
+    """Format of the gradients on the wire: `fp16`, `powersgd:4` and so on as `--comm.compression` has them, or a codec,
+    such as `PowerSGD(4, min_size=1000, warmup_steps=100)` or one of your own."""
     op: Literal["average", "adasum"] = "average"
     """adasum combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging, before the
     optimizer sees them. All ranks then hold the same gradient, and what follows, such as clipping, sees that one."""
@@ -262,7 +264,8 @@ def _hang_on_step(
         return None
 
     hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
-    wrapped.register_step_post_hook(lambda *_: exchange.end_step())
+    # Fused optimizers skip a step by `found_inf`, which torch's loss scaler sets while they step.
+    wrapped.register_step_post_hook(lambda stepped, *_: exchange.end_step(getattr(stepped, "found_inf", None)))
 
 
 def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:

@@ -158,7 +158,7 @@ class Bucket:
         if self._is_native:
             mean = self._world.start_all_reduce_(self._wire, "mean", f"{self.prefix}.{self.name}")
             self._waits = [(self._wire, mean)]
-        elif self._codec.is_elementwise:
+        elif self._codec.is_elementwise or self._codec.has_exact_tail:
             self._waits = [(self._wire, self._codec.start(self._world, self.prefix, self.name, self._wire))]
         else:
             counts = self._world.start_all_reduce_(self._counts, "sum", f"{self.prefix}.{self.name}.counts")
@@ -191,6 +191,7 @@ class Bucket:
                 part.copy_(mean)
         if self.question is not None:
             self.question.read(self._users)
+        self._codec.received(self.name, self._users)
         self._waits, self._marks, self.ready = [], [], 0
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             is_free, dtype = _can_be_replaced(parameter), self._forms[i][0]

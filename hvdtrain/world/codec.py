@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from hvdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -30,6 +28,10 @@ class Codec(ABC):
     """As `--comm.compression` and `Averaging(compression=...)` say it."""
     is_elementwise: bool = True
     """Each number travels by itself, zero as zero: a bucket's counts can then travel behind its gradients."""
+    has_exact_tail: bool = False
+    """What lies in a part behind the tensors that `lay_out` has named is added as it is: counts can travel there."""
+    is_approximate: bool = False
+    """The mean of a step may be far off: what it leaves out is remembered, and comes in later steps."""
     native_types: Collection[torch.dtype] = ()
     """Types of gradients that are sent undivided as they are, past `start`, where the world averages them as exactly as
     this codec does. Not inherited by a class that encodes, decodes or sends in a way of its own."""
@@ -69,12 +71,59 @@ class Codec(ABC):
         wait = world.start_all_reduce_(self.encode(name, part), "sum", f"{prefix}.{name}")
         return lambda: self.decode(name, wait())
 
+    def lay_out(self, name: str, tensors: Sequence[tuple[str, torch.Size]]) -> None:  # noqa: B027  most need not know
+        """Learn of which tensors, by name and shape, the bucket `name` is made, from its first number on.
+
+        Called before the bucket is first averaged, and again where it is laid out anew: what is remembered of a tensor
+        goes with the tensor. A bucket of which nothing was said is one tensor.
+        """
+
+    def received(self, name: str, users: Tensor | None) -> None:  # noqa: B027  most remember nothing
+        """Learn, once the mean of the bucket is there, which of its tensors some rank has a gradient for: `(n,)`, > 0.
+
+        The mean of the others is not used. None: all are.
+        """
+
+    def settle(self, skipped: bool | Tensor) -> None:  # noqa: B027  most remember nothing
+        """Learn that the means since the last call were used in a step, or dropped: then nothing is remembered of them.
+
+        `skipped` is alike on all ranks; a tensor, a scalar greater than 0 where the step was skipped, is not looked at.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """Return what it remembers: this rank's own, not alike on all ranks."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  most remember nothing
         """Take over what `state_dict` returned."""
+
+    def merged(self, states: Sequence[Mapping[str, Any]], size: int) -> dict[str, Any] | None:
+        """Return what each of `size` ranks goes on with for the states of another number; None: it begins anew."""
+        return None
+
+    def left_over(self) -> Mapping[str, Tensor]:
+        """Return what this rank has not sent yet, by tensor: its sum over the ranks is missing in the means so far."""
+        return {}
+
+    def tensor_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Return the bytes that one rank hands over for a gradient of this shape and type."""
+        return self.wire_bytes(shape.numel(), dtype)
+
+    def kept_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Return the memory that it takes, besides what it sends, for a gradient of this shape and type."""
+        return 0
+
+    def link_bytes(self, handed: int, size: int) -> int:
+        """Return the bytes that each of `size` ranks sends on its link where it hands over `handed`, in a ring."""
+        return 2 * (size - 1) * handed // size
+
+    def rounds(self, size: int) -> int:
+        """Return how many collectives of a bucket wait for each other, between `size` ranks."""
+        return 1
+
+    def about(self, shapes: Sequence[torch.Size]) -> str:
+        """Return a line for the person who starts a run with gradients of these shapes, if there is any to say."""
+        return ""
 
 
 class AsTheyAre(Codec):
@@ -158,16 +207,3 @@ class Bf16(Codec):
 
 
 _WAYS = {"buffer_type", "encode", "decode", "start"}
-CODECS: dict[str, type[Codec]] = {kind.name: kind for kind in (AsTheyAre, Fp16, Bf16)}
-"""By the names that `--comm.compression` knows."""
-
-
-def codec_of(name: str) -> Codec:
-    """Return a new codec of this name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in CODECS:
-        raise ConfigError(f"there is no compression '{name}': choose {', '.join(CODECS)}, or give a Codec of your own")
-    return CODECS[name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast, overload
 
@@ -33,8 +34,20 @@ class Collectives(ABC):
     """Where this rank is; blocking collectives note themselves."""
     adds_bfloat16: bool = False
     """Whether `start_all_reduce_` takes bfloat16: added as fp32 in the order of the ranks, divided, rounded once."""
+    _handed: Counter[str] | None = None
     _unnamed: dict[str, int] | None = None
     """How many collectives of each kind were not named."""
+
+    @property
+    def handed_bytes(self) -> Counter[str]:
+        """Return the bytes of tensors that this rank has handed over, by the first word of the collectives' names."""
+        if self._handed is None:
+            self._handed = Counter()
+        return self._handed
+
+    def hand(self, tensor: Tensor, name: str) -> None:
+        """Count a tensor that is about to leave: called by what starts a collective."""
+        self.handed_bytes[name.partition(".")[0]] += tensor.nbytes
 
     def named(self, kind: str, name: str | None) -> str:
         """Return the name, or one that counts the unnamed collectives of this kind: each rank comes to the same.

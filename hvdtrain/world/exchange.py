@@ -155,15 +155,17 @@ class GradientExchange:
                     " is averaged in one way, so give wrap() the same for both, or use the later one only"
                 )
 
-    def end_step(self) -> None:
-        """Expect new gradients: those that there are have been used."""
+    def end_step(self, found_inf: Tensor | None = None) -> None:
+        """Expect new gradients: those that there are have been used, or the optimizer has skipped by `found_inf`."""
         for exchange in self._all():
             exchange._is_averaged = False
+            exchange.codec.settle(False if found_inf is None else found_inf)
 
     def forget(self) -> None:
         """Start over: the gradients were cleared."""
         for exchange in self._all():
             exchange._is_averaged = False
+            exchange.codec.settle(True)
             exchange._start_window()
 
     def yield_to(self, later: GradientExchange) -> None:

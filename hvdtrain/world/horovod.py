@@ -86,14 +86,17 @@ class HorovodWorld(World):
 
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
         """Reduce in the background, in the tensor's own type."""
+        self.hand(tensor, name)
         return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name))
 
     def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Gather in the background."""
+        self.hand(tensor, name)
         return self._waiting(hvd.allgather_async(tensor, name=name))
 
     def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Exchange in the background."""
+        self.hand(tensor, name)
         wait = self._waiting(hvd.alltoall_async(tensor, name=name))
         return lambda: cast(Any, wait())[0]  # Horovod also returns how much came from each rank
 
@@ -108,6 +111,7 @@ class HorovodWorld(World):
 
     def start_broadcast_(self, tensor: Tensor, name: str, root: int = 0) -> Callable[[], Tensor]:
         """Broadcast in the background."""
+        self.hand(tensor, name)
         return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name))
 
     def _waiting(self, handle: Any) -> Callable[[], Tensor]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from hvdtrain.world.buckets import AdasumTensor, Bucket, SparseRows, in_buckets
 from hvdtrain.world.codec import Codec
+from hvdtrain.world.filling import real
 from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Layout:
         kind = AdasumTensor if is_adasum else Bucket
         for group in groups:
             name, has_square = self.name(group[0]), self._averaging.has_square
+            self._codec.lay_out(name, [(self.name(p), real(p.detach()).shape) for p in group])
             bucket = kind(self._prefix, name, group, self._codec, self._world, has_square)
             if not self.buckets and not is_adasum and group[0].device.type == "cpu":
                 bucket.question, self.question.is_carried = self.question, True

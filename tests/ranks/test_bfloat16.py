@@ -4,7 +4,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 
-from hvdtrain.world.codec import codec_of
+from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.horovod import HorovodWorld
 
 pytestmark = pytest.mark.skipif(

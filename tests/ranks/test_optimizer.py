@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_world import digest
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.world import CODECS
+from hvdtrain.settings.compression import EXACT
 
 SAMPLES = 24  # divides by 1, 2, 3 and 4 ranks
 
@@ -140,7 +140,7 @@ def test_synchronize_twice_averages_once(world):
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), once, strict=True))
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", EXACT)
 def test_formats_on_the_wire(world, name):
     """Horovod's own fp16 compression sums first: an average of 60000 becomes infinite."""
     model = network(torch.float32)

@@ -63,6 +63,8 @@ class ThreadWorld(World):
     def _start(self, name, value, finish):
         number = self._uses[name] = self._uses.get(name, 0) + 1
         self.sent.append(name)
+        if isinstance(value, torch.Tensor):
+            self.hand(value, name)
         self._meeting.bring((name, number), self.rank, value)
         return lambda: finish(self._meeting.take((name, number)))
 

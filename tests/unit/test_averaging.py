@@ -109,8 +109,8 @@ def test_settings_are_checked_where_they_enter():
         Averaging(bucket_bytes=2.5)
     with pytest.raises(ConfigError, match="op = 'sum' must be 'average' or 'adasum'"):
         Averaging(op="sum")
-    with pytest.raises(ConfigError, match="no compression 'int8': choose none, fp16, bf16"):
-        Averaging(compression="int8")
+    with pytest.raises(ConfigError, match="no compression 'fp8': choose none, fp16, bf16"):
+        Averaging(compression="fp8")
     with pytest.raises(ConfigError, match=r"leave out --comm\.compression"):
         Averaging(op="adasum", compression="fp16")
     with pytest.raises(ConfigError, match="noise-scale needs averaged, dense"):

@@ -53,7 +53,9 @@ SHARED = {
     "optim.eps": 0.1,
     "optim.kernel": ("foreach", "loop"),
     "optim.momentum": (0.5, {"optim.name": "sgd"}),
-    "comm.compression": ("fp16", "bf16"),
+    "comm.compression": ("fp16", "bf16", "int8", "powersgd:2", "topk:0.1"),
+    "comm.compression_min_size": (10, {"comm.compression": "int8"}),
+    "comm.compression_warmup_steps": (3, {"comm.compression": "topk:0.1"}),
     "comm.bucket_mib": 3,
     "comm.op": "adasum",
     "comm.sync": "local",
@@ -159,6 +161,7 @@ ONLY = {
     "optim.shard": {"said"},  # on one rank; on several: unit/test_sharded.py
     "data.ahead": {"plan"},
     **{name: {"said", "exchange"} for name in ("comm.compression", "comm.bucket_mib", "comm.op")},
+    **{name: {"said", "exchange"} for name in ("comm.compression_min_size", "comm.compression_warmup_steps")},
 }
 
 

@@ -30,8 +30,9 @@ def other_value(name):
     section, _, field = name.partition(".")
     settings = getattr(Recipe(), section)
     default, kind = getattr(settings, field), typing.get_type_hints(type(settings))[field]
+    kind = next((part for part in typing.get_args(kind) if typing.get_origin(part) is typing.Literal), kind)
     if typing.get_origin(kind) is typing.Literal:
-        return next(value for value in reversed(typing.get_args(kind)) if value != default)
+        return next(value for value in reversed(typing.get_args(kind)) if value != default and ":" not in value)
     return OTHERS[type(default)]
 
 

@@ -18,11 +18,12 @@ import torch
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.linear import takes_onednn
 from hvdtrain.process.progress import Progress
+from hvdtrain.settings.compression import EXACT
 from hvdtrain.trainer import Job, Recipe, Task, train_step
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.phase_clock import PhaseClock, finish
-from hvdtrain.world import CODECS, World
+from hvdtrain.world import World
 
 # What a person calls the phases that the training loop notes.
 PARTS = ("data", "forward", "backward", "communication", "update", "rest")
@@ -35,7 +36,7 @@ _KNOBS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("train", "precision", ("bf16",)),
     ("optim", "kernel", ("fused", "foreach")),
     ("comm", "bucket_mib", (1, 4, 25, 100)),
-    ("comm", "compression", tuple(CODECS)),
+    ("comm", "compression", EXACT),
 )
 
 

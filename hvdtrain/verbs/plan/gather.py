@@ -20,7 +20,7 @@ from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.gradients import gradient_norms
 from hvdtrain.verbs.plan.network import Controller, Network, fit
 from hvdtrain.verbs.plan.step import Bucket
-from hvdtrain.world import World, codec_of
+from hvdtrain.world import World, codec_for
 
 # A rank this much slower than the median one is named.
 _STRAGGLER = 1.15
@@ -44,7 +44,7 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
     own, training = measure.own_job(settings, task, world.device, plan.micro_batch_size)
     world.barrier("plan.together")
     of_ranks = world.all_gather_object(measure.own_steps(own, training, warmup=1, steps=5), "plan.own")
-    codec = codec_of(recipe.comm.compression)
+    codec = codec_for(recipe.comm)
     buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20, codec, world)
     buckets = measure.as_sharded(buckets) if recipe.optim.shard else buckets
     buckets = world.broadcast_object(buckets, "plan.buckets")
@@ -64,7 +64,7 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         spread=statistics.median(item.spread for item in of_ranks),
         buckets=buckets,
         network=network,
-        fp16_network=fp16,
+        fp16_network=None if codec.is_approximate else fp16,
         noise=_noise(own, training, world, noise_steps),
         slowest=_straggler(of_ranks, hosts),
         steps_to_target=recipe.train.steps,

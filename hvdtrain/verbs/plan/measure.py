@@ -69,6 +69,8 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
 def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec, world: World) -> list[Bucket]:
     """Return the buckets that training would send, each with the share of the backward pass after which it is ready.
 
+    What a codec sends in another way than by an all-reduce counts as one of as many bytes on the links of the ranks.
+
     Args:
         job: of this rank alone.
         training: its model.
@@ -100,11 +102,17 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec,
     buckets = []
     for group in groups:
         ready = max(statistics.median(shares[parameter]) for parameter in group)
-        numbers = sum(parameter.numel() for parameter in group) + len(group)
-        dtype = group[0].dtype
-        is_native = codec.is_native(world, dtype)
-        sent = numbers * dtype.itemsize if is_native else codec.wire_bytes(numbers, dtype)
-        buckets.append(Bucket(min(1.0, ready), sent))
+        dtype, size = group[0].dtype, world.size
+        if codec.is_native(world, dtype):
+            handed = (sum(parameter.numel() for parameter in group) + len(group)) * dtype.itemsize
+        else:
+            handed = sum(codec.tensor_bytes(parameter.shape, parameter.dtype) for parameter in group)
+            handed += codec.wire_bytes(len(group), dtype)
+        rounds = codec.rounds(size)
+        as_all_reduce = codec.link_bytes(handed, size) * size // (2 * (size - 1)) if size > 1 else handed
+        # What follows a first round leaves when backward is over.
+        readiness = [min(1.0, ready), *[1.0] * (rounds - 1)]
+        buckets += [Bucket(share, as_all_reduce // rounds) for share in readiness]
     return sorted(buckets, key=lambda bucket: bucket.ready)
 
 

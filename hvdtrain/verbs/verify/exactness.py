@@ -14,10 +14,14 @@ from hvdtrain.verbs.verify.compare import between, movement, worst_of
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row, judged
 from hvdtrain.verbs.verify.trial import Trial, smallest_divisor
-from hvdtrain.world import codec_of, plain_sum
+from hvdtrain.world import codec_for, plain_sum
 
 # From 65536 on, the loss scale is halved as often as the first gradients overflow.
 _MOST_BACK_OFFS = 17
+_APPROXIMATE = (
+    "--comm.compression {} sends a part of each gradient, and the rest in later steps: another training than on one"
+    " rank. What is sent and what is kept are compared in 4, ranks with each other in 7"
+)
 _NOT_AN_AVERAGE = "Adasum is no average: there is nothing to compare it with"
 
 
@@ -27,6 +31,8 @@ def check_one_rank(nature: Nature) -> list[Row]:
     name = f"{trial.steps} steps on {size} ranks = on one rank"
     if not nature.is_average:
         return [Row(2, name, "not run", "", "", _NOT_AN_AVERAGE)]
+    if nature.codec.is_approximate:
+        return [Row(2, name, "not run", "", "", _APPROXIMATE.format(nature.codec.name))]
     apart = (nature.depends_on_batch or bool(nature.randomness.by_micro_batch)) and not nature.in_step
     run, alone = trial.together(), trial.alone(apart=apart)
     # Statistics that ranks gather apart are averaged, those of one rank follow each other: only weights must agree.
@@ -45,6 +51,10 @@ def check_average(nature: Nature) -> list[Row]:
     """4: the averaged gradient is what plain MPI makes of the same local gradients."""
     trial, world = nature.own, nature.own.world
     name = "averaged gradient = plain MPI's"
+    if nature.codec.is_approximate:
+        name = "averaged gradient + what is kept = plain MPI's"
+        comm = dataclasses.replace(trial.recipe.comm, compression_warmup_steps=0)
+        trial = dataclasses.replace(trial, recipe=dataclasses.replace(trial.recipe, comm=comm))
     if not nature.is_average:
         return [Row(4, name, "not run", "", "", _NOT_AN_AVERAGE)]
     averaged, expected, witness = _averaged_gradients(trial)
@@ -72,6 +82,8 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
             break  # else the loss scale is still too large
     scaler = training.component(LossScaler)
     scale = scaler.scale if scaler else 1.0
+    codec = training.optimizer.codec
+    kept = codec.left_over() if codec is not None else {}
     averaged, expected, witness = {}, {}, "mpi4py"
     for key, parameter in ((key, p) for key, p in training.model.named_parameters() if p in gradients):
         own = local.get(key, torch.zeros_like(parameter, dtype=torch.float64)).double() / world.size / scale
@@ -80,13 +92,15 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
             witness = "gathered, no MPI"
             total = torch.stack(world.all_gather_object(own.cpu(), f"verify.gradient.{key}")).sum(0)
         averaged[key], expected[key] = gradients[parameter].cpu().double(), total
+        if key in kept:
+            averaged[key] += world.all_reduce(kept[key].cpu().double(), "sum", f"verify.kept.{key}").view(total.shape)
     return averaged, expected, witness
 
 
 def _rounding(trial: Trial) -> float:
     """Return the relative error that sums over ranks may have, from the type that gradients travel in."""
     types: dict[str, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
-    return codec_of(trial.recipe.comm.compression).tolerance(types.get(trial.recipe.train.precision, torch.float32))
+    return codec_for(trial.recipe.comm).tolerance(types.get(trial.recipe.train.precision, torch.float32))
 
 
 def check_accumulation(nature: Nature) -> list[Row]:

@@ -11,7 +11,7 @@ from hvdtrain.optim.table import with_name
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.step import forward_sums, train_step
 from hvdtrain.verbs.verify.trial import Trial
-from hvdtrain.world import codec_of, has_synchronized_layers
+from hvdtrain.world import Codec, codec_for, has_synchronized_layers
 
 # Adam divides by the gradient's size: where the true gradient is zero, as of a bias before batch normalisation, it
 # blows the last bits of fp64 up to about 1e-7 of a step. Every planted bug in the tests shows above 1e-4.
@@ -51,6 +51,11 @@ class Nature:
         """Return whether gradients are averaged at all."""
         return self.own.recipe.comm.op == "average"
 
+    @property
+    def codec(self) -> Codec:
+        """Return a new codec, as the gradients have it."""
+        return codec_for(self.own.recipe.comm)
+
 
 def find_nature(own: Trial) -> Nature:
     """Find out in what precision the model can be compared, and whether its loss is a sum over samples. Collective."""
@@ -65,7 +70,7 @@ def find_nature(own: Trial) -> Nature:
         tolerance = 1e-4 if precision == "fp32" else 5e-2
     if own.recipe.comm.compression != "none":
         kind = torch.float64 if precision == "fp64" else torch.float32
-        optim, tolerance = sgd, max(tolerance, codec_of(own.recipe.comm.compression).tolerance(kind))
+        optim, tolerance = sgd, max(tolerance, codec_for(own.recipe.comm).tolerance(kind))
     train = dataclasses.replace(own.recipe.train, precision=precision)
     trial = dataclasses.replace(own, recipe=dataclasses.replace(own.recipe, train=train, optim=optim))
     job = trial.job(trial.solo())

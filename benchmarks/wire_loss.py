@@ -1,0 +1,94 @@
+"""What each format of gradients on the wire does to the loss, step by step, without any network.
+
+    python benchmarks/wire_loss.py --output benchmarks/results/wire_loss.txt
+
+The ranks are threads of one process (`tests/support/thread_world.py`), so that a row takes no launch; their sums are
+real. A small decoder on recipe lm's text; the same steps for every format, seed by seed. A busy machine makes it slow,
+and changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "support")]
+
+import machine  # noqa: E402
+import thread_world  # noqa: E402
+
+from hvdtrain.recipes import load_recipe  # noqa: E402
+from hvdtrain.recipes.given import apply  # noqa: E402
+from hvdtrain.settings.values import Source, nested  # noqa: E402
+from hvdtrain.trainer.evaluation import evaluate  # noqa: E402
+from hvdtrain.trainer.rehearsal import rehearse  # noqa: E402
+from hvdtrain.trainer.state import start_training  # noqa: E402
+from hvdtrain.trainer.step import train_step  # noqa: E402
+from hvdtrain.world import World  # noqa: E402
+
+# A format, and the exact steps before it begins.
+FORMATS = ("none", "int8", "powersgd:4", "powersgd:4,20", "topk:0.01,20")
+MODEL = {"model.num_layers": 1, "model.hidden_size": 64, "model.num_heads": 2, "data.sequence_length": 48}
+
+
+def trained(given: argparse.Namespace, text: str, seed: int) -> tuple[float, float]:
+    """Return the held-out loss, nats a byte, and the bytes that a rank has handed over in a step."""
+    name, _, warmup = text.partition(",")
+    settings = {**MODEL, "comm.compression": name, "train.seed": seed, "train.steps": given.steps}
+    settings |= {"comm.compression_warmup_steps": int(warmup)} if warmup else {}
+    settings |= {"train.precision": "fp32"}
+    one_at_a_time = threading.Lock()  # the text is prepared once
+
+    def work(world: World) -> tuple[float, float]:
+        with one_at_a_time:
+            recipe = apply(load_recipe("lm"), [(nested(settings), Source("wire_loss.py"))])
+            task = recipe.build(lambda line: None)
+        job = rehearse(task, recipe, world, num_steps=given.steps)
+        training = start_training(job)
+        for _ in range(given.steps):
+            train_step(job, training)
+        handed = world.handed_bytes["gradients"] / given.steps
+        return evaluate(job, training)["val/loss"], handed
+
+    return thread_world.run_ranks(given.ranks, work)[0]
+
+
+def main() -> None:
+    """Train, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--formats", nargs="+", default=FORMATS, help="each with the exact steps before it: topk:0.1,20"
+    )
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    thread_world.SECONDS = 3600.0  # a rank may wait long for another on a busy machine
+    torch.set_num_threads(1)
+    rows = [machine.describe(), "", f"held-out loss in nats a byte, {given.steps} steps, {given.ranks} ranks, by seed"]
+    rows += [
+        f"decoder of {MODEL['model.num_layers']} layer x {MODEL['model.hidden_size']}, recipe lm's text and batch",
+        "",
+    ]
+    plain = 0.0
+    for text in given.formats:
+        found = [trained(given, text, seed) for seed in range(given.seeds)]
+        mean = statistics.mean(loss for loss, _ in found)
+        plain = plain or mean
+        losses = " ".join(f"{loss:.4f}" for loss, _ in found)
+        rows.append(f"{text:16} {losses}   {mean / plain - 1:+.2%} of the first's   {found[0][1]:9,.0f} bytes a step")
+        print(rows[-1], file=sys.stderr, flush=True)
+    print("\n".join(rows))
+    if given.output:
+        given.output.write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

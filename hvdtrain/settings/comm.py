@@ -1,0 +1,63 @@
+"""The settings of what travels between the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from hvdtrain.settings.compression import EXACT, parse_compression
+from hvdtrain.settings.fields import Section, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig(Section):
+    """What travels between the ranks."""
+
+    compression: Literal["none", "fp16", "bf16", "int8", "powersgd:R", "topk:P"] | str = setting(
+        "none", several_ranks=True
+    )
+    """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits; bf16 halves them too,
+    and rounds to 8 bits with the range of fp32. The others send an approximation and remember what it leaves out for
+    later steps: int8 numbers of 8 bits, powersgd:4 matrices of rank 4 (arXiv:1905.13727), topk:0.01 the largest 1 % of
+    the numbers of each tensor."""
+    compression_min_size: int = setting(1024, above=0, several_ranks=True)
+    """int8, powersgd and topk send tensors of fewer numbers as they are."""
+    compression_warmup_steps: int = setting(0, minimum=0, several_ranks=True)
+    """int8, powersgd and topk send everything as it is in so many steps of a run (or averages, of --comm.sync local)
+    before they begin."""
+    bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
+    """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
+    op: Literal["average", "adasum"] = setting("average", several_ranks=True)
+    """adasum combines gradients by their directions (arXiv:2006.02924), before they are clipped; MPI and 2, 4, 8, ...
+    ranks only."""
+
+    sync: Literal["every-step", "local"] = setting("every-step", several_ranks=True)
+    """every-step: gradients are averaged in each step. local: each rank takes --comm.period steps by itself, then what
+    they have moved by is averaged: less talk, for slow networks (arXiv:1805.09767)."""
+    period: int = setting(50, above=0, several_ranks=True)
+    """Steps between two averages of --comm.sync local."""
+    outer: Literal["average", "nesterov"] = setting("average", several_ranks=True)
+    """local: take the mean update as it is, or as the gradient of SGD with Nesterov's momentum (DiLoCo,
+    arXiv:2311.08105)."""
+    outer_lr: float | None = setting(None, above=0, several_ranks=True)
+    """local: by what the mean update is multiplied. None: 1, or 0.7 with --comm.outer nesterov."""
+    outer_momentum: float = setting(0.9, above=0, below=1, several_ranks=True)
+    """local: the momentum of --comm.outer nesterov."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_compression(self.compression)
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield what lays out buckets where there are none, and what belongs to local updates."""
+        if parse_compression(self.compression)[0] in EXACT:
+            for name in ("compression_min_size", "compression_warmup_steps"):
+                yield name, "it is for --comm.compression int8, powersgd and topk"
+        if self.op == "adasum":
+            yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
+        if self.sync != "local":
+            for name in ("period", "outer", "outer_lr", "outer_momentum"):
+                yield name, "it belongs to --comm.sync local"
+        elif self.outer != "nesterov":
+            yield "outer_momentum", "it belongs to --comm.outer nesterov"

@@ -1,0 +1,167 @@
+"""PowerSGD (arXiv:1905.13727, algorithms 1 and 2): the gradient of a matrix as the product of two thin ones.
+
+One power iteration a step, which begins with the factor Q of the step before. For a gradient `M`, `(n, m)`, of a rank,
+what it remembers added:
+
+    P = sum over the ranks of M Q          all-reduce of n x r numbers
+    P = an orthonormal basis of P
+    Q = sum over the ranks of M^T P        all-reduce of m x r numbers
+    mean = P Q^T                           what is kept: M - P (M^T P)^T, of this rank's own M
+
+All P of a bucket, and what is sent as it is, travel in one all-reduce, and all Q in another. Q is kept transposed,
+`(r, m)`: so both products go through M by its rows, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hvdtrain.world.error_feedback import MIN_SIZE, ErrorFeedback, Parts, Piece, Round, flat
+from hvdtrain.world.memory import Memory
+
+if TYPE_CHECKING:
+    from hvdtrain.world.world import World
+
+
+class PowerSGD(ErrorFeedback):
+    """Low-rank gradients with error feedback.
+
+    A tensor of two and more dimensions is a matrix of its first dimension by all others.
+
+    Args:
+        rank: of the products.
+        min_size: tensors of fewer numbers are sent as they are.
+        warmup_steps: in so many steps of a training everything is sent as it is.
+        min_saving: a matrix is sent as it is unless its factors have so many times fewer numbers.
+    """
+
+    def __init__(self, rank: int, min_size: int = MIN_SIZE, warmup_steps: int = 0, *, min_saving: float = 1.0) -> None:
+        super().__init__(min_size, warmup_steps)
+        self.name = f"powersgd:{rank}"
+        self._rank = rank
+        self._min_saving = min_saving
+        self._factors = Memory()
+        """Q of the last step, transposed, by tensor; alike on all ranks."""
+        self._fresh_factors: dict[str, Tensor] = {}
+
+    def compresses(self, shape: torch.Size) -> bool:
+        """Return whether it is a matrix that is large enough, and whose factors are smaller."""
+        if len(shape) < 2 or not super().compresses(shape):
+            return False
+        return self._factor_size(shape) * self._min_saving < shape.numel()
+
+    def _factor_size(self, shape: torch.Size) -> int:
+        rows, columns = _sides(shape)
+        return min(self._rank, rows, columns) * (rows + columns)
+
+    def tensor_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Return the bytes of both factors, or of the tensor as it is."""
+        return self.wire_bytes(self._factor_size(shape) if self.compresses(shape) else shape.numel(), dtype)
+
+    def wire_bytes(self, count: int, dtype: torch.dtype) -> int:
+        """Return the bytes of numbers that are sent as they are."""
+        return count * self.buffer_type(dtype).itemsize
+
+    def begin(self, world: World, name: str, parts: Parts) -> Round:
+        """Send this rank's part of all P."""
+        return _PowerIteration(world, name, parts, [self._factor(piece) for piece in parts.pieces], self._fresh_factors)
+
+    def _factor(self, piece: Piece) -> Tensor:
+        """Return Q of the last step, or random numbers that are alike on all ranks."""
+        rows, columns = _sides(piece.whole.shape)
+        like = piece.whole.new_empty(min(self._rank, rows, columns), columns)
+        kept = self._factors.get(piece.name, like)
+        if kept is not None:
+            return kept
+        generator = torch.Generator().manual_seed(zlib.crc32(piece.name.encode()))
+        return like.copy_(torch.randn(like.shape, generator=generator, dtype=torch.float64))
+
+    def keep_more(self, piece: Piece, is_good: bool | Tensor) -> None:
+        """Keep Q for the next step."""
+        self._factors.put(piece.name, self._fresh_factors.pop(piece.name), is_good)
+
+    def settle(self, skipped: bool | Tensor) -> None:
+        """End a step in which something was sent."""
+        super().settle(skipped)
+        self._factors.settle(skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the factors Q too."""
+        state = super().state_dict()
+        return {**state, "factors": self._factors.state_dict()} if state else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from it."""
+        super().load_state_dict(state)
+        self._factors.load_state_dict(state.get("factors", {}))
+
+    def rounds(self, size: int) -> int:
+        """Return that Q follows P."""
+        return 2
+
+
+class _PowerIteration(Round):
+    """Both all-reduces of a bucket."""
+
+    def __init__(
+        self, world: World, name: str, parts: Parts, factors: Sequence[Tensor], kept_factors: dict[str, Tensor]
+    ) -> None:
+        self._world, self._name, self._parts = world, name, parts
+        self._matrices = [piece.whole.view(_sides(piece.whole.shape)) for piece in parts.pieces]
+        self._kept_factors = kept_factors
+        products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
+        self._shapes = [product.shape for product in products]
+        message = flat([*products, *parts.exact], parts.exact[-1])
+        self._wait_first = world.start_all_reduce_(message, "sum", f"{name}.p")
+        self._wait_second: Callable[[], Tensor] | None = None
+        self._bases: list[Tensor] = []
+        self._errors: list[Tensor] = []
+
+    def advance(self) -> None:
+        """Make the sum of all P orthonormal and send this rank's part of all Q."""
+        if self._wait_second is not None:
+            return
+        *products, exact = _split(self._wait_first(), self._shapes)
+        self._parts.take_exact(exact)
+        # Where P is not finite, the basis is not either, and no rank keeps anything of the step.
+        self._bases = [torch.linalg.qr(product)[0] for product in products]
+        own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
+        self._errors = [
+            torch.addmm(matrix, basis, factor, alpha=-1)
+            for matrix, basis, factor in zip(self._matrices, self._bases, own, strict=True)
+        ]
+        self._shapes = [factor.shape for factor in own]
+        self._wait_second = self._world.start_all_reduce_(flat(own, exact), "sum", f"{self._name}.q") if own else _none
+
+    def finish(self) -> tuple[list[Tensor], Tensor]:
+        """Multiply the factors."""
+        self.advance()
+        assert self._wait_second is not None
+        message = self._wait_second()
+        *factors, _ = _split(message, self._shapes)
+        for piece, matrix, basis, factor in zip(self._parts.pieces, self._matrices, self._bases, factors, strict=True):
+            torch.mm(basis, factor, out=matrix)
+            self._kept_factors[piece.name] = factor.clone()  # of its own: the message is all of them
+        errors = zip(self._errors, self._parts.pieces, strict=True)
+        return [error.view(piece.whole.shape) for error, piece in errors], message.isfinite().all()
+
+
+def _none() -> Tensor:
+    return torch.zeros(0)
+
+
+def _sides(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1:].numel()
+
+
+def _split(message: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return the matrices at the beginning of a message, and the rest of it."""
+    sizes = [shape.numel() for shape in shapes]
+    *parts, rest = torch.split_with_sizes(message, [*sizes, len(message) - sum(sizes)])
+    return [*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), rest]
