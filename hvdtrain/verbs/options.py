@@ -116,6 +116,8 @@ class ExportOptions(Section):
     the adapters alone are written, as peft loads them."""
     program: bool = False
     """Also write model.pt2, the program of an image classifier as torch.export makes it: it needs torch alone."""
+    format: Literal["safetensors", "onnx"] = "safetensors"
+    """onnx: also write model.onnx, which onnxruntime and others run without torch; of an image classifier."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
