@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Loading:
     """What README.md says; nothing where those who load it know."""
     program: Callable[[dict[str, Tensor]], ExportedProgram] | None = None
     """Returns torch.export's program with these weights; None where a model is not exported so."""
+    inputs: str = "images"
+    """What the program is given."""
 
 
 def loading_of(trained: Trained, is_merged: bool = False) -> Loading:
@@ -45,7 +48,11 @@ def loading_of(trained: Trained, is_merged: bool = False) -> Loading:
     if trained.is_adapter and not is_merged:
         return Loading("peft.AutoPeftModelForCausalLM.from_pretrained({output!r}); --merged writes the whole model")
     if trained.model_type:
-        return Loading(f"transformers.{auto_class_of(trained)}.from_pretrained({{output!r}})")
+        kind = auto_class_of(trained)
+        hint = f"transformers.{kind}.from_pretrained({{output!r}})"
+        if kind == SEQ2SEQ:
+            return Loading(hint)
+        return Loading(hint, "", partial(_of_transformers, trained, kind), "waves" if kind == CTC else "tokens")
     return Loading("README.md there says how to load it", _plain_note())
 
 
@@ -59,6 +66,12 @@ def auto_class_of(trained: Trained) -> str:
     if name.endswith("ForCTC"):
         return CTC
     return SEQ2SEQ if name and about.get("is_encoder_decoder") is True else "AutoModelForCausalLM"
+
+
+def _of_transformers(trained: Trained, kind: str, weights: dict[str, Tensor]) -> ExportedProgram:
+    from hvdtrain.recipes.transformers_models.as_program import program_of
+
+    return program_of(trained, weights, kind)
 
 
 def _program(about: Description, weights: dict[str, Tensor], source: str) -> ExportedProgram:

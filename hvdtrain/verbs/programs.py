@@ -29,8 +29,8 @@ def further_files(how: Loading, weights: dict[str, Tensor], options: ExportOptio
     for flag, is_asked in asked.items():
         if is_asked and how.program is None:
             raise ConfigError(
-                f"{flag} is for classifiers of images: of other models, call torch.export.export, or torch.onnx.export,"
-                " with an input of theirs"
+                f"{flag} is for classifiers of images, language models and models that hear: of others, call"
+                " torch.export.export, or torch.onnx.export, with an input of theirs"
             )
     if not any(asked.values()) or how.program is None:
         return {}
@@ -43,7 +43,7 @@ def further_files(how: Loading, weights: dict[str, Tensor], options: ExportOptio
         torch.export.save(program, saved)
         files["model.pt2"] = saved.getvalue()
     if options.format == "onnx":
-        files[ONNX_FILE] = _as_onnx(program)
+        files[ONNX_FILE] = _as_onnx(program, how.inputs)
     return files
 
 
@@ -53,7 +53,7 @@ def _check_libraries() -> None:
         raise ConfigError(f"--format onnx needs {' and '.join(missing)}: pip install 'hvdtrain[onnx]'")
 
 
-def _as_onnx(program: ExportedProgram) -> bytes:
+def _as_onnx(program: ExportedProgram, inputs: str) -> bytes:
     """Return a program of one input as ONNX, weights within.
 
     Raises:
@@ -62,9 +62,7 @@ def _as_onnx(program: ExportedProgram) -> bytes:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            made = torch.onnx.export(
-                program, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-            )
+            made = torch.onnx.export(program, input_names=[inputs], output_names=["logits"], dynamo=True, verbose=False)
             assert made is not None
             content: bytes = made.model_proto.SerializeToString()
     except Exception as error:  # whatever a conversion raises
