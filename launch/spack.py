@@ -10,9 +10,8 @@
 # what it names was looked up in spack-packages of 2026-07-01: each package is there, PyTorch 2.6 to 2.12 among them.
 """Data-parallel training of PyTorch models with Horovod."""
 
-from spack_repo.builtin.build_systems.generic import Package
-
 from spack.package import *
+from spack_repo.builtin.build_systems.generic import Package
 
 
 class Hvdtrain(Package):
