@@ -1,15 +1,17 @@
 # A recipe for Spack: hvdtrain on Spack's Python, PyTorch and MPI.
 #
-#   spack repo create site && mkdir -p site/packages/hvdtrain && cp launch/spack.py site/packages/hvdtrain/package.py
-#   spack repo add site && spack install hvdtrain ^openmpi
+#   spack repo create site      # and copy this file to packages/hvdtrain/package.py in the folder of the new repo.yaml
+#   spack repo add FOLDER_OF_REPO_YAML && spack install hvdtrain ^openmpi
 #
 # It makes a virtual environment that sees Spack's py-torch and builds Horovod for it (`hvdtrain setup`); py-horovod of
 # Spack's own does not build with torch 2.1 or newer.
 #
-# Never tried: no Spack was at hand. Tried: its commands, by hand, with PyPI's torch and MPICH.
+# Spack 1.0 or newer. Never tried: no Spack was at hand. Tried: its commands, by hand, with PyPI's torch and MPICH; and
+# what it names was looked up in spack-packages of 2026-07-01: each package is there, PyTorch 2.6 to 2.12 among them.
 """Data-parallel training of PyTorch models with Horovod."""
 
 from spack.package import *
+from spack_repo.builtin.build_systems.generic import Package
 
 
 class Hvdtrain(Package):

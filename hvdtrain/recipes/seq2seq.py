@@ -57,6 +57,11 @@ class PairsConfig(DataConfig):
     """Likewise of targets. None: a field by its usual names, such as target; the second column."""
     source_prefix: str = ""
     """Text before every source, such as T5's "translate English to German: "."""
+    source_language: str | None = None
+    """Code of the language of the sources, for tokenizers that must be told, as those of NLLB and mBART: eng_Latn,
+    en_XX. None: the one with which the tokenizer was saved, where its two differ."""
+    target_language: str | None = None
+    """Likewise of the targets; translations begin with its token."""
     tokenizer: str | None = setting(None, path="directory or name")
     """Directory or name of a tokenizer of transformers. None: that of --model.path; without one, a byte-level BPE is
     trained on the training pairs, which keeps digits apart."""

@@ -24,21 +24,21 @@ from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.sources import position
 from hvdtrain.errors import DataError
 from hvdtrain.recipes.seq2seq import EncoderDecoder, PairsConfig
+from hvdtrain.recipes.seq2seq_model import check_positions, load_model
 from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spread
-from hvdtrain.recipes.transformers_models.auto_classes import load_as, needs
-from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, small_bart, translate, try_out
+from hvdtrain.recipes.transformers_models.auto_classes import needs
+from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, translate, try_out
+from hvdtrain.recipes.transformers_models.languages import begin_with, tell_languages
 from hvdtrain.recipes.transformers_models.loading import (
     identity,
     import_transformers,
     load_tokenizer,
-    num_rows,
     write_model_files,
 )
 from hvdtrain.recipes.transformers_models.trained_tokenizers import train_tokenizer
 from hvdtrain.settings.files import sha256_of
 from hvdtrain.trainer.task import CorpusEvaluation, Task
 
-KIND = "AutoModelForSeq2SeqLM"
 FORMAT_VERSION = 1
 
 
@@ -50,15 +50,19 @@ def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
     import_transformers()
     splits, digest = _find(data, say)
     tokenizer = _tokenizer(recipe, splits["train"], digest, say)
+    empty_target = tell_languages(tokenizer, data.source_language, data.target_language)
+    if empty_target:
+        digest = _digest([digest, tokenizer.src_lang, tokenizer.tgt_lang])
     folder, about = _prepare(data, tokenizer, splits, digest, say)
-    model = _load(recipe, tokenizer)
-    _check_rows(model, tokenizer)
+    model = load_model(recipe, tokenizer)
+    if empty_target:
+        begin_with(model, tokenizer, empty_target)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     train, held_out = (TokenizedPairs(folder, name, padding) for name in ("train", "val"))
     for name, samples in (("training", train), ("held-out", held_out)):
         if len(samples) == 0:
             raise DataError(f"there are no {name} pairs that can be used: use more, or give --data.val-path")
-        _check_positions(model, samples)
+        check_positions(model, samples)
     loss, way = PairLoss(recipe.labels.smoothing), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
         loss, way = try_out(model, train.batch(shortest(train.source_lengths + train.target_lengths)), loss)
@@ -199,63 +203,6 @@ def _describe(about: dict[str, Any], data: PairsConfig) -> Iterator[str]:
             f"left out:   {train:,} training and {held_out:,} held-out pairs with more than {data.max_source_length}"
             f" tokens in the source or {data.max_target_length} in the target"
         )
-
-
-def _load(recipe: EncoderDecoder, tokenizer: Any) -> nn.Module:
-    settings, changes = recipe.model, {}
-    config: Any = settings.config
-    is_trained_here = recipe.data.tokenizer is None and settings.path is None
-    if is_trained_here:
-        changes = _tokens_of(tokenizer)
-    if settings.path is None and config is None:
-        config = small_bart(max(recipe.data.max_source_length, recipe.data.max_target_length))
-        if not is_trained_here:
-            changes = _tokens_of(tokenizer)
-    model: Any = load_as(
-        KIND,
-        settings.path,
-        config,
-        changes,
-        recipe.train.seed,
-        attention=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    if changes:  # what a configuration forces is for the tokens of another tokenizer
-        changes.pop("vocab_size")
-        model.generation_config = import_transformers().GenerationConfig(**changes)
-    if recipe.data.source_prefix:
-        model.config.prefix = recipe.data.source_prefix  # where transformers' pipelines look for it, and `generate`
-    trained: nn.Module = model
-    return trained
-
-
-def _tokens_of(tokenizer: Any) -> dict[str, Any]:
-    """Return what a configuration says of a tokenizer."""
-    begin = tokenizer.bos_token_id
-    return {
-        "vocab_size": len(tokenizer),
-        "decoder_start_token_id": tokenizer.pad_token_id if begin is None else begin,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
-    }
-
-
-def _check_rows(model: nn.Module, tokenizer: Any) -> None:
-    if len(tokenizer) > num_rows(model):
-        raise DataError(
-            f"the tokenizer has {len(tokenizer):,} tokens, and the model embeddings for {num_rows(model):,}: give"
-            " --data.tokenizer the one that the model was made for"
-        )
-
-
-def _check_positions(model: nn.Module, samples: TokenizedPairs) -> None:
-    settings: Any = model.config
-    most = getattr(settings, "max_position_embeddings", None)
-    for name, lengths in (("source", samples.source_lengths), ("target", samples.target_lengths)):
-        if most is not None and lengths.max() > most:
-            raise DataError(
-                f"a {name} has {lengths.max():,} tokens, and the model {most:,} positions: leave such pairs out by"
-                f" --data.max-{name}-length {most}"
-            )
 
 
 def _translations(

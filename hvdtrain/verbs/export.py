@@ -7,9 +7,9 @@ import os
 import shutil
 import stat
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
@@ -21,9 +21,7 @@ from hvdtrain.rundir.trained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Trained, op
 from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.loading import loading_of
 from hvdtrain.verbs.options import ExportOptions
-
-if TYPE_CHECKING:
-    from torch.export import ExportedProgram
+from hvdtrain.verbs.programs import further_files
 
 _WEIGHTS = "model.safetensors"
 
@@ -51,9 +49,9 @@ def export(options: ExportOptions) -> int:
         dtype = getattr(torch, options.dtype)
         weights = {name: w.to(dtype) if w.is_floating_point() else w for name, w in weights.items()}
     how = loading_of(trained, options.merged)
-    program = how.program(weights) if options.program else None
+    further = further_files(how, weights, options)
     try:
-        num_bytes = write_model(trained.folder, weights, output, how.note, program, names)
+        num_bytes = write_model(trained.folder, weights, output, how.note, further, names)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
     count = sum(tensor.numel() for tensor in weights.values())
@@ -102,7 +100,7 @@ def write_model(
     weights: dict[str, Tensor],
     output: Path,
     note: str = "",
-    program: ExportedProgram | None = None,
+    further: Mapping[str, bytes] | None = None,
     names: Names | None = None,
 ) -> int:
     """Write weights beside copies of `files`, all at once; returns the bytes of the weights.
@@ -112,7 +110,7 @@ def write_model(
         weights: by name.
         output: the folder to write.
         note: what README.md there says; nothing: there is none.
-        program: also written, as model.pt2.
+        further: what other files hold, by name.
         names: of the file of weights, and of what is not copied.
 
     Raises:
@@ -130,8 +128,8 @@ def write_model(
             _write_config(files, weights, temporary)
         if note:
             (temporary / "README.md").write_text(note)
-        if program is not None:
-            torch.export.save(program, temporary / "model.pt2")
+        for name, content in (further or {}).items():
+            (temporary / name).write_bytes(content)
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         # transformers refuses a file that does not say which framework wrote it.
         safetensors.torch.save_file(weights, temporary / names.weights, metadata={"format": "pt"})

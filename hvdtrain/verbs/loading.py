@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ class Loading:
     """A line for a person; `{output}` stands for the directory."""
     note: str = ""
     """What README.md says; nothing where those who load it know."""
-    program: Callable[[dict[str, Tensor]], ExportedProgram] = lambda weights: _refuse()
-    """Returns torch.export's program with these weights."""
+    program: Callable[[dict[str, Tensor]], ExportedProgram] | None = None
+    """Returns torch.export's program with these weights; None where a model is not exported so."""
+    inputs: str = "images"
+    """What the program is given."""
 
 
 def loading_of(trained: Trained, is_merged: bool = False) -> Loading:
@@ -45,7 +48,11 @@ def loading_of(trained: Trained, is_merged: bool = False) -> Loading:
     if trained.is_adapter and not is_merged:
         return Loading("peft.AutoPeftModelForCausalLM.from_pretrained({output!r}); --merged writes the whole model")
     if trained.model_type:
-        return Loading(f"transformers.{auto_class_of(trained)}.from_pretrained({{output!r}})")
+        kind = auto_class_of(trained)
+        hint = f"transformers.{kind}.from_pretrained({{output!r}})"
+        if kind == SEQ2SEQ:
+            return Loading(hint)
+        return Loading(hint, "", partial(_of_transformers, trained, kind), "waves" if kind == CTC else "tokens")
     return Loading("README.md there says how to load it", _plain_note())
 
 
@@ -61,10 +68,10 @@ def auto_class_of(trained: Trained) -> str:
     return SEQ2SEQ if name and about.get("is_encoder_decoder") is True else "AutoModelForCausalLM"
 
 
-def _refuse() -> ExportedProgram:
-    raise ConfigError(
-        "--program is for classifiers of images: of other models, call torch.export.export with an input of theirs"
-    )
+def _of_transformers(trained: Trained, kind: str, weights: dict[str, Tensor]) -> ExportedProgram:
+    from hvdtrain.recipes.transformers_models.as_program import program_of
+
+    return program_of(trained, weights, kind)
 
 
 def _program(about: Description, weights: dict[str, Tensor], source: str) -> ExportedProgram:
@@ -81,7 +88,7 @@ def _program(about: Description, weights: dict[str, Tensor], source: str) -> Exp
             return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("images")},))
     except Exception as error:  # whatever tracing a model raises
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--program: torch.export cannot follow {about.name}: {reason}") from error
+        raise ConfigError(f"torch.export cannot follow {about.name}: {reason}") from error
 
 
 def _classifier_note(about: Description) -> str:
@@ -113,7 +120,8 @@ def _classifier_note(about: Description) -> str:
 
 It is shown images `{shape}`: the shorter side resized to {about.resize} pixels, the middle cut out, brought from
 0..255 to 0..1, less the mean {list(about.mean)}, divided by the standard deviation {list(about.std)}.
-`model.pt2`, if it is here, is the same for torch alone: `torch.export.load("model.pt2").module()(images)`.
+`model.pt2`, if it is here, is the same for torch alone: `torch.export.load("model.pt2").module()(images)`; `model.onnx`
+for onnxruntime: `onnxruntime.InferenceSession("model.onnx").run(["logits"], {{"images": images}})`, of numpy's arrays.
 """
 
 

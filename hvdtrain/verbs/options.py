@@ -115,7 +115,10 @@ class ExportOptions(Section):
     """Of a run with adapters (--model.lora-rank): write the whole model, the adapters added to its weights. Otherwise
     the adapters alone are written, as peft loads them."""
     program: bool = False
-    """Also write model.pt2, the program of an image classifier as torch.export makes it: it needs torch alone."""
+    """Also write model.pt2, the program as torch.export makes it, which needs torch alone: logits of images, of tokens
+    or of waves. Not of encoder-decoders and models of one's own."""
+    format: Literal["safetensors", "onnx"] = "safetensors"
+    """onnx: also write model.onnx, the same for onnxruntime and others, without torch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,11 @@
-"""The recipe seq2seq on two ranks, and what its run is used for: translated with, exported."""
+"""The recipe seq2seq on two ranks, and what its run is used for: translated with, exported; ctc on spoken words."""
 
+import importlib.util
 import json
+import shutil
 
 import pytest
+from conftest import REPOSITORY
 from hugging import import_transformers
 
 pytestmark = pytest.mark.beside
@@ -34,3 +37,28 @@ def test_trained_on_two_ranks_and_translated_with(hvdtrain, called, tmp_path):
     assert done.code == 0, done.text
     assert "transformers.AutoModelForSeq2SeqLM.from_pretrained" in done.out
     transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+
+
+def test_words_that_espeak_speaks_are_learned_and_written_down(called, tmp_path):
+    """Real speech, where a synthesiser is at hand; how well it is heard after minutes stands in benchmarks/results."""
+    import_transformers()
+    for library in ("soundfile", "jiwer", "soxr"):  # espeak-ng speaks at 22,050 Hz
+        pytest.importorskip(library)
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("espeak-ng is not installed")
+    spec = importlib.util.spec_from_file_location("spoken_words", REPOSITORY / "benchmarks" / "spoken_words.py")
+    spoken_words = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(spoken_words)
+    spoken_words.speak(tmp_path / "clips", 16)
+    where = ("--data.path", "clips", "--data.cache-dir", "cache", "--run-dir", "run")
+    done = called("train", "ctc", *where, "--train.steps", "12", "--train.global-batch-size", "4", "--log.every", "1")
+    assert done.code == 0, done.text
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert {"val/wer", "val/cer"} <= lines[-1].keys()
+    done = called("predict", "run", "clips/00000.wav")
+    assert done.code == 0, done.text
+    assert done.out.startswith("clips/00000.wav ")
+    done = called("export", "run", "--output", "out")
+    assert "transformers.AutoModelForCTC.from_pretrained" in done.out

@@ -23,9 +23,10 @@ from hvdtrain.models.mlp import Mlp
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.confusion import FILE, ConfusionMatrix
 from hvdtrain.recipes.given import apply
-from hvdtrain.recipes.image_models import Description, read_description
+from hvdtrain.recipes.image_models import Description, load_classifier, read_description
 from hvdtrain.recipes.resnet_task import ClassificationLoss
 from hvdtrain.settings.values import Source
+from hvdtrain.verbs import programs
 from hvdtrain.verbs.predict import read_image
 
 SMALL = {"model": {"name": "resnet20"}, "labels": {"smoothing": 0.1}}
@@ -102,6 +103,32 @@ def test_an_export_says_how_it_is_loaded(trained, capsys):
     with torch.no_grad():
         torch.testing.assert_close(program(images), names["model"](images), rtol=1e-4, atol=1e-4)
     assert read_description(folder / "out").classes == tuple(map(str, range(10)))
+
+
+def test_an_export_as_onnx_answers_as_torch_does(trained, capsys):
+    """For any number of images, in a file of its own."""
+    folder, _, _ = trained
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(library)
+    import onnxruntime
+
+    assert run_cli("export", folder / "run", "--output", folder / "as-onnx", "--format", "onnx") == 0
+    session = onnxruntime.InferenceSession(folder / "as-onnx" / "model.onnx")
+    about, weights = read_description(folder / "as-onnx"), folder / "as-onnx" / "model.safetensors"
+    model = load_classifier(about, safetensors.torch.load_file(weights), "it")
+    for number in (1, 5):
+        images = torch.randn(number, 3, SIZE, SIZE)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_is_refused_in_a_sentence_where_its_libraries_are_missing(trained, capsys, monkeypatch):
+    folder, _, _ = trained
+    monkeypatch.setattr(programs, "_LIBRARIES", ("torch", "onnx_that_is_not_there"))
+    assert run_cli("export", folder / "run", "--output", folder / "none", "--format", "onnx") == 2
+    assert "--format onnx needs onnx_that_is_not_there: pip install 'hvdtrain[onnx]'" in capsys.readouterr().err
+    assert not (folder / "none").exists()
 
 
 def test_predict_answers_as_the_evaluation_does(trained, capsys):
@@ -198,6 +225,8 @@ def test_a_recipe_of_ones_own_is_exported_too(tmp_path, capsys):
     hvdtrain.train(Line(train=hvdtrain.TrainConfig(steps=2, global_batch_size=4)), run_dir=tmp_path / "run")
     assert run_cli("export", tmp_path / "run", "--program") == 2
     assert "--program is for classifiers" in capsys.readouterr().err
+    assert run_cli("export", tmp_path / "run", "--format", "onnx") == 2
+    assert "--format onnx is for classifiers" in capsys.readouterr().err
     assert run_cli("export", tmp_path / "run") == 0
     weights = safetensors.torch.load_file(tmp_path / "run" / "export" / "model.safetensors")
     torch.nn.Linear(1, 1).load_state_dict(weights)

@@ -10,6 +10,8 @@ from hugging import import_transformers
 
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.ctc import ClipsConfig, HearingConfig, HearingEvalConfig, ctc
+from hvdtrain.recipes.transformers_models.as_program import program_of
+from hvdtrain.rundir.trained import open_trained
 
 transformers = import_transformers()
 soundfile = pytest.importorskip("soundfile")
@@ -82,6 +84,11 @@ def test_the_loss_is_transformers_own_and_its_files_load(place, kind):
     one, other = model(given.input_values).logits, task.model(waves[:1, : lengths[0]]).logits
     assert torch.allclose(one, other, atol=1e-4)
     assert model.config.architectures == [type(task.model).__name__]
+    if kind == "HubertConfig":
+        trained = open_trained(place, "latest")
+        program = program_of(trained, trained.weights, "AutoModelForCTC").module()
+        longer = torch.randn(3, 12_345)
+        assert torch.allclose(program(longer), model(longer).logits, atol=1e-4)
 
 
 def test_a_model_that_normalises_over_time_gets_clips_one_at_a_time(place):

@@ -4,12 +4,14 @@ import ast
 import html
 import importlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 
 import pages
 import pytest
+from browser import visit, why_no_browser
 
 import hvdtrain
 from hvdtrain import cli, errors
@@ -108,20 +110,104 @@ def has_sphinx():
     return all(importlib.util.find_spec(name) for name in ("sphinx", "furo", "myst_parser"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not has_sphinx(), reason="launch/setup.sh has not yet installed sphinx, furo and myst-parser here")
-def test_the_site_is_built_without_a_warning(tools, tmp_path):
-    site = tmp_path / "site"
-    options = ["--fail-on-warning", "--keep-going", "-q", "-d", str(tmp_path / "doctrees")]
-    command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(site)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built without a warning."""
+    if not has_sphinx():
+        pytest.skip("launch/setup.sh has not yet installed sphinx, furo and myst-parser here")
+    folder = tmp_path_factory.mktemp("docs")
+    options = ["--fail-on-warning", "--keep-going", "-q", "-d", str(folder / "doctrees")]
+    command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(folder / "site")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tools, site):
     settings, messages = (words_of(site / f"{name}.html") for name in ("settings", "troubleshooting"))
     recipes = {name for recipe in RECIPES for name in known_flags(load_recipe(recipe))}
     for name in recipes | set(all_settings("optim.")):
         assert f"--{name.replace('_', '-')}" in settings
     texts = {text for message in tools("messages_page").all_messages() for text in message.texts}
     assert [text for text in texts if " ".join(text.split()) not in messages] == []
+
+
+# In a page: what a browser has made of it, what sticks out to the right, and what was fetched for it.
+READER = """
+<script>
+addEventListener("load", () => setTimeout(() => {
+  const shown = document.documentElement.clientWidth;
+  const found = {width: innerWidth, too_wide: document.documentElement.scrollWidth > shown, out: [],
+    dark: matchMedia("(prefers-color-scheme: dark)").matches, page: location.pathname.split("/").pop(),
+    fetched: performance.getEntriesByType("resource").map((entry) => entry.name)};
+  if (found.too_wide)
+    for (const one of document.querySelectorAll("article *, header *, footer *"))
+      if (one.getBoundingClientRect().right > shown + 1) found.out.push(one.outerHTML.slice(0, 100));
+  parent.postMessage(found, "*");
+}, 200));
+</script>
+"""
+# Around several pages, since a window of Chromium's is 500 pixels wide at least: collects what they say.
+FRAMES = """<!DOCTYPE html><html><body>{frames}<pre id="found"></pre><script>
+const all = [];
+addEventListener("message", ({{data}}) => {{
+  all.push(data); document.getElementById("found").textContent = JSON.stringify(all);
+}});
+</script></body></html>
+"""
+# A kind of page, and the widths it is looked at in: prose, generated tables, messages, docstrings, blocks of code.
+VISITED = [("index", 390), ("index", 1280), ("settings", 390), ("troubleshooting", 390), ("api", 390), ("api", 1280)]
+VISITED += [("how-to/vision", 390), ("genindex", 390)]
+
+
+@pytest.fixture
+def look(tmp_path):
+    """Open pages, `(file, width)`, in one browser; returns what became of each, and what they said."""
+    if reason := why_no_browser():
+        pytest.skip(reason)
+
+    def look(pages, is_dark=False):
+        frames = []
+        for number, (file, width) in enumerate(pages):
+            copy = file.with_name(f"{tmp_path.name}-{number}.html")  # beside it, for its links
+            copy.write_text(file.read_text().replace("</body>", f"{READER}</body>"))
+            frames.append(f'<iframe src="file://{copy}" style="width: {width}px; height: 900px; border: 0"></iframe>')
+        whole = tmp_path / "frames.html"
+        whole.write_text(FRAMES.format(frames="".join(frames)))
+        seen = visit(whole, tmp_path, is_dark=is_dark)
+        found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', seen.dom, re.DOTALL)[1]))
+        assert len(found) == len(pages)
+        return sorted(found, key=lambda one: one["page"]), seen.console
+
+    return look
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+def test_pages_in_a_browser(site, look, is_dark):
+    """They say nothing on the console, are no wider than the screen, and fetch nothing from elsewhere."""
+    found, console = look([(site / f"{page}.html", width) for page, width in VISITED], is_dark)
+    assert console == []
+    assert [(one["width"], one["dark"]) for one in found] == [(width, is_dark) for _, width in VISITED]
+    assert [one["out"][:3] for one in found if one["too_wide"]] == []
+    elsewhere = [name for one in found for name in one["fetched"] if not name.startswith(("file:", "data:"))]
+    assert elsewhere == []
+
+
+@pytest.mark.slow
+def test_the_browser_would_tell(tmp_path, look):
+    """The test above can fail: what is too wide, what is asked for elsewhere and what is said are seen."""
+    page = tmp_path / "bad.html"
+    wide = '<article><div style="width: 500px">wide</div></article>'
+    page.write_text(
+        f"<html><body>{wide}<img src='http://127.0.0.1:9/a.png'><script>console.error('no')</script></body>"
+    )
+    (found,), console = look([(page, 390)])
+    assert found["too_wide"]
+    assert "500px" in "".join(found["out"])
+    assert found["fetched"] == ["http://127.0.0.1:9/a.png"]
+    assert any("no" in line for line in console)
 
 
 def words_of(page):

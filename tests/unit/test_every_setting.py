@@ -134,6 +134,7 @@ ELSEWHERE = {
         (
             *("data.max_source_length", "data.max_target_length", "data.source_field", "data.source_prefix"),
             *("data.target_field", "eval.beams", "eval.bleu_tokenizer", "eval.samples"),
+            *("data.source_language", "data.target_language"),
         ),
         "unit/test_seq2seq.py",
     ),

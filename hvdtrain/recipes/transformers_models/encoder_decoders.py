@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,9 +44,7 @@ class PairLoss:
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return logits, `(n, T, V)`, of samples that pass through the model together."""
         sources, is_text, targets = batch
-        whole: Any = model
-        # The model's own way to put what begins a target before it: T5 and BART begin with different tokens.
-        before = whole.prepare_decoder_input_ids_from_labels(labels=targets)
+        before = before_targets(model, targets)
         output = run(model, {"input_ids": sources, "attention_mask": is_text, "decoder_input_ids": before})
         logits: Tensor = output.logits
         return logits
@@ -59,6 +58,25 @@ class PairLoss:
         return F.cross_entropy(
             logits, targets.flatten(), ignore_index=NOTHING, label_smoothing=smoothing, reduction="sum"
         )
+
+
+def before_targets(model: nn.Module, targets: Tensor) -> Tensor:
+    """Return what is before each token of the targets, int64 `(n, T)`.
+
+    Raises:
+        ConfigError: the model does not say what begins a target.
+    """
+    whole: Any = model
+    # The model's own way to put what begins a target before it: T5 and BART begin with different tokens.
+    own: Callable[..., Tensor] | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own(labels=targets)
+    begin = getattr(whole.config, "decoder_start_token_id", None)
+    if begin is None:
+        raise ConfigError("the model's config.json has no decoder_start_token_id, which begins a target: add it")
+    before = targets.new_full(targets.shape, begin)  # M2M100 and NLLB do it within forward alone
+    before[:, 1:] = targets[:, :-1]
+    return before.masked_fill(before == NOTHING, whole.config.pad_token_id or 0)
 
 
 def _rows(batch: Batch) -> list[Batch]:
@@ -83,7 +101,12 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
     model.eval()
     try:
         alone = torch.stack([loss(model, row)["loss"] for row in _rows(batch)])
-        theirs = torch.stack([_their_own(model, row) for row in _rows(batch)])
+        outputs = [_their_own(model, row) for row in _rows(batch)]
+        theirs = torch.stack([output.loss * row[2].numel() for output, row in zip(outputs, _rows(batch), strict=True)])
+        begins_otherwise = any(
+            _difference(output.logits[0], loss.logits(model, row)[0]) > _TOLERANCE
+            for output, row in zip(outputs, _rows(batch), strict=True)
+        )
         together = loss.logits(model, batch)
         difference = max(
             _difference(loss.logits(model, row)[0], other[: row[2].shape[1]])
@@ -93,6 +116,10 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
         raise ConfigError(f"this model cannot be trained on pairs: {' '.join(str(error).split())[:300]}") from error
     finally:
         model.train()
+    if begins_otherwise:
+        raise ConfigError(
+            "this model cannot be trained on pairs: given labels, it puts something else before them than it says"
+        )
     lines = []
     if not torch.allclose(alone, theirs, rtol=_TOLERANCE, atol=_TOLERANCE):
         lines.append(
@@ -111,10 +138,9 @@ def _difference(alone: Tensor, together: Tensor) -> float:
     return float((together - alone).norm() / spread.norm().clamp_min(1e-30))
 
 
-def _their_own(model: nn.Module, row: Batch) -> Tensor:
+def _their_own(model: nn.Module, row: Batch) -> Any:
     sources, is_text, targets = row
-    output = run(model, {"input_ids": sources, "attention_mask": is_text, "labels": targets})
-    return output.loss * targets.numel()  # type: ignore[no-any-return]
+    return run(model, {"input_ids": sources, "attention_mask": is_text, "labels": targets})
 
 
 @torch.no_grad()
