@@ -30,6 +30,7 @@ from hvdtrain.verbs.table import VERB_SYNONYMS, VERBS, Verb
 if TYPE_CHECKING:
     from hvdtrain.settings import OptimConfig
     from hvdtrain.trainer import Recipe
+    from hvdtrain.verbs.sweep.grid import Grid
 
 PROGRAM = "python -m hvdtrain"
 _HELP_ALL = "--help-all"
@@ -47,11 +48,15 @@ class Invocation:
     options: Any
     recipe_name: str = ""
     recipe: Recipe | None = None
+    grid: Grid | None = None
+    """Of a verb that takes several values of settings."""
 
     def run(self) -> int:
         """Do it; returns the exit code."""
         module, _, function = VERBS[self.verb].answer.partition(":")
         answer = getattr(importlib.import_module(module), function)
+        if self.grid is not None:
+            return int(answer(self.grid, self.options))
         return int(answer(self.recipe_name, self.recipe, self.options) if self.recipe else answer(self.options))
 
 
@@ -67,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hvdtrain.install.__main__ import main as set_up
 
         return set_up(arguments[1:])
+    if arguments[:1] in (["-np"], ["--np"]) and arguments[2:3] == ["sweep"]:  # it starts the ranks of each trial
+        arguments = [*arguments[2:], "-np", arguments[1]]
     if arguments[:1] in (["-np"], ["--np"]):
         from hvdtrain.process.job import start_ranks
 
@@ -176,6 +183,11 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     options = make_options(verb.options, {flag: words for flag, words in given.items() if flag in of_verb})
     for_recipe = {flag: words for flag, words in given.items() if flag not in of_verb}
     layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
+    if verb.has_grid:
+        from hvdtrain.verbs.sweep.grid import read_grid
+
+        grid = read_grid(recipe_name, recipe, layers, for_recipe, known, options)
+        return Invocation(name, options, recipe_name, grid.first, grid)
     recipe = apply(recipe, [*layers, (nested(for_recipe), COMMAND_LINE)])
     if isinstance(options, TrainOptions):
         options = dataclasses.replace(
