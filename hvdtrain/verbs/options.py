@@ -108,7 +108,7 @@ class SweepOptions(RecipeOptions):
     sweep__goal: Literal["min", "max"] = "min"
     """Whether a small or a large one is good."""
     slurm: bool = False
-    """Submit the trials as an array of Slurm jobs instead of training here; the same command later shows how it went."""
+    """Submit the trials as an array of Slurm jobs instead of training here; the same command shows how they go."""
     slurm_file: Path = Path("launch/slurm.sbatch")
     """Job file of an array, as launch/slurm.sbatch is one: edited for your cluster."""
     sbatch: str = ""
@@ -190,7 +190,7 @@ class ReportOptions(Section):
     """Write a page of HTML with the curves, settings and machines of one run, or of several side by side."""
 
     run_dirs: tuple[Path, ...] = setting((), path="directory")
-    """Directories of runs."""
+    """Directories of runs, and of sweeps, whose trials are shown."""
     output: Path | None = setting(None, path="new file")
     """File to write; None: report.html in the first directory."""
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from hvdtrain.errors import LaunchError, StopRequested
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.rundir.lock import claim
-from hvdtrain.verbs.kit import counted, write_line
+from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.options import SweepOptions
 from hvdtrain.verbs.sweep.folder import SweepFolder, open_sweep
 from hvdtrain.verbs.sweep.grid import Grid, label_of
-from hvdtrain.verbs.sweep.local import Ended, train_trials
+from hvdtrain.verbs.sweep.local import Ended, say, train_trials
 from hvdtrain.verbs.sweep.proposals import check_optuna
 from hvdtrain.verbs.sweep.results import counts_of, results_of, summary_of, table_of, write_results
 from hvdtrain.verbs.sweep.slurm import array_command, check_slurm, submit, waiting_tasks
@@ -65,28 +65,24 @@ def _held(sweep: SweepFolder) -> Iterator[None]:
         held.release()
 
 
-def _say(text: str) -> None:
-    write_line(text, sys.stdout)
-
-
 def _say_beginning(grid: Grid, sweep: SweepFolder) -> None:
     what = counts_of(results_of(sweep)) if sweep.trials else "nothing was trained yet"
     if grid.options.sweep__optuna:
         what += f", {counted(grid.options.sweep__optuna, 'proposal')} in all"
-    _say(f"sweep of {grid.recipe_name} in {sweep.path}: {what}")
+    say(f"sweep of {grid.recipe_name} in {sweep.path}: {what}")
 
 
 def _dry_run(grid: Grid, sweep: SweepFolder, options: SweepOptions) -> int:
     """Print the trials; nothing is written."""
     lines = [label_of(one.values, one.values) for one in grid.combinations]
     if not lines:
-        _say(f"sweep of {grid.recipe_name}: {counted(options.sweep__optuna or 0, 'proposal')} of Optuna's, one by one")
+        say(f"sweep of {grid.recipe_name}: {counted(options.sweep__optuna or 0, 'proposal')} of Optuna's, one by one")
         return 0
-    _say(f"sweep of {grid.recipe_name} in {sweep.path}: {counted(len(lines), 'trial')}")
+    say(f"sweep of {grid.recipe_name} in {sweep.path}: {counted(len(lines), 'trial')}")
     for line in lines:
-        _say(f"  {line}")
+        say(f"  {line}")
     if options.slurm:
-        _say(f"by: {' '.join(array_command(sweep, grid.recipe_name, sweep.trials, options))}")
+        say(f"by: {' '.join(array_command(sweep, grid.recipe_name, sweep.trials, options))}")
     return 0
 
 
@@ -97,14 +93,14 @@ def _submit(grid: Grid, sweep: SweepFolder, options: SweepOptions) -> int:
     if left and not num_waiting:
         sweep.slurm_job = submit(sweep, grid.recipe_name, left, options)
         sweep.save()
-        _say(
+        say(
             f"submitted {counted(len(left), 'trial')} as array {sweep.slurm_job}: the same command, or report"
             f" {sweep.path}, shows how they go"
         )
         return 0
     _show(sweep)
     if num_waiting:
-        _say(f"{counted(num_waiting, 'trial')} of array {sweep.slurm_job} wait or run: nothing was submitted")
+        say(f"{counted(num_waiting, 'trial')} of array {sweep.slurm_job} wait or run: nothing was submitted")
     return 0
 
 
@@ -113,10 +109,10 @@ def _show(sweep: SweepFolder) -> None:
     results = results_of(sweep)
     write_results(sweep, results)
     for line in table_of(sweep, results) if results else ():
-        _say(line)
+        say(line)
     for line in summary_of(sweep, results) if results else ():
-        _say(line)
-    _say(f"{counts_of(results)}; {sweep.path}/results.csv has the table, report {sweep.path} the curves")
+        say(line)
+    say(f"{counts_of(results)}; {sweep.path}/results.csv has the table, report {sweep.path} the curves")
 
 
 def _conclude(sweep: SweepFolder, ended: Ended) -> int:

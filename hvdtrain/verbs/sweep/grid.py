@@ -1,4 +1,4 @@
-"""What a sweep trains: every combination of the values given, or some that are drawn. Each is checked as `train` would."""
+"""What a sweep trains: every combination of the values given, or some that are drawn; each checked as by `train`."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections import deque
@@ -48,7 +49,7 @@ def train_trials(grid: Grid, sweep: SweepFolder, options: SweepOptions) -> Ended
             if request.reason:
                 break
             of = f" of {len(sweep.trials)}" if grid.combinations else ""
-            _say(f"--- trial {trial.number} ({place + 1}{of}): {label_of(trial.values, trial.values)}")
+            say(f"--- trial {trial.number} ({place + 1}{of}): {label_of(trial.values, trial.values)}")
             lines: deque[str] = deque(maxlen=_LAST_LINES)
             code = _train(grid.recipe_name, sweep, trial, options, request, lines)
             if request.reason:
@@ -78,8 +79,7 @@ def _train(
 
     def show(line: str) -> None:
         lines.append(line)
-        sys.stdout.write(line)
-        sys.stdout.flush()
+        say(line.rstrip("\n"))
 
     starter = _words(options.launcher) if options.launcher else None
     return run_job(options.np, command, show, starter=starter, is_to_stop=lambda: request.reason is not None)
@@ -100,11 +100,11 @@ def _note(sweep: SweepFolder, trial: Trial, code: int, lines: deque[str], ended:
     trial.why = ""
     if code == StopRequested.exit_code:
         ended.num_stopped += 1
-        _say(f"--- trial {trial.number} was stopped and has saved; the others go on")
+        say(f"--- trial {trial.number} was stopped and has saved; the others go on")
     elif code:
         ended.num_failed += 1
         trial.why = f"exit code {code}: {_last_words(lines)}"
-        _say(f"--- trial {trial.number} has failed, {trial.why}; the others go on")
+        say(f"--- trial {trial.number} has failed, {trial.why}; the others go on")
     sweep.save()
 
 
@@ -115,5 +115,9 @@ def _last_words(lines: deque[str]) -> str:
     return said[-1].strip()[:300] if said else "it said nothing"
 
 
-def _say(text: str) -> None:
-    write_line(text, sys.stdout)
+def say(text: str) -> None:
+    """Print a line; a reader that is gone, as `head`, ends no sweep."""
+    try:
+        write_line(text, sys.stdout)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end

@@ -1,4 +1,4 @@
-"""Trials that Optuna proposes (extra `sweep`): its TPE sampler (arXiv:2304.11127), from what earlier ones have reached."""
+"""Trials that Optuna's TPE sampler (arXiv:2304.11127) proposes from what earlier ones have reached. Extra `sweep`."""
 
 from __future__ import annotations
 

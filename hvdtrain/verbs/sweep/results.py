@@ -73,7 +73,7 @@ def result_of(sweep: SweepFolder, trial: Trial) -> Result:
     begun: State = "failed" if trial.why else "begun" if (run_dir / "config.toml").exists() else "waiting"
     evaluated = [(line["step"], _finite(line[sweep.metric])) for line in lines if sweep.metric in line]
     best = [(value, step) for step, value in evaluated if value is not None]
-    chosen = None
+    chosen: tuple[float | None, int | None] = (None, None)
     if best:
         chosen = min(best) if sweep.goal == "min" else max(best, key=lambda pair: (pair[0], -pair[1]))
     seconds = _finite(lines[-1].get("time/train_s")) if has_finished else None
@@ -83,7 +83,8 @@ def result_of(sweep: SweepFolder, trial: Trial) -> Result:
         "finished" if has_finished else begun,
         lines[-1]["step"] if lines else 0,
         evaluated[-1][1] if evaluated else None,
-        *(chosen or (None, None)),
+        chosen[0],
+        chosen[1],
         seconds,
         tuple(sorted({name for line in lines for name in line if name.startswith("val/")})),
     )
@@ -177,9 +178,7 @@ def table_of(sweep: SweepFolder, results: Sequence[Result]) -> list[str]:
         for one in results
     ]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [heads, *rows]
-    ]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [heads, *rows]]
 
 
 def summary_of(sweep: SweepFolder, results: Sequence[Result]) -> list[str]:

@@ -94,7 +94,7 @@ def read_values(words: Words, hint: Any, name: str, has_ranges: bool) -> Values:
     if not words:
         return Choices((words,))
     if len(words) > 1:
-        if any(len(split(word)) > 1 for word in words):
+        if not is_list or any(len(split(word)) > 1 for word in words):
             raise ConfigError(_one_word(flag, is_list))
         values = [Words(part for word in words for part in split(word))]
     else:
@@ -155,5 +155,5 @@ def _range(word: str, hint: Any, flag: str) -> Range | None:
     if not low < high:
         raise ConfigError(f"{flag} {word}: the lower bound comes first, and the other is greater")
     if scale == "log" and low <= 0:
-        raise ConfigError(f"{flag} {word}: there is no logarithm of {low}; write {low}..{high}:linear")
+        raise ConfigError(f"{flag} {word}: there is no logarithm of {low}; write LOW..HIGH:linear")
     return Range(low, high, scale == "log", kind is int)
