@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return set_up(arguments[1:])
     if arguments[:1] in (["-np"], ["--np"]) and arguments[2:3] == ["sweep"]:  # it starts the ranks of each trial
-        arguments = [*arguments[2:], "-np", arguments[1]]
+        arguments = [*arguments[2:], "--np", arguments[1]]
     if arguments[:1] in (["-np"], ["--np"]):
         from hvdtrain.process.job import start_ranks
 
@@ -172,6 +172,8 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     from hvdtrain.recipes.given import apply, changeable, read_toml
 
     verb, recipe = VERBS[name], load_recipe(recipe_name)
+    if verb.has_grid:  # as launchers spell it; anywhere else one dash begins a negative number
+        flags = ["--np" if word == "-np" else word for word in flags]
     if _asks_for_help(flags):
         recipe = dataclasses.replace(recipe, optim=_named_optimizer(flags, recipe))
         usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting VALUE ...]"

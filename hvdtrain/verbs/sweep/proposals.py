@@ -43,11 +43,17 @@ def propose(grid: Grid, number: int, results: Sequence[Result]) -> dict[str, Wor
     goal = "minimize" if grid.options.sweep__goal == "min" else "maximize"
     study = optuna.create_study(sampler=sampler, direction=goal)
     space = {name: _distribution(optuna, values) for name, values in grid.drawn.items()}
+    listed = {name: [plain_value(grid, name, one) for one in values.corners()] for name, values in grid.drawn.items()}
     for earlier in range(number):
         own = [one for one in results if one.trial.proposal == earlier]
         reached = [one.final for one in own if one.state == "finished" and one.final is not None]
-        if own and reached:
-            params = {name: _as_param(own[0].trial.values[name], grid.drawn[name], grid, name) for name in space}
+        if own and reached and all(_is_in(own[0].trial.values[name], grid.drawn[name], listed[name]) for name in space):
+            # Of a range the number, of a list the place.
+            params = {
+                name: value if isinstance(grid.drawn[name], Range) else listed[name].index(value)
+                for name, value in own[0].trial.values.items()
+                if name in space
+            }
             value = statistics.fmean(reached)
             study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=value))
     asked = study.ask(space)
@@ -70,12 +76,9 @@ def _as_words(param: Any, values: Values) -> Words:
     return values.words(param) if isinstance(values, Range) else values.values[param]
 
 
-def _as_param(value: Any, values: Values, grid: Grid, name: str) -> Any:
-    """Return what Optuna calls a trial's value: a number of a range, or the place in a list."""
-    if isinstance(values, Range):
-        return value
-    plain = [plain_value(grid, name, words) for words in values.values]
-    return plain.index(value)
+def _is_in(value: Any, values: Values, listed: Sequence[Any]) -> bool:
+    """Tell whether a trial's value could be proposed still: a sweep may go on with other values."""
+    return values.low <= value <= values.high if isinstance(values, Range) else value in listed
 
 
 def plain_value(grid: Grid, name: str, words: Words) -> Any:
