@@ -15,6 +15,7 @@ from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.stream_place import StreamPlace
+from hvdtrain.trainer.timeline import Timeline
 from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.trainer.wire import WireFormat
 
@@ -32,6 +33,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     WireFormat.of,
     StreamPlace.of,
     Plateau.of,
+    Timeline.of,
 )
 
 
