@@ -121,8 +121,6 @@ def prepare_process(environ: MutableMapping[str, str] = os.environ) -> Launch:
         environ.setdefault(_YIELD, "1")
     # Gradients travel in buckets of a fixed layout; fusing them further would depend on timing (world/exchange.py).
     environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-    # Torch's profiler says on standard error when it begins and ends (torch 2.13), unless told before it is loaded.
-    environ.setdefault("KINETO_LOG_LEVEL", "5")
     if not any(name.startswith("MALLOC_") for name in environ):
         _keep_memory()
     return launch

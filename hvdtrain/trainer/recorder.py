@@ -91,8 +91,8 @@ class Recorder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._profile.stop()
-        if recording.steps and not recording.steps[-1][2]:  # an exception came in the middle of it
-            self.end_step()
+        if recording.steps and not recording.steps[-1][2]:  # it was not taken, or not to its end
+            recording.steps.pop()
         self._take_operators()
         return recording
 

@@ -32,14 +32,11 @@ class Timeline(Component):
     def __init__(self, job: Job, first: int, last: int) -> None:
         self._job, self._world = job, job.world
         self._first, self._last = first, min(last, job.num_steps)
+        """Step numbers; 0: no step is to come."""
         self._ranks = job.config.profile.of_ranks(job.world.size)
         self._recorder: Recorder | None = None
         self._is_recording = False
         """On any rank."""
-        self.about = (
-            f"profile:    steps {first} to {self._last} of rank {', '.join(map(str, self._ranks))} will be in"
-            f" {job.run}/timeline.json; they take longer"
-        )
 
     @classmethod
     def of(cls, job: Job) -> Timeline | None:
@@ -59,12 +56,16 @@ class Timeline(Component):
     def attach(self, training: Training) -> None:
         """See how far the run is."""
         self._step = training.step
-        if training.step >= self._first:
-            from_here = self._step + 1
-            self._first = from_here if from_here <= self._last else self._job.num_steps + 1
-            self.about = "" if from_here > self._last else self.about
-            if not self.about:
-                self._job.log.say(f"profile:    the run is at step {self._step}: the steps to record are over")
+        self._first = max(self._first, training.step + 1)
+        if self._first > self._last:
+            self._first = 0
+            self.about = "profile:    the steps to record are over, and none is recorded"
+        else:
+            ranks = ", ".join(map(str, self._ranks))
+            self.about = (
+                f"profile:    steps {self._first} to {self._last} of rank {ranks} will be in {self._job.run.timeline};"
+                " they take longer"
+            )
 
     def begin(self, model: nn.Module) -> None:
         """Begin to record where the first step of all is to be."""
@@ -101,8 +102,6 @@ class Timeline(Component):
         with self._world.progress.during("saving"):
             own = self._recorder.stop() if self._recorder is not None else None
             self._recorder, self._is_recording = None, False
-            if own is not None and own.steps[-1][1] == own.steps[-1][2]:
-                own.steps.pop()
             offsets = clock_offsets(self._world)
             # One at a time: all of them may be more than fits into a rank's memory.
             found: list[Recording] = []

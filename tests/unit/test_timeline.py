@@ -198,7 +198,7 @@ def trained(folder, given, *callbacks):
     run, world, log = RunDirectory(folder), SoloWorld(torch.device("cpu"), Launch("none")), Said()
     task = dataclasses.replace(recipe.build(log.say), callbacks=callbacks)
     folder.mkdir(parents=True, exist_ok=True)
-    job = settle(task, recipe, world, run, log)
+    job = settle(task, recipe, world, run, log, ("seen",))
     fit(job)
     assert not {"enter", "begin_step"} & vars(world.progress).keys()
     trace = json.loads(run.timeline.read_text()) if run.timeline.exists() else None
