@@ -179,7 +179,8 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
         flags = ["--np" if word == "-np" else word for word in flags]
     if _asks_for_help(flags):
         recipe = dataclasses.replace(recipe, optim=_named_optimizer(flags, recipe))
-        usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting VALUE ...]"
+        value = "A,B,..." if verb.has_grid else "VALUE"
+        usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting {value} ...]"
         return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe, _HELP_ALL in flags)}\n"
     of_verb = known_flags(verb.options)
     known = {**all_settings("optim."), **known_flags(recipe), **of_verb}

@@ -88,7 +88,7 @@ class Timeline(Component):
         if self._is_recording and is_agreed:
             self._finish()
         elif self._recorder is not None:
-            self._recorder.stop()
+            self._recorder.drop()
         self._recorder, self._is_recording = None, False
 
     def _start(self) -> None:

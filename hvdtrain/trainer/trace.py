@@ -20,7 +20,7 @@ Interval = tuple[int, int]
 
 _STEPS, _PHASES, _COLLECTIVES, _OTHERS = 1, 2, 10, 1000
 _COMMUNICATION = "communication"
-_MOST_OPERATORS = 5
+_MOST_OPERATORS, _MOST_RANKS = 5, 4
 
 
 def trace_of(recordings: Sequence[Recording], offsets: Sequence[Offset]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def in_words(recordings: Sequence[Recording]) -> list[str]:
     if not done:
         return ["profile:    no step was recorded to its end"]
     lines = []
-    for one in done:
+    for one in done[:_MOST_RANKS]:
         step_s = statistics.fmean(end - start for _, start, end in one.steps) / 1e9
         steps = [(start, end) for _, start, end in one.steps]
         of_phases: dict[str, float] = {}
@@ -126,6 +126,8 @@ def in_words(recordings: Sequence[Recording]) -> list[str]:
         said = ", ".join(f"{_WORDS.get(name, name)} {s / step_s:.0%}" for name, s in parts if s >= 0.005 * step_s)
         lines.append(f"profile:    rank {one.rank}: a step of {step_s * 1e3:.1f} ms: {said}")
         lines += _about_communication(one, steps)
+    if len(done) > _MOST_RANKS:
+        lines.append(f"            the other {len(done) - _MOST_RANKS} ranks are in the file")
     top = done[0].top
     total = sum(seconds for _, seconds, _ in top) and sum(end - start for _, start, end in done[0].steps) / 1e9
     if total:

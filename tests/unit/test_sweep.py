@@ -270,6 +270,13 @@ def test_a_dry_run_writes_nothing(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_help_says_how_values_are_written(capsys):
+    assert main(["sweep", "lm", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "[--section.setting A,B,... ...]" in said
+    assert "--sweep.random N" in said
+
+
 def test_a_rank_starts_no_sweep(monkeypatch):
     monkeypatch.setenv("HOROVOD_RANK", "0")
     grid = grid_of(*RATES)

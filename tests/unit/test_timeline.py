@@ -124,6 +124,8 @@ def test_where_the_time_went_in_words(two):
     )
     assert "under way for 5.0 ms of it: 60% of that was hidden, 60% behind backward; 2.0 ms were waited for" in lines[1]
     assert lines[-1].endswith("by operators: aten::mm 50%")
+    many = [dataclasses.replace(two[0][0], rank=rank) for rank in range(7)]
+    assert "            the other 3 ranks are in the file" in in_words(many)
     assert in_words([Recording(0, "here")]) == ["profile:    no step was recorded to its end"]
 
 
