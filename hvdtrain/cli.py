@@ -80,8 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return start_ranks(arguments[1:])
     if is_process:
         end_on_signals()
-        # Torch's profiler says on standard error when it begins and ends (torch 2.13), unless told before it is loaded.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     # A sweep computes nothing itself, and hands its environment on to ranks, each of which prepares itself.
     launch = detect_launch() if arguments[:1] == ["sweep"] else prepare_process()
     try:

@@ -129,9 +129,9 @@ def in_words(recordings: Sequence[Recording]) -> list[str]:
     if len(done) > _MOST_RANKS:
         lines.append(f"            the other {len(done) - _MOST_RANKS} ranks are in the file")
     top = done[0].top
-    total = sum(seconds for _, seconds, _ in top) and sum(end - start for _, start, end in done[0].steps) / 1e9
+    total = sum(seconds for _, seconds in top) and sum(end - start for _, start, end in done[0].steps) / 1e9
     if total:
-        named = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds, _ in top[:_MOST_OPERATORS])
+        named = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in top[:_MOST_OPERATORS])
         lines.append(f"            most of rank {done[0].rank}'s time by operators: {named}")
     return lines
 

@@ -5,11 +5,14 @@ import gzip
 import itertools
 import json
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from portraits import small
 from thread_world import run_ranks
+from torch.profiler import ProfilerActivity, profile
 
 from hvdtrain import Callback
 from hvdtrain.errors import ConfigError
@@ -20,7 +23,7 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import ProfileConfig
 from hvdtrain.settings.values import Source, nested
 from hvdtrain.trainer import fit, settle
-from hvdtrain.trainer.recorder import Recording
+from hvdtrain.trainer.recorder import Recording, longest
 from hvdtrain.trainer.trace import in_lanes, in_words, overlap, trace_of, union
 from hvdtrain.world import SoloWorld
 from hvdtrain.world.clocks import Offset, offset_between
@@ -96,7 +99,7 @@ def two():
                 steps=[(3, shift, 12 * MS + shift)],
                 spans=[Span(s.name, s.kind, 8, s.started * MS + shift, s.ended * MS + shift) for s in spans],
                 operators=operators(mm, {"ph": "M", "name": "x"}, {"ph": "s", "id": 1, "ts": 1, "pid": 77, "tid": 77}),
-                top=[("aten::mm", 0.006, 3)],
+                top=[("aten::mm", 0.006)],
             )
         )
     return recordings, [Offset(0, 0), Offset(5 * MS, 1000)]
@@ -172,6 +175,25 @@ def test_collectives_are_noted_only_between_start_and_stop():
         ]
         assert spans[0].num_bytes == 16
         assert all(span.started <= span.ended for span in spans)
+
+
+def test_the_time_of_operators_by_themselves():
+    """The sums are those of torch's profiler, which are compared on what it has recorded itself."""
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(3):
+            layers(torch.ones(4, 8)).sum().backward()
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    torchs = {item.key: item.self_cpu_time_total / 1e6 for item in recorded.key_averages()}
+    found = longest(events, is_gpu=False)
+    assert len(found) == 12
+    assert [seconds for _, seconds in found] == sorted((seconds for _, seconds in found), reverse=True)
+    for name, seconds in found:
+        assert seconds == pytest.approx(torchs[name], rel=0.02, abs=2e-5)
+    kernels = [{"ph": "X", "cat": "kernel", "name": "sum", "tid": 7, "ts": 10 * n, "dur": 5} for n in range(3)]
+    assert longest([*events, *kernels], is_gpu=True) == [("sum", pytest.approx(15e-6))]
 
 
 class Ends(Callback):
