@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
-from hvdtrain.process.launch import Launch, open_outputs, prepare_process
+from hvdtrain.process.launch import Launch, detect_launch, open_outputs, prepare_process
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
 from hvdtrain.settings import NONE, nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
@@ -30,6 +30,7 @@ from hvdtrain.verbs.table import VERB_SYNONYMS, VERBS, Verb
 if TYPE_CHECKING:
     from hvdtrain.settings import OptimConfig
     from hvdtrain.trainer import Recipe
+    from hvdtrain.verbs.sweep.grid import Grid
 
 PROGRAM = "python -m hvdtrain"
 _HELP_ALL = "--help-all"
@@ -47,11 +48,15 @@ class Invocation:
     options: Any
     recipe_name: str = ""
     recipe: Recipe | None = None
+    grid: Grid | None = None
+    """Of a verb that takes several values of settings."""
 
     def run(self) -> int:
         """Do it; returns the exit code."""
         module, _, function = VERBS[self.verb].answer.partition(":")
         answer = getattr(importlib.import_module(module), function)
+        if self.grid is not None:
+            return int(answer(self.grid, self.options))
         return int(answer(self.recipe_name, self.recipe, self.options) if self.recipe else answer(self.options))
 
 
@@ -67,13 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hvdtrain.install.__main__ import main as set_up
 
         return set_up(arguments[1:])
+    if arguments[:1] in (["-np"], ["--np"]) and arguments[2:3] == ["sweep"]:  # it starts the ranks of each trial
+        arguments = [*arguments[2:], "--np", arguments[1]]
     if arguments[:1] in (["-np"], ["--np"]):
         from hvdtrain.process.job import start_ranks
 
         return start_ranks(arguments[1:])
     if is_process:
         end_on_signals()
-    launch = prepare_process()
+    # A sweep computes nothing itself, and hands its environment on to ranks, each of which prepares itself.
+    launch = detect_launch() if arguments[:1] == ["sweep"] else prepare_process()
     try:
         return _run(arguments, launch)
     except StoppedEarly as stop:
@@ -165,9 +173,12 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     from hvdtrain.recipes.given import apply, changeable, read_toml
 
     verb, recipe = VERBS[name], load_recipe(recipe_name)
+    if verb.has_grid:  # as launchers spell it; anywhere else one dash begins a negative number
+        flags = ["--np" if word == "-np" else word for word in flags]
     if _asks_for_help(flags):
         recipe = dataclasses.replace(recipe, optim=_named_optimizer(flags, recipe))
-        usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting VALUE ...]"
+        value = "A,B,..." if verb.has_grid else "VALUE"
+        usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting {value} ...]"
         return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe, _HELP_ALL in flags)}\n"
     of_verb = known_flags(verb.options)
     known = {**all_settings("optim."), **known_flags(recipe), **of_verb}
@@ -176,6 +187,11 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     options = make_options(verb.options, {flag: words for flag, words in given.items() if flag in of_verb})
     for_recipe = {flag: words for flag, words in given.items() if flag not in of_verb}
     layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
+    if verb.has_grid:
+        from hvdtrain.verbs.sweep.grid import read_grid
+
+        grid = read_grid(recipe_name, recipe, layers, for_recipe, known, options)
+        return Invocation(name, options, recipe_name, grid.first, grid)
     recipe = apply(recipe, [*layers, (nested(for_recipe), COMMAND_LINE)])
     if isinstance(options, TrainOptions):
         options = dataclasses.replace(

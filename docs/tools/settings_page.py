@@ -12,7 +12,7 @@ from hvdtrain.cli import VERBS
 from hvdtrain.optim.table import OPTIMIZERS, settings_class
 from hvdtrain.recipes import RECIPES, load_recipe
 from hvdtrain.settings import Config
-from hvdtrain.settings.common import SHORT
+from hvdtrain.settings.common import SHORT, option_name
 from hvdtrain.settings.fields import alternatives, fields_of, hints_of, range_of
 from hvdtrain.settings.help import docs_of
 
@@ -95,7 +95,7 @@ def _entries(prefix: str, kind: type[Any], values: Any, without: set[str]) -> It
         value = getattr(values, item.name) if values is not None else item.default
         if item.name in without or dataclasses.is_dataclass(value):
             continue
-        flag = f"--{prefix}{item.name.rstrip('_')}".replace("_", "-")
+        flag = f"--{prefix}{option_name(item.name)}".replace("_", "-")
         yield f"`{flag}{_value_of(hints[item.name])}`"
         yield f": {_escaped(docs.get(item.name, ''))} {_remarks(item, value)}".rstrip()
         yield ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +19,12 @@ from types import FrameType
 from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
-from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among
+from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
 from hvdtrain.process.session import session_folder
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _MOST_RANKS = 4096
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def count_of_ranks(text: str) -> int:
@@ -59,7 +62,13 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
 
 
 def run_job(
-    ranks: int, program: Sequence[str], output: Callable[[str], object] | None = None, timeout_s: float | None = None
+    ranks: int,
+    program: Sequence[str],
+    output: Callable[[str], object] | None = None,
+    timeout_s: float | None = None,
+    *,
+    starter: Sequence[str] | None = None,
+    is_to_stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run a program on so many ranks of this machine; returns its exit code, 1 where a signal has ended it.
 
@@ -71,26 +80,28 @@ def run_job(
         program: the command of a rank.
         output: is given each line that the ranks print; None: they print where this process does.
         timeout_s: seconds after which they are ended; None: no limit.
+        starter: another command that starts the ranks of the program behind it, however many it says.
+        is_to_stop: asked now and then; once it says so the ranks are asked to save and leave, as by a signal.
 
     Raises:
         LaunchError: they cannot be started.
         TimeoutError: the time was over.
     """
     mark = uuid.uuid4().hex
-    command = command_of(ranks, program)
+    command = [*starter, *program] if starter is not None else command_of(ranks, program)
     with session_folder() as for_launcher:
         environ = {**for_launcher, **os.environ, MARK: mark, **as_owner(), **_path_to(sys.executable)}
         process = _started(command, environ, is_read=output is not None)
         try:
-            with _passing_signals_on(mark):
+            with _passing_signals_on(mark, process.pid if command == [*program] else None):
                 reader = _read_lines(process, output) if output else None
-                code = process.wait(timeout_s)
+                code = _wait(process, timeout_s, is_to_stop, lambda: ask_to_stop(mark, process.pid, command))
                 if reader:
                     reader.join()
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"{ranks} ranks had not ended after {timeout_s:g} s, and were ended") from error
         except KeyboardInterrupt:  # of a program whose own handler raises it
-            for pid in ranks_among(marked_processes(mark)):
+            for pid in ranks_among(marked_processes(mark)) or ([process.pid] if command == [*program] else []):
                 kill(pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
@@ -99,6 +110,27 @@ def run_job(
             end_all(mark)
             process.wait()
     return code if code >= 0 else 1
+
+
+def _wait(
+    process: subprocess.Popen[str], timeout_s: float | None, is_to_stop: Callable[[], bool], ask: Callable[[], bool]
+) -> int:
+    """Return the exit code; asks to stop where that is wanted, again and again until a rank has been asked.
+
+    Raises:
+        subprocess.TimeoutExpired: the time was over.
+    """
+    deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    is_asked = False
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return process.wait(min(_SECONDS_BETWEEN_LOOKS, max(left, 0.0)))
+        except subprocess.TimeoutExpired:
+            if left <= 0:
+                raise
+        if not is_asked and is_to_stop():
+            is_asked = ask()
 
 
 def _started(command: list[str], environ: dict[str, str], is_read: bool) -> subprocess.Popen[str]:
@@ -144,8 +176,11 @@ def _read_lines(process: subprocess.Popen[str], output: Callable[[str], object])
 
 
 @contextlib.contextmanager
-def _passing_signals_on(mark: str) -> Iterator[None]:
-    """Pass signals on to the ranks, where this is a process of its own: in a notebook Ctrl-C means an exception."""
+def _passing_signals_on(mark: str, alone: int | None) -> Iterator[None]:
+    """Pass signals on to the ranks, where this is a process of its own: in a notebook Ctrl-C means an exception.
+
+    A program that no launcher has started is `alone`: nothing but its process id tells that it is one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -155,7 +190,8 @@ def _passing_signals_on(mark: str) -> Iterator[None]:
         nonlocal count
         count += 1
         pids = marked_processes(mark)
-        for pid in ranks_among(pids) if count == 1 else pids:
+        ranks = ranks_among(pids) or ([alone] if alone is not None else [])
+        for pid in ranks if count == 1 else pids:
             kill(pid, signal.SIGTERM if count == 1 else signal.SIGKILL)
 
     wanted = [number for number in _STOPS if signal.getsignal(number) is signal.SIG_DFL or _is_pythons(number)]

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 MARK = "HVDTRAIN_SUPERVISED"
@@ -48,6 +49,27 @@ def end_all(mark: str) -> list[int]:
         time.sleep(0.1)
         left = marked_processes(mark)
     return left
+
+
+def ask_to_stop(mark: str, launcher: int, command: Sequence[str]) -> bool:
+    """Ask one rank to save and stop, which suffices: all ranks agree. Returns whether there is one on this host.
+
+    Otherwise the ranks are on other hosts, or not yet started: the launcher is asked, which may be done again.
+
+    Args:
+        mark: of the processes.
+        launcher: its process.
+        command: what it was started with.
+    """
+    pids = marked_processes(mark)
+    ranks = training_among(pids) or ranks_among(pids)
+    if ranks:
+        kill(min(ranks), signal.SIGTERM)
+        return True
+    # Launchers but horovodrun pass SIGUSR1 on.
+    is_horovodrun = Path(command[0]).name == "horovodrun"
+    kill(launcher, signal.SIGTERM if is_horovodrun else signal.SIGUSR1)
+    return False
 
 
 def _is_python(pid: int) -> bool:

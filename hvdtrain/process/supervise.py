@@ -21,13 +21,12 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.hosts import lost_hosts, named_hosts, restricted, run_directory
-from hvdtrain.process.marked import MARK, end_all, kill, marked_processes, ranks_among, training_among
+from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
 from hvdtrain.process.run_files import named_checkpoint
 from hvdtrain.process.session import session_folder
 
@@ -164,16 +163,8 @@ class Supervisor:
 
     def _ask_to_stop(self) -> None:
         """Ask one rank to stop, which suffices: all ranks agree."""
-        pids = marked_processes(self.mark)
-        ranks = training_among(pids) or ranks_among(pids)
-        if ranks:
-            kill(min(ranks), signal.SIGTERM)
-            self._is_passed_on = True
-        elif self._process is not None:
-            # The ranks are on other hosts, or not yet started; asked again until then, which does no harm. Launchers
-            # but horovodrun pass SIGUSR1 on.
-            is_horovodrun = Path(self.command[0]).name == "horovodrun"
-            kill(self._process.pid, signal.SIGTERM if is_horovodrun else signal.SIGUSR1)
+        if self._process is not None:
+            self._is_passed_on = ask_to_stop(self.mark, self._process.pid, self.command)
 
 
 def _exit_code(code: int) -> int:

@@ -78,6 +78,11 @@ class RunDirectory:
         """Return the page that shows the run, where one was written."""
         return self.path / "report.html"
 
+    @property
+    def timeline(self) -> Path:
+        """Return the file of `--profile.timeline`, where it was given."""
+        return self.path / "timeline.json"
+
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank."""
         return self.path / "logs" / f"rank-{rank:03d}.log"

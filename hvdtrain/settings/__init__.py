@@ -3,6 +3,7 @@
 from hvdtrain.settings.batch import BatchPlan, keep_batch, plan_batch
 from hvdtrain.settings.comm import CommConfig
 from hvdtrain.settings.fields import Section, changeable_settings, setting
+from hvdtrain.settings.profiling import ProfileConfig
 from hvdtrain.settings.sections import (
     CheckpointConfig,
     Config,
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Precision",
+    "ProfileConfig",
     "Section",
     "TrainConfig",
     "changeable_settings",

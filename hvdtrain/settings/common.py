@@ -35,6 +35,11 @@ def full_name(name: str, known: Collection[str]) -> str:
     return next((setting for setting in SHORT.get(name, ()) if setting in known), name)
 
 
+def option_name(field: str) -> str:
+    """Return how an option's flag is called: `from` of the field `from_`, `sweep.random` of `sweep__random`."""
+    return field.rstrip("_").replace("__", ".")
+
+
 def short_name(setting: str) -> str | None:
     """Return the short name of a setting, if it has one."""
     return next((short for short, settings in SHORT.items() if setting in settings), None)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.settings.common import full_name
+from hvdtrain.settings.common import full_name, option_name
 from hvdtrain.settings.fields import alternatives, check_range, fields_of, hints_of
 from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, convert
@@ -49,7 +49,7 @@ def stray(word: str) -> ConfigError:
 def known_flags(config: Any) -> dict[str, Any]:
     """Return the type of every setting of a configuration, an instance or a class without sections, by its name."""
     if isinstance(config, type):
-        return {name.rstrip("_"): hint for name, hint in hints_of(config).items()}
+        return {option_name(name): hint for name, hint in hints_of(config).items()}
     return {name: hints_of(type(section))[item.name] for name, item, section in fields_of(config)}
 
 
@@ -80,14 +80,15 @@ def _is_list(hint: Any) -> bool:
 
 
 def make_options(kind: type[Any], flags: Mapping[str, Words]) -> Any:
-    """Return an instance of a flat dataclass from its flags. Fields named after Python's own words end with `_`.
+    """Return an instance of a flat dataclass from its flags. `option_name` says which field a flag belongs to.
 
     Raises:
         ConfigError: a value of the wrong type or out of its range, or one that is needed and missing.
     """
     hints, values = hints_of(kind), {}
     for item in dataclasses.fields(kind):
-        words, flag = flags.get(item.name.rstrip("_")), COMMAND_LINE.name(item.name.rstrip("_"))
+        name = option_name(item.name)
+        words, flag = flags.get(name), COMMAND_LINE.name(name)
         if words is not None:
             values[item.name] = convert(words, hints[item.name], flag)
             check_range(item, flag, values[item.name])

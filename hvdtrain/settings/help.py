@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from hvdtrain.settings.common import COMMON, short_name
+from hvdtrain.settings.common import COMMON, option_name, short_name
 from hvdtrain.settings.fields import alternatives, fields_of, hints_of, is_optional, range_of
 
 _VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -75,7 +75,7 @@ def _section(title: str, about: str, prefix: str, kind: type[Any], config: Any, 
     width = min(100, shutil.get_terminal_size().columns)
     for item in dataclasses.fields(kind):
         value = getattr(config, item.name) if config is not None else item.default
-        name = f"{prefix}{item.name.rstrip('_')}"
+        name = f"{prefix}{option_name(item.name)}"
         if dataclasses.is_dataclass(value) or not (has_all or name in COMMON):
             continue
         short = short_name(name)

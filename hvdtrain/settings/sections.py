@@ -14,6 +14,7 @@ from typing import Literal
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.comm import CommConfig
 from hvdtrain.settings.fields import Section, check_fields, setting
+from hvdtrain.settings.profiling import ProfileConfig
 from hvdtrain.settings.units import parse_duration
 
 # Schedules that multiply the rate now and then.
@@ -247,6 +248,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
 

@@ -43,6 +43,7 @@ _SETTINGS = {
     "eval.batch_size": "eval_batch_size val_batch_size test_batch_size per_device_eval_batch_size",
     "checkpoint.every": "save_every save_steps save_interval checkpoint_interval save_freq checkpoint_every save",
     "checkpoint.keep_last": "save_total_limit keep max_checkpoints save_top_k",
+    "profile.timeline": "profile profiler trace profile_steps tracing timeline",
     "model.compile": "torch_compile jit",
     "model.checkpoint_blocks": "gradient_checkpointing activation_checkpointing recompute grad_checkpointing",
     "model.sync_batch_norm": "sync_bn syncbn sync_batchnorm",

@@ -144,6 +144,12 @@ class Component:
         """
         return None
 
+    def close(self, is_agreed: bool) -> None:
+        """Let go of what it holds: called once, when training ends. Collective where `is_agreed`.
+
+        Where it is not, this rank alone has an exception, and no rank answers any more.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on needs: tensors and plain values, nested in dicts and lists."""
         return {}

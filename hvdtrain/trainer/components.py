@@ -15,6 +15,7 @@ from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
 from hvdtrain.trainer.stream_place import StreamPlace
+from hvdtrain.trainer.timeline import Timeline
 from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.trainer.wire import Traffic, WireFormat
 
@@ -33,6 +34,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     Traffic.of,
     StreamPlace.of,
     Plateau.of,
+    Timeline.of,
 )
 
 

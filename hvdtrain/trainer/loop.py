@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 
 from hvdtrain.data.stream import ENDLESS
@@ -70,7 +69,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         training.strategy.end(job.world, training)
         training.use_evaluated_weights()
         return evaluated
-    with closing(training), Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
+    with training, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run, log_due = _Run(job, training, stopwatch, saver, request), LogDue(job, training.step)
         if training.is_evaluation_due:
             run.ended = ended

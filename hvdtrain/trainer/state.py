@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -67,10 +68,20 @@ class Training:
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
 
-    def close(self) -> None:
-        """End the threads and processes that read."""
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(error is None or getattr(error, "is_on_all_ranks", False))
+
+    def close(self, is_agreed: bool = True) -> None:
+        """End the threads and processes that read, and let the components end. Collective where `is_agreed`."""
         for loader in (self.reader, *self.held_out.values()):
             loader.close()
+        for component in self.components:
+            component.close(is_agreed)
 
     def component(self, kind: type[C]) -> C | None:
         """Return the component of a class, if the job has one."""

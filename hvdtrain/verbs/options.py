@@ -86,6 +86,49 @@ class PlanOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepOptions(RecipeOptions):
+    """Train a recipe with every combination of values, a,b,c for each setting, or with some that are drawn."""
+
+    run_dir: Path | None = setting(None, path="new directory")
+    """Directory of the sweep, with a run for each trial; the same command goes on there. Default: one under runs/ that
+    the same command finds again."""
+    np: int = setting(1, above=0, maximum=4096)
+    """Ranks of each trial, on this machine."""
+    launcher: str | None = None
+    """Another command that starts the ranks of a trial, such as "mpirun -np 8 -H a:4,b:4"."""
+    sweep__random: int | None = setting(None, above=0, maximum=10**4)
+    """Draw so many combinations instead of training all. Then LOW..HIGH is a range too, evenly on a logarithmic scale;
+    LOW..HIGH:linear evenly on a plain one. Each is trained with all of --train.seed."""
+    sweep__optuna: int | None = setting(None, above=0, maximum=10**4)
+    """Let Optuna's TPE sampler propose so many, one after the other, each from the results of those before it."""
+    sweep__seed: int = setting(0, minimum=0)
+    """Of what is drawn or proposed."""
+    sweep__metric: str = "val/loss"
+    """What trials are compared by: a metric of evaluations, at the end of each run."""
+    sweep__goal: Literal["min", "max"] = "min"
+    """Whether a small or a large one is good."""
+    slurm: bool = False
+    """Submit the trials as an array of Slurm jobs instead of training here; the same command shows how they go."""
+    slurm_file: Path = Path("launch/slurm.sbatch")
+    """Job file of an array, as launch/slurm.sbatch is one: edited for your cluster."""
+    sbatch: str = ""
+    """More options of sbatch, written --sbatch="--time=60 --partition=gpu"."""
+    dry_run: bool = False
+    """Print the trials, and stop."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sweep__random and self.sweep__optuna:
+            raise ConfigError("give --sweep.random or --sweep.optuna, not both")
+        if self.np > 1 and self.launcher:
+            raise ConfigError("give -np, or a --launcher, which says itself how many ranks there are")
+        if self.slurm and (self.np > 1 or self.launcher):
+            raise ConfigError("with --slurm the job file says how many ranks a trial has: leave -np and --launcher out")
+        if self.slurm and self.sweep__optuna:
+            raise ConfigError("--sweep.optuna learns from one trial after the other: an array of --slurm runs at once")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorOptions(Section):
     """Look at the machine, the ranks and the network, and say what to mend. Exit code 1 where something is wrong."""
 
@@ -150,7 +193,7 @@ class ReportOptions(Section):
     """Write a page of HTML with the curves, settings and machines of one run, or of several side by side."""
 
     run_dirs: tuple[Path, ...] = setting((), path="directory")
-    """Directories of runs."""
+    """Directories of runs, and of sweeps, whose trials are shown."""
     output: Path | None = setting(None, path="new file")
     """File to write; None: report.html in the first directory."""
 

@@ -14,6 +14,7 @@ from hvdtrain.verbs.options import (
     PlanOptions,
     PredictOptions,
     ReportOptions,
+    SweepOptions,
     TrainOptions,
     VerifyOptions,
 )
@@ -33,6 +34,8 @@ class Verb:
     """What it does, for the overview."""
     more: str = ""
     """The option that all words after that one are values of."""
+    has_grid: bool = False
+    """Whether each setting of the recipe may have several values, `a,b`; it is then answered with a `Grid`."""
 
     @property
     def is_for_one(self) -> bool:
@@ -65,6 +68,13 @@ VERBS = {
         "measure where a step's time goes, and what would make it shorter",
     ),
     "plan": Verb("hvdtrain.verbs.plan:plan", PlanOptions, "RECIPE", "measure, and say how many workers to use"),
+    "sweep": Verb(
+        "hvdtrain.verbs.sweep:sweep",
+        SweepOptions,
+        "RECIPE",
+        "train it with several values of settings, a,b,c each, and say which are best",
+        has_grid=True,
+    ),
     "doctor": Verb(
         "hvdtrain.verbs.doctor:doctor",
         DoctorOptions,
@@ -111,6 +121,7 @@ VERB_SYNONYMS = {
     "verify": "test prove validate",
     "bench": "benchmark profile time measure speed",
     "plan": "scale predict-scaling estimate advise how-many",
+    "sweep": "grid search tune hyperparameters hpo optuna random-search grid-search",
     "doctor": "diagnose check info env status health debug",
     "generate": "sample complete chat prompt write",
     "export": "convert save to-hf upload",

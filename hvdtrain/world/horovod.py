@@ -115,11 +115,7 @@ class HorovodWorld(World):
         return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name))
 
     def _waiting(self, handle: Any) -> Callable[[], Tensor]:
-        def wait() -> Tensor:
-            with self.progress.during("communication"):
-                return cast(Tensor, hvd.synchronize(handle))
-
-        return wait
+        return _Waiting(self.progress, handle)
 
     def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
         """Reduce in one of Horovod's process sets."""
@@ -179,6 +175,24 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
             " mpirun first on PATH, and unset HOROVOD_CONTROLLER"
         )
     return HorovodWorld(launch, sets)
+
+
+class _Waiting:
+    """What waits for a collective when it is called; `is_done` tells, without waiting, whether it need not."""
+
+    def __init__(self, progress: Progress, handle: Any) -> None:
+        self._progress, self._handle = progress, handle
+
+    def __call__(self) -> Tensor:
+        with self._progress.during("communication"):
+            return cast(Tensor, hvd.synchronize(self._handle))
+
+    def is_done(self) -> bool:
+        """Any thread may ask."""
+        try:
+            return bool(hvd.poll(self._handle))
+        except (ValueError, RuntimeError):  # its result was fetched meanwhile
+            return True
 
 
 class _TensorPickler(pickle.Pickler):

@@ -63,6 +63,20 @@ def test_a_launch_shares_no_folder_with_an_earlier_one(monkeypatch, tmp_path):
         assert "".join(lines).strip() == str(tmp_path / "own")
 
 
+def test_one_rank_gets_signals_too(start):
+    """No launcher has started it, and nothing in its environment tells that it is a rank."""
+    rank = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(60)"
+    )
+    job = (
+        f"import sys; from hvdtrain.process.job import run_job; sys.exit(run_job(1, [sys.executable, '-c', {rank!r}]))"
+    )
+    process = start(sys.executable, "-c", job)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+
+
 @pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None])
 def test_numbers_of_ranks_that_are_none(ranks):
     with pytest.raises(ConfigError, match="must be a whole number"):

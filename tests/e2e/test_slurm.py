@@ -1,5 +1,7 @@
 """A real Slurm job: trained, signalled, saved, put back into the queue, finished."""
 
+import json
+import os
 import subprocess
 import sys
 import time
@@ -113,25 +115,34 @@ def test_a_job_is_requeued_and_loses_nothing(cluster, uninterrupted, tmp_path):
 
 
 @pytest.mark.slurm
-def test_each_task_of_an_array_is_a_run_of_its_own(cluster, tmp_path):
+def test_each_trial_of_a_sweep_is_a_task_of_an_array(cluster, tmp_path):
+    """The job file gives each task a run of its own, `sweep` submits it and reads what has come of it."""
     given = {
         "HOME": "/root",
-        "PATH": cluster.environ["PATH"],
+        "PATH": f"{BIN}{os.pathsep}{cluster.environ['PATH']}",
         "VIRTUAL_ENV": str(BIN.parent),
         "HVDTRAIN_ROOT": str(REPOSITORY),
-        "HVDTRAIN_RUN_DIR": str(tmp_path / "run"),
     }
-    short = ["train", RECIPE, "--train.steps", "5", "--train.seed", "%a"]
-    job = cluster.do(
-        *("sbatch", "--parsable", "--array=1,2", "--ntasks-per-node=1", f"--output={tmp_path}/%a.out", "--time=5"),
-        *(f"--export={','.join(given)}", REPOSITORY / "launch" / "slurm.sbatch", *short),
-        **given,
-    ).strip()
+    options = f"--ntasks-per-node=1 --output={tmp_path}/%a.out --time=5 --export={','.join(given)},HVDTRAIN_RUN_DIR"
+    command = [sys.executable, "-m", "hvdtrain", "sweep", RECIPE, "--train.seed", "1,2", "--train.steps", "5"]
+    command += ["--run-dir", tmp_path / "s", "--slurm", f"--sbatch={options}"]
+    command += ["--slurm-file", REPOSITORY / "launch" / "slurm.sbatch"]
+
+    def sweep():
+        environ = {**environment(), **cluster.environ, **given}
+        words = [str(word) for word in command]
+        done = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def show():
         return "\n".join(path.read_text() for path in tmp_path.glob("*.out"))
 
+    assert "submitted 2 trials as array" in (said := sweep()), said
+    job = json.loads((tmp_path / "s" / "sweep.json").read_text())["slurm_job"]
+    assert f"of array {job} wait or run: nothing was submitted" in (said := sweep()), said
     wait_for(lambda: not cluster.do("squeue", "-h", f"--jobs={job}", check=False).strip(), 120, show)
-    for task in "12":
-        assert "finished in" in (tmp_path / f"{task}.out").read_text(), show()
-        assert f"seed = {task}\n" in (tmp_path / f"run-{task}" / "config.toml").read_text()
+    for trial in "01":
+        assert "finished in" in (tmp_path / f"{trial}.out").read_text(), show()
+        assert f"seed = {int(trial) + 1}\n" in (tmp_path / "s" / f"trial-{trial}" / "config.toml").read_text()
+    assert "2 trials: 2 finished" in (said := sweep()), said

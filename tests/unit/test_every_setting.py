@@ -76,6 +76,7 @@ SHARED = {
     "health.max_skipped_steps": 1,
     "health.replica_check_every": (1, None),
     "health.noise_scale": True,
+    "profile.timeline": "2:3",
     "model.sync_batch_norm": True,
     "model.compile": ("model", "blocks"),
     "model.checkpoint_blocks": True,
@@ -130,6 +131,7 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(("model.channels_last", "model.name", "model.zero_init_gamma"), "unit/test_image_models.py"),
     **dict.fromkeys(("labels.smoothing", "optim.patience"), "unit/test_large_batches.py"),
+    "profile.ranks": "unit/test_timeline.py",
     **dict.fromkeys(
         (
             *("data.max_source_length", "data.max_target_length", "data.source_field", "data.source_prefix"),
@@ -160,6 +162,7 @@ ONLY = {
     "health.replica_check_every": {"checks", "said"},
     "health.noise_scale": {"said", "exchange"},
     "optim.shard": {"said"},  # on one rank; on several: unit/test_sharded.py
+    "profile.timeline": {"files", "said"},
     "data.ahead": {"plan"},
     **{name: {"said", "exchange"} for name in ("comm.compression", "comm.bucket_mib", "comm.op")},
     **{name: {"said", "exchange"} for name in ("comm.compression_min_size", "comm.compression_warmup_steps")},

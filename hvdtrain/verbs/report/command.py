@@ -15,6 +15,7 @@ from hvdtrain.verbs.options import CompareOptions, ReportOptions
 from hvdtrain.verbs.report.differences import Divergence, differing, divergences, packed_environment, written
 from hvdtrain.verbs.report.page import page_of
 from hvdtrain.verbs.report.runs import ReadRun, read_runs
+from hvdtrain.verbs.report.sweeps import read_with_sweeps
 
 _MOST_ROWS, _LONGEST = 60, 60
 _ABOUT_DATA = "data."
@@ -27,9 +28,9 @@ def report(options: ReportOptions) -> int:
         ConfigError: the library that draws is missing, a directory holds no run, or the page cannot be written.
     """
     bokeh = bokeh_source()
-    runs = read_runs(options.run_dirs)
+    runs, about_sweeps = read_with_sweeps(options.run_dirs)
     output = options.output or RunDirectory(options.run_dirs[0]).report
-    write_page(output, page_of(runs, bokeh))
+    write_page(output, page_of(runs, bokeh, about_sweeps))
     for run in runs:
         for note in run.notes:
             sys.stdout.write(f"warning: {run.name}: {note}\n")

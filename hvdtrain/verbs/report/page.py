@@ -33,22 +33,23 @@ _POLICY = (
 )
 
 
-def page_of(runs: Sequence[ReadRun], bokeh: str) -> str:
+def page_of(runs: Sequence[ReadRun], bokeh: str, preface: str = "") -> str:
     """Return the report of runs, at most 1.5 MB unless they have that much text.
 
     Args:
         runs: one or more.
         bokeh: the source of BokehJS.
+        preface: HTML that stands above all else.
     """
     most = MOST_POINTS
     while True:
-        page = _page(runs, bokeh, most)
+        page = _page(runs, bokeh, most, preface)
         if len(page.encode()) <= MOST_BYTES or most < MOST_POINTS // 16:
             return page
         most //= 2
 
 
-def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int) -> str:
+def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int, preface: str) -> str:
     places = [Places.of(run) for run in runs]
     events = [events_of(run) for run in runs]
     charts, num_left_out = charts_of(runs)
@@ -58,6 +59,7 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int) -> str:
     body = [
         f"<header><h1>{escape(title)}</h1>{_subtitle(runs)}</header><main>",
         *_notes(runs),
+        preface,
         *_differences(runs),
         *_summary(runs, places),
         *_charts(runs, charts, events, places, num_left_out),

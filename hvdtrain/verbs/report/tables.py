@@ -62,6 +62,13 @@ def side_by_side(names: Sequence[str], rows: Sequence[tuple[str, Sequence[Any]]]
     return _table(f"<tr>{head}</tr>", body, "What differs between the runs")
 
 
+def plain_table(heads: Sequence[str], rows: Sequence[Sequence[object]], label: str) -> str:
+    """Return a table as it is given."""
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads)
+    body = ["".join(_cell(cell) for cell in row) for row in rows[:_MOST_ROWS]]
+    return _table(f"<tr>{head}</tr>", body, label)
+
+
 def fields_table(values: Mapping[str, Any]) -> str:
     """Return a table of names and values."""
     rows = [f"<th scope='row'>{escape(n)}</th>{_cell(_short(written(v)))}" for n, v in [*values.items()][:_MOST_ROWS]]
