@@ -31,6 +31,10 @@ class Collectives(ABC):
     device: torch.device
     progress: Progress
     """Where this rank is; blocking collectives note themselves."""
+    bytes_handed_over: int = 0
+    """Of the tensors that this rank has given to collectives so far; an all-reduce sends up to twice as many.
+
+    What is pickled, which is little and seldom, is not counted."""
     _unnamed: dict[str, int] | None = None
     """How many collectives of each kind were not named."""
 

@@ -78,22 +78,24 @@ class HorovodWorld(World):
 
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
         """Reduce in the background, in the tensor's own type."""
-        return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name))
+        return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name), tensor)
 
     def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Gather in the background."""
-        return self._waiting(hvd.allgather_async(tensor, name=name))
+        return self._waiting(hvd.allgather_async(tensor, name=name), tensor)
 
     def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Exchange in the background."""
-        wait = self._waiting(hvd.alltoall_async(tensor, name=name))
+        wait = self._waiting(hvd.alltoall_async(tensor, name=name), tensor)
         return lambda: cast(Any, wait())[0]  # Horovod also returns how much came from each rank
 
     def start_broadcast_(self, tensor: Tensor, name: str, root: int = 0) -> Callable[[], Tensor]:
         """Broadcast in the background."""
-        return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name))
+        return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name), tensor)
 
-    def _waiting(self, handle: Any) -> Callable[[], Tensor]:
+    def _waiting(self, handle: Any, tensor: Tensor) -> Callable[[], Tensor]:
+        self.bytes_handed_over += tensor.nbytes
+
         def wait() -> Tensor:
             with self.progress.during("communication"):
                 return cast(Tensor, hvd.synchronize(handle))
@@ -103,6 +105,7 @@ class HorovodWorld(World):
     def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
         """Reduce in one of Horovod's process sets."""
         more = {} if len(ranks) == self.size else {"process_set": self._groups[ranks]}
+        self.bytes_handed_over += tensor.nbytes
         with self.progress.during("communication"):
             return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
 

@@ -62,6 +62,7 @@ class ThreadWorld(World):
     def _start(self, name, value, finish):
         number = self._uses[name] = self._uses.get(name, 0) + 1
         self.sent.append(name)
+        self.bytes_handed_over += value.nbytes if isinstance(value, torch.Tensor) else 0
         self._meeting.bring((name, number), self.rank, value)
         return lambda: finish(self._meeting.take((name, number)))
 

@@ -1,0 +1,54 @@
+"""What the operating system counts of this process and its host. Standard library only; Linux, elsewhere zeros."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import NamedTuple
+
+_THROTTLES = "cpu[0-9]*/thermal_throttle/*_throttle_count"
+
+
+def involuntary_switches() -> int:
+    """Return how often a thread of this process had to leave a processor to somebody else so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def resident_bytes() -> int:
+    """Return the host memory that this process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+class HostCounts(NamedTuple):
+    """What the kernel has counted of all processors since the host was started."""
+
+    ticks: int = 0
+    """Of processor time, whoever had it."""
+    stolen: int = 0
+    """Of these, those that a hypervisor gave to other virtual machines."""
+    throttles: int = 0
+    """How often a processor was slowed down because it was hot; 0 where the kernel does not tell."""
+
+    def since(self, before: HostCounts) -> HostCounts:
+        """Return what was counted since then."""
+        return HostCounts(*(now - then for now, then in zip(self, before, strict=True)))
+
+
+def host_counts() -> HostCounts:
+    """Return the counts as they are now; reads a file a processor."""
+    try:
+        fields = [int(word) for word in Path("/proc/stat").read_text().partition("\n")[0].split()[1:]]
+    except (OSError, ValueError):
+        fields = []
+    throttles = 0
+    for file in Path("/sys/devices/system/cpu").glob(_THROTTLES):
+        try:
+            throttles += int(file.read_text())
+        except (OSError, ValueError):
+            continue
+    # user nice system idle iowait irq softirq steal; guests' time is in that of users.
+    return HostCounts(sum(fields[:8]), fields[7] if len(fields) > 7 else 0, throttles)
