@@ -14,6 +14,8 @@ from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
+from hvdtrain.trainer.slow_ranks import SlowRanks
+from hvdtrain.trainer.spikes import Spikes
 from hvdtrain.trainer.stream_place import StreamPlace
 from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.trainer.wire import WireFormat
@@ -24,6 +26,8 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     LossScaler.of,
     ChangingBuffers,
     MetricWindow,
+    SlowRanks.of,
+    Spikes.of,
     NoiseScale.of,
     GradNorms.of,
     WeightAverage.of,

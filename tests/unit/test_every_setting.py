@@ -73,6 +73,7 @@ SHARED = {
     "health.max_skipped_steps": 1,
     "health.replica_check_every": (1, None),
     "health.noise_scale": True,
+    "health.slow_rank": (2.0, None),
     "model.sync_batch_norm": True,
     "model.compile": ("model", "blocks"),
     "model.checkpoint_blocks": True,
@@ -103,6 +104,7 @@ LM = {
 # What needs more than a small run: where it is tested.
 ELSEWHERE = {
     "health.memory_check": "unit/test_every_setting.py",
+    "health.spikes": "unit/test_spikes.py",
     "train.deterministic": "unit/test_numerics.py",
     "data.workers": "unit/test_workers.py",
     "eval.choices": "unit/test_choices.py",
@@ -155,6 +157,7 @@ ONLY = {
     "health.stall_limit": {"plan"},
     "health.replica_check_every": {"checks", "said"},
     "health.noise_scale": {"said", "exchange"},
+    "health.slow_rank": {"said"},
     "data.ahead": {"plan"},
     **{name: {"said", "exchange"} for name in ("comm.compression", "comm.bucket_mib", "comm.op")},
 }

@@ -32,7 +32,8 @@ def other_value(name):
     default, kind = getattr(settings, field), typing.get_type_hints(type(settings))[field]
     if typing.get_origin(kind) is typing.Literal:
         return next(value for value in reversed(typing.get_args(kind)) if value != default)
-    return OTHERS[type(default)]
+    least = next(item.metadata["limits"].get("above", 0) for path, item, _ in fields_of(Recipe()) if path == name)
+    return 1 + OTHERS[float] if least >= 1 else OTHERS[type(default)]
 
 
 def with_setting(job, name, value):
