@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import socket
 import statistics
 from collections.abc import Sequence
@@ -70,8 +71,8 @@ class SlowJudge:
         return [] if is_first or len(means) < 2 else self._judge(means)
 
     def _judge(self, means: list[RankFigures]) -> list[Slow]:
-        own = _Medians([figures.own_s for figures in means])
-        samples = _Medians([figures.samples for figures in means])
+        own = Medians([figures.own_s for figures in means])
+        samples = Medians([figures.samples for figures in means])
         step_s = max(figures.step_s for figures in means)
         factors: dict[int, list[float]] = {}
         for rank, figures in enumerate(means):
@@ -88,15 +89,17 @@ class SlowJudge:
         return [Slow(rank, statistics.median(factors[rank]), means[rank], _others(means, rank)) for rank in new]
 
 
-class _Medians:
+class Medians:
     """Medians of numbers without one of them."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self._sorted = sorted(values)
 
     def without(self, value: float) -> float:
-        place = self._sorted.index(value)
-        return statistics.median(self._sorted[:place] + self._sorted[place + 1 :])
+        """Return the median of all but one that is equal to `value`."""
+        place = bisect.bisect_left(self._sorted, value)
+        low, high = ((len(self._sorted) - 1 - odd) // 2 for odd in (1, 0))
+        return sum(self._sorted[i + (i >= place)] for i in (low, high)) / 2
 
 
 def _others(means: list[RankFigures], rank: int) -> RankFigures:
