@@ -16,7 +16,7 @@ import torch
 import hvdtrain
 from hvdtrain.process.launch import detect_launch
 
-RANK, QUICK, SLOW = detect_launch().rank, 0.01, 0.05
+RANK, QUICK, SLOW = detect_launch().rank, 0.01, 0.08
 
 
 class Samples(hvdtrain.TensorSamples):
@@ -40,7 +40,7 @@ class Paced(hvdtrain.Recipe):
 
 
 def recipe():
-    return Paced(train=hvdtrain.TrainConfig(steps=260, global_batch_size=16), log=hvdtrain.LogConfig(every=10))
+    return Paced(train=hvdtrain.TrainConfig(steps=180, global_batch_size=16), log=hvdtrain.LogConfig(every=5))
 """
 
 
@@ -53,6 +53,6 @@ def test_a_slow_rank_and_slow_data_are_named(hvdtrain, tmp_path):
     by_rank = {int(re.search(r"rank (\d) on", line)[1]): line for line in warned}
     assert sorted(by_rank) == [1, 2]
     assert all(f"on {socket.gethostname()} is slow" in line for line in warned)
-    assert all(float(re.search(r"([\d.]+) times the others'", line)[1]) > 2 for line in warned)
+    assert all(float(re.search(r"([\d.]+) times the others'", line)[1]) > 1.3 for line in warned)
     assert "it waits for data" in by_rank[1]
     assert "sleeps for the rest" in by_rank[2]
