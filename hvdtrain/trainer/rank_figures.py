@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvdtrain.process.usage import resident_bytes
+from hvdtrain.process.usage import most_bytes
 from hvdtrain.trainer.stopwatch import OTHER, Lap
 from hvdtrain.world import World
 
@@ -32,7 +32,7 @@ class RankFigures(NamedTuple):
     samples: float = 0.0
     """Samples of the last step: ranks may have unequal parts."""
     host_bytes: float = 0.0
-    """Host memory that the process holds."""
+    """The most host memory that the process has held."""
     device_bytes: float = 0.0
     """The most memory of its GPU that it has held."""
 
@@ -50,7 +50,7 @@ def figures_of(lap: Lap, samples: int, device: torch.device) -> RankFigures:
         counts.get("cpu", 0.0),
         counts.get("switches", 0.0),
         samples,
-        resident_bytes(),
+        most_bytes(),
         torch.cuda.max_memory_allocated(device) if is_gpu else 0,
     )
 

@@ -34,7 +34,7 @@ TITLES = {
     "time/step_s": "Seconds of a step",
     "time/checkpoint_stall_s": "Seconds that saves held training up",
     "train/loss_scale": "Loss scale",
-    "memory/host_bytes": "Bytes of host memory, the rank with most",
+    "memory/host_bytes": "Bytes of host memory at most, the rank with most",
     "memory/device_bytes": "Bytes of a GPU's memory at most, the rank with most",
     "comm/bytes_per_step": "Bytes that a rank gives to collectives in a step",
 }
