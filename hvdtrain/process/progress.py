@@ -1,11 +1,11 @@
-"""What a rank is doing right now, for those who watch over it. Standard library only."""
+"""What a rank is doing right now, for those who watch over it, and where its time has gone. Standard library only."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Phase = Literal[
     "start",
@@ -15,6 +15,7 @@ Phase = Literal[
     "compilation",
     "backward",
     "update",
+    "between steps",
     "communication",
     "evaluation",
     "saving",
@@ -42,14 +43,26 @@ class Progress:
         # One tuple, replaced as a whole: a reader never sees half of a change.
         self._place: tuple[int | None, Phase, float] = (None, "start", time.monotonic())
         self._worked = 0.0
+        self._spent: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
 
     def enter(self, phase: Phase) -> None:
         """Note that this rank makes progress: also with the same phase again."""
-        self._place = (self._place[0], phase, time.monotonic())
+        self._move(self._place[0], phase)
 
     def begin_step(self, step: int) -> None:
         """Note that `step` optimizer steps are completed and the next one begins."""
-        self._place = (step, "data", time.monotonic())
+        self._move(step, "data")
+
+    def spent(self) -> dict[Phase, float]:
+        """Return the seconds spent in each phase so far; to be called by the thread that trains."""
+        self._move(*self._place[:2])
+        return dict(self._spent)
+
+    def _move(self, step: int | None, phase: Phase) -> None:
+        _, before, since = self._place
+        now = time.monotonic()
+        self._spent[before] += now - since
+        self._place = (step, phase, now)
 
     def note_work(self) -> None:
         """Note that this process works, where no step tells of progress. Any thread may call it."""
@@ -57,7 +70,7 @@ class Progress:
 
     def leave(self) -> None:
         """Note that training is over."""
-        self._place = (None, "end", time.monotonic())
+        self._move(None, "end")
 
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:

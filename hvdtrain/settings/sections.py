@@ -192,6 +192,11 @@ class HealthConfig(Section):
     """End the job with the stacks of all ranks when none makes progress for this long, or one gives no sign of life."""
     max_skipped_steps: int = setting(20, above=0, changeable=True)
     """Steps in a row that may be skipped because the loss or the gradient is not finite."""
+    spikes: Literal["off", "warn", "skip", "stop"] = setting("warn", changeable=True)
+    """Where a gradient's norm is far above those of the last steps, or the mean loss above those of the last lines:
+    warn; also skip the steps of such gradients; or skip and stop."""
+    slow_rank: float | None = setting(1.3, above=1, changeable=True, several_ranks=True)
+    """Name a rank, once, whose own part of a step takes so many times as long as the others' for long. None: never."""
     replica_check_every: int | None = setting(100, above=0, changeable=True, several_ranks=True)
     """Steps between two checks, also made before each save, that all ranks hold the same weights. None: never."""
     noise_scale: bool = setting(False, changeable=True)

@@ -5,12 +5,15 @@ A new one is one file, one line in that table and, where a person can choose it,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from hvdtrain.trainer.outcome import Outcome
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
@@ -41,7 +44,11 @@ class Step:
     """Euclidean norm of the averaged gradient before clipping, a scalar on the device; known after the update."""
     is_finite: Tensor = _TRUE
     """Whether the step counts, bool, a scalar on the device, alike on all ranks; known after the update. Where it is
-    False the weights were left as they were."""
+    False the weights were left as they were: the gradient is not finite, or longer than `norm_limit`."""
+    norm_limit: float = math.inf
+    """Gradients that are longer are left out; a component may set it in `after_backward`, alike on all ranks."""
+    outcome: Outcome | None = None
+    """The last two on their way to the host; there after the update."""
 
     @property
     def sums(self) -> Tensor:

@@ -14,6 +14,8 @@ from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
+from hvdtrain.trainer.slow_ranks import SlowRanks
+from hvdtrain.trainer.spikes import Spikes
 from hvdtrain.trainer.stream_place import StreamPlace
 from hvdtrain.trainer.timeline import Timeline
 from hvdtrain.trainer.window import MetricWindow
@@ -25,6 +27,8 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     LossScaler.of,
     ChangingBuffers,
     MetricWindow,
+    SlowRanks.of,
+    Spikes.of,
     NoiseScale.of,
     GradNorms.of,
     WeightAverage.of,

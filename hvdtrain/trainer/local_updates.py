@@ -53,6 +53,7 @@ def strategy_of(config: Config, size: int) -> Strategy:
         "--train.precision fp16": config.train.precision == "fp16",
         "--train.ema": config.train.ema is not None,
         "--health.noise-scale": config.health.noise_scale,
+        "--health.spikes skip": config.health.spikes == "skip",
         "--log.grad-norms": config.log.grad_norms,
         "--model.sync-batch-norm": config.model.sync_batch_norm,
         "--comm.op adasum": config.comm.op == "adasum",

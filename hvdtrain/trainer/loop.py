@@ -8,19 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from hvdtrain.data.stream import ENDLESS
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.stop import StopRequest
+from hvdtrain.trainer.device_clock import finish, progress_of
 from hvdtrain.trainer.due import LogDue, is_due
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.lone_samples import check_lone_samples
+from hvdtrain.trainer.rank_figures import figures_of, metrics_of
 from hvdtrain.trainer.resumed import resume_lines
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
-from hvdtrain.trainer.stopwatch import Stopwatch
+from hvdtrain.trainer.stopwatch import Stopwatch, counts_of
 from hvdtrain.trainer.values import count_targets
 from hvdtrain.world import ask_with_gradients
 
@@ -58,7 +61,8 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         job.log.say(line)
     for line in resume_lines(job, training.step, training.num_steps_then) if training.step else ():
         job.log.say(line)
-    stopwatch, evaluated = Stopwatch(training.step), {}
+    job.world.progress = progress_of(job.world)
+    stopwatch, evaluated = Stopwatch(training.step, partial(counts_of, job.world)), {}
     begin()
     job.log.begin(training.step, job.num_steps)
     ended = training.reason_to_end(job.world, is_evaluated=True) if training.step else ""
@@ -181,18 +185,22 @@ def is_best(training: Training, evaluated: Mapping[str, float]) -> bool:
 
 
 def step_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:
-    """Return the components' figures of the steps since the last call, and how fast they were. Collective.
+    """Return the components' figures of the steps since the last call, and where their time has gone. Collective.
 
     Raises:
         DivergedError: as `train_step`.
     """
+    world = job.world
+    finish(world.device)  # a line of metrics reads what lies there, and would wait all the same
+    lap = stopwatch.lap(training.step)
+    own = job.order.micro_batches(training.step - 1, world.rank, training.runs_in_step) if training.step else []
+    training.figures = figures_of(lap, sum(map(len, own)), world.device)
     epochs = training.step / job.order.steps_per_epoch
     metrics: dict[str, float] = {"train/epoch": epochs} if job.order.num_samples < ENDLESS else {}
     for component in training.components:
         metrics.update(component.metrics(training))
-    step_s = stopwatch.lap(training.step)
     num_targets = count_targets(job.task.train_data, job.order.global_batch(training.step - 1))
-    metrics[f"throughput/{job.task.unit}_per_s"] = num_targets / step_s
-    metrics["time/step_s"] = step_s
-    metrics["time/left_s"] = step_s * (job.num_steps - training.step)
-    return metrics
+    metrics[f"throughput/{job.task.unit}_per_s"] = num_targets / lap.step_s
+    metrics["time/step_s"] = lap.step_s
+    metrics["time/left_s"] = lap.step_s * (job.num_steps - training.step)
+    return {**metrics, **metrics_of(lap, training.ranks)}

@@ -48,6 +48,10 @@ class LossScaler(Component):
         """Move the factor."""
         self._scaler.update()
 
+    def metrics(self, training: Training) -> dict[str, float]:
+        """Return the factor."""
+        return {"train/loss_scale": self.scale}
+
     def note_on_skip(self) -> str:
         """Say the new factor."""
         return f"; the loss scale is now {self.scale:g}"

@@ -1,13 +1,12 @@
-"""Steps that were skipped because their loss or gradient was not finite: counted, said, and too many end the run."""
+"""Steps that were skipped: counted; where loss or gradient was not finite also said, and too many end the run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from hvdtrain.errors import DivergedError
 from hvdtrain.trainer.component import Component, Step
@@ -15,16 +14,6 @@ from hvdtrain.trainer.job import Job
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A step of which the host does not know yet whether it counts."""
-
-    step: Step
-    is_finite: Tensor
-    """On its way to the host, bool, a scalar."""
-    arrived: torch.cuda.Event | None
 
 
 class SkippedSteps(Component):
@@ -37,7 +26,7 @@ class SkippedSteps(Component):
         self.is_replicated = job.strategy.agrees
         self._in_window = 0
         self._in_a_row = 0
-        self._pending: _Pending | None = None
+        self._pending: Step | None = None
         self._training: Training | None = None
 
     @property
@@ -55,12 +44,8 @@ class SkippedSteps(Component):
         self._settle()
 
     def after_update(self, training: Training, step: Step) -> None:
-        """Send for whether the step counts."""
-        is_finite, arrived = step.is_finite, None
-        if is_finite.is_cuda:
-            is_finite, arrived = is_finite.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        self._pending = _Pending(step, is_finite, arrived)
+        """Note whose outcome is on its way."""
+        self._pending = step
 
     def metrics(self, training: Training) -> dict[str, float]:
         """Return how many steps were skipped, if any.
@@ -95,15 +80,15 @@ class SkippedSteps(Component):
         return {"in_window": skipped, "in_a_row": max(state["in_a_row"] for state in states)}
 
     def _settle(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
+        step, self._pending = self._pending, None
+        if step is None or step.outcome is None:
             return
-        if pending.arrived is not None:
-            pending.arrived.synchronize()
-        if pending.is_finite:
-            self._in_a_row = 0
+        is_counted, norm = step.outcome.read()
+        if not is_counted and not math.isfinite(norm):
+            self._skip(step)
         else:
-            self._skip(pending.step)
+            self._in_window += not is_counted  # the gradient was too long: whoever set the limit says so
+            self._in_a_row = 0
 
     def _skip(self, step: Step) -> None:
         """Count a skipped step and say whose loss it was."""

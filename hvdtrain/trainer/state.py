@@ -27,6 +27,7 @@ from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.odd_state import check_kinds, check_like, in_a_sentence
 from hvdtrain.trainer.randomness import MicroBatchRandomness
+from hvdtrain.trainer.rank_figures import RankFigures
 from hvdtrain.trainer.same_data import compare_data
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
@@ -65,6 +66,10 @@ class Training:
     """Steps that the run was to have when the checkpoint that it goes on from was saved."""
     best_loss: float = math.inf
     """The lowest held-out loss of the run so far."""
+    figures: RankFigures = field(default_factory=RankFigures)
+    """Of this rank's steps before the line of metrics that is being made."""
+    ranks: list[RankFigures] = field(default_factory=list)
+    """The same of all ranks."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
 

@@ -54,6 +54,7 @@ def train_step(job: Job, training: Training) -> None:
     training.after_backward(step)
     world.progress.enter("update")
     update(job, training, step)
+    world.progress.enter("between steps")
 
 
 def _all_ranks_read(job: Job, training: Training) -> bool:

@@ -1,4 +1,4 @@
-"""The end of a step: clip the averaged gradient, update the weights unless something is not finite."""
+"""The end of a step: clip the averaged gradient, update the weights unless it is not finite, or far too long."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from hvdtrain.models.private_torch import can_skip_by_itself, skipping_where
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.outcome import Outcome
 from hvdtrain.trainer.state import Training
 
 
 def update(job: Job, training: Training, step: Step) -> None:
-    """Move the weights along the averaged gradient, or leave them if it is not finite, and end the step. Collective.
+    """Move the weights along the averaged gradient, or leave them if it does not count, and end the step. Collective.
 
-    Whether it is finite is known only where the gradient lies. To ask a GPU would mean to wait until it has computed
-    all of the step, and to leave it idle afterwards. So an optimizer that can leave its weights alone by itself is
-    given the answer as a tensor, components count with tensors, and the host learns of it one step later. Other
-    optimizers must be asked here.
+    Whether it is finite, and no longer than it may be, is known only where the gradient lies. To ask a GPU would mean
+    to wait until it has computed all of the step, and to leave it idle afterwards. So an optimizer that can leave its
+    weights alone by itself is given the answer as a tensor, components count with tensors, and the host learns of it
+    one step later. Other optimizers must be asked here.
 
     Args:
         job: what is trained.
@@ -33,21 +34,26 @@ def update(job: Job, training: Training, step: Step) -> None:
     factor = math.prod((component.lr_factor() for component in training.components), start=job.lr_factor)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * factor
-    step.is_finite = training.strategy.agree(job.world, _is_finite(step.grad_norm, job.world.reads_at_once))
+    step.is_finite = training.strategy.agree(job.world, _counts(step, job.world.reads_at_once))
     if can_skip_by_itself(optimizer) and not job.world.reads_at_once:
         with skipping_where(optimizer, ~step.is_finite):
             optimizer.step()
     elif step.is_finite:  # on a GPU, this waits
         optimizer.step()
+    step.outcome = Outcome(step.is_finite, step.grad_norm, job.world.reads_at_once)
     training.step += 1
     training.strategy.after_update(job.world, training)
     for component in training.components:
         component.after_update(training, step)
 
 
-def _is_finite(norm: Tensor, at_once: bool) -> Tensor:
-    """Return `norm.isfinite()` of a scalar; by a look at it, where that need not wait, in a fraction of the time."""
-    return _ANSWERS[math.isfinite(norm.item())] if at_once else norm.isfinite()
+def _counts(step: Step, at_once: bool) -> Tensor:
+    """Return whether a step counts, bool, a scalar; by a look at its norm, where that need not wait, much sooner."""
+    norm, limit = step.grad_norm, step.norm_limit
+    if at_once:
+        value = norm.item()
+        return _ANSWERS[math.isfinite(value) and value <= limit]
+    return norm.isfinite() if limit == math.inf else norm.isfinite() & (norm <= limit)
 
 
 # Nobody writes into them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.rank_figures import sums_and_figures
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -31,6 +33,8 @@ class MetricWindow(Component):
         self._on_host = [0.0] * (len(self._names) + 1)
         """In host memory nothing waits for a device: there these are the totals, and the others stay 0."""
         self._last: Step | None = None
+        self.loss = math.nan
+        """The mean of the last line, alike on all ranks."""
 
     def after_update(self, training: Training, step: Step) -> None:
         """Add the step, unless it was skipped."""
@@ -53,11 +57,15 @@ class MetricWindow(Component):
             self._on_device.copy_(totals)
 
     def metrics(self, training: Training) -> dict[str, float]:
-        """Return the means, the learning rate and the gradient norm of the last step, and begin a new window."""
-        *sums, num_targets = self._world.all_reduce(self._totals(), "sum", "train.metrics").tolist()
+        """Return the means, the learning rate and the gradient norm of the last step, and begin a new window.
+
+        What the ranks tell of their steps' time travels with the sums.
+        """
+        (*sums, num_targets), training.ranks = sums_and_figures(self._world, self._totals(), training.figures)
         metrics: dict[str, float] = {}
         if num_targets:
             metrics = {f"train/{name}": total / num_targets for name, total in zip(self._names, sums, strict=True)}
+        self.loss = metrics.get("train/loss", math.nan)
         metrics["train/lr"] = training.optimizer.param_groups[0]["lr"]
         if self._last is not None:
             metrics["train/grad_norm"] = float(self._last.grad_norm)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hvdtrain.process.progress import Phase, Progress
+from hvdtrain.trainer.device_clock import finish
 
 
 class PhaseClock(Progress):
@@ -54,12 +55,6 @@ class PhaseClock(Progress):
         self._seconds[self._phase] += now - self._since
         self._phase, self._since = phase, now
         self.began[phase] = now
-
-
-def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:

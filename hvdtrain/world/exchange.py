@@ -253,8 +253,7 @@ class GradientExchange:
     def _receive(self) -> None:
         """Wait for all: `.grad` then holds the mean, None where no rank has one."""
         for part in self._layout.parts:
-            with self._world.progress.during("communication"):
-                part.receive()
+            part.receive()
         self._start_window()
         self._is_averaged = True
         trainable = self._trainable()

@@ -105,6 +105,7 @@ class HorovodWorld(World):
 
         Not by `hvd.reducescatter`: under Gloo that takes four times as long as an all-reduce, and under MPI as long.
         """
+        self.hand(tensor, name)
         splits = torch.tensor(lengths, dtype=torch.int32)
         wait = self._waiting(hvd.alltoall_async(tensor, splits=splits, name=name))
         return lambda: added_in_order(cast(Any, wait())[0].view(self.size, lengths[self.rank]))
@@ -120,6 +121,7 @@ class HorovodWorld(World):
     def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
         """Reduce in one of Horovod's process sets."""
         more = {} if len(ranks) == self.size else {"process_set": self._groups[ranks]}
+        self.hand(tensor, name)
         with self.progress.during("communication"):
             return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
 

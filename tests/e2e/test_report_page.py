@@ -101,9 +101,11 @@ def test_three_runs_side_by_side(tmp_path):
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways(tmp_path, is_dark):
     """The figures of what a screen shows are those of 390 pixels; the picture is not one colour."""
-    page = written([make_run(tmp_path / "a", lines=300)], tmp_path / "page.html")
-    found, _ = read(page, tmp_path, width=390, is_dark=is_dark)
+    page = written([make_run(tmp_path / "a", lines=300, ranks=16, slow_rank=3)], tmp_path / "page.html")
+    found, seen = read(page, tmp_path, width=390, is_dark=is_dark)
     assert found["wide"]
+    assert found["charts"] == seen.dom.count("<figure") == 8
+    assert (found["before"]["x"], found["units"]["x"]) == ("step", "units")
     picture = tmp_path / "picture.png"
     assert visit(page, tmp_path, 390, is_dark=is_dark, screenshot=picture).console == []
     from PIL import Image

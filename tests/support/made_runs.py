@@ -17,20 +17,34 @@ model:      Decoder, 672,768 parameters
 """
 
 
-def make_run(folder, lines=200, every=10, ranks=2, seed=0, peak_lr=0.001, spike_at=None, evaluate_every=20, extra=()):
+def make_run(
+    folder,
+    lines=200,
+    every=10,
+    ranks=2,
+    seed=0,
+    peak_lr=0.001,
+    spike_at=None,
+    evaluate_every=20,
+    extra=(),
+    slow_rank=None,
+):
     """Make up the directory of a run of `lines` lines of training metrics; returns it.
 
     Args:
         spike_at: the number of a line whose loss is 1000.
         evaluate_every: lines of training between two of evaluation.
         extra: more metrics' names.
+        slow_rank: a rank whose own time is twice the others'; with it, lines tell where time goes.
     """
     draw = random.Random(seed)
     steps = lines * every
     (folder / "logs").mkdir(parents=True)
     with (folder / "metrics.jsonl").open("w") as file:
         for number in range(1, lines + 1):
-            file.write(json.dumps(_training(number, every, steps, draw, peak_lr, spike_at, extra)) + "\n")
+            line = _training(number, every, steps, draw, peak_lr, spike_at, extra)
+            times = {} if slow_rank is None else _times(line["time/step_s"], ranks, slow_rank, draw)
+            file.write(json.dumps({**line, **times}) + "\n")
             if number % evaluate_every == 0:
                 loss = 2.5 + 3 * math.exp(-5 * number / lines)
                 file.write(
@@ -65,3 +79,10 @@ def _training(number, every, steps, draw, peak_lr, spike_at, extra):
         "time/left_s": seconds * (steps - step),
     }
     return line | {name: draw.random() for name in extra}
+
+
+def _times(step_s, ranks, slow_rank, draw):
+    shares = {"data": 0.1, "compute": 0.5, "communication": 0.25, "optimizer": 0.1, "other": 0.05}
+    own = [step_s * (0.9 if rank == slow_rank else 0.45) * (1 + 0.01 * draw.random()) for rank in range(ranks)]
+    by_rank = {f"time/own_s/rank-{rank:03}": float(f"{seconds:.4g}") for rank, seconds in enumerate(own)}
+    return {f"time/{part}_s": share * step_s for part, share in shares.items()} | by_rank

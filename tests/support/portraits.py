@@ -175,7 +175,7 @@ def _plain_group(group):
 
 def _plain_line(line):
     values = json.loads(line)
-    return {key: value for key, value in values.items() if not key.startswith(("time", "through", "save"))}
+    return {key: value for key, value in values.items() if not key.startswith(("time", "through", "memory", "save"))}
 
 
 def _without_numbers(text, folder):

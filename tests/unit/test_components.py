@@ -63,7 +63,7 @@ class Lines(MetricLog):
     def write(self, step, metrics, event=None):
         if self.stop_at is not None and step >= self.stop_at:
             raise StoppedError
-        self.lines.append((step, {k: v for k, v in metrics.items() if not k.startswith(("time", "through"))}))
+        self.lines.append((step, {k: v for k, v in metrics.items() if not k.startswith(("time", "through", "memory"))}))
 
 
 def job_of(run_dir, log=None, bad=(), **train):

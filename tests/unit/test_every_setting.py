@@ -77,6 +77,7 @@ SHARED = {
     "health.replica_check_every": (1, None),
     "health.noise_scale": True,
     "profile.timeline": "2:3",
+    "health.slow_rank": (2.0, None),
     "model.sync_batch_norm": True,
     "model.compile": ("model", "blocks"),
     "model.checkpoint_blocks": True,
@@ -107,6 +108,7 @@ LM = {
 # What needs more than a small run: where it is tested.
 ELSEWHERE = {
     "health.memory_check": "unit/test_every_setting.py",
+    "health.spikes": "unit/test_spikes.py",
     "train.deterministic": "unit/test_numerics.py",
     "data.workers": "unit/test_workers.py",
     "eval.choices": "unit/test_choices.py",
@@ -163,6 +165,7 @@ ONLY = {
     "health.noise_scale": {"said", "exchange"},
     "optim.shard": {"said"},  # on one rank; on several: unit/test_sharded.py
     "profile.timeline": {"files", "said"},
+    "health.slow_rank": {"said"},
     "data.ahead": {"plan"},
     **{name: {"said", "exchange"} for name in ("comm.compression", "comm.bucket_mib", "comm.op")},
     **{name: {"said", "exchange"} for name in ("comm.compression_min_size", "comm.compression_warmup_steps")},

@@ -109,9 +109,9 @@ def test_stopwatch_does_not_count_pauses(monkeypatch):
         now[0] = 100.0
     now[0] = 102.0
     assert watch.seconds == pytest.approx(6.0)
-    assert watch.lap(13) == pytest.approx(2.0)
+    assert watch.lap(13).step_s == pytest.approx(2.0)
     now[0] = 105.0
-    assert watch.lap(14) == pytest.approx(3.0)
+    assert watch.lap(14).step_s == pytest.approx(3.0)
 
 
 def test_tensorboard_writes_each_metric(tmp_path):

@@ -14,9 +14,11 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.verbs.report.charts import charts_of, draw
 from hvdtrain.verbs.report.events import Event, events_of
+from hvdtrain.verbs.report.page import page_of
 from hvdtrain.verbs.report.runs import Curve, read_run, read_runs
 from hvdtrain.verbs.report.series import Places, averaged, thinned
 from hvdtrain.verbs.report.sink import FIRST_COST_S, ReportSink
+from hvdtrain.verbs.report.time_figures import own_times, parts_of, time_figures
 
 
 def answer(*words):
@@ -255,3 +257,35 @@ def test_a_report_that_fails_is_told_once(tmp_path):
         sink.write(100, {"val/loss": 1.0}, None)
     assert len(said) == 1
     assert "training goes on without it" in said[0]
+
+
+def test_where_time_goes_is_drawn(tmp_path):
+    run = read_run(make_run(tmp_path / "a", lines=600, ranks=64, slow_rank=7))
+    steps, parts = parts_of(run)
+    assert len(steps) == 599  # the first line has the start in it
+    whole = np.array([values.mean() for values in parts.values()])
+    assert (whole / whole.sum()).tolist() == pytest.approx([0.1, 0.5, 0.25, 0.1, 0.05])
+    columns, ranks, seconds = own_times(run)
+    assert (len(columns), ranks, seconds.shape) == (120, [*range(64)], (64, 120))
+    assert seconds.mean(axis=1).argmax() == 7
+    charts, _ = charts_of([run])
+    assert not [chart.title for chart in charts if "own_s" in chart.title or chart.title.startswith("time/")]
+    split, heat = time_figures([run], [Places.of(run)])
+    assert "forward and backward: " in split.caption
+    assert "50%" in split.caption
+    assert "Rank 7 takes longest: 2.0" in heat.caption
+    assert len(page_of([run], "")) < 600_000
+
+
+def test_a_run_without_times_has_no_such_figures(tmp_path):
+    run = read_run(make_run(tmp_path / "a"))
+    assert time_figures([run], [Places.of(run)]) == []
+
+
+def test_spikes_and_slow_ranks_are_events(tmp_path):
+    folder = make_run(tmp_path / "a", lines=100)
+    with (folder / "logs" / "rank-000.log").open("a") as file:
+        file.write("2026-11-20 08:10:00,100 INFO WARNING: step 120: a spike: the gradient norm is 9\n")
+        file.write("2026-11-20 08:10:00,100 INFO WARNING: step 130: rank 1 on a is slow, and all others wait: 2\n")
+    kinds = {event.step: event.kind for event in events_of(read_run(folder))}
+    assert (kinds[120], kinds[130]) == ("spike", "slow")

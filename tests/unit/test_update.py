@@ -153,9 +153,9 @@ def questions_in_a_step(tmp_path, optim):
 
 
 def test_a_step_waits_for_no_device(tmp_path):
-    """The one question is for the verdict on the step before, which has long arrived on the host."""
-    assert questions_in_a_step(tmp_path, ADAMW) == 1
-    assert questions_in_a_step(tmp_path, LOOP) > 1
+    """What became of the step before has long arrived on the host, and is read from its memory."""
+    assert questions_in_a_step(tmp_path, ADAMW) == 0
+    assert questions_in_a_step(tmp_path, LOOP) > 0
 
 
 @pytest.mark.parametrize("optim", [ADAMW, SGD], ids=["adamw", "sgd"])

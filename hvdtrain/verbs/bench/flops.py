@@ -12,9 +12,10 @@ from hvdtrain.models.compilation import uncompiled
 from hvdtrain.models.linear import linear
 from hvdtrain.settings import Precision
 from hvdtrain.trainer import Job
+from hvdtrain.trainer.device_clock import finish
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.step import forward_sums
-from hvdtrain.verbs.phase_clock import finish, seconds_of
+from hvdtrain.verbs.phase_clock import seconds_of
 
 # Dense peak in FLOP/s of 16-bit matrix products that are added in fp32, without sparsity, from the makers' data sheets,
 # by the names that the driver gives. By whole names: an H100 NVL is no H100 SXM, an A10G no A10.

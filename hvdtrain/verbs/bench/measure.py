@@ -20,9 +20,10 @@ from hvdtrain.models.linear import takes_onednn
 from hvdtrain.process.progress import Progress
 from hvdtrain.settings.compression import EXACT
 from hvdtrain.trainer import Job, Recipe, Task, train_step
+from hvdtrain.trainer.device_clock import finish
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
-from hvdtrain.verbs.phase_clock import PhaseClock, finish
+from hvdtrain.verbs.phase_clock import PhaseClock
 from hvdtrain.world import World
 
 # What a person calls the phases that the training loop notes.

@@ -15,10 +15,11 @@ from torch import nn
 from hvdtrain.process.launch import Launch
 from hvdtrain.settings import BatchPlan
 from hvdtrain.trainer import Job, Recipe, Task, train_step
+from hvdtrain.trainer.device_clock import finish
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.kit import spread
-from hvdtrain.verbs.phase_clock import PhaseClock, finish
+from hvdtrain.verbs.phase_clock import PhaseClock
 from hvdtrain.verbs.plan.step import Bucket, Compute
 from hvdtrain.world import Codec, SoloWorld, World, in_buckets
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from hvdtrain.trainer.rank_figures import OWN_TIME
+from hvdtrain.trainer.stopwatch import OTHER, PARTS
 from hvdtrain.verbs.report.events import KINDS, Event
 from hvdtrain.verbs.report.runs import Curve, ReadRun
 from hvdtrain.verbs.report.series import Places, averaged, thinned, value_at
@@ -31,10 +33,18 @@ TITLES = {
     "throughput/samples_per_s": "Samples per second, all ranks",
     "time/step_s": "Seconds of a step",
     "time/checkpoint_stall_s": "Seconds that saves held training up",
+    "train/loss_scale": "Loss scale",
+    "memory/host_bytes": "Bytes of host memory at most, the rank with most",
+    "memory/device_bytes": "Bytes of a GPU's memory at most, the rank with most",
+    "comm/bytes_per_step": "Bytes that a rank gives to collectives in a step",
 }
 _LOSS = ("train/loss", "val/loss")
 # Axes, sums and counts that are shown in other ways.
-_NO_CHART = {"train/epoch", "time/left_s", "time/train_s", "train/skipped_steps", "checkpoint/failed"}
+_NO_CHART = {
+    *("train/epoch", "time/left_s", "time/train_s", "train/skipped_steps", "train/spikes", "checkpoint/failed"),
+    *("time/own_median_s", "time/own_slowest_s", "time/slowest_rank"),
+    *(f"time/{part}_s" for part in (*PARTS, OTHER)),
+}
 _FIRST = ("val/", "throughput/", "train/", "time/")
 # Metrics by layer share a chart.
 _SHARED = "grad_norm/"
@@ -71,7 +81,7 @@ class Chart:
 
 def charts_of(runs: Sequence[ReadRun]) -> tuple[list[Chart], int]:
     """Return the charts that runs have metrics for, the most looked at first, and how many more were left out."""
-    names = {name: None for run in runs for name in run.curves if name not in _NO_CHART and name not in _LOSS}
+    names = {name: None for run in runs for name in run.curves if _has_chart(name)}
     ordered = sorted(names, key=lambda name: next((i for i, p in enumerate(_FIRST) if name.startswith(p)), len(_FIRST)))
     layers = [name for name in ordered if name.startswith(_SHARED)]
     alone = [name for name in ordered if name not in layers]
@@ -84,6 +94,10 @@ def charts_of(runs: Sequence[ReadRun]) -> tuple[list[Chart], int]:
     charts = [chart for chart in charts if chart.lines]
     most = max(4, min(_MOST_CHARTS, _MOST_CURVES // len(runs)))
     return charts[:most], max(0, len(charts) - most)
+
+
+def _has_chart(name: str) -> bool:
+    return name not in _NO_CHART and name not in _LOSS and not name.startswith(OWN_TIME)
 
 
 def _lines(runs: Sequence[ReadRun], metrics: Sequence[str]) -> Iterator[Line]:
@@ -132,9 +146,9 @@ def draw(
     return [_draw(chart, places, events, most) for chart in charts]
 
 
-def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Event]], most: int) -> dict[str, Any]:
-    from bokeh.embed import json_item
-    from bokeh.models import BoxZoomTool, HoverTool, NumeralTickFormatter, PanTool, ResetTool, SaveTool, WheelZoomTool
+def base_figure(x_label: str) -> Any:
+    """Return an empty figure in the page's look."""
+    from bokeh.models import BoxZoomTool, NumeralTickFormatter, PanTool, ResetTool, SaveTool, WheelZoomTool
     from bokeh.plotting import figure
 
     zoom = BoxZoomTool()
@@ -144,7 +158,7 @@ def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Even
         tools=[zoom, PanTool(), WheelZoomTool(), ResetTool(), SaveTool()],
         active_drag=zoom,
         toolbar_location="above",
-        x_axis_label="step",
+        x_axis_label=x_label,
     )
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
     plot.toolbar.logo = None
@@ -155,6 +169,19 @@ def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Even
         axis.axis_label_text_color = axis.major_label_text_color = "#333333"
         axis.axis_label_text_font_style, axis.axis_label_text_font_size = "normal", "13px"
         axis.major_label_text_font_size = "12px"
+    return plot
+
+
+def without_axes(plot: Any) -> None:
+    """Have a figure stay as it is when the page's reader chooses another axis."""
+    plot.tags = ["fixed"]
+
+
+def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Event]], most: int) -> dict[str, Any]:
+    from bokeh.embed import json_item
+    from bokeh.models import HoverTool
+
+    plot = base_figure("step")
     drawn = [renderer for line in chart.lines for renderer in _draw_line(plot, line, chart, places[line.run], most)]
     plot.add_tools(HoverTool(renderers=drawn, mode="mouse", **_tooltips("$name")))
     first_of_run = {line.run: line for line in reversed(chart.lines)}
@@ -170,7 +197,7 @@ def _draw_line(plot: Any, line: Line, chart: Chart, places: Places, most: int) -
 
     colour, dashes = style_of(line, chart)
     curve = thinned(line.curve, most)
-    source = ColumnDataSource(_columns(curve, places))
+    source = ColumnDataSource(columns_of(curve, places))
     known: dict[str, Any] = {"tags": [line.run], "name": plain(line.label)}
     look = {"line_color": colour, "line_width": 1.8}
     if len(line.curve.steps) <= _MANY:
@@ -178,7 +205,7 @@ def _draw_line(plot: Any, line: Line, chart: Chart, places: Places, most: int) -
     else:
         faint = _FAINT if len(chart.lines) <= _CROWD else _FAINTER
         yield plot.line("step", "y", source=source, line_alpha=faint, **look, **known)
-        mean = ColumnDataSource(_columns(averaged(line.curve, _STRETCHES), places))
+        mean = ColumnDataSource(columns_of(averaged(line.curve, _STRETCHES), places))
         known["name"] = plain(f"{line.label} (mean of a stretch)".strip())
         yield plot.line("step", "y", source=mean, line_dash=dashes, **look, **known)
     if len(curve.steps) <= _FEW:
@@ -195,7 +222,7 @@ def _draw_events(plot: Any, line: Line, places: Places, events: Sequence[Event])
     from bokeh.models import ColumnDataSource
 
     steps = np.array([event.step for event in events], dtype=np.float64)
-    columns = _columns(Curve(steps, value_at(line.curve, steps)), places)
+    columns = columns_of(Curve(steps, value_at(line.curve, steps)), places)
     columns["text"] = [plain(f"{KINDS[event.kind][0]}: {event.text}") for event in events]
     columns["marker"] = [KINDS[event.kind][1] for event in events]
     return plot.scatter(
@@ -212,8 +239,8 @@ def _draw_events(plot: Any, line: Line, places: Places, events: Sequence[Event])
     )
 
 
-def _columns(curve: Curve, places: Places) -> dict[str, Any]:
-    """Return what is drawn, as 32-bit numbers: four in a million is finer than any screen."""
+def columns_of(curve: Curve, places: Places) -> dict[str, Any]:
+    """Return a curve along each of the axes, as 32-bit numbers: four in a million is finer than any screen."""
     columns = {
         "step": curve.steps,
         "units": curve.steps * places.per_step,

@@ -14,7 +14,7 @@ from hvdtrain.verbs.report.runs import ReadRun, flat
 
 MISSING = "-"
 # What no two runs have in common, and no result depends on.
-_OF_THE_CLOCK = ("time/", "throughput/", "memory/", "checkpoint/")
+_OF_THE_CLOCK = ("time/", "throughput/", "memory/", "comm/", "checkpoint/")
 
 
 def differing(fields: Sequence[Mapping[str, Any]], ignored: Collection[str] = ()) -> list[tuple[str, list[Any]]]:

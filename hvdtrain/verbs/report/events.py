@@ -13,6 +13,8 @@ from hvdtrain.verbs.report.runs import ReadRun
 KINDS = {
     "finished": ("finished", "square", "■"),
     "restart": ("went on after a stop", "diamond", "◆"),
+    "spike": ("spike of loss or gradient", "asterisk", "✳"),
+    "slow": ("a slow rank", "hex", "⬢"),
     "skipped": ("skipped steps", "x", "✕"),
     "failed": ("a save that failed", "inverted_triangle", "▼"),
     "warning": ("warning", "star", "★"),
@@ -23,6 +25,8 @@ KINDS = {
 # Of more events of a kind some are shown, from the first to the last.
 _MOST = 100
 _LONGEST = 160
+# Warnings that are events of their own kind, by what they say.
+_WARNINGS = {": a spike: ": "spike", " is slow, and all others wait": "slow"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def _events(run: ReadRun) -> Iterator[Event]:
         yield Event(step, "restart", text)
     for warned_step, text in warnings(run.records):
         if warned_step is not None and warned_step <= run.last_step:
-            yield Event(warned_step, "warning", text[:_LONGEST])
+            kind = next((kind for words, kind in _WARNINGS.items() if words in text), "warning")
+            yield Event(warned_step, kind, text[:_LONGEST])
     yield from _counted(run, "train/skipped_steps", "skipped", "skipped steps up to here")
     yield from _counted(run, "checkpoint/failed", "failed", "saves failed before here")
     for step in run.saves:

@@ -8,7 +8,7 @@
   const { axes, ranges } = JSON.parse(document.getElementById("settings").textContent);
 
   const useAxis = (name) => {
-    for (const figure of figures) {
+    for (const figure of figures.filter((one) => !one.tags.includes("fixed"))) {
       for (const renderer of figure.renderers) {
         for (const glyph of [renderer.glyph, renderer.nonselection_glyph, renderer.muted_glyph]) {
           if (glyph?.x) glyph.x = { field: name };

@@ -22,6 +22,7 @@ from hvdtrain.verbs.report.rank_log import last_words, warnings
 from hvdtrain.verbs.report.runs import ReadRun
 from hvdtrain.verbs.report.series import Places
 from hvdtrain.verbs.report.tables import escape, events_table, fields_table, side_by_side, summary_table
+from hvdtrain.verbs.report.time_figures import TimeFigure, time_figures
 
 MOST_BYTES = 1_500_000
 # What else a page holds of a run's texts, in characters.
@@ -54,6 +55,8 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int, preface: str) -
     events = [events_of(run) for run in runs]
     charts, num_left_out = charts_of(runs)
     items = {f"chart-{i}": item for i, item in enumerate(draw(charts, places, events, most_points))}
+    times = time_figures(runs, places)
+    items.update({f"chart-{len(charts) + i}": figure.item for i, figure in enumerate(times)})
     settings = {"axes": _axes(places), "ranges": [usual_range(chart) for chart in charts]}
     title = runs[0].name if len(runs) == 1 else counted(len(runs), "run")
     body = [
@@ -62,7 +65,7 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int, preface: str) -
         preface,
         *_differences(runs),
         *_summary(runs, places),
-        *_charts(runs, charts, events, places, num_left_out),
+        *_charts(runs, charts, times, events, places, num_left_out),
         *_texts(runs, events),
         "</main>",
         f"<script type='application/json' id='settings'>{_in_script(settings)}</script>",
@@ -130,12 +133,13 @@ def _summary(runs: Sequence[ReadRun], places: Sequence[Places]) -> Iterator[str]
 def _charts(
     runs: Sequence[ReadRun],
     charts: Sequence[Chart],
+    times: Sequence[TimeFigure],
     events: Sequence[Sequence[Event]],
     places: Sequence[Places],
     num_left_out: int,
 ) -> Iterator[str]:
     yield "<h2>Curves</h2>"
-    if not charts:
+    if not charts and not times:
         yield "<p>No metrics have been logged.</p>"
         return
     radios = "".join(
@@ -160,11 +164,12 @@ def _charts(
     yield "<p id='trouble' class='notes' hidden>Curves cannot be drawn here: it takes a browser of 2023 or newer.</p>"
     yield "<noscript><p class='notes'>The curves are drawn by JavaScript, which is off here.</p></noscript>"
     yield "<div class='charts'>"
-    for i, chart in enumerate(charts):
+    shown = [(chart.title, _caption(chart)) for chart in charts] + [(figure.title, figure.caption) for figure in times]
+    for i, (title, caption) in enumerate(shown):
         yield (
             f"<figure aria-labelledby='title-{i}' aria-describedby='about-{i}'>"
-            f"<h3 id='title-{i}'>{escape(chart.title)}</h3><div class='plot' id='chart-{i}'></div>"
-            f"<figcaption id='about-{i}'>{_caption(chart)}</figcaption></figure>"
+            f"<h3 id='title-{i}'>{escape(title)}</h3><div class='plot' id='chart-{i}'></div>"
+            f"<figcaption id='about-{i}'>{caption}</figcaption></figure>"
         )
     yield "</div>"
     if num_left_out:
