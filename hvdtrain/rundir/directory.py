@@ -4,12 +4,13 @@ config.toml         the resolved settings            metrics.jsonl     one line 
 environment.json    what the run ran on              logs/             a file for each rank
 model/              what a reader of the weights     tensorboard/      event files, if asked for
                     needs beside them                checkpoints/      see `Checkpoints`
-lock                who is training in it
+lock                who is training in it            trackers.json     what trackers call the run
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.lock import Claim, claim, claim_new
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
+from hvdtrain.settings.values import flat
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,11 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> Path:
+        """Return the file of what trackers, such as W&B, call this run."""
+        return self.path / "trackers.json"
+
+    @property
     def model(self) -> Path:
         """Return the folder of what a reader of the weights needs: config.json and the tokenizer."""
         return self.path / "model"
@@ -81,6 +93,13 @@ class RunDirectory:
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank."""
         return self.path / "logs" / f"rank-{rank:03d}.log"
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the resolved settings by full name, such as `train.steps`; empty where there are none to be read."""
+        try:
+            return flat(tomllib.loads(self.config.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
 
     @cached_property
     def checkpoints(self) -> Checkpoints:

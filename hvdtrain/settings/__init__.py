@@ -2,6 +2,7 @@
 
 from hvdtrain.settings.batch import BatchPlan, keep_batch, plan_batch
 from hvdtrain.settings.fields import Section, changeable_settings, setting
+from hvdtrain.settings.log import LogConfig
 from hvdtrain.settings.sections import (
     CheckpointConfig,
     CommConfig,
@@ -9,7 +10,6 @@ from hvdtrain.settings.sections import (
     DataConfig,
     EvalConfig,
     HealthConfig,
-    LogConfig,
     ModelConfig,
     OptimConfig,
     Precision,

@@ -13,6 +13,7 @@ from typing import Literal
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.fields import Section, check_fields, setting
+from hvdtrain.settings.log import LogConfig
 from hvdtrain.settings.units import parse_duration
 
 # Schedules that multiply the rate now and then.
@@ -167,18 +168,6 @@ class CommConfig(Section):
                 yield name, "it belongs to --comm.sync local"
         elif self.outer != "nesterov":
             yield "outer_momentum", "it belongs to --comm.outer nesterov"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig(Section):
-    """What is written down, and how often."""
-
-    every: int | str = setting(20, above=0, changeable=True, interval="time")
-    """Steps between two lines of metrics; or 1epoch, or 30s for a line about every 30 seconds."""
-    grad_norms: bool = setting(False, changeable=True)
-    """Also log the norm of each layer's averaged gradient, before clipping."""
-    tensorboard: bool = setting(False, changeable=True)
-    """Also write TensorBoard event files to RUN_DIR/tensorboard."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,7 +194,7 @@ def _train(
     is_writer = world.rank == 0
     say = MetricLog(console, []).say
     sinks = world.together(
-        lambda: [*build_sinks(run, request.recipe.log, say), *task.sinks, *_reports(run, say)] if is_writer else [],
+        lambda: [*build_sinks(run, request.recipe.log, say, task.sinks), *_reports(run, say)] if is_writer else [],
         "sinks",
     )
     log = MetricLog(console, sinks)

@@ -103,6 +103,7 @@ LM = {
 # What needs more than a small run: where it is tested.
 ELSEWHERE = {
     "health.memory_check": "unit/test_every_setting.py",
+    **dict.fromkeys(("log.wandb", "log.mlflow", "log.project"), "unit/test_trackers.py"),
     "train.deterministic": "unit/test_numerics.py",
     "data.workers": "unit/test_workers.py",
     "eval.choices": "unit/test_choices.py",
