@@ -16,14 +16,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from hvdtrain.errors import ResumeError
 from hvdtrain.process.run_files import CHECKPOINTS, named_checkpoint
-from hvdtrain.rundir.checkpoint import Checkpoint
-from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.lock import Claim, claim, claim_new
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
@@ -33,6 +31,10 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+if TYPE_CHECKING:
+    from hvdtrain.rundir.checkpoint import Checkpoint
+    from hvdtrain.rundir.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ class RunDirectory:
         return self.path / "trackers.json"
 
     @property
+    def logs(self) -> Path:
+        """Return the folder of the ranks' log files."""
+        return self.path / "logs"
+
+    @property
+    def lock(self) -> Path:
+        """Return the file that says who trains in it, or did last."""
+        return self.path / "lock"
+
+    @property
     def model(self) -> Path:
         """Return the folder of what a reader of the weights needs: config.json and the tokenizer."""
         return self.path / "model"
@@ -92,7 +104,7 @@ class RunDirectory:
 
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank."""
-        return self.path / "logs" / f"rank-{rank:03d}.log"
+        return self.logs / f"rank-{rank:03d}.log"
 
     def read_settings(self) -> dict[str, Any]:
         """Return the resolved settings by full name, such as `train.steps`; empty where there are none to be read."""
@@ -104,6 +116,8 @@ class RunDirectory:
     @cached_property
     def checkpoints(self) -> Checkpoints:
         """Return the checkpoints."""
+        from hvdtrain.rundir.checkpoints import Checkpoints  # with torch, which who only looks at a run does without
+
         return Checkpoints(self.path / CHECKPOINTS)
 
     def claim_new(self) -> Claim:

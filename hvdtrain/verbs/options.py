@@ -158,6 +158,16 @@ class ReportOptions(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchOptions(Section):
+    """Follow a run in the terminal, by its files alone: it may train on another machine. Ends with it, or at Ctrl-C."""
+
+    run_dir: Path = setting(path="directory")
+    """Directory of a run."""
+    every: float = setting(2.0, minimum=0.1, maximum=86400)
+    """Seconds between two looks at its files."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareOptions(Section):
     """Say what differs between two runs: settings, data, versions, and from which step on their results."""
 
