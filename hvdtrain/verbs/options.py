@@ -150,9 +150,14 @@ class ReportOptions(Section):
     """Directories of runs."""
     output: Path | None = setting(None, path="new file")
     """File to write; None: report.html in the first directory."""
+    serve: int | bool = setting(False, minimum=0, maximum=65535)
+    """Write nothing, but serve a page that follows the runs, to this machine alone, until Ctrl-C: at this port, or
+    without a number at one that is free."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.serve is not False and self.output is not None:
+            raise ConfigError("give --output FILE, a page to be written, or --serve, one that follows the runs")
         if not self.run_dirs:
             raise ConfigError("report is given directories of runs: python -m hvdtrain report RUN_DIR [RUN_DIR ...]")
 
