@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.rundir.patient_file import PatientFile
+from hvdtrain.rundir.sinks.background import Background
 from hvdtrain.rundir.sinks.console import Console
 from hvdtrain.rundir.sinks.sink import Metrics, Samples, Sink, takes_samples
 
@@ -65,7 +66,10 @@ class MetricLog:
             self._console.advance(step)
 
     def close(self) -> None:
-        """Close every sink."""
+        """Close every sink; those that take their time do so side by side."""
+        for sink in self._sinks:
+            if isinstance(sink, Background):
+                sink.start_closing()
         for sink in self._sinks:
             with self._patience_with(sink):
                 sink.close()

@@ -168,6 +168,19 @@ def test_one_that_blocks_holds_nothing_up(method, limits, says):
     assert (len(blocking.calls) < 20) == (method != "close")  # it gets no more, also where it answers after all
 
 
+def test_several_that_block_are_waited_for_together():
+    blocking = [Blocking("close") for _ in range(20)]
+    log = MetricLog(None, [Background(sink, print, seconds_to_close=0.5) for sink in blocking])
+    log.begin(0, 1)
+    for sink in blocking:
+        wait_for(lambda sink=sink: sink.calls)
+    started = time.monotonic()
+    log.close()
+    assert time.monotonic() - started < 5  # not 10
+    for sink in blocking:
+        sink.is_let_go.set()
+
+
 def with_sink(*sinks):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class WithSinks(Line):

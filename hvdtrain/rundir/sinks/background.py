@@ -55,6 +55,7 @@ class Background:
         """When the call was made that it has not answered yet."""
         self._error: BaseException | None = None
         self._is_dropped = False
+        self._closes_until: float | None = None
         if callable(getattr(sink, "show", None)):
             self.show = self._show
 
@@ -72,16 +73,21 @@ class Background:
         """Have it show what the model makes of held-out data."""
         self._give("show", step, dict(samples))
 
-    def close(self) -> None:
-        """Have it finish, and wait for that a little; one that was never begun is left as it is."""
-        if self._thread is None:
+    def start_closing(self) -> None:
+        """Have it finish, and do not wait: several can do so at once. One that was never begun is left as it is."""
+        if self._thread is None or self._closes_until is not None:
             return
+        self._closes_until = time.monotonic() + self._seconds_to_close
         self._give("close")
         with contextlib.suppress(queue.Full):
             self._calls.put_nowait(None)
-        if self._is_dropped:
+
+    def close(self) -> None:
+        """Have it finish, and wait for that a little."""
+        self.start_closing()
+        if self._thread is None or self._closes_until is None or self._is_dropped:
             return
-        self._thread.join(self._seconds_to_close)
+        self._thread.join(max(0.0, self._closes_until - time.monotonic()))
         self._tell_of_error()
         if not self._is_dropped and self._thread.is_alive():
             self._drop(f"it has not finished within {self._seconds_to_close:g} s, and what it still holds may be lost")
@@ -105,6 +111,7 @@ class Background:
 
     def _drop(self, reason: str) -> None:
         self._is_dropped = True
+        self.__dict__.pop("show", None)  # nobody makes samples for it any more
         self._say(f"WARNING: {self._name} gets no more metrics of this run: {reason}; training goes on without it")
 
     def _serve(self) -> None:
