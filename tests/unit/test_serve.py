@@ -69,7 +69,8 @@ def test_it_answers_to_its_own_address_alone(served):
     _, server = served
     assert server.server_address[0] == "127.0.0.1"
     assert ask(server, "/", host="example.com")[:2] == (403, "this server answers to its own address alone")
-    assert ask(server, "/", host=f"localhost:{server.server_port}")[0] == 200
+    assert ask(server, "/", host=f"127.0.0.1.example.com:{server.server_port}")[0] == 403
+    assert ask(server, "/", host="localhost:1234")[0] == 200  # through a tunnel
     assert ask(server, "/../etc/passwd")[0] == 404
     assert ask(server, "/favicon.ico")[0] == 404
     assert ask(server, "/", method="POST")[0] == 501

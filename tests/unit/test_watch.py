@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import random
 import select
 import signal
 import socket
@@ -154,6 +155,25 @@ def test_whoever_trains_here_and_is_gone_is_noticed(tmp_path):
 def test_what_holds_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         Follower(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_in_the_files_it_goes_on(tmp_path, seed):
+    """Bytes are changed, cut out and put in anywhere, between two looks too."""
+    draw = random.Random(seed)
+    folder = make_run(tmp_path / "run", lines=40, ranks=2)
+    (folder / "lock").write_text("process 1 on node")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    follower = Follower(folder)
+    for _ in range(5):
+        for path in files:
+            content = bytearray(path.read_bytes())
+            for _ in range(draw.randrange(4)):
+                place = draw.randrange(len(content) + 1)
+                content[place : place + draw.randrange(20)] = draw.randbytes(draw.randrange(20))
+            path.write_bytes(content)
+        follower.look()
+        assert drawn(follower, 80, 24)
 
 
 def drawn(follower, width, height, is_ascii=False):

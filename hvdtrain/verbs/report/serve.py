@@ -24,6 +24,7 @@ from hvdtrain.verbs.report.page import POLICY, page_of
 from hvdtrain.verbs.report.runs import ReadRun
 
 LOOPBACK = "127.0.0.1"
+_NAMES = (LOOPBACK, "localhost")
 SECONDS_BETWEEN_LOOKS = 5.0
 # Drawing takes at most about this share of the time of a core.
 _SHARE = 0.2
@@ -93,7 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer with the page, or with what is new of it."""
         # A page of another site whose name was made to lead here must not read what runs are called.
-        if self.headers.get("Host", "") not in self.server.names:
+        # The port may be any: that of a tunnel's other end.
+        if self.headers.get("Host", "").partition(":")[0] not in _NAMES:
             return self._answer(HTTPStatus.FORBIDDEN, "this server answers to its own address alone")
         address = urlsplit(self.path)
         try:
@@ -145,8 +147,6 @@ class LiveServer(ThreadingHTTPServer):
                 f"--serve {port}: that port of {LOOPBACK} cannot be had ({error.strerror}): name another, or leave it"
                 " out for one that is free"
             ) from error
-        self.names = {f"{host}:{self.server_port}" for host in (LOOPBACK, "localhost")}
-        self.names |= {LOOPBACK, "localhost"} if self.server_port == 80 else set()
 
     @property
     def address(self) -> str:
