@@ -47,7 +47,7 @@ class Tail:
     def _read(self, file: int) -> tuple[list[bytes], bool]:
         status = os.fstat(file)
         key = (status.st_dev, status.st_ino)
-        is_anew = key != self._key or status.st_size < self._place or not self._goes_on(file)
+        is_anew = key != self._key or not self._goes_on(file)
         if is_anew:
             self._key, self._seen, self._partial = key, b"", b""
             self._place = max(0, status.st_size - self._most_bytes)
