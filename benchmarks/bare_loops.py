@@ -60,7 +60,12 @@ def autocast(given: SimpleNamespace, device: torch.device) -> torch.autocast:
 
 def text_of(given: SimpleNamespace) -> PreparedText:
     """Return the text that all of them train on."""
-    return prepare_text(TextConfig(sequence_length=given.length, val_fraction=0.01), lambda line: None)
+    if given.tokens:
+        train, val = (str(Path(given.tokens) / f"{name}.bin") for name in ("train", "val"))
+        config = TextConfig(path=train, val_path=val, vocab_size=given.vocab_size, sequence_length=given.length)
+    else:
+        config = TextConfig(sequence_length=given.length, val_fraction=0.01)
+    return prepare_text(config, lambda line: None)
 
 
 class Batches:
@@ -93,7 +98,7 @@ def model_and_optimizer(given: SimpleNamespace, vocab_size: int, device: torch.d
     """Return the model of the comparison and the optimizer that all use."""
     shape = {"num_layers": given.layers, "hidden_size": given.hidden_size, "num_heads": given.heads}
     model = Decoder(DecoderConfig(**shape, intermediate_size=given.intermediate_size), vocab_size, seed=0).to(device)
-    if given.compile:
+    if given.compile != "none":
         model.compile()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     groups = [{"params": matrices}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]

@@ -51,7 +51,7 @@ def main() -> None:
         start = [str(Path(PYTHON).with_name("horovodrun")), "-np", str(ranks)] if ranks > 1 else []
         run(f"bench on {ranks}", [*start, PYTHON, "-m", "hvdtrain", "bench", "lm-124m", *settings], 3600, output)
     shape = ["--layers", "12", "--hidden-size", "768", "--heads", "12", "--length", "1024", "--precision", "bf16"]
-    shape += ["--compile", "--steps", "60", "--batch", str(given.micro_batch)]
+    shape += ["--vocab-size", "50304", "--compile", "blocks", "--steps", "60", "--batch", str(given.micro_batch)]
     nanogpt = ["--nanogpt", str(given.nanogpt)] if given.nanogpt else []
     for ranks in dict.fromkeys((1, count)):
         compare = [PYTHON, "benchmarks/speed.py", "--ranks", str(ranks), *shape, *nanogpt]

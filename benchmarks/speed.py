@@ -21,6 +21,7 @@ hvdtrain without that: the same products as the others.
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import importlib.util
 import json
@@ -73,12 +74,15 @@ def settings(given: argparse.Namespace) -> list[str]:
     """Return hvdtrain's flags for the model and batch of the comparison."""
     return [
         *("--model.num-layers", str(given.layers), "--model.hidden-size", str(given.hidden_size)),
-        *("--model.num-heads", str(given.heads), "--model.compile", "model" if given.compile else "none"),
+        *("--model.num-heads", str(given.heads), "--model.compile", given.compile),
         *("--data.sequence-length", str(given.length), "--train.steps", str(given.steps)),
         *("--train.micro-batch-size", str(given.batch), "--train.accum-steps", "1", "--optim.warmup-steps", "0"),
         *("--log.every", str(WINDOW), "--eval.every", "1000000", "--checkpoint.every", "1000000"),
         *("--train.precision", given.precision),
         *(("--model.intermediate-size", str(given.intermediate_size)) if given.intermediate_size else ()),
+        *(("--data.path", f"{given.tokens}/train.bin") if given.tokens else ()),
+        *(("--data.val-path", f"{given.tokens}/val.bin") if given.tokens else ()),
+        *(("--data.vocab-size", str(given.vocab_size)) if given.tokens else ()),
     ]
 
 
@@ -142,7 +146,7 @@ def nanogpt(given: argparse.Namespace, folder: Path) -> list[float]:
         "dataset": "text",
         "device": device,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[given.precision],
-        "compile": given.compile,
+        "compile": given.compile != "none",
         "n_layer": given.layers,
         "n_head": given.heads,
         "n_embd": given.hidden_size,
@@ -160,6 +164,16 @@ def nanogpt(given: argparse.Namespace, folder: Path) -> list[float]:
     output = run([*launcher("nanogpt", given), "train.py", *words], "nanogpt", given, folder)
     steps = [float(ms) / 1e3 for ms in re.findall(r"^iter [1-9].*time ([\d.]+)ms", output, flags=re.MULTILINE)]
     return [statistics.mean(steps[i : i + WINDOW]) for i in range(0, len(steps) - WINDOW + 1, WINDOW)]
+
+
+def random_tokens(vocab_size: int) -> str:
+    """Return a folder with files of random tokens; it is removed at the end."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 4_000_000), ("val", 100_000)):
+        draw.integers(vocab_size, size=count, dtype=np.uint16).tofile(Path(folder) / f"{name}.bin")
+    return folder
 
 
 def as_large_as_nanogpt(given: argparse.Namespace) -> int:
@@ -190,7 +204,7 @@ def compared(given: argparse.Namespace) -> str:
         (
             f"decoder of {given.layers} layers x {given.hidden_size}{inner},"
             f" {given.batch} x {given.length} tokens a rank, {given.ranks} ranks of {given.threads} thread,"
-            f" {given.precision}{', compiled' if given.compile else ''}, {given.controller};"
+            f" {given.precision}, compiled: {given.compile}, {given.controller};"
             f" {given.repeats} interleaved launches of {given.steps} steps; median [quartiles]",
             "",
             "runner       ms a step                  hvdtrain's time / this one's",
@@ -213,7 +227,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="samples of a rank")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--compile", action="store_true", help="the whole model, by torch.compile")
+    parser.add_argument(
+        "--compile", choices=["none", "blocks", "model"], default="none", help="what of hvdtrain's; others: the model"
+    )
+    parser.add_argument("--vocab-size", type=int, help="random tokens of so large a vocabulary, in place of text")
     parser.add_argument("--controller", choices=["mpi", "gloo"], default="mpi")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=5)
@@ -226,6 +243,7 @@ def main() -> None:
     if given.nanogpt:
         given.nanogpt = given.nanogpt.resolve()
         given.intermediate_size = given.intermediate_size or as_large_as_nanogpt(given)
+    given.tokens = random_tokens(given.vocab_size) if given.vocab_size else None
     of_table = [{"ranks": ranks, "precision": precision} for precision in ("fp32", "bf16") for ranks in (1, 2)]
     parts = []
     for difference in of_table if given.table else [{}]:

@@ -17,7 +17,7 @@ SECONDS_TO_END = 5  # for threads and processes that were asked to
 # What pytest and Python keep where they run, and what a tool of another lane may write meanwhile.
 CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 # What pytest, torch's compiler, OpenMP and tokenizers set when they are first used.
-KNOWN_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "KMP_", "TOKENIZERS_PARALLELISM")
+KNOWN_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_", "KMP_", "TOKENIZERS_PARALLELISM")
 # Daemons that are started once and end with the process: tqdm's monitor, the pool of torch's compiler, our reader.
 KNOWN_THREADS = ("TMonitor", "SubprocPool", "InductorSubproc", "hvdtrain-data")
 KNOWN_PROCESSES = ("multiprocessing.resource_tracker", "torch/_inductor/compile_worker")

@@ -90,4 +90,23 @@ def edits(cxx_standard: int, mpi_folders: tuple[str, ...]) -> tuple[Edit, ...]:
             "global_ranks_.resize(size_);",
             "the elements are assigned, never appended: without them the stall inspector sees no ranks",
         ),
+        Edit(
+            "horovod/common/group_table.h",
+            "#include <mutex>\n#include <queue>\n",
+            "#include <cstdint>\n#include <mutex>\n#include <queue>\n#include <string>\n",
+            "GCC 13's headers do not bring std::string along",
+        ),
+        Edit(
+            "horovod/common/common.h",
+            "#include <memory>\n#include <string>\n",
+            "#include <cstdint>\n#include <memory>\n#include <stdexcept>\n#include <string>\n",
+            "GCC 14's headers do not bring std::logic_error along",
+        ),
+        Edit(
+            "third_party/flatbuffers/include/flatbuffers/stl_emulation.h",
+            "span &operator=(const span &other)\n"
+            "      FLATBUFFERS_NOEXCEPT {\n    data_ = other.data_;\n    count_ = other.count_;\n  }",
+            "span &operator=(const span &other) = delete;",
+            "GCC 14 sees that it assigns to a constant; nothing calls it",
+        ),
     )

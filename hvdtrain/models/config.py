@@ -39,7 +39,8 @@ class DecoderConfig(ModelConfig):
     init_from: Path | None = setting(None, path="directory")
     """Begin with the weights in this directory, of a LlamaForCausalLM or an export; the model's shape comes from it."""
     loss_chunk: int | None = setting(None, above=0, changeable=True)
-    """Positions whose logits exist at a time when the loss is computed. None: as many as take 256 MiB in fp32."""
+    """Positions whose logits exist at a time when the loss is computed. None: as many as take 256 MiB in fp32,
+    on large GPUs a thirty-second part of their memory."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from hvdtrain.models import one_token
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.elementwise import RMSNorm, rotate
-from hvdtrain.models.linear import product_of
-from hvdtrain.models.loss import chunked_loss, next_token_loss
+from hvdtrain.models.linear import product_of, products
+from hvdtrain.models.loss import bytes_at_once, chunked_loss, next_token_loss
 
 _INIT_STD = 0.02
-# Of logits in fp32 that exist at once, on CPUs and on GPUs, which larger products keep busier.
-_LOSS_BYTES = (2**28, 2**29)
 
 
 class Decoder(nn.Module):
@@ -59,7 +57,7 @@ class Decoder(nn.Module):
             return self._one_token(cache)(tokens)[:, None]
         hidden = self.model(tokens, cache, seen)
         if targets is not None:
-            chunk = self.config.loss_chunk or max(1, _LOSS_BYTES[hidden.is_cuda] // (4 * self.vocab_size))
+            chunk = self.config.loss_chunk or max(1, bytes_at_once(hidden.device) // (4 * self.vocab_size))
             if targets.numel() > chunk:
                 return chunked_loss(hidden, self.lm_head.weight, targets, chunk, product_of(self.lm_head))
         logits: Tensor = self.lm_head(hidden)
@@ -168,9 +166,9 @@ class _Attention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Tensor | None = None, past: LayerCache | None = None
     ) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, H, D)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_size)), rope)  # (B, T, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
+        parts = products(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in parts)  # (B, T, H, D), (B, T, K, D) twice
+        q, k = rotate(q, rope), rotate(k, rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             k, v = past.extend(k, v)
@@ -202,7 +200,8 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, self.gate_proj, self.up_proj)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -80,6 +80,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return y
+
+
+def products(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Return what each of these linear layers makes of `x`.
+
+    Where kernels for GPUs are compiled, and the layers are torch's own without bias, by one product: a larger one keeps
+    a GPU busier, `x` is read once, and its gradient is summed inside the product. The weights stay parameters of their
+    own; putting them together is part of the cast that autocast makes anyway.
+    """
+    if x.is_cuda and torch.compiler.is_compiling() and all(_is_plain(layer) for layer in layers):
+        return _by_one_product(x, layers)
+    return [layer(x) for layer in layers]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    is_own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and layer.bias is None
+    return is_own and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _by_one_product(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
+    weights = [layer.weight for layer in layers]
+    return list(F.linear(x, torch.cat(weights)).split([len(weight) for weight in weights], -1))
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:

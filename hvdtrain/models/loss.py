@@ -17,6 +17,11 @@ _log = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 """A target that is not to be predicted: it adds nothing to the loss and is not counted."""
 
+# Of logits in fp32 that exist at once. A GPU's products are faster the larger they are, and the sum over few chunks is
+# cheaper: there, a share of its memory.
+_BYTES = 2**28
+_SHARE_OF_GPU = 1 / 32
+
 # fp16 gradients below 6e-8 would vanish; the loss scaler's own factor comes later.
 _FP16_SCALE = 8.0
 
@@ -37,6 +42,15 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
+def bytes_at_once(device: torch.device) -> int:
+    """Return the bytes of logits in fp32 that may exist at a time: 256 MiB, of large GPUs a thirty-second part."""
+    most = _BYTES
+    if device.type == "cuda" and torch.cuda.is_available():
+        share = int(torch.cuda.get_device_properties(device).total_memory * _SHARE_OF_GPU)
+        most = max(most, 2 ** (share.bit_length() - 1))
+    return most
+
+
 def chunked_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -53,7 +67,7 @@ def chunked_loss(
         hidden: `(B, T, C)`.
         weight: `(V, C)`.
         targets: int64 `(B, T)`, `IGNORE_INDEX` where there is none.
-        chunk: positions whose logits, `(chunk, V)` in fp32, exist at a time.
+        chunk: positions whose logits, `(chunk, V)` in fp32, exist at a time; at most, on GPUs.
         linear: computes `x @ weight.T`.
     """
     flat = hidden.flatten(0, 1)
@@ -79,6 +93,8 @@ class _ChunkedLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if needs_weight else None
+        if hidden.is_cuda and len(hidden):  # chunks alike, for which kernels are chosen and compiled once
+            chunk = -(-len(hidden) // -(-len(hidden) // chunk))
         compute = fused_terms if can_compile_for(hidden.device) and not torch.compiler.is_compiling() else terms
         ctx.scale = 1.0
         for start in range(0, len(hidden), chunk):

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
-HERE = Path(__file__).parent
 GPU = torch.device("cuda", 0)
 
 
@@ -118,12 +116,3 @@ def test_auto_compiles_the_blocks_of_the_presets():
     model = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
     expected = "blocks" if can_compile_for(GPU) else "none"
     assert what_is_compiled(dataclasses.replace(recipe.model), model, GPU) == expected
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this needs two GPUs")
-def test_a_step_of_two_ranks_waits_for_no_gpu():
-    command = ["horovodrun", "-np", "2", sys.executable, str(HERE / "rank_that_does_not_wait.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    line = next(line for line in done.stdout.splitlines() if '"is_busy"' in line)
-    assert json.loads(line[line.index("{") :]) == {"is_busy": True, "is_right": True}

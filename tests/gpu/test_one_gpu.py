@@ -30,7 +30,7 @@ def test_it_learns_in_every_precision(tmp_path, precision):
     out = hvdtrain(*train, "--run-dir", "run", cwd=tmp_path)
     assert "device:     cuda" in out or "NVIDIA" in out
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["val/bits_per_byte"] < 3.2
+    assert last["val/bits_per_byte"] < 3.5  # of eight; the text is that of the Python at hand
 
 
 def test_compiled_blocks(tmp_path):
@@ -53,8 +53,10 @@ def test_horovod_has_nccl_where_there_are_several():
     assert "[X] NCCL" in done.stdout
 
 
-def language_model():
-    """Return the settled job of the default recipe on this GPU."""
+def language_model(micro_batch_size=None):
+    """Return the settled job of the default recipe on this GPU; of a larger model where a micro-batch is given."""
+    import dataclasses
+
     from hvdtrain.process.launch import Launch
     from hvdtrain.recipes.lm import lm
     from hvdtrain.rundir.directory import RunDirectory
@@ -63,6 +65,10 @@ def language_model():
     from hvdtrain.world import SoloWorld
 
     recipe = lm()
+    if micro_batch_size:
+        model = dataclasses.replace(recipe.model, num_layers=6, hidden_size=512, num_heads=8)
+        train = dataclasses.replace(recipe.train, micro_batch_size=micro_batch_size, accum_steps=1)
+        recipe = dataclasses.replace(recipe, model=model, train=dataclasses.replace(train, global_batch_size=None))
     world = SoloWorld(torch.device("cuda", 0), Launch("none"))
     return settle(recipe.build(lambda line: None), recipe, world, RunDirectory(Path("none")), MetricLog(None, []))
 
@@ -84,15 +90,18 @@ def test_a_step_does_not_wait_for_the_gpu():
 
 
 def test_the_estimate_of_memory_is_near_the_peak():
-    """Weights, gradients, optimizer and activations of a step, against torch's own count."""
+    """Weights, gradients, optimizer and activations of a step, against torch's own count, cuBLAS's workspaces aside."""
     from hvdtrain.trainer import train_step
     from hvdtrain.trainer.memory import estimate
     from hvdtrain.trainer.state import start_training
 
-    job = language_model()
+    job = language_model(micro_batch_size=64)
     expected = estimate(job)
+    square = torch.ones(64, 64, device="cuda", requires_grad=True)
+    (square @ square).sum().backward()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     training = start_training(job)
     for _ in range(3):
         train_step(job, training)
-    assert torch.cuda.max_memory_allocated() == pytest.approx(expected.total, rel=0.35)
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(expected.total, rel=0.15)

@@ -178,3 +178,23 @@ def test_its_operations_are_counted():
     with FlopCounterMode(display=False) as counter:
         linear(numbers(3, 9, 8), numbers(11, 8))
     assert counter.get_total_flops() == 2 * 3 * 9 * 8 * 11
+
+
+def test_several_layers_by_one_product_are_what_they_are_one_by_one():
+    from hvdtrain.models.linear import _by_one_product, _is_plain, products
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, size, bias=False).double() for size in (4, 2, 5)]
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *(layer.weight for layer in layers)]
+    given = [torch.randn(2, 3, size, dtype=torch.float64) for size in (4, 2, 5)]
+    together, apart = _by_one_product(x, layers), products(x, *layers)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+    gradients = (torch.autograd.grad(outputs, wanted, given) for outputs in (together, apart))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+    assert all(map(_is_plain, layers))
+    layers[0].register_forward_hook(lambda *_: None)
+    assert not _is_plain(layers[0])
+    assert not _is_plain(nn.Linear(2, 2))

@@ -10,12 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.loss import next_token_loss
+from hvdtrain.models.loss import bytes_at_once, next_token_loss
 from hvdtrain.recipes.transformers_models.balance import Balance
 from hvdtrain.recipes.transformers_models.layouts import Batch, Call, Layout
-
-LOSS_BYTES = 2**28
-"""Logits in fp32 that may exist at once, where the loss can be computed in chunks."""
 
 
 def run(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -72,7 +69,7 @@ class DocumentLoss:
     head: Head | None
     balance: Balance | None = None
 
-    def __call__(self, model: nn.Module, batch: Batch, loss_bytes: int = LOSS_BYTES) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, batch: Batch, loss_bytes: int | None = None) -> dict[str, Tensor]:
         """Return the sums by name, "loss" among them.
 
         Args:
@@ -91,7 +88,7 @@ class DocumentLoss:
 
     def _run(self, model: nn.Module, call: Call, loss_bytes: int) -> tuple[Tensor, Any]:
         if self.head is not None:
-            chunk = max(1, loss_bytes // (4 * self.head.num_logits(model)))
+            chunk = max(1, (loss_bytes or bytes_at_once(call.targets.device)) // (4 * self.head.num_logits(model)))
             if call.targets.numel() > chunk:
                 output = self.head.body(model, call.inputs)
                 return self.head.loss(model, output, call.targets, chunk), output

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdtrain.models.loss import IGNORE_INDEX
-from hvdtrain.recipes.transformers_models.forward import LOSS_BYTES, Head, run
+from hvdtrain.models.loss import IGNORE_INDEX, bytes_at_once
+from hvdtrain.recipes.transformers_models.forward import Head, run
 from hvdtrain.recipes.transformers_models.heads import row_of
 
 
 def row_log_probs(
-    model: nn.Module, head: Head | None, tokens: Tensor, targets: Tensor, loss_bytes: int = LOSS_BYTES
+    model: nn.Module, head: Head | None, tokens: Tensor, targets: Tensor, loss_bytes: int | None = None
 ) -> Tensor:
     """Return the log-probability of each row's targets, all together, `(R,)`, in fp32 or wider.
 
@@ -25,7 +25,7 @@ def row_log_probs(
     """
     inputs = {"input_ids": tokens}
     if head is not None:
-        chunk = max(1, loss_bytes // (4 * head.num_logits(model)))
+        chunk = max(1, (loss_bytes or bytes_at_once(targets.device)) // (4 * head.num_logits(model)))
         if targets.numel() > chunk:
             output = head.body(model, inputs)
             losses = [head.loss(model, row_of(output, i), targets[i : i + 1], chunk) for i in range(len(tokens))]

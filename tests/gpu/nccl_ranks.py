@@ -1,0 +1,144 @@
+"""One of several ranks: everything that `World` does, on tensors of the GPU, against plain arithmetic.
+
+Prints a line of JSON: what was wrong on which rank, by the name of the check.
+"""
+
+import json
+import traceback
+
+import torch
+from torch import nn
+
+import hvdtrain
+
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64)
+
+
+def value_of(rank, dtype, device, size=1000):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(0, 20, (size,), generator=generator).to(dtype).to(device)
+
+
+def all_reduces(world):
+    for dtype in TYPES:
+        everyone = [value_of(rank, dtype, world.device) for rank in range(world.size)]
+        stack = torch.stack([each.double() for each in everyone])
+        expected = {"sum": stack.sum(0), "min": stack.amin(0), "max": stack.amax(0)}
+        for op, right in expected.items():
+            got = world.all_reduce(everyone[world.rank], op, f"{op}.{dtype}")
+            assert got.device == world.device, (op, dtype, got.device)
+            assert got.dtype == dtype, (op, dtype, got.dtype)
+            assert torch.equal(got.double(), right), (op, dtype)
+        if dtype.is_floating_point:
+            got = world.all_reduce(everyone[world.rank], "mean", f"mean.{dtype}")
+            assert torch.allclose(got.double(), stack.mean(0), rtol=1e-2), dtype
+
+
+def gathers(world):
+    for dtype in (*TYPES, torch.bool):
+        mine = value_of(world.rank, dtype, world.device, 3 + world.rank)
+        right = torch.cat([value_of(rank, dtype, world.device, 3 + rank) for rank in range(world.size)])
+        assert torch.equal(world.all_gather(mine, f"gather.{dtype}"), right), dtype
+    cut = torch.arange(2.0 * world.size, device=world.device) + 100 * world.rank
+    right = torch.cat([cut.chunk(world.size)[world.rank] - 100 * (world.rank - rank) for rank in range(world.size)])
+    assert torch.equal(world.all_to_all(cut, "to_all"), right)
+    got = world.reduce_scatter(cut, "sum", "scatter")
+    total = sum(torch.arange(2.0 * world.size, device=world.device) + 100 * rank for rank in range(world.size))
+    assert torch.equal(got, total.chunk(world.size)[world.rank])
+
+
+def broadcasts(world):
+    for dtype in (*TYPES, torch.bool):
+        got = world.broadcast(value_of(world.rank, dtype, world.device), f"broadcast.{dtype}", root=world.size - 1)
+        assert torch.equal(got, value_of(world.size - 1, dtype, world.device)), dtype
+    torch.manual_seed(world.rank)
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)).to(world.device)
+    world.broadcast_state(model)
+    world.check_replicas(dict(model.named_parameters()), "replicas")
+
+
+def trained(world, compression, optimizer_type, **options):
+    """Train ranks together and one model on all their batches; return the largest relative difference."""
+    torch.manual_seed(0)
+    model, twin = (nn.Sequential(nn.Linear(64, 300), nn.GELU(), nn.Linear(300, 8)).to(world.device) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    averaged = world.wrap(optimizer_type(model.parameters(), **options), model, compression=compression)
+    own = optimizer_type(twin.parameters(), **options)
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        batches = torch.randn(world.size, 16, 64, generator=generator).to(world.device)
+        averaged.zero_grad()
+        model(batches[world.rank]).square().mean().backward()
+        averaged.step()
+        own.zero_grad()
+        (sum(twin(batch).square().mean() for batch in batches) / world.size).backward()
+        own.step()
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return max(float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs)
+
+
+def optimizers(world):
+    for compression, limit in (("none", 1e-5), ("fp16", 1e-2), ("bf16", 3e-2)):
+        assert trained(world, compression, torch.optim.SGD, lr=0.1, momentum=0.9) < limit, compression
+    assert trained(world, "none", torch.optim.AdamW, lr=1e-3, fused=True) < 1e-4
+
+
+def sparse_gradients(world):
+    torch.manual_seed(0)
+    table = nn.Embedding(50, 4, sparse=True).to(world.device)
+    before = table.weight.detach().clone()
+    optimizer = world.wrap(torch.optim.SGD(table.parameters(), lr=1.0), table)
+    rows = [torch.tensor([rank, 7, 7], device=world.device) for rank in range(world.size)]
+    table(rows[world.rank]).sum().backward()
+    optimizer.step()
+    expected = before.clone()
+    for own in rows:
+        expected.index_add_(0, own, torch.full((3, 4), -1.0 / world.size, device=world.device))
+    assert torch.allclose(table.weight, expected, atol=1e-6)
+
+
+def many_in_flight(world):
+    """A hundred reductions are started before any is waited for, while the GPU computes what they send."""
+    waits = []
+    for i in range(100):
+        tensor = torch.full((10_000 + 977 * i,), float(world.rank + 1), device=world.device)
+        for _ in range(3):
+            tensor = tensor * 2
+        waits.append((i, world.start_all_reduce(tensor, "sum", f"many.{i}")))
+    for i, wait in waits:
+        got = wait()
+        assert bool((got == 8 * world.size * (world.size + 1) / 2).all()), i
+
+
+def own_streams(world):
+    """What a stream of the user's own has computed is what is sent, and the stream that asks sees the result."""
+    stream = torch.cuda.Stream()
+    for i in range(20):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(2_000_000)
+            tensor = torch.full((100_000,), float(i), device=world.device)
+            got = world.all_reduce(tensor, "sum", f"stream.{i}") * 2
+            assert bool((got == 2.0 * i * world.size).all()), i
+
+
+CHECKS = (all_reduces, gathers, broadcasts, optimizers, sparse_gradients, many_in_flight, own_streams)
+
+
+def main():
+    world = hvdtrain.init()
+    wrong = {}
+    for check in CHECKS:
+        try:
+            check(world)
+            torch.cuda.synchronize()
+        except Exception as error:  # every check is to be heard of
+            wrong[check.__name__] = "".join(traceback.format_exception(error))[-1500:]
+    everyone = world.all_gather_object(wrong, "wrong")
+    if world.rank == 0:
+        of_ranks = {f"{name} on rank {rank}": text for rank, each in enumerate(everyone) for name, text in each.items()}
+        print(json.dumps({"device": world.device.type, "ranks": world.size, "wrong": of_ranks}), flush=True)
+    world.close()
+
+
+if __name__ == "__main__":
+    main()
