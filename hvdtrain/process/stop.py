@@ -81,6 +81,7 @@ class StoppedEarly(SystemExit):
 
     def __init__(self, name: str) -> None:
         super().__init__(self.exit_code)
+        self.name = name
         self.reason = f"stopped by {name}: nothing is lost, the same command begins where it would have begun"
 
 

@@ -83,6 +83,7 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
         evaluations=_transcripts(recipe, val_data, tokenizer, loss),
         unit="characters",
         summarize=_over_those_read,
+        samples=lambda model, metrics: {"transcripts": _show(model, tokenizer, val_data, loss)},
         epilogue=lambda model, metrics: _show(model, tokenizer, val_data, loss),
         write_model_files=lambda folder: write_hearing_files(folder, model, tokenizer, extractor),
         description="\n".join(filter(None, lines)),

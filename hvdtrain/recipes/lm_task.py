@@ -43,6 +43,7 @@ def build_task(recipe: LanguageModel, say: Callable[[str], None]) -> Task:
         evaluations=_questions(recipe, text, length),
         unit="tokens",
         summarize=lambda means: with_bits_per_byte(means, bytes_per_token),
+        samples=lambda model, metrics: _samples(model, text, length),
         epilogue=lambda model, metrics: _epilogue(model, metrics, text, length),
         write_model_files=lambda folder: _write_model_files(folder, model, text, length),
         description=_describe(text, recipe.data),
@@ -143,13 +144,24 @@ def _compare(metrics: dict[str, float], text: PreparedText) -> str:
     )
 
 
+def _samples(model: nn.Module, text: PreparedText, length: int) -> dict[str, str]:
+    written = _write_sample(model, text, length)
+    return {"text": written} if written else {}
+
+
 def _show_sample(model: nn.Module, text: PreparedText, length: int) -> str:
+    if text.tokenizer is None:
+        return ""
+    rule = "-" * 72
+    return f"a sample of what it writes:\n{rule}\n{_write_sample(model, text, length).strip()}\n{rule}"
+
+
+def _write_sample(model: nn.Module, text: PreparedText, length: int) -> str:
+    """Return what the model writes from the beginning of a document; "" where nobody knows what tokens mean."""
     if text.tokenizer is None:
         return ""
     assert isinstance(model, Decoder)
     how = Sampling(temperature=0.7, seed=0)
     drawn = sample(model, [[text.tokenizer.eot]], min(_SAMPLE_TOKENS, 4 * length), context_length=length, sampling=how)
     tokens = [token for (token,) in drawn if token is not None]
-    shown = text.tokenizer.decode([token for token in tokens if token != text.tokenizer.eot])
-    rule = "-" * 72
-    return f"a sample of what it writes:\n{rule}\n{shown.strip()}\n{rule}"
+    return text.tokenizer.decode([token for token in tokens if token != text.tokenizer.eot])

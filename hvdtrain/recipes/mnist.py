@@ -31,8 +31,9 @@ class Digits(Recipe):
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Read the images into memory and build the network."""
-        from hvdtrain.data.vision import load_images
+        from hvdtrain.data.vision import class_names, load_images
         from hvdtrain.models.mlp import Mlp
+        from hvdtrain.recipes.pictures import shown_images
 
         train, test = load_images(self.data, train=True), load_images(self.data, train=False)
         return Task(
@@ -41,6 +42,13 @@ class Digits(Recipe):
             val_data=test,
             loss_sums=_loss,
             metrics=("loss", "accuracy"),
+            samples=lambda model, metrics: shown_images(
+                model,
+                test,
+                class_names(self.data.dataset),
+                lambda batch: (batch[0].view(-1, 1, 28, 28) * 127.5 + 127.5).round().byte(),
+                lambda model, batch: model(batch[0].to(next(model.parameters()).dtype)),
+            ),
             description=f"data:       {self.data.dataset}: {len(train):,} training images, {len(test):,} held out",
             fingerprint=f"{train.fingerprint()} {test.fingerprint()}",
             write_model_files=lambda folder: _write(folder, self.data),

@@ -15,6 +15,7 @@ from hvdtrain.data.image_files import Images, find_images
 from hvdtrain.data.image_samples import MEAN, STD, UNREAD, ImageSamples, SyntheticImages, normalised
 from hvdtrain.recipes.confusion import ConfusionMatrix
 from hvdtrain.recipes.image_models import Description, build_classifier
+from hvdtrain.recipes.pictures import shown_images
 from hvdtrain.recipes.resnet import ImageClassifier
 from hvdtrain.trainer.task import Batch, Task
 
@@ -48,6 +49,7 @@ def build_task(recipe: ImageClassifier) -> Task:
         metrics=loss.metrics,
         unit="images",
         summarize=loss.summarize,
+        samples=lambda model, metrics: shown_images(model, held_out, classes, lambda batch: batch[0], loss.logits),
         epilogue=lambda model, metrics: confusion.describe(),
         write_model_files=lambda folder: _write(folder, about),
         description=_describe(recipe, images, len(train), len(held_out), len(classes)),
@@ -92,9 +94,8 @@ class ClassificationLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the sums of a batch as `ImageSamples.batch` makes it."""
-        images, labels, *mixture = batch
-        dtype = next(model.parameters()).dtype
-        logits: Tensor = model(normalised(images, dtype, self._is_channels_last))
+        _, labels, *mixture = batch
+        logits = self.logits(model, batch)
         smoothing = self._smoothing if model.training else 0.0
         if mixture:
             others, shares = mixture
@@ -107,6 +108,11 @@ class ClassificationLoss:
         self._confusion.add(labels, answers[:, 0])
         sums = {"loss": losses.sum(), "top1": is_right[:, 0].sum(), f"top{_TOP}": is_right.sum()}
         return {**sums, "unread": (labels == UNREAD).sum()}
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the model's answer to a batch, `(n, classes)`."""
+        logits: Tensor = model(normalised(batch[0], next(model.parameters()).dtype, self._is_channels_last))
+        return logits
 
     def summarize(self, means: dict[str, float]) -> dict[str, float]:
         """Return means over the images that could be read."""

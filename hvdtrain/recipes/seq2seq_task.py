@@ -82,6 +82,9 @@ def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
         evaluations=_translations(recipe, folder, held_out, tokenizer),
         unit="tokens",
         summarize=lambda means: {**means, "perplexity": math.exp(min(means["loss"], 700.0))},
+        samples=lambda model, metrics: {
+            "translations": _show(model, tokenizer, held_out, read_held_out(folder), recipe)
+        },
         epilogue=lambda model, metrics: _show(model, tokenizer, held_out, read_held_out(folder), recipe),
         write_model_files=lambda folder: write_model_files(folder, model, tokenizer),
         description="\n".join(filter(None, lines)),

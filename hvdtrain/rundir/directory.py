@@ -4,28 +4,37 @@ config.toml         the resolved settings            metrics.jsonl     one line 
 environment.json    what the run ran on              logs/             a file for each rank
 model/              what a reader of the weights     tensorboard/      event files, if asked for
                     needs beside them                checkpoints/      see `Checkpoints`
-lock                who is training in it
+lock                who is training in it            trackers.json     what trackers call the run
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from hvdtrain.errors import ResumeError
 from hvdtrain.process.run_files import CHECKPOINTS, named_checkpoint
-from hvdtrain.rundir.checkpoint import Checkpoint
-from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.lock import Claim, claim, claim_new
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
+from hvdtrain.settings.values import flat
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from hvdtrain.rundir.checkpoint import Checkpoint
+    from hvdtrain.rundir.checkpoints import Checkpoints
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,21 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> Path:
+        """Return the file of what trackers, such as W&B, call this run."""
+        return self.path / "trackers.json"
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder of the ranks' log files."""
+        return self.path / "logs"
+
+    @property
+    def lock(self) -> Path:
+        """Return the file that says who trains in it, or did last."""
+        return self.path / "lock"
+
+    @property
     def model(self) -> Path:
         """Return the folder of what a reader of the weights needs: config.json and the tokenizer."""
         return self.path / "model"
@@ -85,11 +109,20 @@ class RunDirectory:
 
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank."""
-        return self.path / "logs" / f"rank-{rank:03d}.log"
+        return self.logs / f"rank-{rank:03d}.log"
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return the resolved settings by full name, such as `train.steps`; empty where there are none to be read."""
+        try:
+            return flat(tomllib.loads(self.config.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
 
     @cached_property
     def checkpoints(self) -> Checkpoints:
         """Return the checkpoints."""
+        from hvdtrain.rundir.checkpoints import Checkpoints  # with torch, which who only looks at a run does without
+
         return Checkpoints(self.path / CHECKPOINTS)
 
     def claim_new(self) -> Claim:

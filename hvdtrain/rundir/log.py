@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from hvdtrain.rundir.patient_file import PatientFile
+from hvdtrain.rundir.sinks.background import Background
 from hvdtrain.rundir.sinks.console import Console
-from hvdtrain.rundir.sinks.sink import Metrics, Sink
+from hvdtrain.rundir.sinks.sink import Metrics, Samples, Sink, takes_samples
 
 logger = logging.getLogger("hvdtrain")
 
@@ -50,13 +52,24 @@ class MetricLog:
             with self._patience_with(sink):
                 sink.write(step, metrics, event)
 
+    def show(self, step: int, make: Callable[[], Samples]) -> None:
+        """Hand what the model makes of held-out data to every sink that shows it; `make` is called if there is one."""
+        takers: list[Any] = [sink for sink in self._sinks if takes_samples(sink)]
+        samples = make() if takers else {}
+        for sink in takers if samples else ():
+            with self._patience_with(sink):
+                sink.show(step, samples)
+
     def advance(self, step: int) -> None:
         """Move the progress bar after a step without a line of metrics."""
         if self._console:
             self._console.advance(step)
 
     def close(self) -> None:
-        """Close every sink."""
+        """Close every sink; those that take their time do so side by side."""
+        for sink in self._sinks:
+            if isinstance(sink, Background):
+                sink.start_closing()
         for sink in self._sinks:
             with self._patience_with(sink):
                 sink.close()

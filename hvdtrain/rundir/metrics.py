@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     with path.open("rb") as file:
         for line in file:
             if line.strip() and line.endswith(b"\n"):
-                values = _parse(line) if len(line) <= _LONGEST_LINE else None
+                values = parse_line(line)
                 if values is None:
                     num_bad += 1
                 else:
@@ -38,7 +38,10 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     return sound, num_bad
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return what a line of a metrics file holds; None where it is damaged."""
+    if len(line) > _LONGEST_LINE:
+        return None
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):

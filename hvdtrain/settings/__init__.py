@@ -3,6 +3,7 @@
 from hvdtrain.settings.batch import BatchPlan, keep_batch, plan_batch
 from hvdtrain.settings.comm import CommConfig
 from hvdtrain.settings.fields import Section, changeable_settings, setting
+from hvdtrain.settings.log import LogConfig
 from hvdtrain.settings.profiling import ProfileConfig
 from hvdtrain.settings.sections import (
     CheckpointConfig,
@@ -10,7 +11,6 @@ from hvdtrain.settings.sections import (
     DataConfig,
     EvalConfig,
     HealthConfig,
-    LogConfig,
     ModelConfig,
     OptimConfig,
     Precision,

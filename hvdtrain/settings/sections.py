@@ -14,6 +14,7 @@ from typing import Literal
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings.comm import CommConfig
 from hvdtrain.settings.fields import Section, check_fields, setting
+from hvdtrain.settings.log import LogConfig
 from hvdtrain.settings.profiling import ProfileConfig
 from hvdtrain.settings.units import parse_duration
 
@@ -135,18 +136,6 @@ class OptimConfig(Section):
         for schedule, name in owners.items():
             if self.schedule != schedule:
                 yield name, f"it belongs to --optim.schedule {schedule}, and the schedule is {self.schedule}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogConfig(Section):
-    """What is written down, and how often."""
-
-    every: int | str = setting(20, above=0, changeable=True, interval="time")
-    """Steps between two lines of metrics; or 1epoch, or 30s for a line about every 30 seconds."""
-    grad_norms: bool = setting(False, changeable=True)
-    """Also log the norm of each layer's averaged gradient, before clipping."""
-    tensorboard: bool = setting(False, changeable=True)
-    """Also write TensorBoard event files to RUN_DIR/tensorboard."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,10 @@ _SETTINGS = {
     "comm.bucket_mib": "fusion_threshold bucket_cap_mb bucket_size",
     "comm.op": "adasum use_adasum reduction",
     "log.every": "log_every log_interval logging_steps log_steps print_freq print_every log_freq",
-    "log.tensorboard": "tb logger",
+    "log.tensorboard": "tb logger report_to",
+    "log.wandb": "use_wandb weights_and_biases report_to",
+    "log.mlflow": "use_mlflow report_to",
+    "log.project": "wandb_project mlflow_experiment experiment experiment_name project_name",
     "eval.every": "eval_interval eval_steps val_every val_check_interval eval_freq evaluation_strategy validate_every",
     "eval.patience": "patience early_stopping early_stopping_patience early_stop stop_patience",
     "eval.batch_size": "eval_batch_size val_batch_size test_batch_size per_device_eval_batch_size",
@@ -92,8 +95,9 @@ _ELSEWHERE = {
     "rank local_rank master_addr master_port hosts hostfile": (
         "the launcher says which rank this is and on which host: horovodrun -np 4 -H a:2,b:2 python -m hvdtrain ..."
     ),
-    "wandb use_wandb wandb_project project report_to mlflow neptune comet": (
-        "metrics are in RUN_DIR/metrics.jsonl, and with --log.tensorboard in TensorBoard's files"
+    "neptune comet clearml aim swanlab trackio tracker": (
+        "metrics are in RUN_DIR/metrics.jsonl, and with --log.tensorboard, --log.wandb or --log.mlflow there, too; for"
+        " any other tracker, give your recipe a sink: Task(sinks=[...])"
     ),
     "version v": "python -m hvdtrain --version",
     "help h": "python -m hvdtrain VERB [RECIPE] --help",

@@ -95,6 +95,17 @@ def _plain(value: Any, none: str | None = None) -> Any:
     return value
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one, by full names: `{"train": {"steps": 5}}` as `{"train.steps": 5}`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def merge(config: T, values: Mapping[str, Any], source: str | Source = "the configuration", prefix: str = "") -> T:
     """Return `config` with `values` (nested, as from TOML) in place of its own.
 

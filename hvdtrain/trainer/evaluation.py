@@ -48,7 +48,9 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
             if found is None:
                 return {}
             means.update(found)
-    return {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
+        values = {f"val/{name}": as_figure(value, name) for name, value in task.summarize(means).items()}
+        job.log.show(training.step, lambda: task.samples(task.model, values))
+    return values
 
 
 def _order(job: Job, part: Evaluation | CorpusEvaluation) -> EvaluationOrder:

@@ -115,8 +115,14 @@ class Task:
     build_optimizer: Callable[[OptimConfig, nn.Module], torch.optim.Optimizer] = build_optimizer
     """Returns the optimizer over the model's trainable parameters. One of your own takes from the settings what it
     needs; its learning rate is set before every step, in all groups, as the settings' schedule says."""
-    sinks: tuple[Any, ...] = ()
-    """Where metrics go besides the run directory, on rank 0: objects like those in rundir/."""
+    samples: Callable[[nn.Module, dict[str, float]], dict[str, Any]] = lambda model, metrics: {}
+    """Returns what trackers show of the model beside its figures: texts, and images, uint8 `(height, width, 3)`, by
+    name. Called on rank 0 after each evaluation, in evaluation mode and without gradients, where a sink shows them. No
+    collectives."""
+    sinks: tuple[Any, ...] | list[Any] = ()
+    """Where metrics go besides the run directory, on rank 0: objects with `begin`, `write` and `close`, as
+    `rundir.sinks.Sink` has them, and perhaps `show`. Each is called in a thread of its own; one that fails, or takes
+    too long, is told and left out."""
     callbacks: tuple[Any, ...] | list[Any] = ()
     """Objects with any of the methods of `Callback`: `after_step(run)`, `after_evaluation(run, metrics)`, and
     `state_dict` and `load_state_dict` for what a run that goes on needs."""

@@ -196,11 +196,26 @@ class ReportOptions(Section):
     """Directories of runs, and of sweeps, whose trials are shown."""
     output: Path | None = setting(None, path="new file")
     """File to write; None: report.html in the first directory."""
+    serve: int | bool = setting(False, minimum=0, maximum=65535)
+    """Write nothing, but serve a page that follows the runs, to this machine alone, until Ctrl-C: at this port, or
+    without a number at one that is free."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.serve is not False and self.output is not None:
+            raise ConfigError("give --output FILE, a page to be written, or --serve, one that follows the runs")
         if not self.run_dirs:
             raise ConfigError("report is given directories of runs: python -m hvdtrain report RUN_DIR [RUN_DIR ...]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions(Section):
+    """Follow a run in the terminal, by its files alone: it may train on another machine. Ends with it, or at Ctrl-C."""
+
+    run_dir: Path = setting(path="directory")
+    """Directory of a run."""
+    every: float = setting(2.0, minimum=0.1, maximum=86400)
+    """Seconds between two looks at its files."""
 
 
 @dataclass(frozen=True, kw_only=True)

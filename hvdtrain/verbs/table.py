@@ -17,6 +17,7 @@ from hvdtrain.verbs.options import (
     SweepOptions,
     TrainOptions,
     VerifyOptions,
+    WatchOptions,
 )
 
 
@@ -101,14 +102,20 @@ VERBS = {
         more="files",
     ),
     "report": Verb(
-        "hvdtrain.verbs.report:report",
+        "hvdtrain.verbs.report.command:report",
         ReportOptions,
         "run-dirs",
         "write a page with the curves of runs, that holds everything it shows",
         more="run_dirs",
     ),
+    "watch": Verb(
+        "hvdtrain.verbs.watch.command:watch",
+        WatchOptions,
+        "run-dir",
+        "follow a run in the terminal while it trains, wherever that is",
+    ),
     "compare": Verb(
-        "hvdtrain.verbs.report:compare",
+        "hvdtrain.verbs.report.command:compare",
         CompareOptions,
         "run-dirs",
         "say what differs between two runs, and from which step on",
@@ -126,6 +133,7 @@ VERB_SYNONYMS = {
     "generate": "sample complete chat prompt write",
     "export": "convert save to-hf upload",
     "report": "plot chart curves show html page visualize visualise graph",
+    "watch": "monitor follow tail top dashboard progress live",
     "compare": "diff difference versus vs",
     "predict": "classify infer inference label recognise recognize",
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hvdtrain.errors import ConfigError, UsageError
+from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, UsageError
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.given import apply, changeable, read_toml
 from hvdtrain.rundir.directory import RunDirectory
@@ -31,6 +31,8 @@ from hvdtrain.verbs.greeting import details, greeting
 from hvdtrain.verbs.options import TrainOptions
 from hvdtrain.verbs.report.sink import ReportSink, can_report
 from hvdtrain.world import Heartbeat, World, watched
+
+logger = logging.getLogger("hvdtrain")
 
 # Weights below this are taken to fit.
 _LARGE_BYTES = 64 << 20
@@ -194,7 +196,7 @@ def _train(
     is_writer = world.rank == 0
     say = MetricLog(console, []).say
     sinks = world.together(
-        lambda: [*build_sinks(run, request.recipe.log, say), *task.sinks, *_reports(run, say)] if is_writer else [],
+        lambda: [*build_sinks(run, request.recipe.log, say, task.sinks), *_reports(run, say)] if is_writer else [],
         "sinks",
     )
     log = MetricLog(console, sinks)
@@ -211,6 +213,9 @@ def _train(
         log.say(f"finished in {duration(time.monotonic() - started)}: {describe(metrics)}")
         _conclude(job, metrics)
         return TrainResult(metrics, run.path, job.num_steps)
+    except HvdtrainError as error:  # who leaves prints it; this is for who reads the log, later or elsewhere
+        logger.log(logging.INFO if isinstance(error, StopRequested) else logging.ERROR, "%s", error)
+        raise
     finally:
         log.close()
         close_rank_log(handler)

@@ -3,12 +3,16 @@
 import html
 import json
 import re
+import threading
 
 import pytest
 from browser import visit, why_no_browser
 from made_runs import make_run
 
 from hvdtrain.cli import parse
+from hvdtrain.verbs.report.command import bokeh_source
+from hvdtrain.verbs.report.runs import read_runs
+from hvdtrain.verbs.report.serve import LivePage, LiveServer
 
 bokeh = pytest.importorskip("bokeh")
 
@@ -146,3 +150,79 @@ def test_nothing_logged_yet_is_a_page_too(tmp_path):
     seen = visit(written([folder], tmp_path / "page.html"), tmp_path)
     assert seen.console == []
     assert "No metrics have been logged" in seen.dom
+
+
+# Looks closer at a part of the first chart, opens a table, waits for new lines, and says what has become of it all.
+ZOOMER = """
+<script>
+(async () => {
+  const pause = () => new Promise((done) => setTimeout(done, 100));
+  while (!document.documentElement.dataset.ready) await pause();
+  const figure = Bokeh.documents[0].roots()[0];
+  const look = () => ({start: figure.x_range.start, end: figure.x_range.end,
+    caption: document.querySelector("figcaption").textContent, axis: figure.below[0].axis_label,
+    last: figure.renderers[0].data_source.data.step.at(-1), open: document.querySelector("details").open,
+    details: document.querySelectorAll("details").length, live: document.getElementById("live").textContent});
+  document.querySelector("input[value=seconds]").click();
+  await pause(); await pause();
+  figure.x_range.have_updated_interactively = true;
+  figure.x_range.setv({start: 7, end: 9});
+  document.querySelector("details").open = true;
+  const found = {before: look()};
+  for (let i = 0; i < 400 && !document.documentElement.dataset.version; i++) await pause();
+  await pause();
+  found.after = look();
+  const head = [...document.querySelectorAll("th button")].at(0);
+  head.click();
+  found.sorted = head.parentNode.getAttribute("aria-sort");
+  const report = document.createElement("pre");
+  report.id = "found";
+  report.textContent = JSON.stringify(found);
+  document.body.append(report);
+})();
+</script>
+"""
+
+
+class Growing(LivePage):
+    """Has a reader in it, and another line in its run once a browser asks what is new."""
+
+    def whole(self):
+        before, end, after = super().whole().rpartition("</body>")
+        return f"{before}{ZOOMER}{end}{after}"
+
+    def since(self, version):
+        metrics = self._paths[0] / "metrics.jsonl"
+        if "8888" not in metrics.read_text():
+            with metrics.open("a") as file:
+                file.write('{"step": 8888, "train/loss": 0.125, "time/step_s": 0.1}\n')
+            with (self._paths[0] / "logs" / "rank-000.log").open("a") as file:
+                file.write("2026-11-20 11:00:00,100 INFO warning: one more\n")
+            self._is_drawable_at = 0.0
+        return super().since(version)
+
+
+def test_a_live_page_follows_the_run_and_keeps_what_a_reader_looks_at(tmp_path):
+    folder = make_run(tmp_path / "run", lines=100)
+    page = Growing(lambda: read_runs([folder]), [folder], bokeh_source())
+    with LiveServer(page, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            seen = visit(server.address, tmp_path)
+        finally:
+            server.shutdown()
+            thread.join()
+    found = re.search(r'<pre id="found">(.*?)</pre>', seen.dom, re.DOTALL)
+    assert found, (seen.dom[-500:], seen.console)
+    before, after = (json.loads(html.unescape(found[1]))[key] for key in ("before", "after"))
+    assert (before["last"], after["last"]) == (1000, 8888)
+    assert (after["start"], after["end"], after["axis"]) == (7, 9, before["axis"])
+    assert "time in training" in after["axis"]
+    assert "0.125 at step 8,888" in after["caption"]
+    assert before["open"] is after["open"] is True
+    assert "2 warnings" in seen.dom
+    assert after["details"] == before["details"]
+    assert "Live: follows the run" in after["live"]
+    assert json.loads(html.unescape(found[1]))["sorted"] == "ascending"
+    assert [line for line in seen.console if "favicon" not in line] == []  # nothing was refused, either

@@ -316,4 +316,5 @@ def test_the_package_installs_without_the_scripts(wheel):
     assert "hvdtrain = hvdtrain.cli:main" in texts["entry_points.txt"]
     assert "Requires-Python: >=3.10" in texts["METADATA"]
     extras = set(re.findall(r"^Provides-Extra: (\S+)", texts["METADATA"], re.MULTILINE))
-    assert extras == {"data", "docs", "hf", "report", "speech", "tensorboard", "test", "translation", "vision"}
+    trackers = {"mlflow", "tensorboard", "wandb"}
+    assert extras == {"data", "docs", "hf", "report", "speech", "test", "translation", "vision", *trackers}

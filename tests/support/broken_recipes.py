@@ -44,7 +44,7 @@ class Sink:
         pass
 
     def write(self, step, metrics, event):
-        pass  # sink
+        pass
 
     def close(self):
         pass
@@ -97,7 +97,6 @@ PLACES = {
     "library": ("# loss", "torch.zeros(2) + torch.zeros(3)", "loss"),
     "evaluation": ("pass  # evaluation", BUG, "loss"),
     "component": ("pass  # component", BUG, "after_update"),
-    "sink": ("pass  # sink", BUG, "write"),
     "epilogue": ('return ""  # epilogue', BUG, "finish"),
     "exit in loss": ("# loss", "raise SystemExit(0)", "loss"),
 }

@@ -34,13 +34,13 @@ class Visit:
 
 
 def visit(page, folder, width=1280, *, is_dark=False, screenshot=None):
-    """Open a page; returns what became of it once it was quiet."""
+    """Open a page, a file or an address; returns what became of it once it was quiet."""
     log = folder / "net.json"
     shape = [f"--window-size={width},2400", "--virtual-time-budget=30000", f"--user-data-dir={folder / 'profile'}"]
     wanted = [f"--screenshot={screenshot}"] if screenshot else ["--dump-dom"]
     logging = ["--enable-logging=stderr", f"--log-net-log={log}", *(DARK if is_dark else [])]
     done = subprocess.run(
-        ["chromium", *OPTIONS, *shape, *wanted, *logging, f"file://{page}"],
+        ["chromium", *OPTIONS, *shape, *wanted, *logging, page if str(page).startswith("http:") else f"file://{page}"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -13,7 +13,7 @@ READING = sorted(verb for verb, made in cli.VERBS.items() if made.is_for_one)
 
 
 def test_they_are_those_that_are_given_a_run():
-    assert READING == ["compare", "export", "generate", "predict", "report"]
+    assert READING == ["compare", "export", "generate", "predict", "report", "watch"]
 
 
 @pytest.mark.parametrize("verb", READING)

@@ -109,6 +109,7 @@ LM = {
 ELSEWHERE = {
     "health.memory_check": "unit/test_every_setting.py",
     "health.spikes": "unit/test_spikes.py",
+    **dict.fromkeys(("log.wandb", "log.mlflow", "log.project"), "unit/test_trackers.py"),
     "train.deterministic": "unit/test_numerics.py",
     "data.workers": "unit/test_workers.py",
     "eval.choices": "unit/test_choices.py",

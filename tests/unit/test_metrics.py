@@ -130,7 +130,7 @@ def test_tensorboard_writes_each_metric(tmp_path):
 
 def test_tensorboard_missing_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match="pip install tensorboard"):
+    with pytest.raises(ConfigError, match=r"pip install 'hvdtrain\[tensorboard\]'"):
         TensorBoard(RunDirectory(tmp_path))
 
 

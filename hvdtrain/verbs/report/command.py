@@ -15,6 +15,7 @@ from hvdtrain.verbs.options import CompareOptions, ReportOptions
 from hvdtrain.verbs.report.differences import Divergence, differing, divergences, packed_environment, written
 from hvdtrain.verbs.report.page import page_of
 from hvdtrain.verbs.report.runs import ReadRun, read_runs
+from hvdtrain.verbs.report.serve import LivePage, serve
 from hvdtrain.verbs.report.sweeps import read_with_sweeps
 
 _MOST_ROWS, _LONGEST = 60, 60
@@ -25,9 +26,13 @@ def report(options: ReportOptions) -> int:
     """Answer `report RUN_DIR...`; returns the exit code.
 
     Raises:
-        ConfigError: the library that draws is missing, a directory holds no run, or the page cannot be written.
+        ConfigError: the library that draws is missing, a directory holds no run, or the page cannot be written or
+            served.
     """
     bokeh = bokeh_source()
+    if options.serve is not False:
+        page = LivePage(lambda: read_with_sweeps(options.run_dirs), options.run_dirs, bokeh)
+        return serve(page, int(options.serve) if options.serve is not True else 0, len(options.run_dirs))
     runs, about_sweeps = read_with_sweeps(options.run_dirs)
     output = options.output or RunDirectory(options.run_dirs[0]).report
     write_page(output, page_of(runs, bokeh, about_sweeps))

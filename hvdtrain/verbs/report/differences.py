@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.verbs.report.runs import ReadRun, flat
+from hvdtrain.settings.values import flat
+from hvdtrain.verbs.report.runs import ReadRun
 
 MISSING = "-"
 # What no two runs have in common, and no result depends on.

@@ -5,9 +5,10 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   };
   const figures = [];
-  const { axes, ranges } = JSON.parse(document.getElementById("settings").textContent);
+  const settings = () => JSON.parse(document.getElementById("settings").textContent);
 
   const useAxis = (name) => {
+    const { axes } = settings();
     for (const figure of figures.filter((one) => !one.tags.includes("fixed"))) {
       for (const renderer of figure.renderers) {
         for (const glyph of [renderer.glyph, renderer.nonselection_glyph, renderer.muted_glyph]) {
@@ -20,6 +21,7 @@
     setTimeout(useRange, 50); // once Bokeh knows where its curves lie now
   };
   const useRange = () => {
+    const { ranges } = settings();
     for (const [i, figure] of figures.entries()) {
       figure.reset.emit();
       const usual = document.querySelector("input[name=usual]")?.checked ? ranges[i] : null;
@@ -46,7 +48,10 @@
     const rows = [...table.tBodies[0].rows].sort((a, b) => compare(key(a), key(b)));
     table.tBodies[0].append(...rows);
   };
-  for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => sortBy(button.parentNode));
+  addEventListener("click", (event) => {
+    const button = event.target.closest?.("th button");
+    if (button) sortBy(button.parentNode);
+  });
   addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details[data-print]")) part.open = true; });
 
   // Chromium tells of a size that it passes on one frame later as if it were an error of the page.

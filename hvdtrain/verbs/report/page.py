@@ -29,7 +29,7 @@ MOST_BYTES = 1_500_000
 _MOST_TEXT, _MOST_OF_LOG = 20_000, 60_000
 _MOST_NAMES = 12
 # Nothing is fetched, whatever is in the page: scripts and styles are those that it holds.
-_POLICY = (
+POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
 )
 
@@ -77,7 +77,7 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int, preface: str) -
         ]
     return (
         f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)} - hvdtrain report</title><style>{_asset('page.css')}</style></head>"
         f"<body>{''.join(body)}<script>{_asset('page.js')}</script></body></html>\n"

@@ -41,10 +41,11 @@ def read_records(path: Path) -> list[Record]:
         size = file.seek(0, 2)
         file.seek(max(0, size - _MOST_BYTES))
         lines = file.read(_MOST_BYTES).decode(errors="replace").splitlines()
-    return [*_records(lines)]
+    return [*records_of(lines)]
 
 
-def _records(lines: Sequence[str]) -> Iterator[Record]:
+def records_of(lines: Sequence[str]) -> Iterator[Record]:
+    """Yield the records that lines of a log make; what stands before the first head belongs to none."""
     head, text = None, []
     for line in lines:
         match = _HEAD.match(line)

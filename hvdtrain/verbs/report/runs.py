@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hvdtrain.errors import ConfigError, ResumeError
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.metrics import read_metrics
+from hvdtrain.settings.values import flat
 from hvdtrain.verbs.report.rank_log import Record, read_records
 
 if sys.version_info >= (3, 11):
@@ -112,17 +113,6 @@ def read_run(path: Path, name: str | None = None) -> ReadRun:
                 raise
             run.notes.append(f"{directory.rank_log(0)} cannot be read ({error.strerror or error})")
     return run
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one, by full names: `{"train": {"steps": 5}}` as `{"train.steps": 5}`."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{name}."))
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
