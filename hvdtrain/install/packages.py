@@ -32,9 +32,17 @@ def install_torch(environment: Environment, with_horovod: bool) -> None:
 
 
 def install_packages(environment: Environment, parts: tuple[str, ...]) -> None:
-    """Install the pinned packages of these parts of the requirements."""
+    """Install the pinned packages of these parts of the requirements, beside the torch that is there.
+
+    Left to itself, pip would put another torch in its place where their demands contradict each other.
+    """
     say("installing packages")
     files = [word for part in parts for word in ("--requirement", str(PACKAGE / f"requirements-{part}.txt"))]
+    if torch := environment.version_of("torch"):
+        kept = environment.folder / "hvdtrain-logs" / "constraints.txt"
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(f"torch=={torch}\n")
+        files += ["--constraint", str(kept)]
     environment.pip("installing packages", "install", *files)
 
 

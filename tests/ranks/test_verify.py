@@ -49,6 +49,7 @@ CASES = {
         "max_grad_norm": None,
         "norm": None,
         "width": 33,
+        "kind": "foreach",
     },
     "RMSprop, linear rule, warm-up": {
         "optim": OptimConfig(name="RMSprop", peak_lr=0.01, lr_rule="linear", reference_batch=8, warmup_steps=20)
@@ -128,7 +129,13 @@ class Small(Recipe):
             }
 
         data = TensorSamples(x, y)
-        return Task(model=Net(self), train_data=data, val_data=data, loss_sums=loss)
+        own = {"build_optimizer": that_writes_into_gradients} if self.kind == "foreach" else {}
+        return Task(model=Net(self), train_data=data, val_data=data, loss_sums=loss, **own)
+
+
+def that_writes_into_gradients(optim, model):
+    """As on GPUs: torch's way with few kernels adds the momentum to the gradients in place."""
+    return torch.optim.SGD(model.parameters(), lr=optim.peak_lr, momentum=0.9, nesterov=True, foreach=True)
 
 
 def small(optim=None, comm=None, model=None, norm=False, dropout=0.0, width=16, kind="plain", **train):

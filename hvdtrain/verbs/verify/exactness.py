@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvdtrain.trainer.scaler import LossScaler
-from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.trainer.step import train_step
 from hvdtrain.verbs.verify.compare import between, movement, worst_of
 from hvdtrain.verbs.verify.nature import Nature
@@ -75,9 +75,13 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
         hang = parameter.register_post_accumulate_grad_hook  # before Horovod's: sees this rank's own gradient
         hang(lambda p, key=key: local.__setitem__(key, p.grad.detach().to_dense().clone()))  # type: ignore[no-untyped-call]
     training = start_training(job)
+    before_update: dict[nn.Parameter, Tensor] = {}
+    # Optimizers may write into the gradients: of torch's SGD with Nesterov's momentum, the way for GPUs does.
+    training.optimizer.register_step_pre_hook(lambda *_: before_update.update(_copies(training)))
     for _ in range(_MOST_BACK_OFFS):
+        before_update.clear()
         train_step(job, training)
-        gradients = training.strategy.whole_gradients(training)
+        gradients = before_update or _copies(training)  # a step that is left out asks no optimizer
         if all(gradient.isfinite().all() for gradient in gradients.values()):
             break  # else the loss scale is still too large
     scaler = training.component(LossScaler)
@@ -95,6 +99,10 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
         if key in kept:
             averaged[key] += world.all_reduce(kept[key].cpu().double(), "sum", f"verify.kept.{key}").view(total.shape)
     return averaged, expected, witness
+
+
+def _copies(training: Training) -> dict[nn.Parameter, Tensor]:
+    return {parameter: grad.clone() for parameter, grad in training.strategy.whole_gradients(training).items()}
 
 
 def _rounding(trial: Trial) -> float:

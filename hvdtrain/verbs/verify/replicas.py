@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from torch import Tensor
 
 from hvdtrain.errors import DivergedError
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
-from hvdtrain.verbs.verify.compare import Difference, bitwise, in_bits, worst_of
+from hvdtrain.verbs.verify.compare import Difference, between, bitwise, in_bits, movement, worst_of
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row, judged
-from hvdtrain.verbs.verify.trial import Run
+from hvdtrain.verbs.verify.trial import Run, Trial
+
+# What is a coincidence between two runs of the same command; a lost momentum is more than a thousand times that.
+_TIMES_AS_USUAL = 10.0
 
 
 def check_start(nature: Nature) -> list[Row]:
@@ -50,7 +56,19 @@ def check_resume(nature: Nature) -> tuple[list[Row], Run]:
     if resumed.step != whole.training.step:
         difference = Difference(float("inf"), float("inf"), "the step counter")
     advice = f"first seen in {difference.name} on rank {rank}: something that matters is not in the checkpoint"
+    if difference.absolute and math.isfinite(difference.absolute) and own.world.device.type != "cpu":
+        return [_as_close_as_any_two(own, whole, replicated_tensors(resumed), name, advice)], whole
     return [judged(6, name, difference, 0.0, advice, in_bits(difference))], whole
+
+
+def _as_close_as_any_two(own: Trial, whole: Run, resumed: dict[str, Tensor], name: str, advice: str) -> Row:
+    """Judge a run on GPUs that has gone on by what two runs that did not stop differ by: see 8. Collective."""
+    again = replicated_tensors(own.together().training)
+    theirs, scale = replicated_tensors(whole.training), movement(whole)
+    usual, _ = worst_of(own.world, between(again, theirs, scale), "again.usual")
+    difference, _ = worst_of(own.world, between(resumed, theirs, scale), "resume.usual")
+    figure = f"{difference}; two identical runs {usual.relative:.1e}"
+    return judged(6, name, difference, _TIMES_AS_USUAL * usual.relative, advice, figure)
 
 
 def check_end(nature: Nature, whole: Run) -> list[Row]:

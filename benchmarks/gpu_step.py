@@ -1,0 +1,116 @@
+"""Where the time of a GPU's step goes: the model of the size of GPT-2 small, one GPU, kernel by kernel.
+
+    python benchmarks/gpu_step.py --compile blocks --output benchmarks/results/gpu_step.txt
+
+Takes training steps on random tokens, without a log or checkpoints: milliseconds a step, tokens/s, the share of the
+peak by nanoGPT's count of operations (6 a parameter and token, 12 x layers x width x length for attention), then torch's profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+import machine  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.autograd import DeviceType  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+from hvdtrain.process.launch import Launch  # noqa: E402
+from hvdtrain.recipes import load_recipe  # noqa: E402
+from hvdtrain.trainer import train_step  # noqa: E402
+from hvdtrain.trainer.rehearsal import rehearse  # noqa: E402
+from hvdtrain.trainer.state import start_training  # noqa: E402
+from hvdtrain.verbs.bench.flops import data_sheet_peak  # noqa: E402
+from hvdtrain.world import SoloWorld  # noqa: E402
+
+VOCAB, WARM_UP, WINDOWS, STEPS, MOST_ROWS = 50_304, 8, 4, 5, 40
+
+
+def recipe_of(given: argparse.Namespace, folder: Path) -> Any:
+    """Return lm-124m on random tokens."""
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 4_000_000), ("val", 100_000)):
+        draw.integers(VOCAB, size=count, dtype=np.uint16).tofile(folder / f"{name}.bin")
+    recipe: Any = load_recipe("lm-124m")
+    paths = {"path": str(folder / "train.bin"), "val_path": str(folder / "val.bin")}
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(
+            recipe.train, micro_batch_size=given.micro_batch, accum_steps=1, global_batch_size=None
+        ),
+        model=dataclasses.replace(recipe.model, compile=given.compile),
+        data=dataclasses.replace(recipe.data, tokenizer="byte", vocab_size=VOCAB, **paths),
+    )
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", choices=["none", "blocks", "model"], default="blocks")
+    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this torch sees no GPU")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(given, Path(folder))
+        world = SoloWorld(torch.device("cuda", 0), Launch("none"))
+        job = rehearse(recipe.build(lambda line: None), recipe, world, only_full_batches=True)
+        training = start_training(job)
+        for _ in range(WARM_UP):
+            train_step(job, training)
+        torch.cuda.synchronize()
+        seconds = []
+        for _ in range(WINDOWS):
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                train_step(job, training)
+            torch.cuda.synchronize()
+            seconds.append((time.perf_counter() - started) / STEPS)
+        step = statistics.median(seconds)
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+            for _ in range(STEPS):
+                train_step(job, training)
+            torch.cuda.synchronize()
+    tokens = given.micro_batch * recipe.data.sequence_length
+    shape = recipe.model
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    flops = tokens * (6 * parameters + 12 * shape.num_layers * shape.hidden_size * recipe.data.sequence_length)
+    peak = data_sheet_peak(torch.cuda.get_device_name(0), torch.bfloat16)
+    share = f", {flops / step / peak:.1%} of the data sheet's peak" if peak else ""
+    kernels = [
+        event
+        for event in profiled.key_averages()
+        if event.device_type == DeviceType.CUDA and "#" not in event.key and "Optimizer" not in event.key
+    ]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels)
+    lines = [
+        machine.describe(),
+        "",
+        f"compiled: {given.compile}; {given.micro_batch} x {recipe.data.sequence_length} tokens: {step * 1e3:.1f} ms a"
+        f" step, {tokens / step:,.0f} tokens/s{share}; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most",
+        f"kernels: {total / STEPS / 1e3:.1f} ms a step in {sum(event.count for event in kernels) / STEPS:.0f} launches",
+        *(
+            f"{event.self_device_time_total / STEPS / 1e3:8.2f} ms {event.count / STEPS:6.0f}  {event.key[:100]}"
+            for event in kernels[:MOST_ROWS]
+        ),
+    ]
+    print("\n".join(lines))
+    if given.output:
+        given.output.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
