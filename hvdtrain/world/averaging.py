@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
 from hvdtrain.models.walk import owned_by
+from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.exchange import GradientExchange
@@ -256,7 +257,7 @@ def _hang_on_step(
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
-            of_all = _over_ranks(world, exchange, closure, f"{prefix}.loss")
+            of_all = over_ranks(world, exchange, closure, f"{prefix}.loss")
             return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
         if optimizer._should_synchronize:
             exchange.finish()
@@ -281,25 +282,6 @@ def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:
             " optimizer has, or freeze the rest with requires_grad_(False)",
             f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}",
         )
-
-
-def _over_ranks(world: World, exchange: GradientExchange, closure: Callable[[], Any], name: str) -> Callable[[], Any]:
-    """Return a closure for `step` that leaves averaged gradients and returns the mean loss, alike on all ranks.
-
-    An optimizer that decides by the loss, such as LBFGS in its line search, would else decide differently on each.
-    """
-
-    def of_all() -> Any:
-        exchange.end_step()
-        loss = closure()
-        exchange.finish()
-        if loss is None:
-            return None
-        value = torch.as_tensor(loss, dtype=None if isinstance(loss, Tensor) else torch.float64).detach()
-        mean = world.all_reduce(value, "mean", name)
-        return mean if isinstance(loss, Tensor) else mean.item()
-
-    return of_all
 
 
 def _sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
