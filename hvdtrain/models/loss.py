@@ -43,6 +43,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
+@torch.compiler.assume_constant_result
 def bytes_at_once(device: torch.device) -> int:
     """Return the bytes of logits in fp32 that may exist at a time: 256 MiB, of large GPUs a thirty-second part."""
     most = _BYTES
@@ -96,7 +97,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if needs_weight else None
         if hidden.is_cuda and len(hidden):  # chunks alike, for which kernels are chosen and compiled once
             chunk = -(-len(hidden) // -(-len(hidden) // chunk))
-        compute = fused_terms if can_compile_for(hidden.device) and not torch.compiler.is_compiling() else terms
+        compute = fused_terms if not torch.compiler.is_compiling() and can_compile_for(hidden.device) else terms
         ctx.scale = 1.0
         for start in range(0, len(hidden), chunk):
             part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
