@@ -3,7 +3,8 @@
     python benchmarks/gpu_step.py --compile blocks --output benchmarks/results/gpu_step.txt
 
 Takes training steps on random tokens, without a log or checkpoints: milliseconds a step, tokens/s, the share of the
-peak by nanoGPT's count of operations (6 a parameter and token, 12 x layers x width x length for attention), then torch's profiler.
+peak by nanoGPT's count of operations (6 a parameter and token, 12 x layers x width x length for attention), and what
+torch's profiler sees.
 """
 
 from __future__ import annotations
