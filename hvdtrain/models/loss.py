@@ -43,7 +43,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def bytes_at_once(device: torch.device) -> int:
     """Return the bytes of logits in fp32 that may exist at a time: 256 MiB, of large GPUs a thirty-second part."""
     most = _BYTES
