@@ -317,4 +317,5 @@ def test_the_package_installs_without_the_scripts(wheel):
     assert "Requires-Python: >=3.10" in texts["METADATA"]
     extras = set(re.findall(r"^Provides-Extra: (\S+)", texts["METADATA"], re.MULTILINE))
     trackers = {"mlflow", "tensorboard", "wandb"}
-    assert extras == {"data", "docs", "hf", "report", "speech", "test", "translation", "vision", *trackers}
+    features = {"data", "hf", "onnx", "report", "speech", "sweep", "translation", "vision"}
+    assert extras == {"docs", "test", *features, *trackers}
