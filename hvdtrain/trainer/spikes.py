@@ -154,7 +154,7 @@ class Spikes(Component):
         self._in_a_row[what] += 1
         is_left_out = acts and self._does in ("skip", "stop")
         if self._does == "stop":
-            raise DivergedError(f"{spike}. {self._way_out(is_left_out)}")
+            raise DivergedError(f"--health.spikes stop ends the run: {spike}. {self._way_out(is_left_out)}")
         if self._in_a_row[what] == IN_A_ROW:
             self._job.log.say(
                 f"WARNING: {stays}: training may diverge, and what is usual is learned anew from here. Try a lower"

@@ -112,6 +112,7 @@ def test_fp32_gradients_are_the_bits_that_the_ranks_came_to_without_the_engine(w
 
 
 def test_who_has_joined_adds_zeros(world):
+    """Afterwards Horovod's names of what has no name differ between the ranks: so test_compat.py comes first."""
     if world.rank:
         total = hvd.allreduce(torch.ones(9).bfloat16(), name="bf16.joined", op=hvd.Sum)
         assert total.tolist() == [world.size - 1.0] * 9
