@@ -204,7 +204,7 @@ class Growing(LivePage):
 
 def test_a_live_page_follows_the_run_and_keeps_what_a_reader_looks_at(tmp_path):
     folder = make_run(tmp_path / "run", lines=100)
-    page = Growing(lambda: read_runs([folder]), [folder], bokeh_source())
+    page = Growing(lambda: (read_runs([folder]), ""), [folder], bokeh_source())
     with LiveServer(page, 0) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
