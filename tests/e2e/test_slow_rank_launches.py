@@ -3,10 +3,6 @@
 import re
 import socket
 
-import pytest
-
-pytestmark = pytest.mark.beside
-
 RECIPE = """
 import time
 from dataclasses import dataclass

@@ -5,10 +5,7 @@ import os
 import signal
 import sys
 
-import pytest
 from conftest import FAULTY
-
-pytestmark = pytest.mark.beside
 
 # torch has no dropout of 2: the second trial fails while its model is built.
 SWEEP = ["sweep", FAULTY, "--dropout", "0.2,2,0.1", "--pause", "0.05", "--checkpoint.every", "none", "--run-dir", "s"]
