@@ -16,7 +16,7 @@ from hvdtrain.models import one_token
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.linear import product_of, products
-from hvdtrain.models.loss import bytes_at_once, chunked_loss, next_token_loss
+from hvdtrain.models.loss import chunked_loss, next_token_loss, positions_at_once
 
 _INIT_STD = 0.02
 
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
             return self._one_token(cache)(tokens)[:, None]
         hidden = self.model(tokens, cache, seen)
         if targets is not None:
-            chunk = self.config.loss_chunk or max(1, bytes_at_once(hidden.device) // (4 * self.vocab_size))
+            chunk = self.config.loss_chunk or positions_at_once(self.vocab_size, hidden.device)
             if targets.numel() > chunk:
                 return chunked_loss(hidden, self.lm_head.weight, targets, chunk, product_of(self.lm_head))
         logits: Tensor = self.lm_head(hidden)

@@ -53,6 +53,11 @@ def bytes_at_once(device: torch.device) -> int:
     return most
 
 
+def positions_at_once(num_logits: int, device: torch.device, num_bytes: int | None = None) -> int:
+    """Return how many positions of so many logits each fit `num_bytes` in fp32; None: `bytes_at_once` of the device."""
+    return max(1, (num_bytes or bytes_at_once(device)) // (4 * num_logits))
+
+
 def chunked_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.loss import bytes_at_once, next_token_loss
+from hvdtrain.models.loss import next_token_loss, positions_at_once
 from hvdtrain.recipes.transformers_models.balance import Balance
 from hvdtrain.recipes.transformers_models.layouts import Batch, Call, Layout
 
@@ -88,7 +88,7 @@ class DocumentLoss:
 
     def _run(self, model: nn.Module, call: Call, loss_bytes: int | None) -> tuple[Tensor, Any]:
         if self.head is not None:
-            chunk = max(1, (loss_bytes or bytes_at_once(call.targets.device)) // (4 * self.head.num_logits(model)))
+            chunk = positions_at_once(self.head.num_logits(model), call.targets.device, loss_bytes)
             if call.targets.numel() > chunk:
                 output = self.head.body(model, call.inputs)
                 return self.head.loss(model, output, call.targets, chunk), output

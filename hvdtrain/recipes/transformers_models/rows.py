@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hvdtrain.models.loss import IGNORE_INDEX, bytes_at_once
+from hvdtrain.models.loss import IGNORE_INDEX, positions_at_once
 from hvdtrain.recipes.transformers_models.forward import Head, run
 from hvdtrain.recipes.transformers_models.heads import row_of
 
@@ -25,7 +25,7 @@ def row_log_probs(
     """
     inputs = {"input_ids": tokens}
     if head is not None:
-        chunk = max(1, (loss_bytes or bytes_at_once(targets.device)) // (4 * head.num_logits(model)))
+        chunk = positions_at_once(head.num_logits(model), targets.device, loss_bytes)
         if targets.numel() > chunk:
             output = head.body(model, inputs)
             losses = [head.loss(model, row_of(output, i), targets[i : i + 1], chunk) for i in range(len(tokens))]
