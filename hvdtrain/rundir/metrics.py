@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,32 @@ _LONGEST_LINE = 1 << 20
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the lines of a metrics file that are whole and sound, and how many are not.
 
+    Raises:
+        OSError: as `each_line`.
+    """
+    lines = [*each_line(path)]
+    sound = [line for line in lines if line is not None]
+    return sound, len(lines) - len(sound)
+
+
+def each_line(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield the lines of a metrics file; None for one that is damaged.
+
     A last line without its end was cut short by a crash and is not counted.
 
     Raises:
         OSError: the file cannot be read, or has more than 1 GiB; one that does not exist is empty.
     """
     if not path.exists():
-        return [], 0
+        return
     if not path.is_file():
         raise OSError(0, "it is no regular file")
     if path.stat().st_size > _MOST_BYTES:
         raise OSError(errno.EFBIG, "it has more than 1 GiB")
-    sound, num_bad = [], 0
     with path.open("rb") as file:
         for line in file:
             if line.strip() and line.endswith(b"\n"):
-                values = parse_line(line)
-                if values is None:
-                    num_bad += 1
-                else:
-                    sound.append(values)
-    return sound, num_bad
+                yield parse_line(line)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

@@ -10,9 +10,9 @@ from browser import visit, why_no_browser
 from made_runs import make_run
 
 from hvdtrain.cli import parse
-from hvdtrain.verbs.report.command import bokeh_source
 from hvdtrain.verbs.report.runs import read_runs
 from hvdtrain.verbs.report.serve import LivePage, LiveServer
+from hvdtrain.verbs.report.shell import bokeh_source
 
 bokeh = pytest.importorskip("bokeh")
 
@@ -29,7 +29,10 @@ READER = """
   const press = async (query) => { document.querySelector(query)?.click(); await quiet(); return look(); };
   await quiet();
   const found = {charts: figures.length, before: look()};
-  found.wide = document.documentElement.scrollWidth <= innerWidth;
+  const shown = document.documentElement.clientWidth;
+  found.width = [innerWidth, shown, document.documentElement.scrollWidth];
+  found.out = [...document.querySelectorAll("body *")].filter((one) => !one.closest(".scroll table, .plot")
+    && one.getBoundingClientRect().right > shown + 1).map((one) => one.outerHTML.slice(0, 80)).slice(0, 3);
   found.units = await press("input[value=units]");
   found.seconds = await press("input[value=seconds]");
   found.steps = await press("input[value=step]");
@@ -107,7 +110,8 @@ def test_a_phone_shows_it_without_scrolling_sideways(tmp_path, is_dark):
     """The figures of what a screen shows are those of 390 pixels; the picture is not one colour."""
     page = written([make_run(tmp_path / "a", lines=300, ranks=16, slow_rank=3)], tmp_path / "page.html")
     found, seen = read(page, tmp_path, width=390, is_dark=is_dark)
-    assert found["wide"]
+    assert found["width"] == [390, 390, 390]
+    assert found["out"] == []
     assert found["charts"] == seen.dom.count("<figure") == 8
     assert (found["before"]["x"], found["units"]["x"]) == ("step", "units")
     picture = tmp_path / "picture.png"
@@ -226,3 +230,50 @@ def test_a_live_page_follows_the_run_and_keeps_what_a_reader_looks_at(tmp_path):
     assert "Live: follows the run" in after["live"]
     assert json.loads(html.unescape(found[1]))["sorted"] == "ascending"
     assert [line for line in seen.console if "favicon" not in line] == []  # nothing was refused, either
+
+
+PLAN = """
+(() => {
+  const wide = document.documentElement;
+  const look = (one) => ({box: one.getBoundingClientRect().right, text: one.textContent.slice(0, 40)});
+  return {width: [innerWidth, wide.clientWidth, wide.scrollWidth], charts: Bokeh.documents.length,
+    out: [...document.querySelectorAll("body *")].filter((one) => !one.closest(".scroll table, .plot")).map(look)
+      .filter((one) => one.box > wide.clientWidth + 1).slice(0, 3),
+    dark: matchMedia("(prefers-color-scheme: dark)").matches, back: getComputedStyle(document.body).backgroundColor};
+})()
+"""
+
+
+@pytest.mark.parametrize(("width", "is_dark"), [(390, True), (390, False), (1280, False)])
+def test_a_plan_is_a_page_like_a_report(tmp_path, width, is_dark):
+    """On a phone nothing scrolls sideways but the table in its frame; nothing is said, nothing is fetched."""
+    from hvdtrain.verbs.plan.page import page_of
+
+    page = tmp_path / "plan.html"
+    page.write_text(page_of(made_plan(), bokeh_source()))
+    seen = visit(page, tmp_path, width, is_dark=is_dark, expression=PLAN)
+    assert seen.console == []
+    assert [address for address in seen.asked_for if not address.startswith(("file:", "data:", "blob:"))] == []
+    found = seen.found
+    assert found["charts"] == seen.dom.count("<figure") == 3
+    assert found["width"] == [width] * 3
+    assert found["out"] == []
+    assert found["dark"] is is_dark
+    assert found["back"] == ("rgb(0, 0, 0)" if is_dark else "rgb(255, 255, 255)")
+
+
+def made_plan():
+    """Return a plan for 1 to 64 workers, of figures that are made up."""
+    from hvdtrain.optim.noise import NoiseScale
+    from hvdtrain.verbs.plan.answer import answer
+    from hvdtrain.verbs.plan.facts import Facts
+    from hvdtrain.verbs.plan.network import Network
+    from hvdtrain.verbs.plan.step import Bucket, Compute
+
+    compute = Compute(0.03, 0.06, 0.01)
+    buckets = (Bucket(0.2, 1 << 20), Bucket(1.0, 4 << 20))
+    network = Network("gloo", 1e-3, None, None, 50e-6, 8 / 1e9, 0.05, 4)
+    noise = NoiseScale(200.0, 150.0, 300.0, 50)
+    known = {"measured_steps_s": {1: 0.1, 2: 0.14}, "steps_to_target": 1000, "recipe_batch": 64}
+    facts = Facts("lm", "tokens", 128.0, 8, 1, 1, compute, compute, 1, 0.02, buckets, network, None, noise, **known)
+    return answer(facts, 64, 2.0)

@@ -311,21 +311,3 @@ def test_a_plan_is_kept_and_read_again(tmp_path):
             load_json(tmp_path / "other.json")
     with pytest.raises(ConfigError, match="let `plan RECIPE --output "):
         load_json(tmp_path / "nowhere")
-
-
-def test_the_page_has_two_plots_and_stands_alone(tmp_path):
-    import xml.etree.ElementTree as ElementTree
-
-    given = answer(facts(recipe="<mine>", measured_steps_s={1: 0.1, 2: 0.14}), 16)
-    save_html(tmp_path / "plan.html", given)
-    page = (tmp_path / "plan.html").read_text()
-    assert "http" not in page.replace("http-equiv", "")
-    assert "<mine>" not in page
-    plots = [f"<svg{part.split('</svg>')[0]}</svg>" for part in page.split("<svg")[1:]]
-    assert len(plots) == 2
-    throughput = ElementTree.fromstring(plots[0])
-    assert len(throughput.findall("polyline")) == 2
-    assert len(throughput.findall("circle")) == 3  # two measured, one recommended
-    save_html(tmp_path / "one.html", answer(facts(network=None, noise=None), 8))
-    assert (tmp_path / "one.html").read_text().count("<svg") == 1
-    assert json.dumps(given.as_dict())

@@ -10,9 +10,9 @@ from made_runs import make_run
 from hvdtrain.cli import parse
 from hvdtrain.errors import ConfigError
 from hvdtrain.verbs.report import serve
-from hvdtrain.verbs.report.command import bokeh_source
 from hvdtrain.verbs.report.runs import read_runs
 from hvdtrain.verbs.report.serve import LivePage, LiveServer
+from hvdtrain.verbs.report.shell import bokeh_source
 
 pytest.importorskip("bokeh")
 

@@ -110,5 +110,7 @@ def _show(given: Answer, options: PlanOptions, environment: dict[str, Any], say:
     say(table(given))
     if options.output is not None and say.speaks:
         save_json(options.output / "plan.json", given, environment)
-        save_html(options.output / "plan.html", given)
+        missing = save_html(options.output / "plan.html", given)
         say(f"written to {options.output / 'plan.json'} and {options.output / 'plan.html'}")
+        if missing:
+            say(missing)

@@ -1,58 +1,98 @@
-"""A plan as `plan.html`, with two plots. No libraries: the page needs no network."""
+"""A plan as `plan.html`: what is recommended, the charts and the table, in the frame of the reports."""
 
 from __future__ import annotations
 
-import html
+from collections.abc import Iterator
 from pathlib import Path
 
+from hvdtrain import __version__
+from hvdtrain.errors import ConfigError
 from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.plan.answer import Answer
-from hvdtrain.verbs.plan.plot import plot
-from hvdtrain.verbs.plan.report import describe, table
+from hvdtrain.verbs.plan.charts import charts_of, step_interval
+from hvdtrain.verbs.plan.report import describe
+from hvdtrain.verbs.plan.rows import Row
 from hvdtrain.verbs.plan.saved import write_output
-
-_STYLE = "body{font:15px sans-serif;margin:2em;color:#222}pre{font:13px monospace}svg{margin:1em 2em 1em 0}"
-
-
-def save_html(path: Path, answer: Answer) -> None:
-    """Write a page with the table and two plots: throughput against workers, time to the same loss against cost."""
-    facts = answer.facts
-    plots = [_throughput(answer), *([_time_against_cost(answer)] if facts.noise is not None else [])]
-    workers = counted(answer.recommended.workers, "worker") if answer.recommended else "no recommendation"
-    body = f"<pre>{html.escape(describe(facts))}\n\n{html.escape(table(answer))}</pre>"
-    write_output(
-        path,
-        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>hvdtrain plan</title>"
-        f"<style>{_STYLE}</style></head><body>"
-        f"<h1>{html.escape(facts.recipe)}: {workers}</h1>"
-        f"{''.join(plots)}{body}</body></html>\n",
-    )
+from hvdtrain.verbs.report.shell import bokeh_source, escape, figures_of, framed
+from hvdtrain.verbs.report.tables import plain_table
 
 
-def _throughput(answer: Answer) -> str:
-    facts, rows, best = answer.facts, answer.rows, answer.recommended
-    units_per_step = facts.micro_batch_size * facts.accum_steps * facts.units_per_sample
-    measured = facts.measured_steps_s.items()
-    return plot(
-        f"Throughput ({facts.unit}/s)",
-        "workers",
-        lines={
-            "ideal": [(row.workers, rows[0].units_per_s * row.workers) for row in rows],
-            "predicted": [(row.workers, row.units_per_s) for row in rows],
-        },
-        points=[(n, n * units_per_step / seconds) for n, seconds in measured if n <= rows[-1].workers],
-        marked=None if best is None else (best.workers, best.units_per_s),
-    )
+def save_html(path: Path, answer: Answer) -> str:
+    """Write the page; returns what is missing in it, in words, "" if nothing is.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        bokeh, missing = bokeh_source(), ""
+    except ConfigError:
+        bokeh, missing = "", f"{path} has the table only: charts take Bokeh, which is not installed: pip install bokeh"
+    write_output(path, page_of(answer, bokeh))
+    return missing
 
 
-def _time_against_cost(answer: Answer) -> str:
-    known = [row for row in answer.rows if row.relative_time is not None]
-    points = [(row.workers * (row.relative_time or 0), row.relative_time or 0) for row in known]
-    return plot(
-        "Time to the same loss (one worker = 1)",
-        "worker-hours to the same loss (one worker = 1)",
-        lines={"predicted": points},
-        points=[],
-        marked=None if answer.recommended is None else points[known.index(answer.recommended)],
-        labels=[str(row.workers) for row in known],
-    )
+def page_of(answer: Answer, bokeh: str) -> str:
+    """Return the page; without Bokeh's source without charts."""
+    best = answer.recommended
+    workers = counted(best.workers, "worker") if best else "no recommendation"
+    title = f"{answer.facts.recipe}: {workers}"
+    figures = charts_of(answer) if bokeh else []
+    body = [
+        f"<header><h1>{escape(title)}</h1><p>{escape(_sentence(answer.reason))}</p></header><main>",
+        f"<p>What limits: {escape(answer.limit)}.</p>",
+        *(f"<p class='notes'>{escape(_sentence(text))}</p>" for text in [answer.unknown] if text),
+        "<h2>Predicted</h2>",
+        *(figures_of(figures) if figures else ["<p class='soft'>Charts take Bokeh: pip install bokeh.</p>"]),
+        "<h2>By workers</h2>",
+        _table(answer),
+        *_changes(answer),
+        f"<h2>Measured</h2><pre>{escape(describe(answer.facts))}</pre>",
+        f"<p class='soft'>Written by hvdtrain {escape(__version__)}; charts by Bokeh. Nothing is fetched.</p>",
+        "</main>",
+    ]
+    return framed(title, "plan", body, figures, {}, bokeh)
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
+def _table(answer: Answer) -> str:
+    unit = answer.facts.unit
+    heads = ["workers", "ms a step", f"{unit}/s", "efficiency", "waits for the network", "global batch"]
+    heads += ["steps", "time to the same loss"] * (answer.facts.noise is not None)
+    heads += ["hours", "worker-hours"] * (answer.rows[0].hours is not None)
+    heads += ["cost"] * (answer.rows[0].cost is not None)
+    heads += ["measured, ms a step"] * bool(answer.facts.measured_steps_s)
+    rows = [[*_cells(answer, row)] for row in answer.rows]
+    return plain_table(heads, rows, "What is predicted by number of workers")
+
+
+def _cells(answer: Answer, row: Row) -> Iterator[str]:
+    low, high = (1e3 * seconds for seconds in step_interval(row))
+    yield f"{row.workers:,}{' ✓ recommended' * (row == answer.recommended)}"
+    yield f"{1e3 * row.step.total_s:,.4g} [{low:,.4g}, {high:,.4g}]"
+    yield f"{row.units_per_s:,.0f}"
+    yield f"{row.efficiency:.0%}"
+    yield f"{row.exposed_share:.0%}"
+    yield f"{row.global_batch:,}"
+    if answer.facts.noise is not None:
+        is_known = row.relative_time is not None
+        yield f"{row.relative_steps:.3f}" if is_known else ""
+        yield f"{row.relative_time:.3f} [{row.time_low:.3f}, {row.time_high:.3f}]" if is_known else ""
+    if answer.rows[0].hours is not None:
+        yield "" if row.hours is None else f"{row.hours:,.3g}"
+        yield "" if row.worker_hours is None else f"{row.worker_hours:,.3g}"
+    if answer.rows[0].cost is not None:
+        yield "" if row.cost is None else f"{row.cost:,.2f}"
+    if answer.facts.measured_steps_s:
+        measured = answer.facts.measured_steps_s.get(row.workers)
+        yield "" if measured is None else f"{1e3 * measured:,.4g}"
+
+
+def _changes(answer: Answer) -> Iterator[str]:
+    if answer.changes:
+        changes = sorted(answer.changes, key=lambda change: change[1])
+        rows = [(name, f"{abs(1 - factor):.0%} {'less' if factor < 1 else 'more'}") for name, factor in changes]
+        yield f"<h2>What would change it, on {counted(answer.changed_workers, 'worker')}</h2>"
+        yield plain_table(["with", "time to the same loss"], rows, "Settings and what they would do")

@@ -12,11 +12,10 @@ import numpy as np
 from hvdtrain.trainer.rank_figures import OWN_TIME
 from hvdtrain.trainer.stopwatch import OTHER, PARTS
 from hvdtrain.verbs.report.events import KINDS, Event
+from hvdtrain.verbs.report.figures import COLOURS, base_figure, plain
 from hvdtrain.verbs.report.runs import Curve, ReadRun
 from hvdtrain.verbs.report.series import Places, averaged, thinned, value_at
 
-COLOURS = ("#0072b2", "#c04a00", "#00734f", "#a8327d", "#806000", "#5146c9", "#8f2d2d", "#4d4d4d")
-"""At least 3:1 against white, and told apart by those who see no red or no green; further runs have dashes."""
 _DASHES = ("solid", "dotted", "dotdash", "dashdot")
 _HELD_OUT = "dashed"
 _EVENT_COLOUR = "#222222"
@@ -57,7 +56,6 @@ _FEW = 60
 _MANY, _STRETCHES = 400, 200
 _FAINT, _FAINTER, _CROWD = 0.35, 0.1, 4
 _USUAL = (1, 99)
-_PLAIN = str.maketrans({"<": "‹", ">": "›", "&": "+", "$": "S", "@": "(at)", "\\": "/", "{": "(", "}": ")"})
 _MOST_CHARTS, _MOST_CURVES = 24, 240
 
 
@@ -146,37 +144,6 @@ def draw(
     return [_draw(chart, places, events, most) for chart in charts]
 
 
-def base_figure(x_label: str) -> Any:
-    """Return an empty figure in the page's look."""
-    from bokeh.models import BoxZoomTool, NumeralTickFormatter, PanTool, ResetTool, SaveTool, WheelZoomTool
-    from bokeh.plotting import figure
-
-    zoom = BoxZoomTool()
-    plot: Any = figure(
-        height=300,
-        sizing_mode="stretch_width",
-        tools=[zoom, PanTool(), WheelZoomTool(), ResetTool(), SaveTool()],
-        active_drag=zoom,
-        toolbar_location="above",
-        x_axis_label=x_label,
-    )
-    plot.xaxis.formatter = NumeralTickFormatter(format="0,0.[00]")
-    plot.toolbar.logo = None
-    plot.background_fill_color = plot.border_fill_color = None
-    plot.outline_line_color = "#999999"
-    plot.grid.grid_line_color = "#e0e0e0"
-    for axis in (plot.xaxis, plot.yaxis):
-        axis.axis_label_text_color = axis.major_label_text_color = "#333333"
-        axis.axis_label_text_font_style, axis.axis_label_text_font_size = "normal", "13px"
-        axis.major_label_text_font_size = "12px"
-    return plot
-
-
-def without_axes(plot: Any) -> None:
-    """Have a figure stay as it is when the page's reader chooses another axis."""
-    plot.tags = ["fixed"]
-
-
 def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Event]], most: int) -> dict[str, Any]:
     from bokeh.embed import json_item
     from bokeh.models import HoverTool
@@ -254,8 +221,3 @@ def columns_of(curve: Curve, places: Places) -> dict[str, Any]:
 def _tooltips(head: str) -> dict[str, Any]:
     rows = [("", head), ("step", "@step{0,0}"), ("value", "@y{%.6g}"), ("time", "@seconds{00:00:00}")]
     return {"tooltips": rows, "formatters": {"@y": "printf"}}
-
-
-def plain(text: str) -> str:
-    """Return a text that is nothing but text to Bokeh: no markup, no formula, no field."""
-    return text.translate(_PLAIN)

@@ -16,6 +16,7 @@ from hvdtrain.verbs.report.differences import Divergence, differing, divergences
 from hvdtrain.verbs.report.page import page_of
 from hvdtrain.verbs.report.runs import ReadRun, read_runs
 from hvdtrain.verbs.report.serve import LivePage, serve
+from hvdtrain.verbs.report.shell import bokeh_source
 from hvdtrain.verbs.report.sweeps import read_with_sweeps
 
 _MOST_ROWS, _LONGEST = 60, 60
@@ -41,19 +42,6 @@ def report(options: ReportOptions) -> int:
             sys.stdout.write(f"warning: {run.name}: {note}\n")
     sys.stdout.write(f"{output}: {output.stat().st_size / 1e6:.2f} MB, of {counted(len(runs), 'run')}\n")
     return 0
-
-
-def bokeh_source() -> str:
-    """Return the JavaScript of Bokeh, for a page that fetches nothing.
-
-    Raises:
-        ConfigError: Bokeh is not installed.
-    """
-    try:
-        from bokeh.resources import Resources
-    except ImportError as error:
-        raise ConfigError("report draws with Bokeh, which is not installed here: pip install bokeh") from error
-    return "\n".join(Resources(mode="inline", components=["bokeh"], minified=True).js_raw)
 
 
 def write_page(path: Path, text: str) -> None:

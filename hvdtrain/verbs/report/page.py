@@ -1,15 +1,9 @@
-"""The page: HTML that holds all it shows, and is forbidden to fetch anything."""
+"""The page of runs: what is in it, and in which order."""
 
 from __future__ import annotations
 
-import base64
-import functools
-import gzip
 import html
-import json
 from collections.abc import Iterator, Sequence
-from importlib import resources
-from typing import Any
 
 import numpy as np
 
@@ -21,17 +15,14 @@ from hvdtrain.verbs.report.events import KINDS, Event, events_of
 from hvdtrain.verbs.report.rank_log import last_words, warnings
 from hvdtrain.verbs.report.runs import ReadRun
 from hvdtrain.verbs.report.series import Places
-from hvdtrain.verbs.report.tables import escape, events_table, fields_table, side_by_side, summary_table
-from hvdtrain.verbs.report.time_figures import TimeFigure, time_figures
+from hvdtrain.verbs.report.shell import Figure, escape, figures_of, framed, legend
+from hvdtrain.verbs.report.tables import events_table, fields_table, side_by_side, summary_table
+from hvdtrain.verbs.report.time_figures import time_figures
 
 MOST_BYTES = 1_500_000
 # What else a page holds of a run's texts, in characters.
 _MOST_TEXT, _MOST_OF_LOG = 20_000, 60_000
 _MOST_NAMES = 12
-# Nothing is fetched, whatever is in the page: scripts and styles are those that it holds.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
-)
 
 
 def page_of(runs: Sequence[ReadRun], bokeh: str, preface: str = "") -> str:
@@ -54,9 +45,9 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int, preface: str) -
     places = [Places.of(run) for run in runs]
     events = [events_of(run) for run in runs]
     charts, num_left_out = charts_of(runs)
-    items = {f"chart-{i}": item for i, item in enumerate(draw(charts, places, events, most_points))}
-    times = time_figures(runs, places)
-    items.update({f"chart-{len(charts) + i}": figure.item for i, figure in enumerate(times)})
+    items = draw(charts, places, events, most_points)
+    figures = [Figure(chart.title, item, _caption(chart)) for chart, item in zip(charts, items, strict=True)]
+    figures += time_figures(runs, places)
     settings = {"axes": _axes(places), "ranges": [usual_range(chart) for chart in charts]}
     title = runs[0].name if len(runs) == 1 else counted(len(runs), "run")
     body = [
@@ -65,37 +56,11 @@ def _page(runs: Sequence[ReadRun], bokeh: str, most_points: int, preface: str) -
         preface,
         *_differences(runs),
         *_summary(runs, places),
-        *_charts(runs, charts, times, events, places, num_left_out),
+        *_charts(runs, figures, events, places, num_left_out),
         *_texts(runs, events),
         "</main>",
-        f"<script type='application/json' id='settings'>{_in_script(settings)}</script>",
     ]
-    if items:
-        body += [
-            f"<script type='text/plain' id='bokeh'>{_packed(bokeh)}</script>",
-            f"<script type='text/plain' id='charts'>{_packed(json.dumps(items))}</script>",
-        ]
-    return (
-        f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)} - hvdtrain report</title><style>{_asset('page.css')}</style></head>"
-        f"<body>{''.join(body)}<script>{_asset('page.js')}</script></body></html>\n"
-    )
-
-
-@functools.cache
-def _asset(name: str) -> str:
-    return (resources.files("hvdtrain.verbs.report") / name).read_text(encoding="utf-8")
-
-
-@functools.lru_cache(maxsize=2)
-def _packed(text: str) -> str:
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
-
-
-def _in_script(value: Any) -> str:
-    return json.dumps(value).replace("<", "\\u003c")
+    return framed(title, "report", body, figures, settings, bokeh)
 
 
 def _subtitle(runs: Sequence[ReadRun]) -> str:
@@ -132,14 +97,13 @@ def _summary(runs: Sequence[ReadRun], places: Sequence[Places]) -> Iterator[str]
 
 def _charts(
     runs: Sequence[ReadRun],
-    charts: Sequence[Chart],
-    times: Sequence[TimeFigure],
+    figures: Sequence[Figure],
     events: Sequence[Sequence[Event]],
     places: Sequence[Places],
     num_left_out: int,
 ) -> Iterator[str]:
     yield "<h2>Curves</h2>"
-    if not charts and not times:
+    if not figures:
         yield "<p>No metrics have been logged.</p>"
         return
     radios = "".join(
@@ -161,17 +125,7 @@ def _charts(
     if kinds:
         signs = "".join(f"<span>{sign} {name}</span>" for kind, (name, _, sign) in KINDS.items() if kind in kinds)
         yield f"<p class='soft events'>Marks on the curves: {signs}</p>"
-    yield "<p id='trouble' class='notes' hidden>Curves cannot be drawn here: it takes a browser of 2023 or newer.</p>"
-    yield "<noscript><p class='notes'>The curves are drawn by JavaScript, which is off here.</p></noscript>"
-    yield "<div class='charts'>"
-    shown = [(chart.title, _caption(chart)) for chart in charts] + [(figure.title, figure.caption) for figure in times]
-    for i, (title, caption) in enumerate(shown):
-        yield (
-            f"<figure aria-labelledby='title-{i}' aria-describedby='about-{i}'>"
-            f"<h3 id='title-{i}'>{escape(title)}</h3><div class='plot' id='chart-{i}'></div>"
-            f"<figcaption id='about-{i}'>{caption}</figcaption></figure>"
-        )
-    yield "</div>"
+    yield from figures_of(figures)
     if num_left_out:
         yield f"<p class='soft'>{counted(num_left_out, 'more metric')} of these runs: see metrics.jsonl.</p>"
 
@@ -180,9 +134,6 @@ def _caption(chart: Chart) -> str:
     """Return the legend of a chart and what can be seen in it, for those who do not."""
     items = []
     for line in chart.lines:
-        colour, dashes = style_of(line, chart)
-        border = {"solid": "solid", "dashed": "dashed"}.get(dashes, "dotted")
-        chip = f"<span class='chip' style='border-top-style:{border};border-color:{colour}'></span>"
         values, steps = line.curve.values, line.curve.steps
         finite = np.flatnonzero(np.isfinite(values))
         said = "no finite value"
@@ -193,8 +144,8 @@ def _caption(chart: Chart) -> str:
                 f" highest {values[high]:.5g} at {steps[high]:,.0f}"
             )
         label = f"{escape(line.label)}: " if line.label else ""
-        items.append(f"<li>{chip}<span>{label}{said}</span></li>")
-    return f"<ul>{''.join(items)}</ul>"
+        items.append((*style_of(line, chart), label + said))
+    return legend(items)
 
 
 def _axes(places: Sequence[Places]) -> dict[str, dict[str, str]]:

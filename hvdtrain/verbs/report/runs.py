@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from hvdtrain.errors import ConfigError, ResumeError
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.rundir.metrics import read_metrics
+from hvdtrain.rundir.metrics import each_line
 from hvdtrain.settings.values import flat
 from hvdtrain.verbs.report.rank_log import Record, read_records
 
@@ -127,23 +128,25 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_metrics(file: Path, run: ReadRun) -> None:
+    columns: dict[str, _Column] = {}
+    left_out: set[str] = set()
+    num_bad = 0
     try:
-        lines, num_bad = read_metrics(file)
+        for line in each_line(file):
+            if line is None or not 0 <= line["step"] < _MOST_STEPS:
+                num_bad += 1
+                continue
+            if "event" in line:
+                run.events.append((line["step"], str(line["event"])[:80]))
+            left_out.update(_add(line, columns))
     except OSError as error:
         run.notes.append(f"{file} cannot be read ({error.strerror or error})")
-        return
-    good = [line for line in lines if 0 <= line["step"] < _MOST_STEPS]
-    num_bad += len(lines) - len(good)
-    run.events = [(line["step"], str(line["event"])[:80]) for line in good if "event" in line]
-    columns: dict[str, tuple[list[int], list[float]]] = {}
-    left_out: set[str] = set()
-    for line in good:
-        left_out.update(_add(line, columns))
-    run.curves = {name: _ascending(steps, values) for name, (steps, values) in columns.items()}
-    if not file.exists():
-        run.notes.append(f"{file} is missing: nothing was logged yet")
-    elif not run.curves:
-        run.notes.append(f"{file} holds no line of metrics yet")
+    else:
+        if not file.exists():
+            run.notes.append(f"{file} is missing: nothing was logged yet")
+        elif not columns:
+            run.notes.append(f"{file} holds no line of metrics yet")
+    run.curves = {name: _ascending(np.array(steps), np.array(values)) for name, (steps, values) in columns.items()}
     if num_bad:
         lines_are = "line is" if num_bad == 1 else "lines are"
         run.notes.append(f"{num_bad} {lines_are} damaged in {file}; the others are shown")
@@ -151,7 +154,11 @@ def _read_metrics(file: Path, run: ReadRun) -> None:
         run.notes.append(f"{len(left_out)} of {len(left_out) + _MOST_METRICS} metrics in {file} are left out")
 
 
-def _add(line: Mapping[str, Any], columns: dict[str, tuple[list[int], list[float]]]) -> Iterator[str]:
+# Steps and values. Of a hundred thousand lines of many ranks, Python's own numbers would fill the memory.
+_Column = tuple["array[float]", "array[float]"]
+
+
+def _add(line: Mapping[str, Any], columns: dict[str, _Column]) -> Iterator[str]:
     """Add a line's numbers to the columns; yields the names of those that are too many."""
     for name, value in line.items():
         if name in ("step", "event") or not (value is None or type(value) in (int, float)):
@@ -159,14 +166,13 @@ def _add(line: Mapping[str, Any], columns: dict[str, tuple[list[int], list[float
         if name not in columns and len(columns) >= _MOST_METRICS:
             yield name
             continue
-        steps, values = columns.setdefault(name, ([], []))
+        steps, values = columns.setdefault(name, (array("d"), array("d")))
         steps.append(line["step"])
         values.append(_finite(value))
 
 
-def _ascending(logged_steps: list[int], logged_values: list[float]) -> Curve:
+def _ascending(steps: Floats, values: Floats) -> Curve:
     """Return a curve; of several values of one step the last one, as of a run that went over it again."""
-    steps, values = np.array(logged_steps, dtype=np.float64), np.array(logged_values, dtype=np.float64)
     if (np.diff(steps) > 0).all():
         return Curve(steps, values)
     order = np.argsort(steps, kind="stable")

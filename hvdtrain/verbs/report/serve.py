@@ -20,8 +20,9 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.process.stop import StoppedEarly
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.verbs.kit import counted, write_line
-from hvdtrain.verbs.report.page import POLICY, page_of
+from hvdtrain.verbs.report.page import page_of
 from hvdtrain.verbs.report.runs import ReadRun
+from hvdtrain.verbs.report.shell import POLICY
 
 LOOPBACK = "127.0.0.1"
 _NAMES = (LOOPBACK, "localhost")

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.sinks.sink import Metrics
-from hvdtrain.verbs.report.command import bokeh_source, write_page
+from hvdtrain.verbs.report.command import write_page
 from hvdtrain.verbs.report.page import page_of
 from hvdtrain.verbs.report.runs import read_run
+from hvdtrain.verbs.report.shell import bokeh_source
 
 # The first report is taken to cost so much, with the import of Bokeh; of later ones it is known.
 FIRST_COST_S = 3.0

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.verbs.report.runs import ReadRun, read_run, read_runs
-from hvdtrain.verbs.report.tables import escape, plain_table
+from hvdtrain.verbs.report.shell import escape
+from hvdtrain.verbs.report.tables import plain_table
 from hvdtrain.verbs.sweep.folder import SweepFolder, is_sweep, read_sweep
 from hvdtrain.verbs.sweep.grid import SEED, label_of, short_label, shown
 from hvdtrain.verbs.sweep.results import Result, counts_of, groups_of, results_of

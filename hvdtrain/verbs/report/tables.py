@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +13,10 @@ from hvdtrain.verbs.report.differences import written
 from hvdtrain.verbs.report.events import KINDS, Event
 from hvdtrain.verbs.report.runs import ReadRun
 from hvdtrain.verbs.report.series import Places
+from hvdtrain.verbs.report.shell import escape
 
 _LONGEST = 400
 _MOST_ROWS = 1000
-
-
-def escape(text: object) -> str:
-    """Return a text as HTML shows it; of a very long one the beginning."""
-    return html.escape("".join(sign if sign.isprintable() or sign in "\n\t" else "�" for sign in str(text)))
 
 
 def _short(text: str) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hvdtrain.trainer.rank_figures import OWN_TIME
 from hvdtrain.trainer.stopwatch import OTHER, PARTS
-from hvdtrain.verbs.report.charts import COLOURS, base_figure, columns_of, plain, without_axes
+from hvdtrain.verbs.report.charts import columns_of
+from hvdtrain.verbs.report.figures import COLOURS, base_figure, plain, without_axes
 from hvdtrain.verbs.report.runs import Curve, Floats, ReadRun
 from hvdtrain.verbs.report.series import Places, averaged
-from hvdtrain.verbs.report.tables import escape
+from hvdtrain.verbs.report.shell import Figure, legend
 
 NAMES = {
     "data": "data wait",
@@ -31,18 +31,7 @@ _FEW = 5
 _SLOWEST = 3.0
 
 
-@dataclass(frozen=True)
-class TimeFigure:
-    """A figure of the page that is no chart of lines."""
-
-    title: str
-    item: dict[str, Any]
-    """As `Bokeh.embed.embed_item` takes it."""
-    caption: str
-    """What is to be seen in it, as HTML."""
-
-
-def time_figures(runs: Sequence[ReadRun], places: Sequence[Places]) -> list[TimeFigure]:
+def time_figures(runs: Sequence[ReadRun], places: Sequence[Places]) -> list[Figure]:
     """Return the figures of time that runs have metrics for; of many runs, those of the first."""
     return [*_split_figures(runs, places), *_heat_maps(runs)]
 
@@ -63,14 +52,14 @@ def parts_of(run: ReadRun) -> tuple[Floats, dict[str, Floats]] | None:
     return (steps, {part: own[is_known][first:] for part, own in values.items()}) if steps.size else None
 
 
-def _split_figures(runs: Sequence[ReadRun], places: Sequence[Places]) -> Iterator[TimeFigure]:
+def _split_figures(runs: Sequence[ReadRun], places: Sequence[Places]) -> Iterator[Figure]:
     for run, place in [*zip(runs, places, strict=True)][:_MOST_RUNS]:
         found = parts_of(run)
         if found is None:
             continue
         of_run = f", {run.name}" if len(runs) > 1 else ""
         steps, parts = found
-        yield TimeFigure(f"Where a step's time goes{of_run}", _areas(steps, parts, place), _said_of_parts(parts))
+        yield Figure(f"Where a step's time goes{of_run}", _areas(steps, parts, place), _said_of_parts(parts))
 
 
 def _areas(steps: Floats, parts: dict[str, Floats], place: Places) -> dict[str, Any]:
@@ -100,47 +89,68 @@ def _said_of_parts(parts: dict[str, Floats]) -> str:
     whole = sum(float(values.mean()) for values in parts.values()) or 1.0
     items = []
     for (part, values), colour in zip(parts.items(), COLOURS, strict=False):
-        chip = f"<span class='chip' style='border-top-style:solid;border-color:{colour}'></span>"
         mean = float(values.mean())
-        items.append(f"<li>{chip}<span>{NAMES[part]}: {mean:.3g} s of a step, {mean / whole:.0%}</span></li>")
-    return f"<ul>{''.join(items)}</ul>"
+        items.append((colour, "solid", f"{NAMES[part]}: {mean:.3g} s of a step, {mean / whole:.0%}"))
+    return legend(items)
 
 
-def _heat_maps(runs: Sequence[ReadRun]) -> Iterator[TimeFigure]:
+def _heat_maps(runs: Sequence[ReadRun]) -> Iterator[Figure]:
     for run in runs[:_MOST_RUNS]:
         found = own_times(run)
         if found is None:
             continue
         steps, ranks, seconds = found
-        usual = np.median(seconds, axis=0)
+        usual = np.nanmedian(seconds, axis=0)
         ratios = seconds / np.where(usual > 0, usual, 1.0)
-        means = ratios.mean(axis=1)
+        means = np.nanmean(ratios, axis=1)
         slowest = int(means.argmax())
         of_run = f", {run.name}" if len(runs) > 1 else ""
-        yield TimeFigure(
+        yield Figure(
             f"Own time of a step by rank{of_run}",
             _heat_map(steps, ranks, seconds, ratios),
             f"<p>Each rank's own part of a step, without waiting for others; the darker, the slower."
-            f" Rank {ranks[slowest]} takes longest: {escape(f'{means[slowest]:.2f}')} times the median,"
-            f" {seconds[slowest].mean():.3g} s of a step.</p>",
+            f" Rank {ranks[slowest]} takes longest: {means[slowest]:.2f} times the median,"
+            f" {np.nanmean(seconds[slowest]):.3g} s of a step.</p>",
         )
 
 
 def own_times(run: ReadRun) -> tuple[Floats, list[int], Floats] | None:
-    """Return steps `(n,)`, ranks, and each rank's own seconds of a step `(ranks, n)`, as means of some stretches."""
+    """Return the middles of stretches of steps `(n,)`, ranks, and each rank's own seconds of a step `(ranks, n)`.
+
+    NaN where there was no such rank: a run may go on with fewer of them, or more.
+    """
     named = {int(found[1]): name for name in run.curves if (found := re.fullmatch(rf"{OWN_TIME}(\d{{1,4}})", name))}
-    if len(named) < 2:
+    curves = {rank: run.curves[named[rank]] for rank in sorted(named)}
+    curves = {rank: curve for rank, curve in curves.items() if np.isfinite(curve.values).any()}
+    if len(curves) < 2:
         return None
-    ranks = sorted(named)
-    curves = [run.curves[named[rank]] for rank in ranks]
-    steps = curves[0].steps
-    for curve in curves[1:]:
-        steps = np.intersect1d(steps, curve.steps, assume_unique=True)
-    if steps.size == 0:
-        return None
-    rows = [Curve(steps, np.nan_to_num(curve.values[np.isin(curve.steps, steps)])) for curve in curves]
-    means = [averaged(row, _COLUMNS) for row in rows]
-    return means[0].steps, ranks, np.stack([mean.values for mean in means])
+    steps = np.unique(np.concatenate([curve.steps[np.isfinite(curve.values)] for curve in curves.values()]))
+    seconds = np.full((len(curves), len(steps)), np.nan)
+    for row, curve in zip(seconds, curves.values(), strict=True):
+        is_there = np.isin(curve.steps, steps)
+        row[np.searchsorted(steps, curve.steps[is_there])] = curve.values[is_there]
+    middles, means = _in_stretches(steps, seconds)
+    return middles, [*curves], means
+
+
+def _in_stretches(steps: Floats, rows: Floats) -> tuple[Floats, Floats]:
+    """Return the middles of equal stretches of steps, and the means of each row's values in them.
+
+    A line of metrics tells of the steps up to it: a stretch that has none is part of what the next one tells of.
+    """
+    num = min(_COLUMNS, len(steps))
+    edges = np.linspace(steps[0], steps[-1], num + 1) if num > 1 else steps[0] + np.array([-0.5, 0.5])
+    places = np.clip(np.searchsorted(edges, steps) - 1, 0, num - 1)
+    is_known = np.isfinite(rows)
+    sums = np.stack(
+        [np.bincount(places, np.where(own, row, 0.0), num) for own, row in zip(is_known, rows, strict=True)]
+    )
+    counts = np.stack([np.bincount(places, own, num) for own in is_known])
+    means = np.full(sums.shape, np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    empty = np.flatnonzero(np.bincount(places, minlength=num) == 0)
+    means[:, empty] = rows[:, np.searchsorted(places, empty)]
+    return (edges[:-1] + edges[1:]) / 2, means
 
 
 def _heat_map(steps: Floats, ranks: Sequence[int], seconds: Floats, ratios: Floats) -> dict[str, Any]:
@@ -151,21 +161,15 @@ def _heat_map(steps: Floats, ranks: Sequence[int], seconds: Floats, ratios: Floa
 
     plot: Any = base_figure("step")
     without_axes(plot)
-    width = float(steps[-1] - steps[0]) / max(1, len(steps) - 1) or 1.0
+    width = float(steps[1] - steps[0]) if len(steps) > 1 else 1.0
     colours = LinearColorMapper(
-        palette=Blues256[::-1], low=1.0, high=float(np.clip(ratios.max(), 1.5, _SLOWEST)), nan_color="#ffffff"
+        palette=Blues256[::-1], low=1.0, high=float(np.clip(np.nanmax(ratios), 1.5, _SLOWEST)), nan_color="#ffffff"
     )
-    # Hovering looks up what has the image's shape.
-    source = ColumnDataSource({"image": [ratios.astype(np.float32)], "seconds": [seconds.astype(np.float32)]})
-    plot.image(
-        image="image",
-        source=source,
-        x=float(steps[0]) - width / 2,
-        y=ranks[0] - 0.5,
-        dw=width * len(steps),
-        dh=len(ranks),
-        color_mapper=colours,
-    )
+    # All of it are columns: a page that follows a run exchanges these alone. Hovering looks up what has the image's shape.
+    columns = {"image": [ratios.astype(np.float32)], "seconds": [seconds.astype(np.float32)]}
+    place = {"x": float(steps[0]) - width / 2, "y": ranks[0] - 0.5, "dw": width * len(steps), "dh": float(len(ranks))}
+    source = ColumnDataSource({**columns, **{name: [value] for name, value in place.items()}})
+    plot.image(**{name: name for name in ("image", *place)}, source=source, color_mapper=colours)
     rows = [("rank", "$y{0}"), ("step", "$x{0,0}"), ("times the median", "@image{%.3g}"), ("seconds", "@seconds{%.4g}")]
     plot.add_tools(HoverTool(tooltips=rows, formatters={"@image": "printf", "@seconds": "printf"}))
     plot.add_layout(ColorBar(color_mapper=colours, width=10, title="", background_fill_color=None), "right")
