@@ -28,7 +28,8 @@ _PHONE = 600
 # Loaded, drawn, and whatever script of a test's is in it has come to its end.
 SETTLED = """
 document.readyState === "complete"
-  && (!document.getElementById("charts") || !!document.documentElement.dataset.ready || !document.getElementById("trouble").hidden)
+  && (!document.getElementById("charts") || !!document.documentElement.dataset.ready
+      || !document.getElementById("trouble").hidden)
   && (!document.documentElement.outerHTML.includes('"found"') || !!document.getElementById("found")?.textContent)
 """
 
@@ -58,8 +59,7 @@ def visit(page, folder, width=1280, *, is_dark=False, screenshot=None, height=24
         screenshot: a file for a picture of what the screen shows.
         expression: JavaScript whose value, or that of its promise, is wanted of the page once it has settled.
     """
-    log = folder / "net.json"
-    with Chromium(folder, [f"--log-net-log={log}"]) as browser:
+    with Chromium(folder) as browser:
         tab = browser.tab(width, height, is_dark)
         tab.send("Page.navigate", url=page if str(page).startswith("http:") else f"file://{page}")
         tab.until(SETTLED, timeout)
@@ -71,15 +71,15 @@ def visit(page, folder, width=1280, *, is_dark=False, screenshot=None, height=24
             picture = tab.send("Page.captureScreenshot", format="png")["data"]
             screenshot.write_bytes(base64.b64decode(picture))
     said = [line for line in tab.said if not _CHATTER.search(line)]
-    return Visit(before, said, [*tab.asked_for, *_addresses(log)], found)
+    return Visit(before, said, tab.asked_for, found)
 
 
 class Chromium:
     """A browser with a profile of its own, which ends with the block."""
 
-    def __init__(self, folder, options=()):
+    def __init__(self, folder):
         self._profile = folder / "profile"
-        self._options = [*OPTIONS, f"--user-data-dir={self._profile}", *options]
+        self._options = [*OPTIONS, f"--user-data-dir={self._profile}"]
         self._number, self._rest = 0, b""
         self._answers, self.listeners = {}, []
 
@@ -101,7 +101,7 @@ class Chromium:
 
     def __exit__(self, *exception):
         with contextlib.suppress(OSError, AssertionError):
-            self.send("Browser.close")  # which also ends its logs
+            self.send("Browser.close")
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
@@ -204,13 +204,3 @@ class Tab:
             self.said.append(f"{entry['level']}: {entry['text']} {entry.get('url', '')}".strip())
         elif method == "Network.requestWillBeSent":
             self.asked_for.append(params["request"]["url"])
-
-
-def _addresses(log):
-    """Return the addresses in a log of Chromium's network."""
-    text = log.read_text()
-    try:
-        events = json.loads(text)["events"]
-    except ValueError:  # it was cut off at the end
-        events = json.loads(text[: text.rindex("\n")].rstrip().rstrip(",") + "]}")["events"]
-    return [params["url"] for event in events if "url" in (params := event.get("params", {}))]

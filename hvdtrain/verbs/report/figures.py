@@ -14,8 +14,9 @@ def base_figure(x_label: str, **kinds: str) -> Any:
     from bokeh.models import BoxZoomTool, NumeralTickFormatter, PanTool, ResetTool, SaveTool, WheelZoomTool
     from bokeh.plotting import figure
 
+    build: Any = figure  # whose types know no arguments by name
     zoom = BoxZoomTool()
-    plot: Any = figure(
+    plot: Any = build(
         height=300,
         sizing_mode="stretch_width",
         tools=[zoom, PanTool(), WheelZoomTool(), ResetTool(), SaveTool()],

@@ -142,9 +142,7 @@ def _in_stretches(steps: Floats, rows: Floats) -> tuple[Floats, Floats]:
     edges = np.linspace(steps[0], steps[-1], num + 1) if num > 1 else steps[0] + np.array([-0.5, 0.5])
     places = np.clip(np.searchsorted(edges, steps) - 1, 0, num - 1)
     is_known = np.isfinite(rows)
-    sums = np.stack(
-        [np.bincount(places, np.where(own, row, 0.0), num) for own, row in zip(is_known, rows, strict=True)]
-    )
+    sums = np.stack([np.bincount(places, row, num) for row in np.where(is_known, rows, 0.0)])
     counts = np.stack([np.bincount(places, own, num) for own in is_known])
     means = np.full(sums.shape, np.nan)
     np.divide(sums, counts, out=means, where=counts > 0)
@@ -165,7 +163,8 @@ def _heat_map(steps: Floats, ranks: Sequence[int], seconds: Floats, ratios: Floa
     colours = LinearColorMapper(
         palette=Blues256[::-1], low=1.0, high=float(np.clip(np.nanmax(ratios), 1.5, _SLOWEST)), nan_color="#ffffff"
     )
-    # All of it are columns: a page that follows a run exchanges these alone. Hovering looks up what has the image's shape.
+    # All of it are columns: a page that follows a run exchanges these alone. Hovering looks up those of the image's
+    # shape.
     columns = {"image": [ratios.astype(np.float32)], "seconds": [seconds.astype(np.float32)]}
     place = {"x": float(steps[0]) - width / 2, "y": ranks[0] - 0.5, "dw": width * len(steps), "dh": float(len(ranks))}
     source = ColumnDataSource({**columns, **{name: [value] for name, value in place.items()}})
