@@ -14,6 +14,7 @@ from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.skipped import SkippedSteps
+from hvdtrain.trainer.slow_network import SlowNetwork
 from hvdtrain.trainer.slow_ranks import SlowRanks
 from hvdtrain.trainer.spikes import Spikes
 from hvdtrain.trainer.stream_place import StreamPlace
@@ -28,6 +29,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     ChangingBuffers,
     MetricWindow,
     SlowRanks.of,
+    SlowNetwork.of,
     Spikes.of,
     NoiseScale.of,
     GradNorms.of,

@@ -35,6 +35,8 @@ class RankFigures(NamedTuple):
     """The most host memory that the process has held."""
     device_bytes: float = 0.0
     """The most memory of its GPU that it has held."""
+    wait_s: float = 0.0
+    """Waiting for averages that are still on the wire, for the network or for ranks that come later."""
 
 
 def figures_of(lap: Lap, samples: int, device: torch.device) -> RankFigures:
@@ -52,6 +54,7 @@ def figures_of(lap: Lap, samples: int, device: torch.device) -> RankFigures:
         samples,
         most_bytes(),
         torch.cuda.max_memory_allocated(device) if is_gpu else 0,
+        split["communication"],
     )
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from trace_format import faults_of
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
@@ -64,6 +65,7 @@ def test_the_ranks_of_a_timeline(world, shared_dir):
     if world.rank != 0:
         return
     trace = json.loads((shared_dir / "run" / "timeline.json").read_text())
+    assert faults_of(trace) == []
     of_ranks = {rank: [e for e in trace["traceEvents"] if e["ph"] == "X" and e["pid"] == rank] for rank in (0, 1)}
     for events in of_ranks.values():
         assert [e["args"]["step"] for e in events if e["cat"] == "hvdtrain.step"] == [2, 3]

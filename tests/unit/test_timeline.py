@@ -13,6 +13,7 @@ import torch
 from portraits import small
 from thread_world import run_ranks
 from torch.profiler import ProfilerActivity, profile
+from trace_format import faults_of
 
 from hvdtrain import Callback
 from hvdtrain.errors import ConfigError
@@ -226,6 +227,7 @@ def trained(folder, given, *callbacks):
     fit(job)
     assert not {"enter", "begin_step"} & vars(world.progress).keys()
     trace = json.loads(run.timeline.read_text()) if run.timeline.exists() else None
+    assert trace is None or faults_of(trace) == []
     return {name: tensor.clone() for name, tensor in task.model.state_dict().items()}, trace, log.lines
 
 
@@ -279,3 +281,20 @@ def test_a_timeline_that_cannot_be_written_ends_no_run(tmp_path):
     task = recipe.build(log.say)
     fit(settle(task, recipe, SoloWorld(torch.device("cpu"), Launch("none")), run, log))
     assert any("the timeline is lost" in line for line in log.lines)
+
+
+def test_what_breaks_the_format_is_seen(two):
+    """The check of the documented format can fail: on what it is given below, and on an arrow without an end."""
+    trace = trace_of(*two)
+    assert [fault.partition(":")[0] for fault in faults_of(trace)] == ["no name", "no cat", "an arrow of one end"]
+    slice_ = {"ph": "X", "name": "a", "cat": "b", "pid": 0, "tid": 1, "ts": 1.0, "dur": 5.0}
+    for change, fault in (
+        ({"ts": -1.0}, "ts is no time"),
+        ({"dur": float("nan")}, "dur is no length"),
+        ({"tid": "one"}, "pid and tid are no numbers"),
+        ({"ph": "?"}, "unknown ph"),
+        ({"ts": 4.0}, "slices that overlap"),
+    ):
+        found = faults_of({"displayTimeUnit": "ms", "traceEvents": [slice_, {**slice_, **change}]})
+        assert found
+        assert found[0].startswith(fault)

@@ -15,6 +15,7 @@ KINDS = {
     "restart": ("went on after a stop", "diamond", "◆"),
     "spike": ("spike of loss or gradient", "asterisk", "✳"),
     "slow": ("a slow rank", "hex", "⬢"),
+    "network": ("a slow network", "plus", "✚"),
     "skipped": ("skipped steps", "x", "✕"),
     "failed": ("a save that failed", "inverted_triangle", "▼"),
     "warning": ("warning", "star", "★"),
@@ -26,7 +27,11 @@ KINDS = {
 _MOST = 100
 _LONGEST = 160
 # Warnings that are events of their own kind, by what they say.
-_WARNINGS = {": a spike: ": "spike", " is slow, and all others wait": "slow"}
+_WARNINGS = {
+    ": a spike: ": "spike",
+    " is slow, and all others wait": "slow",
+    ": the network between the hosts ": "network",
+}
 
 
 @dataclass(frozen=True)
