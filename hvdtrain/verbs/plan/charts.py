@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ def _throughput(answer: Answer) -> Figure:
     _points(plot, of_measured, [("workers", "@workers{0,0}"), ("measured, per second", "@y{0,0}")])
     _ring(plot, best and (best.workers, best.units_per_s))
     plot.yaxis.formatter.update(format="0,0.[00]a")
+    _tick_nicely(plot.yaxis, plot.ygrid, [*columns["low"], *columns["ideal"]])
     shown = best or rows[-1]
     low, high = (units[shown.workers] / seconds for seconds in reversed(step_interval(shown)))
     said = f"{shown.units_per_s:,.0f} {facts.unit}/s on {counted(shown.workers, 'worker')}, {low:,.0f} to {high:,.0f}"
@@ -128,8 +130,9 @@ def _time_against_cost(answer: Answer) -> Figure:
     shown = best if best is not None and best.relative_time is not None else rows[-1]
     _ring(plot, best and best in rows and (best.workers * (best.relative_time or 0.0), best.relative_time or 0.0))
     plot.yaxis.axis_label = "time, one worker = 1"
-    for axis in (plot.xaxis, plot.yaxis):
+    for axis, grid, name in ((plot.xaxis, plot.xgrid, "cost_"), (plot.yaxis, plot.ygrid, "")):
         axis.formatter = _format("0.[000]")
+        _tick_nicely(axis, grid, [*columns[f"{name}low"], *columns[f"{name}high"]])
     items = [
         (
             _PREDICTED,
@@ -160,6 +163,18 @@ def _ticks(workers: Sequence[int]) -> list[int]:
         if not kept or number >= _LEAST_APART * kept[-1]:
             kept.append(number)
     return kept[:: -(-len(kept) // _MOST_TICKS)]
+
+
+def _tick_nicely(axis: Any, grid: Any, values: Sequence[float]) -> None:
+    """Put 1, 2, 5, 10, ... along a logarithmic axis; Bokeh's own ticks lie on one another where it spans a decade."""
+    from bokeh.models import FixedTicker
+
+    low, high = min(values), max(values)
+    first, last = (math.floor(math.log10(value)) for value in (low, high))
+    parts = next(parts for parts in ((1, 2, 5), (1,)) if len(parts) * (last - first) < _MOST_TICKS or parts == (1,))
+    # Some lie outside, for those who look from further away.
+    axis.ticker = FixedTicker(ticks=[part * 10.0**power for power in range(first - 1, last + 3) for part in parts])
+    grid.ticker = axis[0].ticker
 
 
 def _format(text: str) -> Any:
