@@ -84,7 +84,10 @@ FAULTS = {
 }
 LINK = r"the network between the hosts has become slower"
 # Gradients of 4 MB a step, which a link of 100 Mbit/s carries in a third of a second.
-WIDE, THROTTLE = "1000", "tc qdisc add dev eth0 root tbf rate 100mbit burst 64kb latency 200ms"
+WIDE, THROTTLE = (
+    "1000",
+    "PATH=$PATH:/usr/sbin:/sbin tc qdisc add dev eth0 root tbf rate 100mbit burst 64kb latency 200ms",
+)
 
 
 def main() -> None:
@@ -92,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--healthy", type=int, default=20, help="runs")
     parser.add_argument("--seconds", type=int, default=25, help="of a run")
+    parser.add_argument("--faults", nargs="*", choices=[*FAULTS, "link"], default=[*FAULTS, "link"])
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     lines = [machine.describe(), "", f"healthy runs of {given.seconds} s each on 2 ranks, and their alarms"]
@@ -113,9 +117,12 @@ def main() -> None:
         tell(f"{given.healthy} healthy runs, {num_alarms} alarms")
         tell("")
         for fault, (ranks, expected) in FAULTS.items():
+            if fault not in given.faults:
+                continue
             said, steps = trained(folder, fault, ["paced.py"], ranks, given.seconds, FAULT=fault)
             tell_fault(tell, fault, said, steps, expected)
-        tell_fault(tell, "link", *throttled(folder, given.seconds), LINK)
+        if "link" in given.faults:
+            tell_fault(tell, "link", *throttled(folder, given.seconds), LINK)
     if given.output:
         given.output.write_text("\n".join(lines) + "\n")
 

@@ -18,6 +18,7 @@ from hvdtrain.verbs.report.runs import ReadRun, read_runs
 from hvdtrain.verbs.report.serve import LivePage, serve
 from hvdtrain.verbs.report.shell import bokeh_source
 from hvdtrain.verbs.report.sweeps import read_with_sweeps
+from hvdtrain.verbs.watch.view import printable
 
 _MOST_ROWS, _LONGEST = 60, 60
 _ABOUT_DATA = "data."
@@ -39,7 +40,7 @@ def report(options: ReportOptions) -> int:
     write_page(output, page_of(runs, bokeh, about_sweeps))
     for run in runs:
         for note in run.notes:
-            sys.stdout.write(f"warning: {run.name}: {note}\n")
+            sys.stdout.write(f"{printable(f'warning: {run.name}: {note}')}\n")
     sys.stdout.write(f"{output}: {output.stat().st_size / 1e6:.2f} MB, of {counted(len(runs), 'run')}\n")
     return 0
 
@@ -70,7 +71,7 @@ def compare(options: CompareOptions) -> int:
     """
     a, b = read_runs(options.run_dirs)
     for line in compared(a, b):
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{printable(line)}\n")  # what a file holds is nothing that a terminal obeys
     return 0
 
 

@@ -12,6 +12,7 @@ from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.report.charts import MOST_POINTS, Chart, charts_of, draw, style_of, usual_range
 from hvdtrain.verbs.report.differences import differing, packed_environment
 from hvdtrain.verbs.report.events import KINDS, Event, events_of
+from hvdtrain.verbs.report.figures import plain
 from hvdtrain.verbs.report.rank_log import last_words, warnings
 from hvdtrain.verbs.report.runs import ReadRun
 from hvdtrain.verbs.report.series import Places
@@ -153,7 +154,11 @@ def _axes(places: Sequence[Places]) -> dict[str, dict[str, str]]:
     units = {own.unit for own in places if own.unit}
     if units:
         unit = " or ".join(sorted(units))
-        axes["units"] = {"name": escape(unit.capitalize()), "label": f"{unit} seen, all ranks", "format": "0.[000]a"}
+        axes["units"] = {
+            "name": escape(unit.capitalize()),
+            "label": f"{plain(unit)} seen, all ranks",
+            "format": "0.[000]a",
+        }
     if any(own.seconds[-1] > 0 for own in places):
         label = "time in training, without evaluations and saves (h:min:s)"
         axes["seconds"] = {"name": "Time", "label": label, "format": "00:00:00"}
