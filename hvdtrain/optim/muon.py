@@ -33,14 +33,18 @@ class MuonConfig(AdamWConfig):
         from hvdtrain.optim.composite import Composite
         from hvdtrain.optim.groups import trainable
 
-        muon = getattr(torch.optim, "Muon", None)
-        if muon is None:
+        if not hasattr(torch.optim, "Muon"):
             raise ConfigError(f"--optim.name muon needs torch 2.9, this is {torch.__version__}: use adamw")
+
+        from hvdtrain.optim.orthogonal import BatchedMuon
+
         hidden = _hidden_matrices(model)
         rest = [p for p in trainable(model) if all(p is not other for other in hidden)]
         parts: list[torch.optim.Optimizer] = []
         if hidden:
-            parts.append(muon(hidden, lr=self.peak_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            parts.append(
+                BatchedMuon(hidden, lr=self.peak_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
         if rest:
             parts.append(build_adamw(self, model, rest))
         return Composite([group for part in parts for group in part.param_groups], parts)
