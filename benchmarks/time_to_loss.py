@@ -43,8 +43,8 @@ def ours(given: argparse.Namespace, seed: int) -> tuple[float, float, int]:
         command += ["-m", "hvdtrain", "train", "lm", "--run-dir", folder, "--train.seed", str(seed), *given.settings]
         seconds = timed(command, REPOSITORY, threads=1)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        last = [line for line in lines if "eval/loss" in line][-1]
-        return seconds, last["eval/loss"], last["step"]
+        last = [line for line in lines if "val/loss" in line][-1]
+        return seconds, last["val/loss"], last["step"]
 
 
 def timed(command: list[str], folder: Path, threads: int) -> float:
@@ -162,7 +162,7 @@ def main() -> None:
             machine.describe(),
             "",
             f"{given.layers} layers x {given.hidden_size}, bytes; nanoGPT: {BATCH} x {LENGTH},"
-            f" {given.nanogpt_steps} steps, one process of {len(os.sched_getaffinity(0))} threads; learning rates tried: "
+            f" {given.nanogpt_steps} steps, one process of {len(os.sched_getaffinity(0))} threads; learning rates: "
             + ", ".join(f"{rate:g} ({loss:.4f})" for rate, (_, loss) in tried.items()),
             "",
             "seed  nanoGPT s  held-out   hvdtrain s held-out   steps   ratio",

@@ -16,8 +16,8 @@ class BatchedMuon(torch.optim.Muon):
     """torch's Muon with another way of computing its orthogonal updates; settings and state are torch's.
 
     torch takes matrix by matrix and computes in bfloat16, which most CPUs have to imitate: there it takes several times
-    as long as forward and backward. Here matrices of one shape are one batch of products, in bfloat16 on GPUs, and in
-    fp32 on CPUs (fp64 for fp64): whatever the CPU, so that ranks on unlike hosts stay equal.
+    as long as forward and backward. Here matrices of one shape are one batch of products, in bfloat16 on GPUs and in
+    fp32 on CPUs, whatever the CPU, so that ranks on unlike hosts stay equal; fp64 is kept.
     """
 
     @torch.no_grad()
@@ -61,7 +61,8 @@ def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps
     a, b, c = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
-    x = x.bfloat16() if x.is_cuda else x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype != torch.float64:
+        x = x.bfloat16() if x.is_cuda else x.float()
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)  # singular values are at most 1
     for _ in range(steps):
         square = x @ x.mT

@@ -279,7 +279,7 @@ def test_other_ways_equal_one_process(world, images, tmp_path, what, dropout, mo
         pytest.skip("this torch has no Muon")
     recipe = pictures(images, model=model, optim=optim, norm=False, dropout=dropout, steps=5, accum_steps=2)
     model, _, reference, _ = both(recipe, world, images, tmp_path)
-    assert largest_difference(model, reference) < (1e-3 if what == "muon" else 1e-11)  # Muon computes in bfloat16
+    assert largest_difference(model, reference) < 1e-11
 
 
 @pytest.mark.ranks(1)
