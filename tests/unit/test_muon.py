@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.optim.orthogonal import BatchedMuon, orthogonal
+from hvdtrain.optim.orthogonal import Muon, orthogonal
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SHAPES = [(24, 24), (48, 24), (24, 48), (24, 24), (1, 5), (48, 24)]
 
 
@@ -29,7 +28,7 @@ def test_update_has_the_singular_vectors_of_the_matrix(shape: tuple[int, int]) -
     # Nearly singular matrices would need more iterations.
     values = torch.linspace(1.0, 0.2, min(shape), dtype=torch.float64)
     matrix = left @ torch.diag(values) @ right
-    update = orthogonal(matrix[None], COEFFICIENTS, 5, 1e-7)[0]
+    update = orthogonal(matrix[None])[0]
     values = left.T @ update @ right.T
     assert torch.allclose(values, torch.diag(values.diagonal()), atol=1e-9)
     assert values.diagonal().min() > 0.5
@@ -37,13 +36,12 @@ def test_update_has_the_singular_vectors_of_the_matrix(shape: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("rule", [None, "original", "match_rms_adamw"])
-def test_steps_are_those_of_torch_but_for_its_bfloat16(dtype: torch.dtype, nesterov: bool, rule: str | None) -> None:
-    settings = {"lr": 1e-2, "weight_decay": 0.1, "nesterov": nesterov, "adjust_lr_fn": rule}
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_steps_are_those_of_torch_but_for_its_bfloat16(dtype: torch.dtype) -> None:
     own, torchs = parameters(dtype), parameters(dtype)
     before = [p.detach().clone() for p in own]
-    optimizers = [BatchedMuon(own, **settings), torch.optim.Muon(torchs, **settings)]
+    theirs = torch.optim.Muon(torchs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = [Muon(own, lr=1e-2, weight_decay=0.1), theirs]
     for step in range(4):
         for some, optimizer in zip((own, torchs), optimizers, strict=True):
             give_gradients(some, step)
@@ -62,8 +60,8 @@ def test_an_update_does_not_depend_on_the_matrices_beside_it() -> None:
     together, alone = parameters(torch.float64), parameters(torch.float64)
     give_gradients(together, 0)
     give_gradients(alone, 0)
-    BatchedMuon(together).step()
+    Muon(together, lr=1e-2).step()
     for parameter in alone:
-        BatchedMuon([parameter]).step()
+        Muon([parameter], lr=1e-2).step()
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
