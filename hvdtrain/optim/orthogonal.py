@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, parameters: list[Tensor], lr: float, weight_decay: float, momentum: float, **others: Any) -> None:
         """Move parameters of one shape."""
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all have one
         for parameter in parameters:
             if _NAME not in self.state[parameter]:
                 self.state[parameter][_NAME] = torch.zeros_like(parameter)
