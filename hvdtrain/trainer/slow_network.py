@@ -46,10 +46,12 @@ class NetworkJudge:
         if sum(line[0] * line[1] for line in self._lines) < INTERVAL_S:
             return ""
         whole = sum(line[0] for line in self._lines)
-        means = [sum(line[0] * line[place] for line in self._lines) / whole for place in range(1, 5)]
+        step_s, wait, own, num_bytes = (
+            sum(line[0] * line[place] for line in self._lines) / whole for place in (1, 2, 3, 4)
+        )
         self._lines = []
         is_first, self._is_first = self._is_first, False
-        return "" if is_first else self._judge(*means, len(ranks))
+        return "" if is_first else self._judge(step_s, wait, own, num_bytes, len(ranks))
 
     def _judge(self, step_s: float, wait: float, own: float, num_bytes: float, size: int) -> str:
         usual = statistics.median(before for before, _ in self._usual) if self._usual else 0.0
