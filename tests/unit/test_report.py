@@ -289,3 +289,30 @@ def test_spikes_and_slow_ranks_are_events(tmp_path):
         file.write("2026-11-20 08:10:00,100 INFO WARNING: step 130: rank 1 on a is slow, and all others wait: 2\n")
     kinds = {event.step: event.kind for event in events_of(read_run(folder))}
     assert (kinds[120], kinds[130]) == ("spike", "slow")
+
+
+def test_a_run_that_changed_its_ranks_has_all_of_them(tmp_path):
+    """Four ranks, then two, at lines that are unevenly apart: what is no rank's is a gap, not the end of the map."""
+    folder = make_run(tmp_path / "a", lines=3)
+    steps = [*range(10, 101, 10), *range(150, 1001, 50)]
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in steps:
+            own = {f"time/own_s/rank-{rank:03}": 0.1 * (rank + 1) for rank in range(4 if step <= 500 else 2)}
+            file.write(json.dumps({"step": step, **own}) + "\n")
+    middles, ranks, seconds = own_times(read_run(folder))
+    assert ranks == [0, 1, 2, 3]
+    assert len(middles) == len(steps)
+    assert np.isfinite(seconds[:2]).all()
+    assert seconds[3][middles < 490].tolist() == pytest.approx([0.4] * int((middles < 490).sum()))
+    assert np.isnan(seconds[3][middles > 560]).all()
+    (heat,) = time_figures([read_run(folder)], [Places.of(read_run(folder))])
+    assert "Rank 3 takes longest: 1.60 times the median" in heat.caption
+
+
+def test_what_is_compared_is_nothing_that_a_terminal_obeys(tmp_path, capsys):
+    a, b = make_run(tmp_path / "a", lines=5), make_run(tmp_path / "b", lines=5)
+    (b / "config.toml").write_text('[data]\npath = "\\u001b[2J gone"\n')
+    assert answer("compare", a, b) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "?[2J gone" in said
