@@ -6,6 +6,8 @@ Who changes torch's version looks here first. Nothing else in hvdtrain reaches i
 from __future__ import annotations
 
 import contextlib
+import functools
+import struct
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.optim.optimizer import _global_optimizer_post_hooks as _GLOBAL_POST_HOOKS
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _GLOBAL_PRE_HOOKS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +36,7 @@ __all__ = [
     "holders_of",
     "hook_before_step",
     "is_fake",
+    "is_freshly_seeded",
     "is_held_by_others",
     "is_saved_buffer",
     "is_transformed",
@@ -42,6 +47,7 @@ __all__ = [
     "run_backward",
     "skipping_where",
     "version_of",
+    "without_record",
     "zero_all_",
 ]
 
@@ -141,6 +147,15 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def is_freshly_seeded(generator: torch.Generator, seed: int) -> bool:
+    """Return whether nothing was drawn from a generator since it was given this seed.
+
+    Its state begins with the seed and with how far it is: whatever draws moves that.
+    """
+    head = struct.pack("<QiiQ", seed, 1, 1, 0) if generator.device.type == "cpu" else struct.pack("<QQ", seed, 0)
+    return generator.get_state().numpy()[: len(head)].tobytes() == head
+
+
 def is_saved_buffer(module: nn.Module, name: str) -> bool:
     """Return whether a buffer of the module itself is part of its state."""
     return name not in module._non_persistent_buffers_set
@@ -182,11 +197,14 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 def run_backward(
     tensor: Tensor,
     gradient: Tensor,
-    retain_graph: bool,
-    create_graph: bool,
-    inputs: Sequence[Tensor],
+    retain_graph: bool = False,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] = (),
 ) -> None:
-    """Run the backward pass as `torch.autograd.backward` does, with the torch function modes that are active."""
+    """Run the backward pass as `torch.autograd.backward` does, with the torch function modes that are active.
+
+    The gradient is of the tensor's type and shape: nobody looks.
+    """
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward(
         (tensor,), (gradient,), retain_graph, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=True
@@ -219,6 +237,30 @@ def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any])
     handle = optimizer.register_step_pre_hook(hook)
     hooks: Any = optimizer._optimizer_step_pre_hooks
     hooks.move_to_end(handle.id, last=False)
+
+
+def without_record(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an optimizer class's `step` that does the same, and tells profilers of it only where one is at work.
+
+    The entry takes a small network as long as its norm. One that torch has not put its hooks on is returned as it is.
+    """
+    bare = getattr(step, "__wrapped__", None)
+    if bare is None or not getattr(step, "hooked", False):
+        return step
+
+    @functools.wraps(step)
+    def leaner(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._autograd._profiler_enabled() or torch.compiler.is_compiling():
+            return step(optimizer, *args, **kwargs)
+        given = ((optimizer, *args), kwargs)
+        for hook in (*_GLOBAL_PRE_HOOKS.values(), *optimizer._optimizer_step_pre_hooks.values()):
+            given = hook(optimizer, *given) or given
+        result = bare(*given[0], **given[1])
+        for hook in (*optimizer._optimizer_step_post_hooks.values(), *_GLOBAL_POST_HOOKS.values()):
+            hook(optimizer, *given)
+        return result
+
+    return leaner
 
 
 def holders_of(tensor: Tensor) -> int:
