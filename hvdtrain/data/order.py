@@ -53,9 +53,9 @@ class SampleOrder:
                 " or a smaller --train.global-batch-size"
             )
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
-        """Return the optimizer steps of one pass over the data, the shorter last one included."""
+        """The optimizer steps of one pass over the data, the shorter last one included."""
         full, rest = divmod(self.num_samples, self.plan.global_batch_size)
         return full + (rest > 0 and not self.drop_last)
 
@@ -82,7 +82,7 @@ class SampleOrder:
         number = epoch_step % self._steps_at_once
         return self._batches(epoch, epoch_step - number)[number]
 
-    @property
+    @functools.cached_property
     def _steps_at_once(self) -> int:
         return max(1, _SAMPLES_AT_ONCE // self.plan.global_batch_size)
 

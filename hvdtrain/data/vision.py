@@ -57,7 +57,7 @@ class ImageTensors:
 
     def num_targets(self, indices: Tensor) -> int:
         """Return one a sample."""
-        return len(indices)
+        return indices.numel()
 
     def fingerprint(self) -> str:
         """Return a hash of all images and labels, by which a resumed run knows its data again."""

@@ -1,24 +1,21 @@
-"""Every use of what torch does not promise to keep, in one file: each seen in torch 2.13.
+"""Every use of what torch does not promise to keep, here and for optimizers in `private_optimizer`: seen in torch 2.13.
 
 Who changes torch's version looks here first. Nothing else in hvdtrain reaches into torch's private names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import ctypes
 import struct
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.optim.optimizer import _global_optimizer_post_hooks as _GLOBAL_POST_HOOKS
-from torch.optim.optimizer import _global_optimizer_pre_hooks as _GLOBAL_PRE_HOOKS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,13 +25,11 @@ __all__ = [
     "LiveBytes",
     "apply_to_tensors",
     "backward_run",
-    "can_skip_by_itself",
     "compile_in_place",
     "computed_node",
     "copy_all_",
     "divide_all_",
     "holders_of",
-    "hook_before_step",
     "is_fake",
     "is_freshly_seeded",
     "is_held_by_others",
@@ -45,9 +40,7 @@ __all__ = [
     "on_compilation",
     "queue_after_run",
     "run_backward",
-    "skipping_where",
     "version_of",
-    "without_record",
     "zero_all_",
 ]
 
@@ -153,30 +146,13 @@ def is_freshly_seeded(generator: torch.Generator, seed: int) -> bool:
     Its state begins with the seed and with how far it is: whatever draws moves that.
     """
     head = struct.pack("<QiiQ", seed, 1, 1, 0) if generator.device.type == "cpu" else struct.pack("<QQ", seed, 0)
-    return generator.get_state().numpy()[: len(head)].tobytes() == head
+    state = generator.get_state()  # in host memory
+    return ctypes.string_at(state.data_ptr(), len(head)) == head
 
 
 def is_saved_buffer(module: nn.Module, name: str) -> bool:
     """Return whether a buffer of the module itself is part of its state."""
     return name not in module._non_persistent_buffers_set
-
-
-def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether the optimizer takes a step or not as a tensor on its device says: fused ones do.
-
-    The attribute is the one by which `torch.amp.GradScaler` knows them.
-    """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-@contextlib.contextmanager
-def skipping_where(optimizer: Any, is_skipped: Tensor) -> Iterator[None]:
-    """Within, such an optimizer's `step` leaves everything as it is where `is_skipped`, bool, a scalar, is True."""
-    optimizer.found_inf = is_skipped.float()
-    try:
-        yield
-    finally:
-        del optimizer.found_inf
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -230,37 +206,6 @@ def queue_after_run(action: Callable[[], None]) -> None:
 def computed_node() -> Any:
     """Return the node of autograd's graph that this thread is computing, or None."""
     return torch._C._current_autograd_node()
-
-
-def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
-    """Register a hook before `step` that runs before all that are registered already."""
-    handle = optimizer.register_step_pre_hook(hook)
-    hooks: Any = optimizer._optimizer_step_pre_hooks
-    hooks.move_to_end(handle.id, last=False)
-
-
-def without_record(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return an optimizer class's `step` that does the same, and tells profilers of it only where one is at work.
-
-    The entry takes a small network as long as its norm. One that torch has not put its hooks on is returned as it is.
-    """
-    bare = getattr(step, "__wrapped__", None)
-    if bare is None or not getattr(step, "hooked", False):
-        return step
-
-    @functools.wraps(step)
-    def leaner(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._autograd._profiler_enabled() or torch.compiler.is_compiling():
-            return step(optimizer, *args, **kwargs)
-        given = ((optimizer, *args), kwargs)
-        for hook in (*_GLOBAL_PRE_HOOKS.values(), *optimizer._optimizer_step_pre_hooks.values()):
-            given = hook(optimizer, *given) or given
-        result = bare(*given[0], **given[1])
-        for hook in (*optimizer._optimizer_step_post_hooks.values(), *_GLOBAL_POST_HOOKS.values()):
-            hook(optimizer, *given)
-        return result
-
-    return leaner
 
 
 def holders_of(tensor: Tensor) -> int:

@@ -51,7 +51,7 @@ def train_step(job: Job, training: Training) -> None:
         part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
         totals = added(totals, part)
     training.optimizer.synchronize()
-    step = Step(number + 1, totals, num_targets, len(samples))
+    step = Step(number + 1, totals, num_targets, samples.numel())
     training.after_backward(step)
     world.progress.enter("update")
     update(job, training, step)
@@ -141,10 +141,12 @@ def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]
 
 def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
     """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
-    dtype = own_type(precision)
+    dtype, is_gpu = own_type(precision), device.type == "cuda"
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, type_as(tensor, dtype), non_blocking=device.type == "cuda")
+        if dtype is None:
+            return tensor.to(device, non_blocking=is_gpu)
+        return tensor.to(device, type_as(tensor, dtype), non_blocking=is_gpu)
 
     return map_tensors(move, batch)
 

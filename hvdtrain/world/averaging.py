@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.private_torch import hook_before_step, without_record
+from hvdtrain.models.private_optimizer import hook_before_step, without_record
 from hvdtrain.models.walk import Ordered, owned_by
 from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.codec import Codec
