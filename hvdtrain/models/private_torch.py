@@ -1,4 +1,4 @@
-"""Every use of what torch does not promise to keep, here and for optimizers in `private_optimizer`: seen in torch 2.13.
+"""Every use of what torch does not promise to keep, here and for optimizers in `optim/`: seen in torch 2.13.
 
 Who changes torch's version looks here first. Nothing else in hvdtrain reaches into torch's private names.
 """

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_optimizer import add_all_, fused_sgd_
+from hvdtrain.optim.private_optimizer import add_all_, fused_sgd_
 
 
 class SGD(torch.optim.SGD):

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_optimizer import can_skip_by_itself, skipping_where
+from hvdtrain.optim.private_optimizer import can_skip_by_itself, skipping_where
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.job import Job

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.private_optimizer import hook_before_step, without_record
 from hvdtrain.models.walk import Ordered, owned_by
+from hvdtrain.optim.private_optimizer import hook_before_step, without_record
 from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
