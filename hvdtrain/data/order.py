@@ -88,12 +88,12 @@ class SampleOrder:
 
     def _batches(self, epoch: int, first: int) -> tuple[Tensor, ...]:
         """Return the samples, int64 `(n,)`, of each of some steps of an epoch, `first` and those that follow it."""
-        for place, batches in self._chunks:
+        for place, found in self._chunks:
             if place == (epoch, first):
-                return batches
+                return found
         positions = self._positions(first, self._steps_at_once)
         samples = torch.from_numpy(self.sampler.samples(positions, self.num_samples, self.seed, epoch))
-        batches = samples.split(self.plan.global_batch_size)
+        batches: tuple[Tensor, ...] = torch.split(samples, self.plan.global_batch_size)
         # Frozen for whoever has an order; one tuple, replaced as a whole, for whichever thread looks.
         object.__setattr__(self, "_chunks", (((epoch, first), batches), *self._chunks[:1]))
         return batches

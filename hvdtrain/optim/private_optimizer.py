@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _AFTER_EACH
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _BEFORE_EACH
 
@@ -62,7 +62,7 @@ def without_record(step: Callable[..., Any]) -> Callable[..., Any]:
     return leaner
 
 
-def add_all_(tensors: list[nn.Parameter], others: list[Any], alpha: float) -> None:
+def add_all_(tensors: list[Any], others: list[Any], alpha: float) -> None:
     """Add `alpha` times the others, one to each; bitwise `tensor.add_(other, alpha=alpha)`."""
     torch._foreach_add_(tensors, others, alpha=alpha)
 
