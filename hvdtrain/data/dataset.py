@@ -56,7 +56,7 @@ class TensorSamples:
 
     def num_targets(self, indices: Tensor) -> int:
         """Return one a sample."""
-        return len(indices)
+        return indices.numel()
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from hvdtrain.settings import BatchPlan
 # A permutation costs numpy about as much for one small batch as for so many samples: it is computed for many steps.
 _SAMPLES_AT_ONCE = 1 << 13
 
-_Chunk = tuple[tuple[int, int], Tensor]
-"""An epoch and the first of some steps in it, and these steps' samples, int64 `(n,)`."""
+_Chunk = tuple[tuple[int, int], tuple[Tensor, ...]]
+"""An epoch and the first of some steps in it, and the samples of each of these steps, int64 `(n,)`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class SampleOrder:
                 " or a smaller --train.global-batch-size"
             )
 
-    @property
+    @functools.cached_property
     def steps_per_epoch(self) -> int:
-        """Return the optimizer steps of one pass over the data, the shorter last one included."""
+        """The optimizer steps of one pass over the data, the shorter last one included."""
         full, rest = divmod(self.num_samples, self.plan.global_batch_size)
         return full + (rest > 0 and not self.drop_last)
 
@@ -79,23 +79,24 @@ class SampleOrder:
         It is a part of a longer tensor, and not to be changed.
         """
         epoch, epoch_step = divmod(step, self.steps_per_epoch)
-        batch = self.plan.global_batch_size
-        steps = max(1, _SAMPLES_AT_ONCE // batch)
-        first = epoch_step - epoch_step % steps
-        samples = self._samples(epoch, first, steps)
-        start = (epoch_step - first) * batch
-        return samples[start : start + batch]
+        number = epoch_step % self._steps_at_once
+        return self._batches(epoch, epoch_step - number)[number]
 
-    def _samples(self, epoch: int, first: int, steps: int) -> Tensor:
-        """Return the samples, int64 `(n,)`, of so many steps of an epoch, `first` and those that follow it."""
-        for place, samples in self._chunks:
+    @functools.cached_property
+    def _steps_at_once(self) -> int:
+        return max(1, _SAMPLES_AT_ONCE // self.plan.global_batch_size)
+
+    def _batches(self, epoch: int, first: int) -> tuple[Tensor, ...]:
+        """Return the samples, int64 `(n,)`, of each of some steps of an epoch, `first` and those that follow it."""
+        for place, found in self._chunks:
             if place == (epoch, first):
-                return samples
-        positions = self._positions(first, steps)
+                return found
+        positions = self._positions(first, self._steps_at_once)
         samples = torch.from_numpy(self.sampler.samples(positions, self.num_samples, self.seed, epoch))
+        batches: tuple[Tensor, ...] = torch.split(samples, self.plan.global_batch_size)
         # Frozen for whoever has an order; one tuple, replaced as a whole, for whichever thread looks.
-        object.__setattr__(self, "_chunks", (((epoch, first), samples), *self._chunks[:1]))
-        return samples
+        object.__setattr__(self, "_chunks", (((epoch, first), batches), *self._chunks[:1]))
+        return batches
 
     def _positions(self, first: int, steps: int = 1) -> NDArray[np.int64]:
         """Return where the samples of so many steps of an epoch, `first` and those that follow it, stand in it."""
@@ -115,12 +116,17 @@ class SampleOrder:
     def requests(self, step: int, rank: int, in_step: bool = False) -> list[Request]:
         """Return a rank's micro-batches, as `micro_batches` cuts the step."""
         samples, epoch = self.global_batch(step), self.epoch(step)
-        parts = [samples.index_select(0, positions) for positions in self.micro_batches(step, rank, in_step)]
+        parts = [_part(samples, positions) for positions in self.micro_batches(step, rank, in_step)]
         keys = parts
         if getattr(self.sampler, "repeats", False):
             places = torch.from_numpy(self._positions(step % self.steps_per_epoch))
             keys = [places[positions] for positions in self.micro_batches(step, rank, in_step)]
         return [Request(part, Draws(self.seed, epoch, of_part)) for part, of_part in zip(parts, keys, strict=True)]
+
+
+def _part(samples: Tensor, positions: Tensor) -> Tensor:
+    """Return the samples at these positions, which are all or some of them, in order."""
+    return samples if positions.shape == samples.shape else samples.index_select(0, positions)
 
 
 @functools.lru_cache(maxsize=64)

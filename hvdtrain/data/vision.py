@@ -53,11 +53,12 @@ class ImageTensors:
             a scale from 0 to 1), and labels, int64 `(n,)`.
         """
         pixels = self.images.index_select(0, indices).unsqueeze(1).float()
-        return pixels.div_(255).sub_(0.5).div_(0.5), self.labels.index_select(0, indices)
+        # Bitwise (pixels / 255 - 0.5) / 0.5, in a pass less: halving and doubling are exact.
+        return pixels.div_(127.5).sub_(1), self.labels.index_select(0, indices)
 
     def num_targets(self, indices: Tensor) -> int:
         """Return one a sample."""
-        return len(indices)
+        return indices.numel()
 
     def fingerprint(self) -> str:
         """Return a hash of all images and labels, by which a resumed run knows its data again."""

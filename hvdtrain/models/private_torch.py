@@ -1,14 +1,15 @@
-"""Every use of what torch does not promise to keep, in one file: each seen in torch 2.13.
+"""Every use of what torch does not promise to keep, here and for optimizers in `optim/`: seen in torch 2.13.
 
 Who changes torch's version looks here first. Nothing else in hvdtrain reaches into torch's private names.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import struct
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +25,13 @@ __all__ = [
     "LiveBytes",
     "apply_to_tensors",
     "backward_run",
-    "can_skip_by_itself",
     "compile_in_place",
     "computed_node",
     "copy_all_",
     "divide_all_",
     "holders_of",
-    "hook_before_step",
     "is_fake",
+    "is_freshly_seeded",
     "is_held_by_others",
     "is_saved_buffer",
     "is_transformed",
@@ -40,7 +40,6 @@ __all__ = [
     "on_compilation",
     "queue_after_run",
     "run_backward",
-    "skipping_where",
     "version_of",
     "zero_all_",
 ]
@@ -141,27 +140,19 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def is_freshly_seeded(generator: torch.Generator, seed: int) -> bool:
+    """Return whether nothing was drawn from a generator since it was given this seed.
+
+    Its state begins with the seed and with how far it is: whatever draws moves that.
+    """
+    head = struct.pack("<QiiQ", seed, 1, 1, 0) if generator.device.type == "cpu" else struct.pack("<QQ", seed, 0)
+    state = generator.get_state()  # in host memory
+    return ctypes.string_at(state.data_ptr(), len(head)) == head
+
+
 def is_saved_buffer(module: nn.Module, name: str) -> bool:
     """Return whether a buffer of the module itself is part of its state."""
     return name not in module._non_persistent_buffers_set
-
-
-def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether the optimizer takes a step or not as a tensor on its device says: fused ones do.
-
-    The attribute is the one by which `torch.amp.GradScaler` knows them.
-    """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-@contextlib.contextmanager
-def skipping_where(optimizer: Any, is_skipped: Tensor) -> Iterator[None]:
-    """Within, such an optimizer's `step` leaves everything as it is where `is_skipped`, bool, a scalar, is True."""
-    optimizer.found_inf = is_skipped.float()
-    try:
-        yield
-    finally:
-        del optimizer.found_inf
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -182,11 +173,14 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 def run_backward(
     tensor: Tensor,
     gradient: Tensor,
-    retain_graph: bool,
-    create_graph: bool,
-    inputs: Sequence[Tensor],
+    retain_graph: bool = False,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] = (),
 ) -> None:
-    """Run the backward pass as `torch.autograd.backward` does, with the torch function modes that are active."""
+    """Run the backward pass as `torch.autograd.backward` does, with the torch function modes that are active.
+
+    The gradient is of the tensor's type and shape: nobody looks.
+    """
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward(
         (tensor,), (gradient,), retain_graph, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=True
@@ -212,13 +206,6 @@ def queue_after_run(action: Callable[[], None]) -> None:
 def computed_node() -> Any:
     """Return the node of autograd's graph that this thread is computing, or None."""
     return torch._C._current_autograd_node()
-
-
-def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
-    """Register a hook before `step` that runs before all that are registered already."""
-    handle = optimizer.register_step_pre_hook(hook)
-    hooks: Any = optimizer._optimizer_step_pre_hooks
-    hooks.move_to_end(handle.id, last=False)
 
 
 def holders_of(tensor: Tensor) -> int:

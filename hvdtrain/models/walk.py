@@ -1,31 +1,12 @@
-"""A model's parameters, in a fraction of the time of torch's own walk, since once a step that shows; an optimizer's."""
+"""An optimizer's parameters, and whether they are still the same."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import nn
-
-
-def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model, each once, in the order of `model.parameters()`.
-
-    A class that has a walk of its own is asked for it.
-    """
-    found: dict[nn.Parameter, None] = {}
-    seen: set[nn.Module] = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if _has_own_walk(type(module)):
-            return [*model.parameters()]
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found[parameter] = None
-        waiting += [part for part in reversed(module._modules.values()) if part is not None]
-    return [*found]
 
 
 def owned_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -33,8 +14,27 @@ def owned_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _has_own_walk(kind: type[nn.Module]) -> bool:
-    return (kind.parameters, kind.named_parameters, kind.named_modules, kind._named_members) != _WALKS
+def are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Return whether both hold the same objects in the same order; `==` would compare the numbers of tensors."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-_WALKS = (nn.Module.parameters, nn.Module.named_parameters, nn.Module.named_modules, nn.Module._named_members)
+class Ordered:
+    """Sorts parameters as they lie in a model, others behind them; anew only where they are not those of before.
+
+    Args:
+        model_order: the model's parameters.
+    """
+
+    def __init__(self, model_order: Iterable[nn.Parameter]) -> None:
+        self._place = {parameter: place for place, parameter in enumerate(model_order)}
+        self._before: list[nn.Parameter] = []
+        self._sorted: list[nn.Parameter] = []
+
+    def __call__(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return them in order, in a list that is not to be changed."""
+        if not are_same(parameters, self._before):
+            last = len(self._place)
+            self._before = [*parameters]
+            self._sorted = sorted(parameters, key=lambda parameter: self._place.get(parameter, last))
+        return self._sorted

@@ -13,13 +13,18 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.is_floating_point() or parameter.is_complex()]
 
 
+def sparse_weights(model: nn.Module) -> set[int]:
+    """Return the ids of the weights of embeddings with sparse gradients."""
+    return {id(module.weight) for module in model.modules() if getattr(module, "sparse", False) is True}
+
+
 def decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups for a torch optimizer: matrices decayed, vectors not.
 
     Norm gains and biases (fewer than two dimensions) are left out of weight decay, as is usual for transformers, and
     so are embeddings with sparse gradients, which torch cannot decay.
     """
-    sparse = {id(module.weight) for module in model.modules() if getattr(module, "sparse", False) is True}
+    sparse = sparse_weights(model)
     decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in sparse]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},

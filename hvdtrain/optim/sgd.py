@@ -34,8 +34,9 @@ class SgdConfig(OptimConfig):
         """Return the optimizer over the model's trainable parameters."""
         import torch
 
-        from hvdtrain.optim.groups import decay_groups, trainable
+        from hvdtrain.optim.fused_sgd import SGD
+        from hvdtrain.optim.groups import decay_groups, sparse_weights, trainable
 
         groups = decay_groups(model, trainable(model), self.weight_decay)
-        is_nesterov = self.nesterov and self.momentum > 0
-        return torch.optim.SGD(groups, lr=self.peak_lr, momentum=self.momentum, nesterov=is_nesterov)
+        kind = torch.optim.SGD if sparse_weights(model) else SGD
+        return kind(groups, lr=self.peak_lr, momentum=self.momentum, nesterov=self.nesterov and self.momentum > 0)

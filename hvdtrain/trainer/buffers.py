@@ -52,13 +52,15 @@ class ChangingBuffers(Component):
         if training.strategy.is_equal_after(step.number):
             self.average(self._world)
 
-    @torch.no_grad()
     def after_update(self, training: Training, step: Step) -> None:
         """Undo what a step has done that does not count."""
-        if self.names is None:
-            return
-        buffers = dict(training.model.named_buffers())
-        kept = {name: self._kept[name] for name in self.names if name in self._kept and name in buffers}
+        if self.names is not None and (self.names or self._kept):
+            self._undo(self.names, training.model, step)
+
+    @torch.no_grad()
+    def _undo(self, names: list[str], model: nn.Module, step: Step) -> None:
+        buffers = dict(model.named_buffers())
+        kept = {name: self._kept[name] for name in names if name in self._kept and name in buffers}
         for name, before in kept.items():
             if step.is_finite.is_cuda:  # asking would mean to wait
                 buffers[name].copy_(torch.where(step.is_finite, buffers[name], before))
@@ -66,7 +68,7 @@ class ChangingBuffers(Component):
                 buffers[name].copy_(before)
             before.copy_(buffers[name])
         # One that has begun to change is kept from now on.
-        self._kept = {**kept, **{name: buffers[name].clone() for name in self.names if name not in kept}}
+        self._kept = {**kept, **{name: buffers[name].clone() for name in names if name not in kept}}
 
     def before_looking(self, training: Training) -> None:
         """Take in the buffers that have begun to change since the first step, and average them."""

@@ -169,9 +169,10 @@ class Component:
         return None
 
 
-def leave_the_loss(components: Sequence[Component]) -> bool:
-    """Tell whether none of them differentiates anything but a micro-batch's loss."""
-    return all(type(component).before_backward is Component.before_backward for component in components)
+def acting(components: Sequence[Component], method: str) -> list[Component]:
+    """Return those of the components that have a method of their own by this name: most leave most methods alone."""
+    inherited = getattr(Component, method)
+    return [item for item in components if getattr(getattr(item, method), "__func__", None) is not inherited]
 
 
 ComponentFactory = Callable[["Job"], Component | None]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hvdtrain.models.private_torch import is_freshly_seeded
 from hvdtrain.trainer.random_functions import FUNCTIONS
 from hvdtrain.trainer.random_layers import LAYERS
 
@@ -155,11 +156,11 @@ class MicroBatchRandomness:
         Random numbers derive from a place in the run (seed, step), not from history: resuming needs no saved state.
         """
         seed = _seed_of(*place, *positions[:1].tolist())
-        before = self._seed(seed)
+        self._seed(seed)
         if self._is_needed is False and not self.is_observed:
             kept = self._kept_buffers()
             result = forward()
-            if self._is_untouched(before):
+            if self._is_untouched(seed):
                 backward(result)
                 return result
             self._seed(seed)
@@ -169,8 +170,8 @@ class MicroBatchRandomness:
         mode.own_draws = self.own_draws if self.is_observed else None
         with mode:
             result = forward()
-            self._is_needed = not self._is_untouched(before)
-            self._note(mode, seed, before)
+            self._is_needed = not self._is_untouched(seed)
+            self._note(mode, seed)
             backward(result)
         return result
 
@@ -187,18 +188,18 @@ class MicroBatchRandomness:
         with self._mode.apart() if self._mode is not None else contextlib.nullcontext():
             return function(argument)
 
-    def _seed(self, seed: int) -> dict[str, bytes]:
-        """Seed the generators (`torch.manual_seed` takes 0.2 ms) and return the state of torch's."""
+    def _seed(self, seed: int) -> None:
+        """Seed the generators (`torch.manual_seed` takes 0.2 ms)."""
         for generator in self._generators.values():
             generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        return {name: _state_of(generator) for name, generator in self._generators.items()}
 
-    def _is_untouched(self, before: dict[str, bytes]) -> bool:
-        return all(_state_of(generator) == before[name] for name, generator in self._generators.items())
+    def _is_untouched(self, seed: int) -> bool:
+        """Return whether nothing has drawn from torch's generators since they were given this seed."""
+        return all(is_freshly_seeded(generator, seed) for generator in self._generators.values())
 
-    def _note(self, mode: SampleRandomness, seed: int, before: dict[str, bytes]) -> None:
+    def _note(self, mode: SampleRandomness, seed: int) -> None:
         """Note what a forward pass has drawn from: of torch's generator on the CPU, more than what marks draws."""
         if not self.is_observed:
             return
@@ -206,20 +207,16 @@ class MicroBatchRandomness:
         for _ in range(mode.num_draws):
             torch.randint(2**62, (), generator=expected)
         self.is_by_sample |= mode.num_draws > 0
-        unmarked = {**before, "torch": _state_of(expected)}
-        for name, generator in self._generators.items():
-            if _state_of(generator) != unmarked[name]:
-                self.by_micro_batch.add(name)
+        if not torch.default_generator.get_state().equal(expected.get_state()):
+            self.by_micro_batch.add("torch")
+        on_gpu = {name: generator for name, generator in self._generators.items() if name != "torch"}
+        self.by_micro_batch |= {name for name, own in on_gpu.items() if not is_freshly_seeded(own, seed)}
         if random.getstate() != random.Random(seed).getstate():
             self.by_micro_batch.add("Python")
         fresh = np.random.RandomState(seed % 2**32).get_state(legacy=False)
         now = np.random.get_state(legacy=False)
         if str(now) != str(fresh) or (now["state"]["key"] != fresh["state"]["key"]).any():
             self.by_micro_batch.add("numpy")
-
-
-def _state_of(generator: torch.Generator) -> bytes:
-    return generator.get_state().numpy().tobytes()
 
 
 def _seed_of(*place: object) -> int:

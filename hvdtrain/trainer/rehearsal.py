@@ -64,7 +64,7 @@ def rehearse(
     plan = plan or plan_batch(config.train, world.size)
     order = order or order_of(task, plan, config.train.seed)
     if only_full_batches:
-        order = FullBatches(**vars(order))
+        order = FullBatches(order.num_samples, order.plan, order.seed, order.sampler, order.drop_last)
     task = dataclasses.replace(task, model=copy.deepcopy(task.model))
     strategy = strategy_of(config, world.size)
     return Job(task, config, world, None, MetricLog(None, []), plan, order, num_steps, strategy=strategy)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import norm_of
-from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.strategy import EveryStep, model_tensors
 from hvdtrain.world import World, WrappedOptimizer
 
@@ -41,10 +40,6 @@ class Sharded(EveryStep):
     def part_of_state(self, world: World, training: Training, state: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return this rank's part; no other rank than 0 ever holds the whole."""
         return _sharding(training).part_of_state(training.optimizer, state)
-
-    def moved(self, training: Training) -> list[nn.Parameter]:
-        """Return this rank's pieces that have a gradient."""
-        return [piece for piece in owned_by(training.optimizer) if piece.grad is not None]
 
     def norm_of(self, world: World, gradients: Sequence[Tensor]) -> Tensor:
         """Return the norm over all ranks' pieces: the root of the sum of their squares, in fp64."""

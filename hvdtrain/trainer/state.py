@@ -18,7 +18,7 @@ from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.models.compilation import is_compiled
 from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, load_model_weights, model_weights
 from hvdtrain.settings import to_dict
-from hvdtrain.trainer.component import Component, Step, nested_tensors
+from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import owned
 from hvdtrain.trainer.fits import check_fits
@@ -72,6 +72,7 @@ class Training:
     """The same of all ranks."""
     is_evaluation_due: bool = False
     """A request to stop came before the evaluation after this step."""
+    _acting: dict[str, list[Component]] = field(default_factory=dict, init=False, repr=False)
 
     def __enter__(self) -> Training:
         return self
@@ -92,16 +93,28 @@ class Training:
         """Return the component of a class, if the job has one."""
         return next((component for component in self.components if isinstance(component, kind)), None)
 
+    def acting(self, method: str) -> list[Component]:
+        """Return the components that have a method of their own by this name; found once, as a step asks often."""
+        found = self._acting.get(method)
+        if found is None:
+            found = self._acting[method] = acting(self.components, method)
+        return found
+
     def before_backward(self, loss: Tensor) -> Tensor:
         """Return what is differentiated for a micro-batch's loss, a scalar."""
-        for component in self.components:
+        for component in self.acting("before_backward"):
             loss = component.before_backward(loss)
         return loss
 
     def after_backward(self, step: Step) -> None:
         """Let the components act on the averaged gradients. Collective."""
-        for component in self.components:
+        for component in self.acting("after_backward"):
             component.after_backward(self, step)
+
+    def after_update(self, step: Step) -> None:
+        """Let the components act on the updated weights. Collective."""
+        for component in self.acting("after_update"):
+            component.after_update(self, step)
 
     def before_looking(self) -> None:
         """Let the components make equal what is about to be evaluated, compared or saved. Collective."""
@@ -110,8 +123,7 @@ class Training:
 
     def reason_to_end(self, world: World, is_evaluated: bool) -> str:
         """Return why a component ends the run here, if one of any rank does; empty: it goes on. Collective."""
-        kinds = [item for item in self.components if type(item).reason_to_end is not Component.reason_to_end]
-        asked = [item for item in kinds if is_evaluated or item.ends_after_steps]
+        asked = [item for item in self.acting("reason_to_end") if is_evaluated or item.ends_after_steps]
         if not asked:
             return ""
         own = next(filter(None, (component.reason_to_end() for component in asked)), "")

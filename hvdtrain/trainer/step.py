@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.readers import read_samples
+from hvdtrain.models.private_torch import run_backward
 from hvdtrain.settings import Precision
-from hvdtrain.trainer.component import Step, Totals, leave_the_loss
+from hvdtrain.trainer.component import Step, Totals
 from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, type_as
@@ -50,7 +51,7 @@ def train_step(job: Job, training: Training) -> None:
         part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
         totals = added(totals, part)
     training.optimizer.synchronize()
-    step = Step(number + 1, totals, num_targets, len(samples))
+    step = Step(number + 1, totals, num_targets, samples.numel())
     training.after_backward(step)
     world.progress.enter("update")
     update(job, training, step)
@@ -96,10 +97,12 @@ def _micro_batch(
         # without targets has a gradient of zeros.
         share = world.size / num_targets if num_targets else 0.0
         factor = _plus_zero_times(share, sums["loss"], world.reads_at_once)
-        if leave_the_loss(training.components):
-            sums["loss"].backward(factor)  # type: ignore[no-untyped-call]
-        else:
+        if training.acting("before_backward"):
             training.before_backward(sums["loss"] * factor).backward()  # type: ignore[no-untyped-call]
+        elif type(sums["loss"]) is Tensor:
+            run_backward(sums["loss"], factor)
+        else:
+            sums["loss"].backward(factor)  # type: ignore[no-untyped-call]
 
     sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
     return as_totals(sums, task.metrics, world)
@@ -138,10 +141,12 @@ def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]
 
 def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
     """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
-    dtype = own_type(precision)
+    dtype, is_gpu = own_type(precision), device.type == "cuda"
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, type_as(tensor, dtype), non_blocking=device.type == "cuda")
+        if dtype is None:
+            return tensor.to(device, non_blocking=is_gpu)
+        return tensor.to(device, type_as(tensor, dtype), non_blocking=is_gpu)
 
     return map_tensors(move, batch)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import norm_of
-from hvdtrain.models.walk import owned_by, parameters_of
+from hvdtrain.models.walk import owned_by
 from hvdtrain.world import World, WrappedOptimizer, per_rank_buffers
 
 if TYPE_CHECKING:
@@ -86,8 +86,7 @@ class Strategy(ABC):
 
         What it leaves alone is not averaged, and differs on every rank.
         """
-        own = set(owned_by(training.optimizer))
-        return [item for item in parameters_of(training.model) if item.grad is not None and item in own]
+        return [parameter for parameter in owned_by(training.optimizer) if parameter.grad is not None]
 
     def norm_of(self, world: World, gradients: Sequence[Tensor]) -> Tensor:
         """Return the Euclidean norm, a scalar, of the gradient of which this rank has these parts. Collective."""

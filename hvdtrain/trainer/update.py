@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import can_skip_by_itself, skipping_where
+from hvdtrain.optim.private_optimizer import can_skip_by_itself, skipping_where
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.job import Job
@@ -29,22 +29,22 @@ def update(job: Job, training: Training, step: Step) -> None:
         training: what changes; the gradients are averaged, and of their own size.
         step: what is known of the step; learns the norm and whether it is finite.
     """
-    optimizer = training.optimizer
+    optimizer, at_once = training.optimizer, job.world.reads_at_once
     step.grad_norm = _clip(job, training)
-    factor = math.prod((component.lr_factor() for component in training.components), start=job.lr_factor)
+    factor = math.prod((component.lr_factor() for component in training.acting("lr_factor")), start=job.lr_factor)
+    rate = learning_rate(job.config.optim, training.step, job.num_steps) * factor
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(job.config.optim, training.step, job.num_steps) * factor
-    step.is_finite = training.strategy.agree(job.world, _counts(step, job.world.reads_at_once))
-    if can_skip_by_itself(optimizer) and not job.world.reads_at_once:
+        group["lr"] = rate
+    step.is_finite = training.strategy.agree(job.world, _counts(step, at_once))
+    if can_skip_by_itself(optimizer) and not at_once:
         with skipping_where(optimizer, ~step.is_finite):
             optimizer.step()
     elif step.is_finite:  # on a GPU, this waits
         optimizer.step()
-    step.outcome = Outcome(step.is_finite, step.grad_norm, job.world.reads_at_once)
+    step.outcome = Outcome(step.is_finite, step.grad_norm, at_once)
     training.step += 1
     training.strategy.after_update(job.world, training)
-    for component in training.components:
-        component.after_update(training, step)
+    training.after_update(step)
 
 
 def _counts(step: Step, at_once: bool) -> Tensor:

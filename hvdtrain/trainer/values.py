@@ -30,6 +30,8 @@ def count_targets(data: Dataset, samples: Tensor) -> int:
         ConfigError: it is no number of targets.
     """
     count: Any = data.num_targets(samples)
+    if type(count) is int and count >= 0:
+        return count
     size = count.numel() if isinstance(count, Tensor) else getattr(count, "size", None)
     value: Any = count.item() if size == 1 else count  # of numpy or torch
     is_whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.private_torch import hook_before_step
-from hvdtrain.models.walk import owned_by
+from hvdtrain.models.walk import Ordered, owned_by
+from hvdtrain.optim.private_optimizer import hook_before_step, without_record
 from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
@@ -219,20 +219,20 @@ def wrap_optimizer(
     is_sharded = averaging.shard and world.size > 1
     sharding = Sharding(world, optimizer, names, averaging, sparse) if is_sharded else None
     optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world, sharding=sharding)
-    # `step` is named again, as it is: a library's class may have another, and torch would hang its hooks on that too.
-    members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__, "__module__": inner.__module__}
+    # `step` is named again: a library's class may have another, and torch would hang its hooks on that too.
+    step = without_record(inner.step)
+    members = {"_inner": inner, "step": step, "__doc__": inner.__doc__, "__module__": inner.__module__}
     optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
     wrapped = cast(WrappedOptimizer, optimizer)
     if world.size == 1:
         return wrapped
-    order = {parameter: place for place, parameter in enumerate(names)}
+    in_order = Ordered(names)
 
     of_ranks = weakref.ref(wrapped)  # no circle: whoever drops it drops it on all ranks at once
 
     def parameters() -> list[nn.Parameter]:
         own = owned_by(owner) if (owner := of_ranks()) is not None else []
-        own = sharding.parameters if sharding else own
-        return sorted(own, key=lambda parameter: order.get(parameter, len(order)))
+        return in_order(sharding.parameters if sharding else own)
 
     world.num_wraps += 1
     prefix = f"gradients.{world.num_wraps}"

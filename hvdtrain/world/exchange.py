@@ -17,7 +17,7 @@ that no rank used keeps `grad = None`, as it would on one process, and is neithe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,7 @@ class GradientExchange:
         self,
         world: World,
         prefix: str,
-        parameters: Callable[[], Iterable[nn.Parameter]],
+        parameters: Callable[[], Sequence[nn.Parameter]],
         names: dict[nn.Parameter, str],
         sparse: set[nn.Parameter],
         averaging: Averaging,
@@ -121,6 +121,7 @@ class GradientExchange:
         for exchange in unfinished:
             exchange._check_own()
         for exchange in unfinished:
+            exchange._follow_conversions()
             exchange._send()
         for exchange in unfinished:
             exchange._receive()
@@ -184,8 +185,9 @@ class GradientExchange:
             found += [other for other in exchange._later if other not in found]
         return found
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.of_optimizer() if parameter not in self._yielded]
+    def _parameters(self) -> Sequence[nn.Parameter]:
+        own = self.of_optimizer()
+        return [parameter for parameter in own if parameter not in self._yielded] if self._yielded else own
 
     def watch_parameters(self) -> None:
         """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""
@@ -201,7 +203,7 @@ class GradientExchange:
         """
         if parameter in self._yielded:
             return
-        if not self._additions and not self._passes:
+        if not self._additions:
             self._follow_conversions()
         self._end_of_backward.expect()
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1
@@ -242,7 +244,6 @@ class GradientExchange:
     def _send(self) -> None:
         """Send what has not left."""
         self._marks.clear()  # they hold the gradients, and a gradient that is held is not replaced
-        self._follow_conversions()
         if self._layout.add(self._trainable()):
             self.watch_parameters()
         for part in self._layout.parts:

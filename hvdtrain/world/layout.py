@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import nn
 
+from hvdtrain.models.walk import are_same
 from hvdtrain.world.buckets import AdasumTensor, Bucket, SparseRows, in_buckets
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import real
@@ -59,6 +60,8 @@ class Layout:
         self.sparse: list[SparseRows] = []
         self.question = Question()
         """Travels with the first bucket."""
+        self._current: list[nn.Parameter] = []
+        """Exactly what is laid out, in the order in which it was given; empty where that is not known."""
         self._world = world
         self._prefix = prefix
         self._parameters = parameters
@@ -83,7 +86,7 @@ class Layout:
 
     def is_of(self, trainable: Sequence[nn.Parameter]) -> bool:
         """Return whether these parameters, and no others, are laid out."""
-        return self._known() == set(trainable)
+        return are_same(trainable, self._current) or self._known() == set(trainable)
 
     def has_been_converted(self) -> bool:
         """Return whether a parameter has another type, device or shape than when it was laid out."""
@@ -91,7 +94,7 @@ class Layout:
 
     def build(self, trainable: Sequence[nn.Parameter]) -> None:
         """Lay the buckets out anew for what is trainable now. No gradient may be on its way."""
-        self.buckets, self.bucket_of, self.sparse = [], {}, []
+        self.buckets, self.bucket_of, self.sparse, self._current = [], {}, [], []
         self.question.is_carried = False
         self.add(trainable)
 
@@ -101,7 +104,10 @@ class Layout:
         What is already laid out stays as it is, in buckets that may be on the wire; what is new gets buckets of its own
         behind them, on all ranks alike, and joins the others when the layout is next built.
         """
+        if are_same(trainable, self._current):
+            return False
         known = self._known()
+        self._current = [*trainable] if known <= set(trainable) else []
         new = [parameter for parameter in trainable if parameter not in known]
         sparse = [parameter for parameter in new if parameter in self._is_sparse]
         self.sparse += [SparseRows(f"{self._prefix}.{self.name(p)}", p, self._world) for p in sparse]

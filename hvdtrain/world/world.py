@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,9 +36,9 @@ class World(Collectives):
     """Optimizers that `wrap` was given: each one's collectives have names of their own."""
     _exchanges: Sequence[weakref.ref[GradientExchange]] = ()
 
-    @property
+    @functools.cached_property
     def reads_at_once(self) -> bool:
-        """Return whether reading a tensor's value waits for nothing; a GPU computes while Python goes on."""
+        """Whether reading a tensor's value waits for nothing; a GPU computes while Python goes on."""
         return self.device.type == "cpu"
 
     def wrap(

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hvdtrain.models.private_torch import is_freshly_seeded
 from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness
 
 CPU = torch.device("cpu")
@@ -221,3 +222,12 @@ def test_what_is_drawn_is_found_out():
     assert observed(lambda: torch.rand(7)) == (False, {"torch"})
     assert observed(lambda: (torch.rand(4), torch.randperm(7), random.random())) == (True, {"torch", "Python"})
     assert observed(lambda: np.random.rand()) == (False, {"numpy"})
+
+
+@pytest.mark.parametrize("draws", [0, 1, 623, 624, 625, 1248])
+def test_any_number_of_draws_tells_a_generator_from_one_that_was_just_seeded(draws):
+    generator = torch.Generator().manual_seed(2**62 + 5)
+    for _ in range(draws):
+        torch.randint(2**20, (), generator=generator)
+    assert is_freshly_seeded(generator, 2**62 + 5) == (draws == 0)
+    assert not is_freshly_seeded(generator.manual_seed(1), 2)

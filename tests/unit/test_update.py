@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import DivergedError
 from hvdtrain.models.private_torch import norm_of
-from hvdtrain.models.walk import parameters_of
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
@@ -180,25 +179,3 @@ def test_the_norm_is_bitwise_torchs_own(shapes, dtype):
     assert norm_of(tensors).equal(torch.nn.utils.get_total_norm(tensors))
     mixed = [*tensors, torch.ones(2, dtype=torch.float16), torch.ones(3)]
     assert norm_of(mixed).equal(torch.nn.utils.get_total_norm(mixed))
-
-
-class Walks(nn.Linear):
-    """Has parameters that only its own walk tells of."""
-
-    def named_parameters(self, *args, **kwargs):
-        yield from super().named_parameters(*args, **kwargs)
-        yield "more", self.more
-
-
-def test_a_models_parameters_are_those_of_torchs_walk():
-    shared = nn.Linear(2, 2)
-    twice = nn.Sequential(shared, nn.Sequential(shared, nn.Linear(2, 3)), nn.ReLU())
-    tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
-    tied[1].weight = tied[0].weight
-    own = Walks(2, 2)
-    own.__dict__["more"] = nn.Parameter(torch.zeros(1))
-    for model in (shared, twice, tied, own, nn.Sequential(nn.Linear(1, 1), own), nn.Sequential()):
-        expected = list(model.parameters())
-        found = parameters_of(model)
-        assert len(found) == len(expected)
-        assert all(one is other for one, other in zip(found, expected, strict=True))

@@ -1,0 +1,92 @@
+"""What hvdtrain uses of torch's optimizers that torch does not promise to keep: each seen in torch 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks as _AFTER_EACH
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _BEFORE_EACH
+
+
+def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether the optimizer takes a step or not as a tensor on its device says: fused ones do.
+
+    The attribute is the one by which `torch.amp.GradScaler` knows them.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+@contextlib.contextmanager
+def skipping_where(optimizer: Any, is_skipped: Tensor) -> Iterator[None]:
+    """Within, such an optimizer's `step` leaves everything as it is where `is_skipped`, bool, a scalar, is True."""
+    optimizer.found_inf = is_skipped.float()
+    try:
+        yield
+    finally:
+        del optimizer.found_inf
+
+
+def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
+    """Register a hook before `step` that runs before all that are registered already."""
+    handle = optimizer.register_step_pre_hook(hook)
+    hooks: Any = optimizer._optimizer_step_pre_hooks
+    hooks.move_to_end(handle.id, last=False)
+
+
+def without_record(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an optimizer class's `step` that does the same, and tells profilers of it only where one is at work.
+
+    The entry takes a small network as long as its norm. One that torch has not put its hooks on is returned as it is.
+    """
+    bare = getattr(step, "__wrapped__", None)
+    if bare is None or not getattr(step, "hooked", False):
+        return step
+
+    @functools.wraps(step)
+    def leaner(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._autograd._profiler_enabled() or torch.compiler.is_compiling():
+            return step(optimizer, *args, **kwargs)
+        given = ((optimizer, *args), kwargs)
+        for hook in (*_BEFORE_EACH.values(), *optimizer._optimizer_step_pre_hooks.values()):
+            given = hook(optimizer, *given) or given
+        result = bare(*given[0], **given[1])
+        for hook in (*optimizer._optimizer_step_post_hooks.values(), *_AFTER_EACH.values()):
+            hook(optimizer, *given)
+        return result
+
+    return leaner
+
+
+def add_all_(tensors: list[Any], others: list[Any], alpha: float) -> None:
+    """Add `alpha` times the others, one to each; bitwise `tensor.add_(other, alpha=alpha)`."""
+    torch._foreach_add_(tensors, others, alpha=alpha)
+
+
+def fused_sgd_(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    group: dict[str, Any],
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Take a step of SGD, in place, with the settings of a parameter group of torch's.
+
+    Args:
+        weights: real, of one type and device.
+        gradients: each lies in memory as its weight does.
+        momenta: the same; none where there is no momentum.
+        group: of the optimizer.
+        scale: what gradients are to be divided by, a scalar, if anything.
+        found_inf: a scalar that is not 0 where nothing is to change, if one knows.
+    """
+    names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
+    settings = {name: group[name] for name in names}
+    torch._fused_sgd_(
+        weights, gradients, momenta, **settings, is_first_step=False, grad_scale=scale, found_inf=found_inf
+    )
