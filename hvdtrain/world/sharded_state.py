@@ -73,7 +73,7 @@ def whole_of(
             gathered = world.all_gather(torch.cat(mine) if mine else empty, f"sharded.state.{i}.{dtype}")
             if world.rank == 0:
                 _put(state, [item for of_rank in chosen for item in of_rank], gathered.cpu())
-    return state if world.rank == 0 else {}
+    return {number: entries for number, entries in state.items() if entries} if world.rank == 0 else {}
 
 
 def _form(value: Any) -> Any:
