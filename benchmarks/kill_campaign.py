@@ -2,7 +2,8 @@
 
     python benchmarks/kill_campaign.py --kills 200
 
-Five runs: three launchers, the tightest retention, and a disk that is full in the middle of every attempt. Kills strike
+Seven runs: three launchers, the tightest retention, state that is sharded over the ranks, which all write then, and a disk
+that is full in the middle of every attempt. Kills strike
 while ranks start, train or save; a second one strikes while the run is started again; the launcher's output may have
 lost its reader before; checkpoints are damaged, and the next kill may strike just as a damaged one is replaced; the run
 goes on with another number of ranks. After each kill every checkpoint that was not damaged on purpose must load and
@@ -35,6 +36,8 @@ RUNS = {
     "horovodrun-mpi": Kind("horovodrun"),
     "horovodrun-gloo": Kind("horovodrun --gloo"),
     "tightest": Kind(MPIRUN, {"--checkpoint.keep-last": 1}, is_damaged=False),
+    "sharded": Kind(MPIRUN, {"--optim.shard": ""}),
+    "sharded-gloo": Kind("horovodrun --gloo", {"--optim.shard": ""}),
     "full-disk": Kind(MPIRUN, fault=FULL_DISK, is_damaged=False),
 }
 

@@ -206,7 +206,7 @@ class KilledRun:
         if len(good) <= count:
             return False
         for path in good[-count:]:
-            file = path / self.chance.choice(("model.safetensors", "state.pt", "manifest.json"))
+            file = self.chance.choice(sorted(path.iterdir()))
             data = bytearray(file.read_bytes())
             place = self.chance.randrange(len(data))
             how = self.chance.choice(("bit", "cut", "gone"))

@@ -60,7 +60,7 @@ def write_part(folder: Path, rank: int, part: Mapping[str, Any]) -> Receipt:
         # Mapped: structure and numbers are read, the tensors' bytes are not.
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         flush_folder(folder)
-    except Exception as error:  # of any type: whatever happens in a save must be known
+    except BaseException as error:  # of any type, sys.exit() too: whatever happens in a save must be known
         reason = str(error).strip().partition("\n")[0]
         reason = reason if isinstance(error, OSError) else f"{type(error).__name__}: {reason}"
         return leave_failure(folder, rank, f"{path.name} could not be written ({reason})")

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -111,11 +112,8 @@ class Saver:
 
         self._try_to(begin, give_up)
 
-    def _write_part(self, folder: Any, part: dict[str, Any]) -> None:
-        try:
-            self._receipt = write_part(folder, self._job.world.rank, part)
-        except BaseException as error:  # of any type, as in `_write`
-            self._receipt = leave_failure(folder, self._job.world.rank, repr(error))
+    def _write_part(self, folder: Path, part: dict[str, Any]) -> None:
+        self._receipt = write_part(folder, self._job.world.rank, part)
 
     def _share_directory(self) -> bool:
         """Return whether rank 0 sees what other ranks write to its checkpoints; looked at once. Collective."""
@@ -185,9 +183,11 @@ class Saver:
             receipts = self._job.world.all_gather_object(self._receipt if rank else None, "save.receipts")
             if self._receipts is not None:
                 self._receipts.tell(receipts)
-            self._is_divided = False
+            self._wait()
+            # Only now may others write again: rank 0 has removed what interrupted saves left behind.
+            self._job.world.barrier("save.ended")
+            self._is_divided, self._receipts = False, None
         self._wait()
-        self._receipts = None
 
     def _wait(self) -> None:
         if self._thread is not None:

@@ -81,7 +81,6 @@ def test_the_parts_of_every_optimizer_are_its_whole_state(tmp_path, name):
     assert files(path) == sorted(FILES)
     saved = load_checkpoint(path).state
     assert same(saved["optimizer"], whole)
-    assert [item.is_contiguous() for item in saved["optimizer"]["state"][1].values() if isinstance(item, torch.Tensor)]
     assert len(saved["components"]["window"]) == 3
 
 
@@ -118,7 +117,7 @@ def test_on_the_same_ranks_it_goes_on_bitwise(tmp_path):
     assert all(torch.equal(tensor, parts_of[name]) for name, tensor in whole.items())
 
 
-def wide(name):
+def wide():
     """A model whose gradients are compressed, and a task of its own."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 600), nn.Tanh(), nn.Linear(600, 600), nn.Tanh(), nn.Linear(600, 1))
@@ -143,9 +142,11 @@ def test_what_ranks_have_for_themselves_is_written_by_each(tmp_path, way):
     train = {"precision": "fp32", "global_batch_size": 12}
     config = settings(False, train=train, comm=CommConfig(**WAYS[way]))
 
+    task = wide()
+
     def work(folder, steps, sent=None):
         def of_rank(world):
-            _, training = trained_and_saved(world, folder, config, wide(way), steps)
+            _, training = trained_and_saved(world, folder, config, task, steps)
             if sent is not None and world.rank == 0:
                 sent.extend(name for name in world.sent if name.startswith("save."))
             return {**weights_of(training), **{f"own.{k}": v for k, v in training.model.named_buffers()}}
@@ -161,7 +162,6 @@ def test_what_ranks_have_for_themselves_is_written_by_each(tmp_path, way):
     assert set(sent) == {"save.own", "save.token", "save.seen", "save.receipts", "save.finish"}
     path = newest(tmp_path / "halves")
     assert (path / "state-rank-001.pt").stat().st_size > 1 << 20
-    assert (path / "state.pt").stat().st_size < 4 << 20
     run_ranks(3, work(tmp_path / "halves", 1))  # another number takes what was left over
 
 
