@@ -76,7 +76,7 @@ class KilledRun:
     def train(self, run_dir: Path, steps: int, **more: Any) -> list[str]:
         """Return the words of training, without the launcher."""
         settings = {**SETTINGS, **self.kind.settings, "--train.steps": steps, **more}
-        words = [str(word) for item in settings.items() for word in item]
+        words = [str(word) for item in settings.items() for word in item if word != ""]
         return [sys.executable, "-m", "hvdtrain", "train", str(RECIPE), "--run-dir", str(run_dir), *words]
 
     def run(self, kills: int, deadline: float) -> None:

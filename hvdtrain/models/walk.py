@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -38,3 +40,9 @@ def _has_own_walk(kind: type[nn.Module]) -> bool:
 
 
 _WALKS = (nn.Module.parameters, nn.Module.named_parameters, nn.Module.named_modules, nn.Module._named_members)
+
+
+def sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights of embeddings that were built with `sparse=True`."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    return {cast(nn.Parameter, module.weight) for module in embeddings if module.sparse}

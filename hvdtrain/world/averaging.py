@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
-from hvdtrain.models.walk import owned_by
+from hvdtrain.models.walk import owned_by, sparse_parameters
+from hvdtrain.optim.offload import Offload, check_turns, step_in_parts
 from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
@@ -51,6 +52,8 @@ class Averaging:
     shard: bool = False
     """Keep the optimizer's state in parts, one on each rank (`world/sharded.py`). The optimizer's groups then hold this
     rank's pieces, and their `grad` is its part of the mean: for the trainer, which clips and saves by them."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory, and take it to the parameters' device a part at a time."""
 
     def __post_init__(self) -> None:
         for name in ("accum_steps", "bucket_bytes"):
@@ -104,6 +107,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
     _should_synchronize: bool
     sharding: Sharding | None
     """Which rank keeps what of the state; None: each keeps all of it."""
+    offload: Offload | None
+    """Where the state lies between steps; None: where the parameters are."""
 
     @property
     def mean_square(self) -> Tensor | None:
@@ -180,7 +185,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state, every tensor in the type that it was saved in."""
-        self._inner.load_state_dict(self, cast(Any, state_dict))
+        load: Any = self._inner.load_state_dict
+        state_dict = self.offload.load(self, load, state_dict) if self.offload else load(self, state_dict) or state_dict
         restore_types(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def wrap_optimizer(
             f"{type(optimizer).__name__} is no whole torch optimizer: it has not called torch.optim.Optimizer.__init__."
             " Wrap the optimizer that is inside it, before it is made"
         )
-    sparse = _sparse_parameters(model)
+    sparse = sparse_parameters(model)
     if averaging.has_square and sparse:
         raise ConfigError(_NO_SQUARE)
     if averaging.op == "adasum" and sparse:
@@ -217,10 +223,14 @@ def wrap_optimizer(
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)
     is_sharded = averaging.shard and world.size > 1
+    if averaging.offload:
+        check_turns(optimizer)
     sharding = Sharding(world, optimizer, names, averaging, sparse) if is_sharded else None
-    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world, sharding=sharding)
+    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world)
+    optimizer.__dict__.update(sharding=sharding, offload=Offload(optimizer) if averaging.offload else None)
     # `step` is named again, as it is: a library's class may have another, and torch would hang its hooks on that too.
-    members = {"_inner": inner, "step": inner.step, "__doc__": inner.__doc__, "__module__": inner.__module__}
+    step = step_in_parts(inner) if averaging.offload else inner.step
+    members = {"_inner": inner, "step": step, "__doc__": inner.__doc__, "__module__": inner.__module__}
     optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
     wrapped = cast(WrappedOptimizer, optimizer)
     if world.size == 1:

@@ -68,7 +68,10 @@ def whole_of(
         ]
         for dtype in sorted({form.dtype for of_rank in entries_of for *_, form in of_rank}, key=str):
             chosen = [[item for item in of_rank if item[3].dtype == dtype] for of_rank in entries_of]
-            mine = [own[number][key].detach().reshape(-1) for _, number, key, _ in chosen[world.rank]]
+            mine = [
+                own[number][key].detach().reshape(-1).to(cut.parameters[0].device)
+                for _, number, key, _ in chosen[world.rank]
+            ]
             empty = torch.zeros(0, dtype=dtype, device=cut.parameters[0].device)
             gathered = world.all_gather(torch.cat(mine) if mine else empty, f"sharded.state.{i}.{dtype}")
             if world.rank == 0:
