@@ -136,6 +136,7 @@ class Receipts:
             if pause >= _LONGEST_PAUSE_S:
                 _ask_anew(self.folder)
             self._news.wait(pause)
+            self._news.clear()
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         failed = [f"rank {rank}: {receipt.error}" for rank, receipt in sorted(self._found.items()) if receipt.error]
         if failed:
