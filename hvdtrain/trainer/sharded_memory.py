@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hvdtrain.optim.offload import in_chunks
 from hvdtrain.trainer.job import Job
 from hvdtrain.world import codec_for
+from hvdtrain.world.offload import in_chunks
 from hvdtrain.world.pieces import Cut, cut_for, numbers_in
 from hvdtrain.world.sharded import division_of
 from hvdtrain.world.sharded_buckets import IN_FLIGHT

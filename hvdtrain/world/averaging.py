@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import hook_before_step
 from hvdtrain.models.walk import owned_by, sparse_parameters
-from hvdtrain.optim.offload import Offload, check_turns, step_in_parts
 from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import restore_types
+from hvdtrain.world.offload import Offload, check_turns, step_in_parts
 from hvdtrain.world.question import Question
 from hvdtrain.world.sharded import Sharding
 

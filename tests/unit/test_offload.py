@@ -12,13 +12,12 @@ from torch import nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import FakeTensorMode
-from hvdtrain.optim import offload
 from hvdtrain.optim.table import settings_class
 from hvdtrain.process.launch import Launch
 from hvdtrain.trainer import memory
 from hvdtrain.trainer.memory import check_fits, estimate
 from hvdtrain.trainer.without_effect import without_effect
-from hvdtrain.world import SoloWorld
+from hvdtrain.world import SoloWorld, offload
 
 WORLD = SoloWorld(torch.device("cpu"), Launch("none"))
 
