@@ -83,16 +83,19 @@ class Size:
         a_block = (more.activations - few.activations) // (TRACED[1] - TRACED[0])
         return more.activations + (self.shape.num_layers - TRACED[1]) * a_block, more.transients
 
-    def memory(self, ranks: int, kept: tuple[int, int], shard: bool) -> Memory:
-        """Return what a rank needs."""
+    def memory(self, ranks: int, kept: tuple[int, int], shard: bool, offload: bool = False) -> Memory:
+        """Return what a rank needs; with `offload`, on its card."""
         job = self.job(self.shape.num_layers, ranks, shard=shard)
         model = job.task.model
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        wire, state = wire_bytes(job), 2 * weights
+        wire, state, host = wire_bytes(job), 2 * weights, 0
         if shard:
             shares = sharded_shares(job, torch.optim.AdamW(model.parameters(), lr=1.0, foreach=False), model)
-            wire, state = shares.wire_bytes, shares.most_of({p: 2 * p.nbytes for p in model.parameters()})
-        return Memory(weights, weights + wire, state, kept[0], 1, kept[1])
+            of_each = {p: 2 * p.nbytes for p in model.parameters()}
+            wire, state = shares.wire_bytes, shares.most_of(of_each)
+            if offload:
+                state, host = shares.most_at_once(of_each), state
+        return Memory(weights, weights + wire, state, kept[0], 1, kept[1], host)
 
 
 def fits(memory: Memory) -> bool:
@@ -106,9 +109,10 @@ def row(name: str, layers: int, width: int, heads: int) -> str:
     plain, blocks = (size.of_micro_batch(checkpointed) for checkpointed in (False, True))
     ways = [size.memory(8, plain, False), size.memory(8, blocks, False)]
     ways += [size.memory(ranks, blocks, True) for ranks in RANKS]
-    cells = [f"{way.total / 2**30:9.1f}{'*' if fits(way) else ' '}" for way in ways]
-    state = [f"{way.optimizer / 2**30:9.2f}" for way in ways[1:]]
-    return f"{name:>7} {ways[0].weights / 4e9:8.3f}  {' '.join(cells)}   {' '.join(state)}"
+    offloaded = size.memory(RANKS[0], blocks, True, True)
+    cells = [f"{way.total / 2**30:8.1f}{'*' if fits(way) else ' '}" for way in [*ways, offloaded]]
+    state = [f"{way.optimizer / 2**30:8.2f}" for way in ways[1:]]
+    return f"{name:>7} {ways[0].weights / 4e9:7.3f} {' '.join(cells)} {' '.join(state)}"
 
 
 def main() -> None:
@@ -120,8 +124,8 @@ def main() -> None:
         f"GiB a rank; * fits a card of 80 GB ({CARD_GIB:g} GiB, of which {RESERVE:.0%} of the need stay free)",
         "one sample of 2,048 tokens, AdamW, bf16 with weights and state in fp32; computed, not measured",
         "",
-        "   size  billion      data   blocks  sharded state, blocks checkpointed    AdamW's state alone",
-        "         weights  parallel   checkp.  8 ranks   64 ranks 1024 ranks       whole   8 ranks   64 ranks 1024",
+        "   size billion     data    blocks   sharded state, blocks checkp. offloaded     AdamW's state alone",
+        "        weights parallel   checkp.  8 ranks  64 ranks 1024 ranks  8 ranks     whole  8 ranks 64 ranks    1024",
     ]
     for size in SIZES:
         lines.append(row(*size))

@@ -2,12 +2,13 @@
 
     python benchmarks/kill_campaign.py --kills 200
 
-Five runs: three launchers, the tightest retention, and a disk that is full in the middle of every attempt. Kills strike
-while ranks start, train or save; a second one strikes while the run is started again; the launcher's output may have
-lost its reader before; checkpoints are damaged, and the next kill may strike just as a damaged one is replaced; the run
-goes on with another number of ranks. After each kill every checkpoint that was not damaged on purpose must load and
-verify, and the newest of them may not be older than before. At the end the weights, and the metrics of every step, must
-be bitwise those of a run that nothing happened to and that changed its number of ranks at the same steps.
+Seven runs: three launchers, the tightest retention, state that is sharded over the ranks, which all write then, and a
+disk that is full in the middle of every attempt. Kills strike while ranks start, train or save; a second one strikes
+while the run is started again; the launcher's output may have lost its reader before; checkpoints are damaged,
+and the next kill may strike just as a damaged one is replaced; the run goes on with another number of ranks. After each
+kill every checkpoint that was not damaged on purpose must load and verify, and the newest of them may not be older than
+before. At the end the weights, and the metrics of every step, must be bitwise those of a run that nothing happened to
+and that changed its number of ranks at the same steps.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ RUNS = {
     "horovodrun-mpi": Kind("horovodrun"),
     "horovodrun-gloo": Kind("horovodrun --gloo"),
     "tightest": Kind(MPIRUN, {"--checkpoint.keep-last": 1}, is_damaged=False),
+    "sharded": Kind(MPIRUN, {"--optim.shard": ""}),
+    "sharded-gloo": Kind("horovodrun --gloo", {"--optim.shard": ""}),
     "full-disk": Kind(MPIRUN, fault=FULL_DISK, is_damaged=False),
 }
 

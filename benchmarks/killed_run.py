@@ -76,7 +76,7 @@ class KilledRun:
     def train(self, run_dir: Path, steps: int, **more: Any) -> list[str]:
         """Return the words of training, without the launcher."""
         settings = {**SETTINGS, **self.kind.settings, "--train.steps": steps, **more}
-        words = [str(word) for item in settings.items() for word in item]
+        words = [str(word) for item in settings.items() for word in item if word != ""]
         return [sys.executable, "-m", "hvdtrain", "train", str(RECIPE), "--run-dir", str(run_dir), *words]
 
     def run(self, kills: int, deadline: float) -> None:
@@ -206,7 +206,7 @@ class KilledRun:
         if len(good) <= count:
             return False
         for path in good[-count:]:
-            file = path / self.chance.choice(("model.safetensors", "state.pt", "manifest.json"))
+            file = self.chance.choice(sorted(path.iterdir()))
             data = bytearray(file.read_bytes())
             place = self.chance.randrange(len(data))
             how = self.chance.choice(("bit", "cut", "gone"))

@@ -45,6 +45,20 @@ def divisions(optimizer: torch.optim.Optimizer) -> list[Division]:
     return ["elements" if _is_elementwise(optimizer, groups, whole, k) else "parameters" for k in range(len(groups))]
 
 
+def takes_turns(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether parameters may be stepped one after the other, by one call of `step` for each.
+
+    What counts the calls, and not each parameter's own, cannot.
+    """
+    groups = [_stand_ins(group["params"]) for group in optimizer.param_groups]
+    try:
+        whole, again = (_moved(optimizer, groups, _whole) for _ in range(2))
+        turns = _moved(optimizer, groups, _whole, in_turns=True)
+    except Exception:  # as in `divisions`
+        return False
+    return all(_alike(one, two) for other in (again, turns) for one, two in zip(whole, other, strict=True))
+
+
 Cut = Callable[[int, Tensor], list[Tensor]]
 """Returns the parts of stand-in number i that take part."""
 Moved = list[list[Tensor]]
@@ -101,7 +115,11 @@ def _stand_ins(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _moved(
-    optimizer: Any, groups: Sequence[Sequence[Tensor]], cut: Cut, check_state: Sequence[int] | range = ()
+    optimizer: Any,
+    groups: Sequence[Sequence[Tensor]],
+    cut: Cut,
+    check_state: Sequence[int] | range = (),
+    in_turns: bool = False,
 ) -> Moved:
     """Return what a copy of the optimizer makes of stand-ins that are cut so, in a few steps.
 
@@ -121,13 +139,27 @@ def _moved(
             gradient = torch.randn(tensor.shape, dtype=tensor.dtype, generator=random)
             for part, piece in zip(parts[number], cut(number, gradient), strict=True):
                 part.grad = piece.clone()
-        tried.step()
+        _take_step(tried, in_turns)
     for number in check_state:
         for part in parts[number]:
             for value in tried.state[part].values():
                 if isinstance(value, Tensor) and value.dim() and value.shape != part.shape:
                     raise ValueError("a state of another shape")
     return [[part.detach() for part in of_one] for of_one in parts]
+
+
+def _take_step(tried: Any, in_turns: bool) -> None:
+    """Take a step with all parameters, or one call after the other, each with one of them."""
+    if not in_turns:
+        tried.step()
+        return
+    whole = [group["params"] for group in tried.param_groups]
+    for parameter in [parameter for parameters in whole for parameter in parameters]:
+        for group, parameters in zip(tried.param_groups, whole, strict=True):
+            group["params"] = [other for other in parameters if other is parameter]
+        tried.step()
+    for group, parameters in zip(tried.param_groups, whole, strict=True):
+        group["params"] = parameters
 
 
 def _copied(optimizer: torch.optim.Optimizer) -> Any:

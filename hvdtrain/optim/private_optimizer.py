@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +37,24 @@ def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any])
     handle = optimizer.register_step_pre_hook(hook)
     hooks: Any = optimizer._optimizer_step_pre_hooks
     hooks.move_to_end(handle.id, last=False)
+
+
+def hooked_step(function: Callable[..., Any]) -> Any:
+    """Return a function as a class's `step`, which calls an optimizer's hooks before and behind it."""
+    step: Any = torch.optim.Optimizer.profile_hook_step(function)
+    step.hooked = True  # torch looks whether it has done so
+    return step
+
+
+@contextlib.contextmanager
+def without_step_hooks(optimizer: Any) -> Iterator[None]:
+    """Within, an optimizer's `step` calls none of its own hooks."""
+    before = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before
 
 
 def without_record(step: Callable[..., Any]) -> Callable[..., Any]:

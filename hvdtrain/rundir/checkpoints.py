@@ -26,15 +26,15 @@ from hvdtrain.process.run_files import BEST, LATEST, named_checkpoint
 from hvdtrain.rundir.checkpoint import (
     Checkpoint,
     are_finite,
-    flush_folder,
     load_checkpoint,
     read_back,
     verify_checkpoint,
     write_checkpoint,
-    write_text,
 )
-from hvdtrain.rundir.manifest import MANIFEST, STATE, WEIGHTS, Manifest, NewerFormatError, read_manifest
+from hvdtrain.rundir.manifest import Manifest, NewerFormatError, read_manifest
+from hvdtrain.rundir.parts import Receipts
 from hvdtrain.rundir.retention import Health, Retention, kept_steps
+from hvdtrain.settings.files import flush_folder, write_flushed
 
 _TEMPORARY = ".writing-"
 # The name of a checkpoint while another one of the same step takes its place.
@@ -50,13 +50,17 @@ class Checkpoints:
     folder: Path
     _damaged: set[int] = field(default_factory=set)
     """Steps of those that were found damaged since this process began."""
-    _verified: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
+    _verified: dict[int, list[tuple[str, int, int, int]]] = field(default_factory=dict)
     """Identities of the files of those that were found good since this process began."""
     _has_saved: bool = False
 
     def path_of(self, step: int) -> Path:
         """Return where the checkpoint of a step is, or would be."""
         return self.folder / f"step-{step:08d}"
+
+    def folder_of_parts(self, step: int, token: str) -> Path:
+        """Return where all ranks write a checkpoint of this step: by the token, no other save writes there."""
+        return self.folder / f"{_TEMPORARY}{self.path_of(step).name}-{token}"
 
     def by_step(self) -> dict[int, Path]:
         """Return the complete checkpoints, oldest first. One that was half written has no name yet.
@@ -138,6 +142,7 @@ class Checkpoints:
         *,
         parameters: frozenset[str] | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        receipts: Receipts | None = None,
     ) -> Path:
         """Write one checkpoint and read it back, point `latest` and `best`, and delete what need not be kept.
 
@@ -150,18 +155,20 @@ class Checkpoints:
             retention: what is kept.
             parameters: names of the weights that must be finite; None for all.
             warn: takes what went wrong with others than this one.
+            receipts: of the parts that all ranks write; None: `state` is all there is.
 
         Raises:
             CheckpointError: it could not be written, or would not load; what was there before is still good.
         """
         final = self.path_of(manifest.step)
-        temporary = self.folder / f"{_TEMPORARY}{final.name}"
+        temporary = receipts.folder if receipts else self.folder / f"{_TEMPORARY}{final.name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _remove(temporary)
-            temporary.mkdir()
+            if receipts is None:
+                _remove(temporary)
+            temporary.mkdir(exist_ok=receipts is not None)
             finite = are_finite(weights, frozenset(weights) if parameters is None else parameters)
-            write_checkpoint(temporary, dataclasses.replace(manifest, is_finite=finite), weights, state)
+            write_checkpoint(temporary, dataclasses.replace(manifest, is_finite=finite), weights, state, receipts)
             read_back(temporary, weights, is_whole=not self._has_saved)
             self._put(temporary, final)
             self._point(LATEST, final.name)
@@ -255,7 +262,7 @@ class Checkpoints:
     def _point(self, name: str, target: str) -> None:
         """Make the file `name` hold the name of a checkpoint, in one step."""
         temporary = self.folder / f"{_TEMPORARY}{name}"
-        write_text(temporary, target + "\n")
+        write_flushed(temporary, target + "\n")
         temporary.replace(self.folder / name)
 
 
@@ -267,11 +274,11 @@ def _manifest_of(step: int, path: Path) -> Manifest:
     return manifest
 
 
-def _identity(path: Path) -> list[tuple[int, int, int]]:
-    """Return what changes when one of a checkpoint's files is replaced or written to; empty where one is missing."""
+def _identity(path: Path) -> list[tuple[str, int, int, int]]:
+    """Return what changes when one of a checkpoint's files is replaced, written to or removed."""
     with contextlib.suppress(OSError):
-        found = [(path / name).stat() for name in (MANIFEST, WEIGHTS, STATE)]
-        return [(file.st_ino, file.st_size, file.st_ctime_ns) for file in found]
+        found = [(file.name, file.stat()) for file in sorted(path.iterdir())]
+        return [(name, file.st_ino, file.st_size, file.st_ctime_ns) for name, file in found]
     return []
 
 

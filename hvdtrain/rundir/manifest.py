@@ -13,12 +13,19 @@ from typing import Any
 
 from hvdtrain.errors import CheckpointError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+# Of a checkpoint that one rank has written: an older hvdtrain reads it. All ranks: it would miss their parts.
+UNDIVIDED_FORMAT, DIVIDED_FORMAT = 3, 4
 # Older manifests have no checksum, and not all fields.
 _FIRST_WITH_CHECKSUM = 3
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
-_MOST_BYTES = 1 << 16
+_MOST_BYTES = 1 << 22
 _CHECKSUM = "checksum"
+
+
+def part_name(rank: int) -> str:
+    """Return the name of the file that a rank has written for itself."""
+    return f"state-rank-{rank:03d}.pt"
 
 
 class NewerFormatError(CheckpointError):
@@ -45,17 +52,26 @@ class Manifest:
     """Steps just before the save that were skipped, because a loss or gradient was not finite."""
     is_finite: bool = True
     """Whether all weights are finite numbers."""
-    format_version: int = FORMAT_VERSION
+    sizes: dict[str, int] | None = None
+    """Bytes of each file, where all ranks have written; filled in then."""
+    format_version: int = UNDIVIDED_FORMAT
 
     @property
     def is_healthy(self) -> bool:
         """Return whether training can go on from here as it should."""
         return self.is_finite and self.skipped_in_a_row == 0
 
+    @property
+    def is_divided(self) -> bool:
+        """Return whether each rank has written a part of it."""
+        return self.format_version >= DIVIDED_FORMAT
+
 
 def encode_manifest(manifest: Manifest) -> str:
     """Return the text of a manifest, with a checksum of the rest of it."""
     values = dataclasses.asdict(manifest)
+    if manifest.sizes is None:
+        del values["sizes"]  # an older hvdtrain does not know the field
     return json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=2) + "\n"
 
 
@@ -94,6 +110,7 @@ def decode_manifest(content: bytes, path: Path) -> Manifest:
     if type(version) is int and version > FORMAT_VERSION:
         raise NewerFormatError(f"{path.parent} was written by a newer hvdtrain (format {version}): update this one")
     odd = [name for name in values.keys() | _RULES.keys() if name not in _RULES or not _RULES[name](values.get(name))]
+    odd = odd or ([] if _has_all_files(values) else ["sha256"])
     if odd:
         raise CheckpointError(f"{path} is damaged: it has no good value for {', '.join(sorted(odd)[:3])}")
     return Manifest(**values)
@@ -126,9 +143,20 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_hashes(value: Any) -> bool:
-    if not isinstance(value, dict) or value.keys() != {WEIGHTS, STATE}:
-        return False
-    return all(isinstance(digest, str) and len(digest) == 64 for digest in value.values())
+    return isinstance(value, dict) and all(isinstance(digest, str) and len(digest) == 64 for digest in value.values())
+
+
+def _is_sizes(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_count(size) for size in value.values()))
+
+
+def _has_all_files(values: dict[str, Any]) -> bool:
+    """Return whether there is a hash of each file that such a checkpoint has, of no other, and as many sizes."""
+    names, sizes = {WEIGHTS, STATE}, values.get("sizes")
+    if values["format_version"] < DIVIDED_FORMAT:
+        return bool(values["sha256"].keys() == names and sizes is None)
+    names |= {part_name(rank) for rank in range(min(values["world_size"], len(values["sha256"])))}
+    return bool(sizes is not None and values["sha256"].keys() == sizes.keys() == names)
 
 
 _RULES: dict[str, Callable[[Any], bool]] = {
@@ -136,6 +164,7 @@ _RULES: dict[str, Callable[[Any], bool]] = {
     "samples": _is_count,
     "world_size": lambda value: _is_count(value) and value > 0,
     "sha256": _is_hashes,
+    "sizes": _is_sizes,
     "val_loss": lambda value: value is None or type(value) in (int, float),
     "global_batch_size": lambda value: value is None or (_is_count(value) and value > 0),
     "micro_batch_size": lambda value: value is None or (_is_count(value) and value > 0),

@@ -62,3 +62,29 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def flushed_sha256(path: Path) -> str:
+    """Flush a file that was just written to disk, and return its SHA-256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return sha256_of(path)
+
+
+def write_flushed(path: Path, text: str) -> None:
+    """Write a file and flush it to disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Make renames in a folder durable; some file systems refuse, which is no error."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -109,7 +109,10 @@ class OptimConfig(Section):
     """Applied to matrices only; vectors (norms, biases) are never decayed."""
     shard: bool = setting(False, changeable=True, several_ranks=True)
     """Spread the optimizer's state over the ranks, each moving its part of the weights (ZeRO-1, arXiv:1910.02054):
-    AdamW's takes a quarter on 4 ranks. Checkpoints are the same."""
+    AdamW's takes a quarter on 4 ranks. Checkpoints load with and without it, on any number of ranks."""
+    offload: Literal["none", "cpu"] = setting("none", changeable=True)
+    """cpu: keep the optimizer's state in host memory where the model is on a GPU, and take it there a part at a time in
+    each step. Less memory on the GPU, more time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

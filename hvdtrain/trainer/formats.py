@@ -12,7 +12,7 @@ _FLAT = ("step", "is_evaluation_due", "optimizer", "config", "global_batch_size"
 
 
 def upgraded(state: dict[str, Any], version: int) -> dict[str, Any]:
-    """Return what `state.training_state` would save today, from a checkpoint's format version on."""
+    """Return what `saved_state.training_state` would save today, from a checkpoint's format version on."""
     return {**_NEW, **(_from_1(state) if version == 1 else state)}
 
 

@@ -66,6 +66,11 @@ class Job:
         return Reading(workers, ahead, self.config.health.stall_limit_s / 2)
 
     @property
+    def is_offloaded(self) -> bool:
+        """Return whether the optimizer's state lies in host memory, where the model does not."""
+        return self.config.optim.offload == "cpu" and self.world.device.type != "cpu"
+
+    @property
     def lr_factor(self) -> float:
         """Return by what `--optim.lr-rule` multiplies the learning rate."""
         return lr_factor(self.config.optim, self.plan.global_batch_size)

@@ -85,7 +85,7 @@ class LocalUpdates(Strategy):
     ) -> WrappedOptimizer:
         """Leave each rank its own gradients."""
         alone = SoloWorld(world.device, Launch("none"))
-        return alone.wrap(optimizer, model, accum_steps=options["accum_steps"])
+        return alone.wrap(optimizer, model, accum_steps=options["accum_steps"], offload=options["offload"])
 
     def is_equal_after(self, step: int) -> bool:
         """Return whether a period ends with this step, or training has not begun."""

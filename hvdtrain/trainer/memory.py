@@ -36,7 +36,7 @@ from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, prepare_blocks
-from hvdtrain.trainer.sharded_memory import sharded_shares
+from hvdtrain.trainer.sharded_memory import most_at_once, sharded_shares
 from hvdtrain.trainer.step import forward_batch
 from hvdtrain.world import codec_for
 
@@ -60,6 +60,8 @@ class Memory:
     micro_batch_size: int
     transients: int = 0
     """What comes and goes while a micro-batch is computed, at the most: of the loss, and of backward."""
+    host: int = 0
+    """Of the optimizer's state, in host memory: `optimizer` then has what is brought to the device at once."""
 
     @property
     def of_micro_batch(self) -> int | None:
@@ -81,7 +83,8 @@ class Memory:
         known = [f"{name} {in_units(value)}" for name, value in parts]
         known.append("activations unknown" if self.activations is None else f"activations {in_units(self.activations)}")
         known += [f"on the way {in_units(self.transients)}"] if self.transients else []
-        return f"{in_units(self.total)} a rank: {', '.join(known)}"
+        beside = f"; in host memory {in_units(self.host)} of the optimizer's state" if self.host else ""
+        return f"{in_units(self.total)} a rank: {', '.join(known)}{beside}"
 
 
 @contextlib.contextmanager
@@ -120,16 +123,19 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     transients = max(0, peak - (activations or 0) - gradients)
     of_each = _optimizer_bytes(job, model)
-    kept = sum(of_each.values())
+    kept, host = sum(of_each.values()), 0
+    at_once = most_at_once([parameter.nbytes for parameter in of_each], [*of_each.values()])
     if job.config.optim.shard and job.world.size > 1:
         shares = sharded_shares(job, job.task.build_optimizer(_plain(job.config).optim, model), model)
         gradients += shares.wire_bytes
-        kept = shares.most_of(of_each)
+        kept, at_once = shares.most_of(of_each), shares.most_at_once(of_each)
     elif job.world.size > 1:
         gradients += wire_bytes(job, all_trained)
         gradients += _of_gradients(job, codec_for(job.config.comm).kept_bytes, all_trained)
+    if job.is_offloaded:
+        kept, host = at_once, kept
     kept += _component_bytes(job, model, mode)
-    return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients)
+    return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients, host)
 
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
@@ -159,6 +165,7 @@ def check_fits(job: Job, memory: Memory) -> None:
     Raises:
         ConfigError: it is too little; names settings that need less.
     """
+    _check_host(job, memory)
     free, what = available(job)
     if free is None or memory.total * (1 + RESERVE) <= free:
         return
@@ -172,6 +179,8 @@ def check_fits(job: Job, memory: Memory) -> None:
         ways.append("--model.checkpoint-blocks")
     if job.world.size > 1 and not job.config.optim.shard and memory.optimizer:
         ways.append("--optim.shard")
+    if job.world.device.type != "cpu" and not job.is_offloaded and memory.optimizer:
+        ways.append("--optim.offload cpu")
     if job.config.train.precision in ("fp32", "tf32", "fp64"):
         ways.append("--train.precision bf16")
     if job.config.train.precision != "bf16-true":
@@ -180,6 +189,16 @@ def check_fits(job: Job, memory: Memory) -> None:
         f"training needs about {memory}, and {in_units(free)} {what}. What needs less: {', '.join(ways)},"
         f" fewer ranks a host or a smaller model; --health.no-memory-check tries it all the same"
     )
+
+
+def _check_host(job: Job, memory: Memory) -> None:
+    """Raise ConfigError where host memory is too small for what is kept there."""
+    free, what = in_host_memory(job.world.local_size)
+    if free is not None and memory.host > free:
+        raise ConfigError(
+            f"--optim.offload cpu keeps {in_units(memory.host)} a rank in host memory, and {in_units(free)} {what}:"
+            " --optim.shard, fewer ranks a host or a smaller model need less; --health.no-memory-check tries it anyway"
+        )
 
 
 def _plain(config: Config) -> Config:
@@ -260,6 +279,11 @@ def available(job: Job) -> tuple[int | None, str]:
         # What torch keeps for itself, of a model that was tried out before, is free for it.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept, "are free on the GPU"
+    return in_host_memory(job.world.local_size)
+
+
+def in_host_memory(ranks: int) -> tuple[int | None, str]:
+    """Return the same of host memory, for each of so many ranks on a host."""
     limits = []
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -268,7 +292,6 @@ def available(job: Job) -> tuple[int | None, str]:
         limits.append(int((top / "memory.max").read_text()) - int((top / "memory.current").read_text()))
     except (OSError, ValueError, KeyError):  # no Linux, no limit, another cgroup version
         pass
-    ranks = job.world.local_size
     return (min(limits) // ranks, f"are free here for each of {ranks}") if limits else (None, "")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvdtrain.errors import HvdtrainError, ResumeError
 from hvdtrain.trainer.job import Job
 
-# Of `state.training_state`, what every format has after `formats.upgraded`, and then what older ones have not.
+# Of `saved_state.training_state`, what every format has after `formats.upgraded`, and then what older ones have not.
 _KINDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "is_evaluation_due": (bool, int),

@@ -1,25 +1,33 @@
-"""Saving without stopping the training for long: rank 0 copies the state to host memory, a thread writes it."""
+"""Saving without stopping the training for long: the state is copied to host memory, a thread writes it.
+
+Where ranks have much for themselves (`--optim.shard`, codecs that remember gradients, local updates), each writes its
+own part (`rundir/parts.py`). What is small is gathered, and rank 0 alone writes; so it does where the run directory is
+not the same on all hosts.
+"""
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hvdtrain.errors import CheckpointError
 from hvdtrain.models.weights import model_weights, parameter_names
-from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.manifest import Manifest
+from hvdtrain.rundir.parts import Receipt, Receipts, leave_failure, leave_mark, remove_mark, seen_marks, write_part
 from hvdtrain.rundir.retention import Retention
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.saved_state import divided_state, is_large, to_host, training_state
 from hvdtrain.trainer.skipped import SkippedSteps
-from hvdtrain.trainer.state import Training, training_state
+from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.values import storable
+
+# For the parts of other ranks, where this one leaves with an exception and some of them may be gone.
+_LAST_WAIT_S = 10.0
 
 
 class Saver:
@@ -36,6 +44,14 @@ class Saver:
         self._num_failed = 0
         self._stall_s = 0.0
         self._has_saved = False
+        self._token: str | None = None
+        """Of the folders to which this run's ranks write; empty: they do not share a directory. None: not known."""
+        self._num_divided = 0
+        self._is_divided = False
+        """The save that is under way is written by all ranks."""
+        self._receipt: Receipt | None = None
+        """This rank's for its part of that save, once it is written; rank 0 takes its own by itself."""
+        self._receipts: Receipts | None = None
 
     def save(self, training: Training, evaluated: Mapping[str, float]) -> None:
         """Begin to save; waits for the save before. `evaluated` is what these weights reached, if known. Collective.
@@ -43,21 +59,83 @@ class Saver:
         Raises:
             DivergedError: as `train_step`.
         """
-        job, checkpoints = self._job, self._job.run.checkpoints
+        job = self._job
         started = time.perf_counter()
         job.world.progress.enter("saving")
-        self._wait()  # before the state is gathered: host memory holds one copy of it at a time
+        self._wait_for_all()  # before the state is copied: host memory holds one copy of it at a time
         with training.strategy.made_equal(job.world, training):
-            state = training_state(job, training)
-            if job.world.rank == 0:
-                try:
-                    arguments = self._arguments(training, state, evaluated)
-                except (MemoryError, RuntimeError) as error:  # torch tells by a RuntimeError that there is no memory
-                    self._fail(f"a save failed, as the state could not be copied to host memory: {error!r}")
-                else:
-                    self._begin(checkpoints, arguments)
+            self._is_divided = is_large(job, training) and self._share_directory()
+            if self._is_divided:
+                self._save_divided(training, evaluated)
+            else:
+                state = training_state(job, training)
+                if job.world.rank == 0:
+                    self._try_to(lambda: self._save_alone(training, state, evaluated), self._fail)
         self._stall_s += time.perf_counter() - started
         self._has_saved = True
+
+    def _save_alone(self, training: Training, state: dict[str, Any], evaluated: Mapping[str, float]) -> None:
+        copied = {key: value for key, value in state.items() if key == "optimizer" and training.strategy.gathers_state}
+        others = {key: value for key, value in state.items() if key not in copied}
+        state = storable(others, "the state of the training", to_host)
+        state |= storable(copied, "the state of the training")
+        arguments = self._arguments(training, state, evaluated)
+        self._begin(lambda: self._write(arguments))
+
+    def _save_divided(self, training: Training, evaluated: Mapping[str, float]) -> None:
+        job, checkpoints = self._job, self._job.run.checkpoints
+        self._num_divided += 1
+        folder = checkpoints.folder_of_parts(training.step, f"{self._token}-{self._num_divided}")
+        rank, self._receipt = job.world.rank, None
+        receipts = self._receipts = Receipts(folder, job.world.size) if rank == 0 else None
+        state, part = divided_state(job, training)
+
+        def begin() -> None:
+            own = storable(part, "the state of this rank", to_host)
+            if receipts is None:
+                self._begin(lambda: self._write_part(folder, own))
+                return
+            of_all = storable(state, "the state of the training", to_host)
+            arguments = {**self._arguments(training, of_all, evaluated), "receipts": receipts}
+
+            def write() -> None:
+                receipts.note(0, write_part(folder, 0, own))
+                self._write(arguments)
+
+            self._begin(write)
+
+        def give_up(error: str) -> None:
+            if rank == 0:
+                self._fail(error)
+            else:
+                self._receipt = leave_failure(folder, rank, error)
+
+        self._try_to(begin, give_up)
+
+    def _write_part(self, folder: Path, part: dict[str, Any]) -> None:
+        self._receipt = write_part(folder, self._job.world.rank, part)
+
+    def _share_directory(self) -> bool:
+        """Return whether rank 0 sees what other ranks write to its checkpoints; looked at once. Collective."""
+        if self._token is None:
+            world, folder = self._job.world, self._job.run.checkpoints.folder
+            token = secrets.token_hex(4)
+            if world.rank == 0:
+                self._try_to(lambda: folder.mkdir(parents=True, exist_ok=True), lambda error: None)
+            token = str(world.broadcast_object(token, "save.token"))
+            leave_mark(folder, token, world.rank)
+            world.barrier("save.marks")
+            seen = seen_marks(folder, token, world.size) if world.rank == 0 else None
+            missing = sorted({*range(world.size)} - set(world.broadcast_object(seen, "save.seen") or ()))
+            remove_mark(folder, token, world.rank)
+            if missing:
+                self._job.log.say(
+                    f"WARNING: {folder} of rank {', '.join(map(str, missing))} is another than rank 0's: the hosts"
+                    " share no directory, so every save gathers the state of all ranks on rank 0, and takes longer."
+                    " A --run-dir on a file system that all hosts see is written by all ranks at once"
+                )
+            self._token = "" if missing else token
+        return bool(self._token)
 
     def metrics(self) -> dict[str, float]:
         """Return how long saving has held up training, and how many saves failed, since the last call."""
@@ -77,7 +155,7 @@ class Saver:
         """
         started = time.perf_counter()
         self._job.world.progress.enter("saving")
-        self._wait()
+        self._wait_for_all()
         self._stall_s += time.perf_counter() - started
         error = self._job.world.broadcast_object(self._error, "save.finish")
         if error:
@@ -92,6 +170,23 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Wait for a save that is under way, so that the process never leaves one half done."""
+        if self._receipts is not None:
+            self._receipts.give_up(_LAST_WAIT_S)
+        self._wait()
+
+    def _wait_for_all(self) -> None:
+        """Wait for the save that is under way. Collective where all ranks write it."""
+        if self._is_divided:
+            rank = self._job.world.rank
+            if rank:
+                self._wait()
+            receipts = self._job.world.all_gather_object(self._receipt if rank else None, "save.receipts")
+            if self._receipts is not None:
+                self._receipts.tell(receipts)
+            self._wait()
+            # Only now may others write again: rank 0 has removed what interrupted saves left behind.
+            self._job.world.barrier("save.ended")
+            self._is_divided, self._receipts = False, None
         self._wait()
 
     def _wait(self) -> None:
@@ -102,30 +197,33 @@ class Saver:
     def _arguments(self, training: Training, state: dict[str, Any], evaluated: Mapping[str, float]) -> dict[str, Any]:
         """Return what `Checkpoints.save` takes, in host memory."""
         job, config = self._job, self._job.config.checkpoint
-        copied = {key: value for key, value in state.items() if key == "optimizer" and training.strategy.gathers_state}
-        others = {key: value for key, value in state.items() if key not in copied}
-        state = storable(others, "the state of the training", _to_host)
         return {
             "manifest": _manifest(job, training, evaluated),
-            "weights": storable(model_weights(training.model), "the model's weights", _to_host),
-            "state": {**state, **storable(copied, "the state of the training")},
+            "weights": storable(model_weights(training.model), "the model's weights", to_host),
+            "state": state,
             "retention": Retention(config.keep_last, config.keep_every),
             "parameters": parameter_names(training.model),
             "warn": job.log.say,
         }
 
-    def _begin(self, checkpoints: Checkpoints, arguments: dict[str, Any]) -> None:
-        self._thread = threading.Thread(target=self._write, args=(checkpoints, arguments), name="hvdtrain-save")
+    def _try_to(self, action: Callable[[], None], fail: Callable[[str], None]) -> None:
+        try:
+            action()
+        except (MemoryError, RuntimeError, OSError) as error:  # torch tells by a RuntimeError that there is no memory
+            fail(f"a save failed, as the state could not be copied to host memory: {error!r}")
+
+    def _begin(self, write: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=write, name="hvdtrain-save")
         try:
             self._thread.start()
         except RuntimeError:  # the system has no more threads: then training waits for the save
             self._thread = None
-            self._write(checkpoints, arguments)
+            write()
 
-    def _write(self, checkpoints: Checkpoints, arguments: dict[str, Any]) -> None:
+    def _write(self, arguments: dict[str, Any]) -> None:
         self._error = None
         try:
-            checkpoints.save(**arguments)
+            self._job.run.checkpoints.save(**arguments)
         except BaseException as error:  # of any type, sys.exit() too: a thread's exceptions are seen by nobody else
             self._fail(str(error) if isinstance(error, CheckpointError) else f"a save failed: {error!r}")
 
@@ -146,9 +244,3 @@ def _manifest(job: Job, training: Training, evaluated: Mapping[str, float]) -> M
         val_loss=evaluated.get("val/loss"),
         skipped_in_a_row=skipped.in_a_row if skipped else 0,
     )
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """Return a copy that lies in host memory and changes no more."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor.detach())

@@ -21,7 +21,7 @@ class Sharded(EveryStep):
     """All ranks hold equal weights after each step, and each the optimizer's state of its part of them."""
 
     shares_state = False
-    gathers_state = True
+    gathers_state = divides_state = True
 
     def wrap(
         self, world: World, optimizer: torch.optim.Optimizer, model: nn.Module, **options: Any
@@ -36,6 +36,11 @@ class Sharded(EveryStep):
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
         """Return the whole state on rank 0, gathered; nothing on others."""
         return _sharding(training).whole_state(training.optimizer)
+
+    def divided_optimizer_state(self, training: Training) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Return the outline, and this rank's pieces."""
+        sharding = _sharding(training)
+        return sharding.outline(training.optimizer), sharding.own_pieces(training.optimizer)
 
     def part_of_state(self, world: World, training: Training, state: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return this rank's part; no other rank than 0 ever holds the whole."""

@@ -1,8 +1,8 @@
-"""What `--optim.shard` leaves on one rank, without allocating it: the same cuts as training makes."""
+"""What `--optim.shard` and `--optim.offload` leave on one rank, without allocating it: cut as training cuts it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from hvdtrain.trainer.job import Job
 from hvdtrain.world import codec_for
+from hvdtrain.world.offload import in_chunks
 from hvdtrain.world.pieces import Cut, cut_for, numbers_in
 from hvdtrain.world.sharded import division_of
 from hvdtrain.world.sharded_buckets import IN_FLIGHT
@@ -29,10 +30,22 @@ class Shares:
         """Return the bytes of state on the rank with the most, from those of each whole parameter."""
         return max(round(sum(self._of_rank(rank, of_each))) for rank in range(self.size))
 
+    def most_at_once(self, of_each: Mapping[nn.Parameter, int]) -> int:
+        """Return the bytes of state that are on the device of any rank at once, where it lies in host memory."""
+        sizes = {parameter: parameter.nbytes for parameter in of_each}
+        ranks = range(self.size)
+        return max(most_at_once(self._of_rank(rank, sizes), self._of_rank(rank, of_each)) for rank in ranks)
+
     def _of_rank(self, rank: int, of_each: Mapping[nn.Parameter, int]) -> list[float]:
         parts = [part for cut in self.cuts for part, _ in cut.parts(rank)]
         shares = [(part.parameter, (part.end - part.start) / numbers_in(part.parameter)) for part in parts]
         return [of_each.get(parameter, 0) * share for parameter, share in shares]
+
+
+def most_at_once(sizes: Sequence[float], states: Sequence[float]) -> int:
+    """Return the bytes of state that are brought from host memory at once, for parameters of these bytes."""
+    chunks = in_chunks([round(size) for size in sizes])
+    return max((round(sum(states[place] for place in chunk)) for chunk in chunks), default=0)
 
 
 def sharded_shares(job: Job, optimizer: torch.optim.Optimizer, model: nn.Module) -> Shares:

@@ -1,4 +1,4 @@
-"""All that changes while training: set up, saved and restored."""
+"""All that changes while training, and how it is set up; `saved_state` has what a checkpoint holds of it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.models.compilation import is_compiled
-from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, load_model_weights, model_weights
-from hvdtrain.settings import to_dict
+from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights
 from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import owned
-from hvdtrain.trainer.fits import check_fits
-from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
-from hvdtrain.trainer.odd_state import check_kinds, check_like, in_a_sentence
+from hvdtrain.trainer.odd_state import in_a_sentence
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.rank_figures import RankFigures
 from hvdtrain.trainer.same_data import compare_data
+from hvdtrain.trainer.saved_state import read_latest, restore
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
 from hvdtrain.world import World, WrappedOptimizer, has_synchronized_layers
@@ -195,7 +193,7 @@ def start_training(job: Job) -> Training:
         data=data,
     )
     with world.progress.during("resume"):
-        found = world.together(lambda: _read_latest(job, model, data) if world.rank == 0 else None, "resume")
+        found = world.together(lambda: read_latest(job, model, data) if world.rank == 0 else None, "resume")
         of_optimizer = found.pop("optimizer") if found else None
         state = world.broadcast_object(found, "resume.state")
     if state is not None:
@@ -223,7 +221,7 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
         component.begin(training.model)
         if state is not None:
             with in_a_sentence(job):
-                _restore(job, component, state["components"])
+                restore(job, component, state["components"])
     check_can_be_saved(training.model)
     storable(extra_state(training.model), "the model's state_dict()")
     storable(training.optimizer.state_dict(), "the optimizer's state")
@@ -233,6 +231,7 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     comm = job.config.comm
     options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
     options["bucket_bytes"] = comm.bucket_mib << 20
+    options["offload"] = job.is_offloaded
     for component in components:
         options.update(component.wrap_options)
     optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
@@ -242,67 +241,6 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:
     with in_a_sentence(job):
         training.optimizer.load_state_dict(state)
-
-
-def _restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
-    """Give a component its part of what was saved; one that was not there then begins anew."""
-    saved = states.get(component.name)
-    rank: int = job.world.rank
-    of_ranks: list[Any] = saved if isinstance(saved, list) else [saved]
-    if saved is not None and not (component.is_replicated and saved is of_ranks[0]):
-        is_own = not component.is_replicated and len(of_ranks) == job.world.size
-        saved = of_ranks[rank] if is_own else component.redistribute(of_ranks, rank)
-    if saved is not None:
-        check_like(component.state_dict(), saved, component.name)
-        component.load_state_dict(saved)
-
-
-def training_state(job: Job, training: Training) -> dict[str, Any]:
-    """Return all but the weights, as `state.pt` holds it; what is whole on rank 0 alone may be less on others.
-
-    Collective.
-    """
-    exported = training.evaluated_component()
-    return {
-        "step": training.step,
-        "is_evaluation_due": training.is_evaluation_due,
-        "num_steps": job.num_steps,
-        "best_loss": training.best_loss,
-        "optimizer": training.strategy.optimizer_state(job.world, training),
-        "extra_state": extra_state(training.model),
-        "components": _component_states(job, training.components),
-        "exported": exported and {"component": exported.name, "about": exported.about},
-        "config": to_dict(job.config),
-        "global_batch_size": job.plan.global_batch_size,
-        "fingerprint": job.task.fingerprint,
-        "data": training.data,
-    }
-
-
-def _component_states(job: Job, components: list[Component]) -> dict[str, Any]:
-    """Return the states of components that have any by name; a list of all ranks' where they differ. Collective."""
-    states: dict[str, Any] = {}
-    for component in components:
-        state: Any = component.state_dict()
-        if state and not component.is_replicated:
-            state = storable(state, f"the state of '{component.name}'", lambda tensor: tensor.detach().cpu())
-            state = job.world.all_gather_object(state, f"save.{component.name}")
-        if state:
-            states[component.name] = state
-    return states
-
-
-def _read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str, Any] | None:
-    """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
-    checkpoint = job.run.load_newest(job.log.say) if job.directory is not None else None
-    if checkpoint is None:
-        return None
-    with in_a_sentence(job):
-        state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
-        check_kinds(state, checkpoint.manifest.step)
-        check_fits(job, state, data)
-        load_model_weights(model, checkpoint.weights, state["extra_state"])
-    return state
 
 
 def replicated_tensors(training: Training, with_optimizer: bool = True) -> dict[str, Tensor]:

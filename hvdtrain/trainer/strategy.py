@@ -35,6 +35,8 @@ class Strategy(ABC):
     """Whether every rank's optimizer begins with the state of rank 0's."""
     gathers_state: bool = False
     """Whether `optimizer_state` is a copy in host memory already."""
+    divides_state: bool = False
+    """Whether each rank has a part of the optimizer's state, and no rank all of it."""
 
     def components(self, job: Job) -> list[Component]:
         """Return the components, with states of their own, that the strategy needs."""
@@ -76,6 +78,10 @@ class Strategy(ABC):
     @abstractmethod
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
         """Return the whole state of the optimizer on rank 0, as its `state_dict` has it. Collective."""
+
+    def divided_optimizer_state(self, training: Training) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Return what rank 0 writes of the optimizer where each rank writes a part, and this rank's part."""
+        return training.optimizer.state_dict(), {}
 
     def part_of_state(self, world: World, training: Training, state: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what this rank's optimizer loads of the whole state that rank 0 has, others None. Collective."""

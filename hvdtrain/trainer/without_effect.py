@@ -22,7 +22,7 @@ _MOST_KEPT = 10_000  # multiples that are looked at
 
 def without_effect(job: Job) -> list[str]:
     """Return a line for each reason, with the settings that it concerns; none that are at their defaults."""
-    return [*_alone(job), *_slow(job), *_adasum(job), *_ahead(job), *_kept(job)]
+    return [*_alone(job), *_slow(job), *_adasum(job), *_ahead(job), *_kept(job), *_offloaded(job)]
 
 
 def _alone(job: Job) -> Iterator[str]:
@@ -98,3 +98,8 @@ def _kept(job: Job) -> Iterator[str]:
     kept = range(keep, min(job.num_steps, keep * _MOST_KEPT) + 1, keep) if keep else ()
     if keep and job.num_steps % keep and not any(is_due(job, step, every) for step in kept for every in saves):
         yield f"saving:     no effect of --checkpoint.keep-every {keep}: nothing is saved at a multiple of it"
+
+
+def _offloaded(job: Job) -> Iterator[str]:
+    if job.config.optim.offload == "cpu" and not job.is_offloaded:
+        yield "offload:    no effect of --optim.offload cpu: without a GPU all state lies in host memory"

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.walk import Ordered, owned_by
+from hvdtrain.models.walk import Ordered, owned_by, sparse_parameters
 from hvdtrain.optim.private_optimizer import hook_before_step, without_record
 from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import restore_types
+from hvdtrain.world.offload import Offload, check_turns, step_in_parts
 from hvdtrain.world.question import Question
 from hvdtrain.world.sharded import Sharding
 
@@ -51,6 +52,8 @@ class Averaging:
     shard: bool = False
     """Keep the optimizer's state in parts, one on each rank (`world/sharded.py`). The optimizer's groups then hold this
     rank's pieces, and their `grad` is its part of the mean: for the trainer, which clips and saves by them."""
+    offload: bool = False
+    """Keep the optimizer's state in host memory, and take it to the parameters' device a part at a time."""
 
     def __post_init__(self) -> None:
         for name in ("accum_steps", "bucket_bytes"):
@@ -104,6 +107,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
     _should_synchronize: bool
     sharding: Sharding | None
     """Which rank keeps what of the state; None: each keeps all of it."""
+    offload: Offload | None
+    """Where the state lies between steps; None: where the parameters are."""
 
     @property
     def mean_square(self) -> Tensor | None:
@@ -180,7 +185,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state, every tensor in the type that it was saved in."""
-        self._inner.load_state_dict(self, cast(Any, state_dict))
+        load: Any = self._inner.load_state_dict
+        state_dict = self.offload.load(self, load, state_dict) if self.offload else load(self, state_dict) or state_dict
         restore_types(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def wrap_optimizer(
             f"{type(optimizer).__name__} is no whole torch optimizer: it has not called torch.optim.Optimizer.__init__."
             " Wrap the optimizer that is inside it, before it is made"
         )
-    sparse = _sparse_parameters(model)
+    sparse = sparse_parameters(model)
     if averaging.has_square and sparse:
         raise ConfigError(_NO_SQUARE)
     if averaging.op == "adasum" and sparse:
@@ -217,10 +223,13 @@ def wrap_optimizer(
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)
     is_sharded = averaging.shard and world.size > 1
+    if averaging.offload:
+        check_turns(optimizer)
     sharding = Sharding(world, optimizer, names, averaging, sparse) if is_sharded else None
-    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world, sharding=sharding)
+    optimizer.__dict__.update(attributes, _should_synchronize=True, _exchange=None, _world=world)
+    optimizer.__dict__.update(sharding=sharding, offload=Offload(optimizer) if averaging.offload else None)
     # `step` is named again: a library's class may have another, and torch would hang its hooks on that too.
-    step = without_record(inner.step)
+    step = step_in_parts(inner) if averaging.offload else without_record(inner.step)
     members = {"_inner": inner, "step": step, "__doc__": inner.__doc__, "__module__": inner.__module__}
     optimizer.__class__ = type(inner.__name__, (WrappedOptimizer, base), members)
     wrapped = cast(WrappedOptimizer, optimizer)
@@ -282,9 +291,3 @@ def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:
             " optimizer has, or freeze the rest with requires_grad_(False)",
             f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}",
         )
-
-
-def _sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of embeddings that were built with `sparse=True`."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    return {cast(nn.Parameter, module.weight) for module in embeddings if module.sparse}

@@ -42,7 +42,11 @@ def digest_of(tensor: Tensor) -> Tensor:
 
 def all_in_one(digests: Sequence[Tensor]) -> Tensor:
     """Return one digest, int64 `(1,)` in host memory, of many and their order."""
-    return digest_of(torch.stack(list(digests))).cpu().view(1) if digests else torch.zeros(1, dtype=torch.int64)
+    if not digests:
+        return torch.zeros(1, dtype=torch.int64)
+    # Of an optimizer some may lie in host memory: counters, or what was moved there.
+    home = next((digest.device for digest in digests if digest.device.type != "cpu"), digests[0].device)
+    return digest_of(torch.stack([digest.to(home) for digest in digests])).cpu().view(1)
 
 
 def first_difference(digests: Sequence[Mapping[str, int]]) -> tuple[str, list[int]] | None:

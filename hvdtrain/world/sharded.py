@@ -144,17 +144,43 @@ class Sharding:
 
         It is gathered bucket by bucket. Other ranks get an empty dictionary.
         """
-        numbers = {parameter: number for number, parameter in enumerate(self.parameters)}
+        numbers = self._numbers
         own = {numbers[piece.part.parameter]: dict(optimizer.state.get(piece.moved, {})) for piece in self.pieces}
         state = whole_of(self._world, self.cuts, numbers, own)
         if self._world.rank:
             return {}
+        outline = self.outline(optimizer)
+        return {"state": {**state, **outline["state"]}, "param_groups": outline["param_groups"]}
+
+    def outline(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return the undivided `state_dict()` without the states of parameters, and the forms of these.
+
+        `rundir.joined` puts it and the `own_pieces` of all ranks together.
+        """
         groups, start = [], 0
         for group, size in zip(optimizer.param_groups, self._group_sizes, strict=True):
             groups.append({**group, "params": list(range(start, start + size))})
             start += size
         others = {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
-        return {"state": {**state, **others}, "param_groups": groups}
+        forms = {number: (tuple(p.shape), p.stride()) for number, p in enumerate(self.parameters)}
+        return {"state": others, "param_groups": groups, "forms": forms}
+
+    def own_pieces(self, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+        """Return this rank's piece of each parameter, by its number: from where to where, and its state's entries."""
+        numbers = self._numbers
+        return {
+            numbers[piece.part.parameter]: {
+                "start": piece.part.start,
+                "end": piece.part.end,
+                "is_whole": piece.part.is_whole,
+                "entries": dict(optimizer.state.get(piece.moved, {})),
+            }
+            for piece in self.pieces
+        }
+
+    @property
+    def _numbers(self) -> dict[nn.Parameter, int]:
+        return {parameter: number for number, parameter in enumerate(self.parameters)}
 
     def part_of_state(self, optimizer: torch.optim.Optimizer, whole: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return what `load_state_dict` takes on this rank of the whole state that rank 0 has. Collective.

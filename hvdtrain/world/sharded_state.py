@@ -68,12 +68,15 @@ def whole_of(
         ]
         for dtype in sorted({form.dtype for of_rank in entries_of for *_, form in of_rank}, key=str):
             chosen = [[item for item in of_rank if item[3].dtype == dtype] for of_rank in entries_of]
-            mine = [own[number][key].detach().reshape(-1) for _, number, key, _ in chosen[world.rank]]
+            mine = [
+                own[number][key].detach().reshape(-1).to(cut.parameters[0].device)
+                for _, number, key, _ in chosen[world.rank]
+            ]
             empty = torch.zeros(0, dtype=dtype, device=cut.parameters[0].device)
             gathered = world.all_gather(torch.cat(mine) if mine else empty, f"sharded.state.{i}.{dtype}")
             if world.rank == 0:
                 _put(state, [item for of_rank in chosen for item in of_rank], gathered.cpu())
-    return state if world.rank == 0 else {}
+    return {number: entries for number, entries in state.items() if entries} if world.rank == 0 else {}
 
 
 def _form(value: Any) -> Any:

@@ -22,7 +22,7 @@ from hvdtrain.data.order import SampleOrder
 from hvdtrain.errors import DataError
 from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.settings import plan_batch
-from hvdtrain.trainer import state as trainer_state
+from hvdtrain.trainer import saved_state
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.verbs.verify.checks import all_checks
@@ -316,7 +316,7 @@ class TestPlanted:
         assert {2, 4, 7} <= set(failures(verified(world, shared_dir, recipe)))
 
     def test_moments_missing_from_the_checkpoint(self, world, shared_dir, recipe, monkeypatch):
-        right = trainer_state.training_state
+        right = saved_state.training_state
 
         def bug(job, training):
             state = right(job, training)

@@ -48,6 +48,7 @@ SHARED = {
     "optim.trust": (0.5, {"optim.name": "lars"}),
     "optim.weight_decay": 0.5,
     "optim.shard": True,
+    "optim.offload": "cpu",
     "optim.beta1": 0.5,
     "optim.beta2": 0.5,
     "optim.eps": 0.1,

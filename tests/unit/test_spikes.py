@@ -17,6 +17,7 @@ from hvdtrain.settings import CheckpointConfig, CommConfig, Config, HealthConfig
 from hvdtrain.trainer import Task, fit, settle, train_step
 from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.running_scale import RunningScale
+from hvdtrain.trainer.saved_state import training_state
 from hvdtrain.trainer.spikes import (
     DEVIATIONS,
     EVERY,
@@ -29,7 +30,7 @@ from hvdtrain.trainer.spikes import (
     NORMS,
     Spikes,
 )
-from hvdtrain.trainer.state import start_training, training_state
+from hvdtrain.trainer.state import start_training
 from hvdtrain.world import SoloWorld
 
 STEPS, BAD = 60, 50

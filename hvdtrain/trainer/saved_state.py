@@ -1,0 +1,119 @@
+"""What a checkpoint holds besides the weights: gathered, or a part of each rank; and how it is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.data.fingerprint import Print
+from hvdtrain.models.weights import extra_state, load_model_weights
+from hvdtrain.settings import to_dict
+from hvdtrain.trainer.component import Component, nested_tensors
+from hvdtrain.trainer.fits import check_fits
+from hvdtrain.trainer.formats import upgraded
+from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.odd_state import check_kinds, check_like, in_a_sentence
+from hvdtrain.trainer.values import storable
+
+if TYPE_CHECKING:
+    from hvdtrain.trainer.state import Training
+
+# States of this size are gathered on rank 0 in no time; larger ones are written by their own ranks.
+_SMALL_BYTES = 1 << 20
+
+
+def training_state(job: Job, training: Training) -> dict[str, Any]:
+    """Return all but the weights, as `state.pt` holds it; what is whole on rank 0 alone may be less on others.
+
+    Collective.
+    """
+    components = _replicated_states(training)
+    for name, state in own_states(training).items():
+        on_host = storable(state, f"the state of '{name}'", lambda tensor: tensor.detach().cpu())
+        components[name] = job.world.all_gather_object(on_host, f"save.{name}")
+    return _state(job, training, training.strategy.optimizer_state(job.world, training), components)
+
+
+def divided_state(job: Job, training: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `state.pt` holds where all ranks write, and this rank's part; nothing is sent.
+
+    The first is alike on all ranks but for an optimizer that is each rank's own.
+    """
+    outline, pieces = training.strategy.divided_optimizer_state(training)
+    part = {"rank": job.world.rank, "step": training.step, "optimizer": pieces, "components": own_states(training)}
+    return _state(job, training, outline, _replicated_states(training)), part
+
+
+def is_large(job: Job, training: Training) -> bool:
+    """Tell whether what ranks have for themselves is too much to be gathered at each save. Collective."""
+    if job.world.size == 1:
+        return False
+    if training.strategy.divides_state:
+        return True
+    own = sum(tensor.nbytes for tensor in nested_tensors(own_states(training)).values())
+    return job.world.all_reduce(float(own), "max", "save.own") > _SMALL_BYTES
+
+
+def _state(job: Job, training: Training, optimizer: Mapping[str, Any], components: dict[str, Any]) -> dict[str, Any]:
+    exported = training.evaluated_component()
+    return {
+        "step": training.step,
+        "is_evaluation_due": training.is_evaluation_due,
+        "num_steps": job.num_steps,
+        "best_loss": training.best_loss,
+        "optimizer": optimizer,
+        "extra_state": extra_state(training.model),
+        "components": components,
+        "exported": exported and {"component": exported.name, "about": exported.about},
+        "config": to_dict(job.config),
+        "global_batch_size": job.plan.global_batch_size,
+        "fingerprint": job.task.fingerprint,
+        "data": training.data,
+    }
+
+
+def _replicated_states(training: Training) -> dict[str, Any]:
+    """Return the states of components that are alike on all ranks and have any, by name."""
+    states = {item.name: item.state_dict() for item in training.components if item.is_replicated}
+    return {name: state for name, state in states.items() if state}
+
+
+def own_states(training: Training) -> dict[str, Any]:
+    """Return this rank's states of components that differ between ranks and have any, by name."""
+    states = {item.name: item.state_dict() for item in training.components if not item.is_replicated}
+    return {name: state for name, state in states.items() if state}
+
+
+def read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str, Any] | None:
+    """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
+    checkpoint = job.run.load_newest(job.log.say) if job.directory is not None else None
+    if checkpoint is None:
+        return None
+    with in_a_sentence(job):
+        state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
+        check_kinds(state, checkpoint.manifest.step)
+        check_fits(job, state, data)
+        load_model_weights(model, checkpoint.weights, state["extra_state"])
+    return state
+
+
+def restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
+    """Give a component its part of what was saved; one that was not there then begins anew."""
+    saved = states.get(component.name)
+    rank: int = job.world.rank
+    of_ranks: list[Any] = saved if isinstance(saved, list) else [saved]
+    if saved is not None and not (component.is_replicated and saved is of_ranks[0]):
+        is_own = not component.is_replicated and len(of_ranks) == job.world.size
+        saved = of_ranks[rank] if is_own else component.redistribute(of_ranks, rank)
+    if saved is not None:
+        check_like(component.state_dict(), saved, component.name)
+        component.load_state_dict(saved)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a copy that lies in host memory and changes no more."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor.detach())
