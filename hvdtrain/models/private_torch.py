@@ -29,6 +29,8 @@ __all__ = [
     "computed_node",
     "copy_all_",
     "divide_all_",
+    "function_modes",
+    "functionalized_calls",
     "holders_of",
     "hook_before_step",
     "is_fake",
@@ -177,6 +179,19 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
         return torch.tensor(0.0)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2.0)), 2.0)
     return norm
+
+
+def function_modes() -> list[Any]:
+    """Return the torch function modes that are entered, the last one last."""
+    from torch.overrides import _get_current_function_mode_stack
+
+    return list(_get_current_function_mode_stack())
+
+
+def functionalized_calls() -> list[Any]:
+    """Return the operators by which some compilers call one that changes its arguments."""
+    found = (getattr(torch.ops.higher_order, name, None) for name in ("auto_functionalized", "auto_functionalized_v2"))
+    return [call for call in found if call is not None]
 
 
 def run_backward(

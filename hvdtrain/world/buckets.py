@@ -212,8 +212,8 @@ class Bucket:
                 continue
             mean = torch.view_as_complex(view.to(dtype.to_real())) if parameter.is_complex() else view
             if mean.dtype == dtype and is_free:
-                # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds. One that
-                # counts its own changes: a codec writes into the other parts while this one may be on the wire again.
+                # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds. It
+                # counts its own changes: a codec may write into the other parts while this one is on the wire again.
                 parameter.grad = mean.data
             elif gradient is None or gradient.is_sparse:
                 parameter.grad = torch.empty_like(parameter, dtype=dtype).copy_(mean)
