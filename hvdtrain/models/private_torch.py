@@ -44,6 +44,7 @@ __all__ = [
     "run_backward",
     "skipping_where",
     "version_of",
+    "without_modes",
     "zero_all_",
 ]
 
@@ -85,6 +86,13 @@ def is_watched() -> bool:
     The compiler passes over a function that it meets under such a mode, and for good.
     """
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def without_modes() -> Any:
+    """Return a context in which no mode sees the operators, nor makes fake tensors of them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -185,7 +193,7 @@ def function_modes() -> list[Any]:
     """Return the torch function modes that are entered, the last one last."""
     from torch.overrides import _get_current_function_mode_stack
 
-    return list(_get_current_function_mode_stack())
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def functionalized_calls() -> list[Any]:
