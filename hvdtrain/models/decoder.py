@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hvdtrain.models import one_token
 from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.documents import Bounds, attend
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.linear import product_of, products
 from hvdtrain.models.loss import chunked_loss, next_token_loss, positions_at_once
@@ -45,13 +46,14 @@ class Decoder(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         cache: Cache | None = None,
-        seen: Tensor | None = None,
+        seen: Tensor | Bounds | None = None,
     ) -> Tensor:
         """Map tokens, int64 `(B, T)`, to logits `(B, T, V)`; position t sees tokens 0 to t and predicts token t + 1.
 
         Given targets, int64 `(B, T)`, return their summed cross entropy in nats instead; then, where the vocabulary is
         large, the logits never exist all at once. Given a cache, the tokens follow those that it holds, and are put
-        into it. Given `seen`, bool `(B, 1, T, T)`, position t sees the tokens j with `seen[b, 0, t, j]` and no others.
+        into it. Given `seen`, bool `(B, 1, T, T)`, position t sees the tokens j with `seen[b, 0, t, j]` and no others;
+        or, given the bounds of documents, those before it in its own.
         """
         if cache is not None and cache.length and tokens.shape[1] == 1 and targets is None and one_token.suits(self):
             return self._one_token(cache)(tokens)[:, None]
@@ -118,7 +120,7 @@ class _Body(nn.Module):
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, seen: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, seen: Tensor | Bounds | None = None) -> Tensor:
         """Map tokens, int64 `(B, T)`, to hidden states `(B, T, C)`."""
         x: Tensor = self.embed_tokens(tokens)
         length = tokens.shape[1]
@@ -141,7 +143,11 @@ class _Block(nn.Module):
         self.mlp = _FeedForward(config)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Tensor | None = None, past: LayerCache | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        seen: Tensor | Bounds | None = None,
+        past: LayerCache | None = None,
     ) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
         x = x + self.self_attn(self.input_layernorm(x), rope, seen, past)
@@ -163,7 +169,11 @@ class _Attention(nn.Module):
         self.o_proj = _Linear(config.num_heads * D, C)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], seen: Tensor | None = None, past: LayerCache | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        seen: Tensor | Bounds | None = None,
+        past: LayerCache | None = None,
     ) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
         parts = products(x, self.q_proj, self.k_proj, self.v_proj)
@@ -172,10 +182,13 @@ class _Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past is not None:
             k, v = past.extend(k, v)
-        is_grouped = self.grouped
-        if is_grouped and seen is not None and x.is_cuda:
-            k, v, is_grouped = *one_a_query_head(k, v, q.shape[1]), False
-        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=is_grouped)  # (B, H, T, D)
+        if isinstance(seen, Bounds):
+            y = attend(q.to(v.dtype), k.to(v.dtype), v, seen)  # (B, H, T, D)
+        else:
+            is_grouped = self.grouped
+            if is_grouped and seen is not None and x.is_cuda:
+                k, v, is_grouped = *one_a_query_head(k, v, q.shape[1]), False
+            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=is_grouped)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
 

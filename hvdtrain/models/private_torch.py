@@ -29,6 +29,8 @@ __all__ = [
     "computed_node",
     "copy_all_",
     "divide_all_",
+    "function_modes",
+    "functionalized_calls",
     "holders_of",
     "is_fake",
     "is_freshly_seeded",
@@ -41,6 +43,7 @@ __all__ = [
     "queue_after_run",
     "run_backward",
     "version_of",
+    "without_modes",
     "zero_all_",
 ]
 
@@ -82,6 +85,13 @@ def is_watched() -> bool:
     The compiler passes over a function that it meets under such a mode, and for good.
     """
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def without_modes() -> Any:
+    """Return a context in which no mode sees the operators, nor makes fake tensors of them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
 
 
 def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -168,6 +178,19 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
         return torch.tensor(0.0)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2.0)), 2.0)
     return norm
+
+
+def function_modes() -> list[Any]:
+    """Return the torch function modes that are entered, the last one last."""
+    from torch.overrides import _get_current_function_mode_stack
+
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def functionalized_calls() -> list[Any]:
+    """Return the operators by which some compilers call one that changes its arguments."""
+    found = (getattr(torch.ops.higher_order, name, None) for name in ("auto_functionalized", "auto_functionalized_v2"))
+    return [call for call in found if call is not None]
 
 
 def run_backward(

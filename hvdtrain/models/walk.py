@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 import torch
 from torch import nn
@@ -39,9 +38,3 @@ class Ordered:
             self._before = [*parameters]
             self._sorted = sorted(parameters, key=lambda parameter: self._place.get(parameter, last))
         return self._sorted
-
-
-def sparse_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of embeddings that were built with `sparse=True`."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    return {cast(nn.Parameter, module.weight) for module in embeddings if module.sparse}

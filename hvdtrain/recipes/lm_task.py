@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from hvdtrain.data.config import TextConfig
+from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.text.packed import same_document
 from hvdtrain.data.text.stream import PreparedText, prepare_text
 from hvdtrain.data.text.tokenizer import write_tokenizer
-from hvdtrain.data.text.windows import TokenWindows
+from hvdtrain.data.text.windows import DocumentWindows, Shard, TokenWindows
 from hvdtrain.errors import DataError
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.documents import bounds_of, has_kernel
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
 from hvdtrain.models.ngram import TrigramModel
 from hvdtrain.models.sampling import Sampling, sample
@@ -37,8 +40,8 @@ def build_task(recipe: LanguageModel, say: Callable[[str], None]) -> Task:
     bytes_per_token = None if text.num_val_bytes is None else text.num_val_bytes / (text.num_val_tokens - 1)
     return Task(
         model=model,
-        train_data=TokenWindows(text.train_shards, length),
-        val_data=TokenWindows(text.val_shards, length),
+        train_data=_windows(recipe, text, text.train_shards),
+        val_data=_windows(recipe, text, text.val_shards),
         loss_sums=_loss(recipe, text),
         evaluations=_questions(recipe, text, length),
         unit="tokens",
@@ -56,13 +59,27 @@ def _loss(recipe: LanguageModel, text: PreparedText) -> Callable[[nn.Module, Bat
     if recipe.data.packing == "stream" or text.tokenizer is None:
         return lambda model, batch: {"loss": model(*batch)}
     eot = text.tokenizer.eot
+    shape = recipe.model
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        tokens, targets = batch
+        tokens, targets, *starts = batch
+        dtype = next(model.parameters()).dtype
+        if torch.is_autocast_enabled(tokens.device.type):
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        given = tokens.device, dtype, shape.num_heads, shape.kv_heads, shape.head_size
+        if starts and has_kernel(*given):
+            return {"loss": model(tokens, targets, seen=bounds_of(starts[0], tokens.shape[1]))}
         documents = (tokens == eot).cumsum(1)  # each begins with the token that ended the one before
         return {"loss": model(tokens, targets, seen=same_document(documents))}
 
     return loss
+
+
+def _windows(recipe: LanguageModel, text: PreparedText, shards: Sequence[Shard]) -> Dataset:
+    """Return the samples; where a GPU may take documents by their bounds, these too."""
+    windows = TokenWindows(shards, recipe.data.sequence_length)
+    is_cut = recipe.data.packing == "documents" and text.tokenizer is not None and torch.cuda.is_available()
+    return DocumentWindows(windows, text.tokenizer.eot) if is_cut and text.tokenizer is not None else windows
 
 
 def _questions(recipe: LanguageModel, text: PreparedText, length: int) -> tuple[Evaluation, ...]:

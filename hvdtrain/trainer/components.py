@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hvdtrain.trainer.bucket_order import BucketOrder
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.callback import callback_components
 from hvdtrain.trainer.component import Component, ComponentFactory
@@ -37,6 +38,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     EarlyStopping.of,
     SkippedSteps,
     WireFormat.of,
+    BucketOrder.of,
     Traffic.of,
     StreamPlace.of,
     Plateau.of,

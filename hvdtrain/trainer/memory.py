@@ -32,6 +32,7 @@ from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.table import own_class
 from hvdtrain.settings import Config
 from hvdtrain.settings.units import in_units
+from hvdtrain.trainer.bucket_order import gradients_are_views
 from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.job import Job
@@ -130,7 +131,7 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
         gradients += shares.wire_bytes
         kept, at_once = shares.most_of(of_each), shares.most_at_once(of_each)
     elif job.world.size > 1:
-        gradients += wire_bytes(job, all_trained)
+        gradients += _sent_bytes(job, all_trained)
         gradients += _of_gradients(job, codec_for(job.config.comm).kept_bytes, all_trained)
     if job.is_offloaded:
         kept, host = at_once, kept
@@ -147,6 +148,19 @@ def wire_bytes(job: Job, all_trained: bool = False) -> int:
         return shape.numel() * dtype.itemsize if is_native else codec.tensor_bytes(shape, dtype)
 
     return _of_gradients(job, count, all_trained)
+
+
+def _sent_bytes(job: Job, all_trained: bool) -> int:
+    """Return what sending takes besides gradients: all of the buffers, or what of them is there twice at a time."""
+    whole, unsent = wire_bytes(job, all_trained), _of_gradients(job, _plain_bytes, all_trained)
+    if not gradients_are_views(job) or whole != unsent:  # what travels in a type of its own is there twice
+        return whole
+    largest = max((parameter.nbytes for parameter in trainable(job.task.model)), default=0)
+    return min(whole, max(largest, job.config.comm.bucket_mib << 20))
+
+
+def _plain_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+    return shape.numel() * dtype.itemsize
 
 
 def _of_gradients(job: Job, count: Callable[[torch.Size, torch.dtype], int], all_trained: bool) -> int:

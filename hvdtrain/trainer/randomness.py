@@ -27,13 +27,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hvdtrain.models.private_torch import is_freshly_seeded
+from hvdtrain.trainer.compiled_draws import OPERATORS, compiled_keys
 from hvdtrain.trainer.random_functions import FUNCTIONS
 from hvdtrain.trainer.random_layers import LAYERS
+from hvdtrain.trainer.random_words import GOLDEN, mix64, words
 
 A = TypeVar("A")
 T = TypeVar("T")
 
-_ANSWERS = {**FUNCTIONS, **LAYERS}
+_ANSWERS = {**FUNCTIONS, **LAYERS, **OPERATORS}
 
 
 class SampleRandomness(TorchFunctionMode):
@@ -47,6 +49,7 @@ class SampleRandomness(TorchFunctionMode):
     def __init__(self, positions: Tensor, seed: int = 0) -> None:
         super().__init__()
         self._positions = positions
+        self._draws = torch.zeros((), dtype=torch.int64)
         self._source = torch.Generator().manual_seed(seed)
         self._salts: dict[int, int] = {}
         self.own_draws: list[tuple[str, str]] | None = None
@@ -87,27 +90,36 @@ class SampleRandomness(TorchFunctionMode):
         """Return fp32 numbers in [0, 1) of this shape, in steps of 2^-24; None if its first dimension is not `n`."""
         if not self._is_of_samples(shape):
             return None
-        return (_words(self._keys(device), shape).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)).float() * 2.0**-24
+        return (words(self._keys(device), shape).bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)).float() * 2.0**-24
 
     def of_step(self, device: torch.device) -> Tensor:
         """Return one fp32 number in [0, 1), the same for all samples of the step: what no sample draws by itself."""
-        return (_mix64(torch.tensor(self._salt())) >> 8 & 0xFFFFFF).float().mul(2.0**-24).to(device)
+        return (mix64(torch.tensor(self._salt())) >> 8 & 0xFFFFFF).float().mul(2.0**-24).to(device)
 
     def fine(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Return fp64 numbers in [0, 1) of this shape, in steps of 2^-53; None if its first dimension is not `n`."""
         if not self._is_of_samples(shape):
             return None
         keys = self._keys(device)
-        high = _words(keys, shape).long() >> 5 & 0x7FFFFFF
-        low = _words(_mix64(keys + _GOLDEN), shape).long() >> 6 & 0x3FFFFFF
+        high = words(keys, shape).long() >> 5 & 0x7FFFFFF
+        low = words(mix64(keys + GOLDEN), shape).long() >> 6 & 0x3FFFFFF
         return (high * 2**26 + low).double() * 2.0**-53
 
     def _is_of_samples(self, shape: Sequence[int]) -> bool:
         return len(shape) > 0 and shape[0] == len(self._positions) and 0 not in shape
 
     def _keys(self, device: torch.device) -> Tensor:
-        """Return int64 `(n,)`, a key for each sample, of the next draw."""
-        return _mix64(self._positions.to(device, non_blocking=True) * _GOLDEN + self._salt())
+        """Return int64 `(n,)`, a key for each sample, of the next draw.
+
+        In one piece with what a compiler makes of the rest: it must not look at a number in the midst of a model.
+        """
+        if torch.compiler.is_compiling():
+            return compiled_keys(self._positions, self._draws, device)
+        return self.next_keys(device)
+
+    def next_keys(self, device: torch.device) -> Tensor:
+        """Return the same, computed now."""
+        return mix64(self._positions.to(device, non_blocking=True) * GOLDEN + self._salt())
 
     def _salt(self) -> int:
         """Return the salt of this draw, the same in all micro-batches of all ranks.
@@ -222,48 +234,3 @@ class MicroBatchRandomness:
 def _seed_of(*place: object) -> int:
     digest = hashlib.blake2b(" ".join(map(str, place)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed number
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """Mix int64 (the finalizer of SplitMix64: Steele, Lea and Flood, OOPSLA 2014, section 3)."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * -7723592293110705685
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
-def _mix32(x: Tensor) -> Tensor:
-    """Mix int32 in place (the finalizer of MurmurHash3, Appleby 2011, public domain)."""
-    x ^= (x >> 16) & 0xFFFF
-    x *= -2048144789
-    x ^= (x >> 13) & 0x7FFFF
-    x *= -1028477387
-    x ^= (x >> 16) & 0xFFFF
-    return x
-
-
-_STRIDE = -1640531535  # 2^32 / golden ratio, odd, as a signed number
-
-
-def _words(keys: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return 32 random bits for each element, int32 of this shape `(n, ...)`; `keys` are int64 `(n,)`."""
-    x = _places(shape[1:], keys.device).flatten() ^ keys.to(torch.int32)[:, None]
-    x = _mix32(_mix32(x) + (keys >> 32).to(torch.int32)[:, None])
-    return x.view(tuple(shape))
-
-
-def _places(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return a number for each place in a sample's own tensor, int32 of this shape, whatever the sizes in it are.
-
-    So what a sample draws does not depend on how far it is padded, nor on what else is in its micro-batch. Multiples of
-    the stride lie far apart (Steinhaus' three-distance theorem): rows do not run into each other.
-    """
-    places = torch.zeros((), dtype=torch.int32, device=device)
-    stride = 1
-    for axis, size in enumerate(reversed(shape)):
-        steps = torch.arange(size, dtype=torch.int32, device=device) * stride
-        places = places + steps.view(size, *(1,) * axis)
-        stride = (stride * _STRIDE + 2**31) % 2**32 - 2**31
-    return places

@@ -8,52 +8,44 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import holders_of, is_held_by_others, version_of
+from hvdtrain.models.private_torch import holders_of
+from hvdtrain.world import gradients
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import fill, lies_densely, like, real
+from hvdtrain.world.gradients import Mark, can_be_replaced, has_changed, mark_of
 from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
 
-Mark = tuple[Tensor, int]
-"""A gradient as it was: the tensor, and how often it had been changed in place."""
-
 # As in PyTorch DDP: the first bucket is ready soon after backward has begun.
 FIRST_BUCKET_BYTES = 1 << 20
+# A bucket of a smaller share of the usual size, such as the last norm's, is not worth a collective of its own.
+_LEAST_SHARE = 400
 
 
 def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Split parameters into buckets of one type and device, in the reverse of the model's order.
+    """Split parameters into buckets of one type and device, in the reverse of the order that they are given in.
 
-    That is about the order in which backward finishes them. The same on every rank and in every run.
+    Of the model's order, that is about the one in which backward finishes them. The same on every rank.
     """
     buckets: list[list[nn.Parameter]] = []
-    room = min(FIRST_BUCKET_BYTES, bucket_bytes)
+    room, filled = min(FIRST_BUCKET_BYTES, bucket_bytes), 0
     for parameter in reversed(parameters):
         first = buckets[-1][0] if buckets else None
         fits = first is not None and form_of(parameter)[:2] == form_of(first)[:2]
-        if not fits or room < parameter.nbytes:
-            room = bucket_bytes if buckets else room
+        if not fits or (room < parameter.nbytes and filled >= bucket_bytes // _LEAST_SHARE):
+            room, filled = bucket_bytes if buckets else room, 0
             buckets.append([])
         buckets[-1].append(parameter)
         room -= parameter.nbytes
+        filled += parameter.nbytes
     return buckets
 
 
 def form_of(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device, torch.Size]:
     """Return the type, device and shape of a parameter's gradient, whose type may be another than the parameter's."""
     return getattr(parameter, "grad_dtype", None) or parameter.dtype, parameter.device, parameter.shape
-
-
-def mark_of(gradient: Tensor) -> Mark:
-    """Return what `has_changed` asks for."""
-    return gradient, version_of(gradient)
-
-
-def has_changed(gradient: Tensor, mark: Mark) -> bool:
-    """Return whether a gradient was replaced, or changed in place, since it was marked."""
-    return gradient is not mark[0] or version_of(gradient) != mark[1]
 
 
 class Bucket:
@@ -69,6 +61,7 @@ class Bucket:
         codec: what the gradients become on the wire.
         world: the ranks.
         has_square: also send the squared norm of what this rank has computed.
+        as_views: let gradients lie in the buffer as soon as backward has finished them (`take_in`).
     """
 
     square: Tensor
@@ -83,6 +76,7 @@ class Bucket:
         codec: Codec,
         world: World,
         has_square: bool = False,
+        as_views: bool = False,
     ) -> None:
         self.prefix = prefix
         self.name = name
@@ -102,6 +96,8 @@ class Bucket:
         # A squared norm needs more than 8 bits.
         self._is_native = self._may_be_native and not has_square and codec.is_native(world, self._forms[0][0])
         self._allocate()
+        self.takes_in = as_views and self._wire.dtype == self._forms[0][0].to_real()
+        """Whether `take_in` moves gradients: on the wire they have their own type."""
 
     def _allocate(self) -> None:
         """Make the buffer, and views of its parts."""
@@ -123,8 +119,8 @@ class Bucket:
     def _leave_to_holders(self) -> None:
         """Take a new buffer where somebody still has a gradient of an earlier step: it stays what it was."""
         first, end = self._wire.data_ptr(), self._wire.data_ptr() + self._wire.nbytes
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        own = sum(first <= gradient.data_ptr() < end for gradient in gradients if not gradient.is_sparse)
+        there = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        own = sum(first <= gradient.data_ptr() < end for gradient in there if not gradient.is_sparse)
         if holders_of(self._wire) > self._holders + own:
             self._allocate()
 
@@ -142,6 +138,22 @@ class Bucket:
     def fits(self) -> bool:
         """Return whether the parameters are what they were: `model.to(...)` converts them in place."""
         return all(map(_has_form, self.parameters, self._forms))
+
+    def take_in(self) -> bool:
+        """Make parts of the buffer the parameters' `.grad`, of the same numbers: what backward has taken is free then.
+
+        Once the bucket is sent, `.grad` holds what is on the wire, and the mean at the end of backward.
+
+        Returns:
+            Whether one is left that something else holds, as autograd does while its hooks run.
+        """
+        waiting = gradients.waiting(self.parameters, self._views)
+        if waiting and self.is_sent:
+            return gradients.let_go(self.parameters, self._views, self._marks, waiting)
+        if waiting:
+            self._leave_to_holders()
+            return gradients.move(self.parameters, self._views, waiting)
+        return False
 
     def send(self) -> None:
         """Put the gradients on the wire. Each rank divides its part first: the other way round, fp16 overflows.
@@ -194,14 +206,15 @@ class Bucket:
         self._codec.received(self.name, self._users)
         self._waits, self._marks, self.ready = [], [], 0
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
-            is_free, dtype = _can_be_replaced(parameter), self._forms[i][0]
+            is_free, dtype = can_be_replaced(parameter), self._forms[i][0]
             gradient = parameter.grad
             if gradient is None and not self._users[i]:  # asked only where it is in doubt: on a GPU it waits
                 continue
             mean = torch.view_as_complex(view.to(dtype.to_real())) if parameter.is_complex() else view
             if mean.dtype == dtype and is_free:
-                # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds.
-                parameter.grad = mean.detach()
+                # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds. It
+                # counts its own changes: a codec may write into the other parts while this one is on the wire again.
+                parameter.grad = mean.data
             elif gradient is None or gradient.is_sparse:
                 parameter.grad = torch.empty_like(parameter, dtype=dtype).copy_(mean)
             elif gradient.data_ptr() != mean.data_ptr():
@@ -229,59 +242,6 @@ class AdasumTensor(Bucket):
             (view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}")),
         ]
         self._mark()
-
-
-class SparseRows:
-    """A parameter whose gradient names its non-zero rows: every rank is sent all ranks' rows, in their own type.
-
-    Args:
-        name: of the collectives.
-        parameter: the weight of an embedding.
-        world: the ranks.
-    """
-
-    def __init__(self, name: str, parameter: nn.Parameter, world: World) -> None:
-        self.name = name
-        self.parameter = parameter
-        self._world = world
-        self._waits: list[Callable[[], Tensor]] = []
-
-    @property
-    def is_sent(self) -> bool:
-        """Return whether it is on the wire."""
-        return bool(self._waits)
-
-    def send(self) -> None:
-        """Send the non-zero rows, none where there is no gradient."""
-        gradient = None if self.parameter.grad is None else self.parameter.grad.detach()
-        if gradient is None:
-            rows = torch.zeros(0, dtype=torch.int64, device=self.parameter.device)
-            values = torch.zeros(0, *self.parameter.shape[1:], dtype=self.parameter.dtype, device=rows.device)
-        else:
-            gradient = gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)
-            rows, values = gradient.indices()[0].contiguous(), gradient.values()
-        wire = values.float() if values.dtype == torch.bfloat16 else values
-        self._waits = [
-            self._world.start_all_gather(rows, f"{self.name}.rows"),
-            self._world.start_all_gather(wire.contiguous() / self._world.size, f"{self.name}.values"),
-        ]
-
-    def receive(self) -> None:
-        """Make the mean the parameter's `.grad`, None where no rank has a row."""
-        rows, values = (wait() for wait in self._waits)
-        self._waits = []
-        if len(rows) == 0:
-            self.parameter.grad = None
-            return
-        gradient = torch.sparse_coo_tensor(
-            rows[None], values.to(self.parameter.dtype), self.parameter.shape, check_invariants=False
-        )
-        self.parameter.grad = gradient.coalesce()
-
-
-def _can_be_replaced(parameter: nn.Parameter) -> bool:
-    """Return whether another tensor may become the gradient: a user's list or flat buffer must see the mean."""
-    return parameter.grad is None or (parameter.grad.is_contiguous() and not is_held_by_others(parameter))
 
 
 def _has_form(parameter: nn.Parameter, form: tuple[torch.dtype, torch.device, torch.Size]) -> bool:

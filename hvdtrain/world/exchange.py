@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import backward_run
-from hvdtrain.world.buckets import Mark, has_changed, mark_of
+from hvdtrain.world.arrivals import Arrivals
 from hvdtrain.world.codec import Codec
+from hvdtrain.world.gradients import Mark, has_changed, mark_of
 from hvdtrain.world.layout import Layout
-from hvdtrain.world.passes import EndOfBackward
+from hvdtrain.world.passes import EndOfBackward, note_additions
 from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class GradientExchange:
         """The exchanges that have them: kept, so that all ranks lose them at the same time."""
         self._averaging = averaging
         this = weakref.ref(self)
-        self._end_of_backward = EndOfBackward(lambda: _end_pass(this))
+        self._end_of_backward = EndOfBackward(lambda: alive.end_pass() if (alive := this()) is not None else None)
         self._passes = 0
         """Backward passes of the window that are over."""
         self._additions: dict[nn.Parameter, int] = {}
@@ -89,6 +90,7 @@ class GradientExchange:
         self._layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
         self._layout.add(self._trainable())
+        self._arrivals = Arrivals.of(averaging, self._parameters())
 
     @property
     def is_under_way(self) -> bool:
@@ -99,6 +101,17 @@ class GradientExchange:
     def question(self) -> Question:
         """Return what travels with the gradients."""
         return self._layout.question
+
+    @property
+    def order(self) -> list[str]:
+        """Return the names of parameters in the order in which backward finishes them, once it is agreed on."""
+        return self._layout.order
+
+    @order.setter
+    def order(self, names: list[str]) -> None:
+        if self._arrivals is not None and self._arrivals.finished is not None and names:
+            self._layout.follow(names)
+            self._arrivals = self._arrivals.without_order()
 
     @property
     def mean_square(self) -> Tensor | None:
@@ -161,6 +174,8 @@ class GradientExchange:
         for exchange in self._all():
             exchange._is_averaged = False
             exchange.codec.settle(False if found_inf is None else found_inf)
+            if exchange._arrivals is not None:
+                exchange._arrivals = exchange._arrivals.agree(exchange._layout)
 
     def forget(self) -> None:
         """Start over: the gradients were cleared."""
@@ -193,7 +208,7 @@ class GradientExchange:
         """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""
         for parameter in self._parameters():
             if parameter not in self._hooks and (parameter.is_floating_point() or parameter.is_complex()):
-                self._hooks[parameter] = _hang(weakref.ref(self), parameter)
+                self._hooks[parameter] = note_additions(weakref.ref(self), parameter)
 
     def note_addition(self, parameter: nn.Parameter) -> None:
         """Count that backward has added to a gradient; sends its bucket if that was the last of it.
@@ -208,6 +223,8 @@ class GradientExchange:
         self._end_of_backward.expect()
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1
         expected, bucket = self._expected.get(parameter), self._layout.bucket_of.get(parameter)
+        if self._arrivals is not None and bucket is not None:
+            self._arrivals.note(parameter, bucket, count, expected or 1)
         if expected is None or bucket is None or self._passes + 1 < self._averaging.accum_steps:
             return
         if count > expected and bucket.is_sent:
@@ -235,6 +252,8 @@ class GradientExchange:
             # Not before those of other optimizers have left: another rank may come to them in another order.
             self._end_of_backward.then(self._receive)
             return
+        if self._arrivals is not None:
+            self._arrivals.end_pass(self._layout.buckets)
         for parameter in self._additions:
             if parameter.grad is not None:
                 self._marks[parameter] = mark_of(parameter.grad)
@@ -262,38 +281,18 @@ class GradientExchange:
             self._layout.build(trainable)
 
     def _follow_conversions(self) -> None:
-        """Lay the buckets out anew where `model.to(...)` has converted a parameter."""
-        if not self._layout.is_under_way and self._layout.has_been_converted():
+        """Lay the buckets out anew where `model.to(...)` has converted a parameter, or their order is known now."""
+        if not self._layout.is_under_way and self._layout.is_outdated():
             self._layout.build(self._trainable())
 
     def _start_window(self) -> None:
         self._passes = 0
         self._additions.clear()
         self._marks.clear()
+        if self._arrivals is not None:
+            self._arrivals.forget()
         for bucket in self._layout.buckets:
             bucket.ready = 0
 
     def _trainable(self) -> list[nn.Parameter]:
         return [parameter for parameter in self._parameters() if parameter.requires_grad]
-
-
-def _hang(exchange: weakref.ref[GradientExchange], parameter: nn.Parameter) -> Any:
-    """Have a parameter's additions noted by an exchange that still lives; a hook must not keep it alive."""
-
-    def note(parameter: nn.Parameter) -> None:
-        alive = exchange()
-        if alive is not None:
-            alive.note_addition(parameter)
-
-    is_trainable = parameter.requires_grad
-    parameter.requires_grad_(True)  # torch refuses a hook on a frozen one, and keeps it when it is frozen again
-    register: Any = parameter.register_post_accumulate_grad_hook
-    handle = register(note)
-    parameter.requires_grad_(is_trainable)
-    return handle
-
-
-def _end_pass(exchange: weakref.ref[GradientExchange]) -> None:
-    alive = exchange()
-    if alive is not None:
-        alive.end_pass()

@@ -53,9 +53,10 @@ def fill_at_once(views: Sequence[Tensor], gradients: Sequence[Tensor | None], si
     if empty:
         zero_all_(empty)
     if pairs:
-        full = [view for view, _ in pairs]
-        copy_all_(full, [gradient for _, gradient in pairs])
-        divide_all_(full, size)
+        moved = [(view, gradient) for view, gradient in pairs if view.data_ptr() != gradient.data_ptr()]
+        if moved:
+            copy_all_([view for view, _ in moved], [gradient for _, gradient in moved])
+        divide_all_([view for view, _ in pairs], size)
 
 
 def real(tensor: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 from torch import nn
 
 from hvdtrain.models.walk import are_same
-from hvdtrain.world.buckets import AdasumTensor, Bucket, SparseRows, in_buckets
+from hvdtrain.world.buckets import AdasumTensor, Bucket, in_buckets
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import real
 from hvdtrain.world.question import Question
+from hvdtrain.world.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -69,6 +70,9 @@ class Layout:
         self._is_sparse = sparse
         self._averaging = averaging
         self._codec = codec
+        self.order: list[str] = []
+        """Names of parameters in the order in which backward finishes them; empty: the reverse of the model's."""
+        self._has_new_order = False
 
     @property
     def parts(self) -> Sequence[Travelling]:
@@ -88,14 +92,14 @@ class Layout:
         """Return whether these parameters, and no others, are laid out."""
         return are_same(trainable, self._current) or self._known() == set(trainable)
 
-    def has_been_converted(self) -> bool:
-        """Return whether a parameter has another type, device or shape than when it was laid out."""
-        return not all(bucket.fits for bucket in self.buckets)
+    def is_outdated(self) -> bool:
+        """Return whether there is a new order, or a parameter has another type, device or shape than then."""
+        return self._has_new_order or not all(bucket.fits for bucket in self.buckets)
 
     def build(self, trainable: Sequence[nn.Parameter]) -> None:
         """Lay the buckets out anew for what is trainable now. No gradient may be on its way."""
         self.buckets, self.bucket_of, self.sparse, self._current = [], {}, [], []
-        self.question.is_carried = False
+        self.question.is_carried, self._has_new_order = False, False
         self.add(trainable)
 
     def add(self, trainable: Sequence[nn.Parameter]) -> bool:
@@ -111,7 +115,7 @@ class Layout:
         new = [parameter for parameter in trainable if parameter not in known]
         sparse = [parameter for parameter in new if parameter in self._is_sparse]
         self.sparse += [SparseRows(f"{self._prefix}.{self.name(p)}", p, self._world) for p in sparse]
-        dense = [parameter for parameter in new if parameter not in self._is_sparse]
+        dense = self._in_order([parameter for parameter in new if parameter not in self._is_sparse])
         is_adasum = self._averaging.op == "adasum"
         # Adasum weighs each gradient by its own direction: one a tensor.
         groups = [[p] for p in dense] if is_adasum else in_buckets(dense, self._averaging.bucket_bytes)
@@ -119,12 +123,34 @@ class Layout:
         for group in groups:
             name, has_square = self.name(group[0]), self._averaging.has_square
             self._codec.lay_out(name, [(self.name(p), real(p.detach()).shape) for p in group])
-            bucket = kind(self._prefix, name, group, self._codec, self._world, has_square)
+            as_views = self._averaging.gradient_as_bucket_view and not is_adasum
+            bucket = kind(self._prefix, name, group, self._codec, self._world, has_square, as_views)
             if not self.buckets and not is_adasum and group[0].device.type == "cpu":
                 bucket.question, self.question.is_carried = self.question, True
             self.buckets.append(bucket)
             self.bucket_of.update((parameter, bucket) for parameter in group)
         return bool(new)
+
+    def agreed(self, parameters: Sequence[nn.Parameter]) -> list[str]:
+        """Return the names of rank 0's parameters, in its order. Collective."""
+        names = [self.name(parameter) for parameter in parameters] if self._world.rank == 0 else []
+        return self._world.broadcast_object(names, f"{self._prefix}.order")
+
+    def follow(self, order: Sequence[str]) -> None:
+        """Have the buckets follow the order in which backward finishes parameters, by name, when they are next built.
+
+        That is when the next gradient arrives: what the ones of before hold is free by then.
+        """
+        before = [parameter for bucket in self.buckets for parameter in bucket.parameters][::-1]
+        self.order = list(order)
+        self._has_new_order = any(a is not b for a, b in zip(self._in_order(before), before, strict=True))
+
+    def _in_order(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Return parameters so that backward finishes the last one first; those not known to it stay ahead."""
+        if not self.order:
+            return list(parameters)
+        place = {name: -i for i, name in enumerate(self.order, 1)}
+        return sorted(parameters, key=lambda parameter: place.get(self.name(parameter), -len(place) - 1))
 
     def name(self, parameter: nn.Parameter) -> str:
         """Return the parameter's name; one that is not the model's is named by its place in the optimizer."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from hvdtrain.models.private_torch import backward_run, computed_node, queue_after_run
+
+if TYPE_CHECKING:
+    from hvdtrain.world.exchange import GradientExchange
 
 
 class EndOfBackward:
@@ -50,3 +56,19 @@ class EndOfBackward:
             self.expect()
 
         handle = node.register_prehook(once)
+
+
+def note_additions(exchange: weakref.ref[GradientExchange], parameter: nn.Parameter) -> Any:
+    """Have a parameter's additions noted by an exchange that still lives; a hook must not keep it alive."""
+
+    def note(parameter: nn.Parameter) -> None:
+        alive = exchange()
+        if alive is not None:
+            alive.note_addition(parameter)
+
+    is_trainable = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch refuses a hook on a frozen one, and keeps it when it is frozen again
+    register: Any = parameter.register_post_accumulate_grad_hook
+    handle = register(note)
+    parameter.requires_grad_(is_trainable)
+    return handle

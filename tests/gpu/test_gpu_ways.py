@@ -116,3 +116,62 @@ def test_auto_compiles_the_blocks_of_the_presets():
     model = nn.Sequential(nn.ModuleList([nn.Linear(1, 1)]))
     expected = "blocks" if can_compile_for(GPU) else "none"
     assert what_is_compiled(dataclasses.replace(recipe.model), model, GPU) == expected
+
+
+def test_documents_by_their_bounds_are_what_masks_do():
+    from hvdtrain.data.text.packed import same_document
+    from hvdtrain.models.config import DecoderConfig
+    from hvdtrain.models.decoder import Decoder
+    from hvdtrain.models.documents import bounds_of, has_kernel
+
+    config = DecoderConfig(num_layers=2, hidden_size=512, num_heads=8, num_kv_heads=2)
+    if not has_kernel(GPU, torch.bfloat16, 8, 2, config.head_size):
+        pytest.fail("no kernel for documents, or a wrong one: masks are taken instead")
+    model = Decoder(config, 100).to(GPU)
+    length = 4096
+    tokens = torch.randint(100, (2, length), device=GPU)
+    starts = torch.tensor([[0, 700, 4000, length], [0, 1, 2, 2000]], dtype=torch.int32, device=GPU)
+    ends = torch.zeros(2, length, dtype=torch.int64, device=GPU)
+    for row, places in enumerate(starts.tolist()):
+        ends[row, [place for place in places if place < length]] = 1
+    found, peaks = [], []
+    for seen in (same_document(ends.cumsum(1)), bounds_of(starts, length)):
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            model.model(tokens, None, seen).float().square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append([p.grad.clone() for p in model.model.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 0.03 * a.norm()
+    print("peaks with masks and with bounds, MiB:", [peak >> 20 for peak in peaks])
+
+
+def test_compiled_dropout_is_that_of_samples():
+    from hvdtrain.trainer.randomness import MicroBatchRandomness
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer, self.drop = nn.Linear(64, 64), nn.Linear(64, 64), nn.Dropout(0.3)
+
+        def forward(self, x):
+            return x + self.drop(self.outer(self.drop(self.inner(x)).relu()))
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(Block(), Block()).to(GPU)
+    fused = copy.deepcopy(plain)
+    for block in fused:
+        block.compile(fullgraph=True)
+    x = torch.randn(32, 128, 64, device=GPU)
+    found = []
+    for model in (plain, fused):
+        randomness = MicroBatchRandomness(GPU, compiled=model if model is fused else None)
+        for step in range(3):
+            out = randomness.run(
+                torch.arange(32), (0, step), lambda model=model: model(x), lambda out: out.square().sum().backward()
+            )
+        found.append([out.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)

@@ -1,13 +1,15 @@
 """What is compiled, into how many pieces, and what is said meanwhile."""
 
+import copy
 import dataclasses
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
 from families import tiny_model
 from hugging import import_transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
@@ -190,3 +192,46 @@ def test_what_was_measured_once_is_compiled_all_the_same(graphs, monkeypatch):
     train_step(job, training)
     assert len(graphs) == 2  # the blocks' and the loss's
     assert not models_loss._Fused.has_failed
+
+
+class Dropping(nn.Module):
+    """A block that drops weights of attention and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.drop = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.2)
+        return x + self.drop(self.out(y.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_blocks_that_draw_are_compiled_in_one_piece_and_draw_the_same(graphs, checkpointed):
+    """By the compiler's front and its autograd, which joins calls that are alike, and without any graph break."""
+    torch.manual_seed(0)
+    plain = nn.ModuleList([Dropping(), Dropping()])
+    compiled = copy.deepcopy(plain)
+    for block in compiled:
+        block.compile(backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for blocks in (plain, compiled):
+
+        def forward(x, blocks=blocks):
+            for block in blocks:
+                x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+            return x
+
+        randomness = MicroBatchRandomness(CPU, compiled=blocks if blocks is compiled else None)
+        outputs = []
+        for step in range(3):
+            x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(step))
+            given = (torch.arange(4) + step, (0, step), partial(forward, x), lambda out: out.square().sum().backward())
+            outputs.append(randomness.run(*given).detach())
+        found.append(outputs + [parameter.grad for parameter in blocks.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # with gradients asked of the input or not

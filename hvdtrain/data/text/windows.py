@@ -82,3 +82,39 @@ class TokenWindows:
         """Return the tokens that these samples predict."""
         short = self._length * len(self) - self._last
         return len(indices) * self._length - short * int((indices == len(self) - 1).sum())
+
+
+class DocumentWindows:
+    """The same, with where documents begin in each: what a kernel for documents of a batch is given.
+
+    Args:
+        windows: of which tokens.
+        end_of_text: the token that ends a document; the next one begins with it.
+    """
+
+    reads_ahead = True
+
+    def __init__(self, windows: TokenWindows, end_of_text: int) -> None:
+        self._windows, self._end_of_text = windows, end_of_text
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens and targets, int64 `(n, T)` each, and where documents begin, int32 `(n, m)`, filled up with T.
+
+        m is a power of two, so that few lengths are met.
+        """
+        tokens, targets = self._windows.batch(indices)
+        begins = tokens == self._end_of_text
+        begins[:, 0] = True
+        count = max(8, 1 << (int(begins.sum(1).max()) - 1).bit_length()) if len(tokens) else 8
+        starts = torch.full((len(tokens), count), tokens.shape[1], dtype=torch.int32)
+        row, place = begins.nonzero(as_tuple=True)
+        number = begins.cumsum(1)[row, place] - 1
+        starts[row, number] = place.to(torch.int32)
+        return tokens, targets, starts
+
+    def num_targets(self, indices: Tensor) -> int:
+        """Return the tokens that these samples predict."""
+        return self._windows.num_targets(indices)

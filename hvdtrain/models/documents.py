@@ -1,0 +1,103 @@
+"""Attention within documents that lie one after the other: without a mask, where a GPU has a kernel for it.
+
+A mask is T x T numbers a sample, and rules out flash attention (arXiv:2307.08691). Its kernel for sequences of other
+lengths takes the documents' bounds instead. Whether it is there, and computes the same, is tried out once.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hvdtrain.models.private_torch import without_modes
+
+
+class Bounds(NamedTuple):
+    """Documents of a batch of B samples of T tokens."""
+
+    starts: Tensor
+    """int32 `(n + 1,)`, where each begins in the flattened batch, then B T. Some may be empty."""
+    longest: int
+    """No document has more tokens."""
+
+
+def bounds_of(starts: Tensor, length: int) -> Bounds:
+    """Return the bounds of all documents of a batch, on the device of `starts`; nothing waits for it.
+
+    Args:
+        starts: int32 `(B, n)`, where they begin in each sample, filled up with T.
+        length: T.
+    """
+    offsets = torch.arange(0, len(starts) * length, length, dtype=torch.int32, device=starts.device)
+    end = torch.full((1,), len(starts) * length, dtype=torch.int32, device=starts.device)
+    return Bounds(torch.cat(((starts + offsets.view(-1, 1)).flatten(), end)), length)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> Tensor:
+    """Return causal attention within documents, `(B, H, T, D)`, of such queries to keys and values `(B, K, T, D)`."""
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))  # (B T, heads, D)
+    out = _by_kernel(q, k, v, bounds) if query.is_cuda else _one_by_one(q, k, v, bounds)
+    return torch.unflatten(out, 0, (len(query), -1)).transpose(1, 2)
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = bounds
+    groups: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
+    out = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(-1, 0), **groups)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds) -> Tensor:
+    """Compute the same in plain steps."""
+    is_grouped = key.shape[1] != query.shape[1]
+    found, places = [], bounds.starts.tolist()
+    for start, end in itertools.pairwise(places):
+        if start < end:
+            q, k, v = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
+            found.append(out[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+@functools.cache
+def has_kernel(device: torch.device, dtype: torch.dtype, heads: int, groups: int, head_size: int) -> bool:
+    """Return whether the kernel is there for these heads, and what it computes is what a mask does, to rounding.
+
+    Args:
+        device: of the model.
+        dtype: in which attention is computed.
+        heads: of queries.
+        groups: heads of keys and values.
+        head_size: D.
+    """
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        with without_modes():  # it is to be run, whatever the model is run for now
+            return _is_right(device, dtype, (heads, groups, groups), head_size)
+    except Exception:  # of any kind: not built, not for this card, other arguments in this version of torch
+        return False
+
+
+def _is_right(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], head_size: int) -> bool:
+    """Compare outputs and gradients with plain steps in fp32, on two samples of three documents."""
+    generator = torch.Generator().manual_seed(0)
+    length = 96
+    starts = torch.tensor([[0, 40, length, length], [0, 1, 64, length]], dtype=torch.int32)
+    inputs = [torch.randn(2, n, length, head_size, generator=generator).to(dtype) for n in heads]
+    found = []
+    for where, kind in ((device, dtype), (torch.device("cpu"), torch.float32)):
+        own = [tensor.to(where, kind).requires_grad_() for tensor in inputs]
+        with torch.enable_grad(), torch.autocast(where.type, enabled=False):
+            out = attend(own[0], own[1], own[2], bounds_of(starts.to(where), length))
+            gradients = torch.autograd.grad(out.float().square().sum(), own)
+        found.append([tensor.detach().float().cpu() for tensor in (out, *gradients)])
+    return all(bool((a - b).norm() < 0.02 * b.norm()) for a, b in zip(*found, strict=True))

@@ -1,0 +1,94 @@
+"""Attention within packed documents by their bounds, against the mask that it replaces."""
+
+import pytest
+import torch
+
+from hvdtrain.data.text.packed import same_document
+from hvdtrain.data.text.windows import DocumentWindows
+from hvdtrain.models import documents
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.private_torch import FakeTensorMode
+
+END = 7
+
+
+class Windows:
+    """Samples of given tokens."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def batch(self, indices):
+        return self.tokens[indices], self.tokens[indices]
+
+    def num_targets(self, indices):
+        return self.tokens[indices].numel()
+
+
+def some_tokens(rows=3, length=24):
+    tokens = torch.randint(6, (rows, length), generator=torch.Generator().manual_seed(0))
+    tokens[0, [0, 5, 6, 20]] = END
+    tokens[1, [9, length - 1]] = END
+    return tokens
+
+
+def test_where_documents_begin():
+    data = DocumentWindows(Windows(some_tokens()), END)
+    _, _, starts = data.batch(torch.arange(3))
+    assert starts.shape == (3, 8)
+    assert [[place for place in row if place < 24] for row in starts.tolist()] == [[0, 5, 6, 20], [0, 9, 23], [0]]
+    assert data.batch(torch.arange(0))[2].shape == (0, 8)
+    many = DocumentWindows(Windows(torch.full((1, 9), END)), END)
+    assert many.batch(torch.arange(1))[2].tolist() == [[*range(9), *[9] * 7]]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_by_bounds_it_is_what_the_mask_does(groups):
+    model = Decoder(DecoderConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=groups), 8, seed=1)
+    tokens, _, starts = DocumentWindows(Windows(some_tokens()), END).batch(torch.arange(3))
+    seen = same_document((tokens == END).cumsum(1))
+    by_mask, by_bounds = (model(tokens, seen=way) for way in (seen, documents.bounds_of(starts, 24)))
+    torch.testing.assert_close(by_bounds, by_mask)
+    assert (model(tokens) - by_mask).abs().max() > 1e-3  # the mask matters here
+    found = [torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in (by_mask, by_bounds)]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_kernel_takes_the_bounds_of_a_gpu(groups):
+    """On tensors without storage: types and shapes are what its operator asks for. The backward pass needs a GPU."""
+    starts = DocumentWindows(Windows(some_tokens()), END).batch(torch.arange(3))[2]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        device = torch.device("cuda", 0)
+        q = torch.empty(3, 4, 24, 64, dtype=torch.bfloat16, device=device)
+        k, v = (torch.empty(3, groups, 24, 64, dtype=torch.bfloat16, device=device) for _ in "kv")
+        bounds = documents.bounds_of(torch.empty(starts.shape, dtype=torch.int32, device=device), 24)
+        assert bounds.starts.shape == (3 * 8 + 1,)
+        out = documents.attend(q, k, v, bounds)
+    assert (out.shape, out.dtype, out.device) == (q.shape, q.dtype, device)
+
+
+def test_without_a_gpu_or_16_bits_there_is_no_kernel(monkeypatch):
+    assert not documents.has_kernel(torch.device("cpu"), torch.bfloat16, 4, 4, 64)
+    assert not documents.has_kernel(torch.device("cuda", 0), torch.float32, 4, 4, 64)
+    assert not documents.has_kernel(torch.device("cuda", 0), torch.bfloat16, 4, 4, 64) or torch.cuda.is_available()
+
+
+def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch):
+    """The comparison that decides, on a CPU in the place of the GPU."""
+    shape = torch.device("cpu"), torch.bfloat16, (4, 2, 2), 16
+    assert documents._is_right(*shape)
+    plain, calls = documents._one_by_one, []
+
+    def first_is_wrong(query, key, value, bounds):
+        calls.append(0)
+        whole = documents.Bounds(bounds.starts[[0, -1]], bounds.longest)  # as if there was one document
+        return plain(query, key, value, whole if len(calls) == 1 else bounds)
+
+    monkeypatch.setattr(documents, "_one_by_one", first_is_wrong)
+    assert not documents._is_right(*shape)
