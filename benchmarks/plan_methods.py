@@ -1,6 +1,6 @@
 """Does `plan` hold for every way to average, on networks drawn at random? Measure a few hosts, predict more, measure.
 
-    python benchmarks/plan_methods.py --cluster CLUSTER.sh --seed 1 --draws 10 --output benchmarks/results/plan_methods.txt
+    python benchmarks/plan_methods.py --cluster CLUSTER.sh --seed 1 --draws 10 --output plan_methods.txt
 
 CLUSTER.sh makes hosts of Linux namespaces: `up N --emu`, `net RATE DELAY_MS`, `exec HOST COMMAND...`, `down`. A draw is
 a rate, a delay, a size of the model, a time of its layers, a controller, the hosts that are measured and those that are

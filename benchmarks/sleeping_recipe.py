@@ -1,7 +1,8 @@
 """A recipe whose layers sleep instead of computing, for benchmarks with more hosts than cores.
 
 Each layer has `--layer-kib` of weights and sleeps for `--sleep-ms` in its forward pass and twice that in its backward
-pass, after which its gradient, random numbers in a matrix, is ready: as long as a real layer takes on a machine that this one does not have.
+pass, after which its gradient, random numbers in a matrix, is ready: as long as a real layer takes on a machine that
+this one does not have.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ class LossChange:
     """Measured."""
 
     change: float
-    """Of the held-out loss after as many steps, as a share of that of exact averages in every step: 0.01 is 1 % worse."""
+    """Of the held-out loss after as many steps, as a share of that of exact averages: 0.01 is 1 % worse."""
     where: str
     """The file in benchmarks/results that has it, and what was measured."""
 

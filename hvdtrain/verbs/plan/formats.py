@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,7 @@ def measured_formats(
             echo = EchoWorld(world.device, size, adds_bfloat16=world.adds_bfloat16)
             own = _exchange(echo, _codec(name, comm), cargoes, name)
             world.barrier(f"plan.echo.{name}.{size}")  # the ranks of a host compute at the same time, as in training
-            computes[size] = _median(own)
+            computes[size] = _fastest(own)
         computes = {
             size: max(times)
             for size, *times in zip(
@@ -92,8 +93,10 @@ def measured_formats(
         one = Format(name, computes, seconds)
         sends = sends_of(buckets, name, comm.compression_min_size, layout, networks, adds_bfloat16=world.adds_bfloat16)
         predicted = sum(send.seconds for send in sends)
-        pace = (seconds - one.computes(world.size)) / predicted if predicted else 1.0
-        found[name] = Format(name, computes, seconds, min(MOST_PACE, max(LEAST_PACE, pace)))
+        own_s = one.computes(world.size)
+        pace = (seconds - own_s) / predicted if predicted else 1.0
+        pace = min(MOST_PACE, max(LEAST_PACE, pace))
+        found[name] = dataclasses.replace(one, pace=pace, explained_s=own_s + predicted)
     return found
 
 
@@ -113,15 +116,15 @@ def _exchange(world: World, codec: Codec, cargoes: Sequence[Cargo], name: str) -
     return run
 
 
-def _median(run: Callable[[], Any]) -> float:
-    """Return the median seconds of a call; the first one warms up."""
+def _fastest(run: Callable[[], Any]) -> float:
+    """Return the least seconds of a call, which others disturb the least; the first one warms up."""
     run()
     times: list[float] = []
     while len(times) < _REPEATS and sum(times) < _SECONDS:
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return min(times)
 
 
 def _slowest(world: World, run: Callable[[], Any], name: str) -> float:

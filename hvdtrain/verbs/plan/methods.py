@@ -57,6 +57,8 @@ class Format:
     computes is part of it."""
     pace: float = 1.0
     """What the network's times in that are to those of single collectives."""
+    explained_s: float | None = None
+    """What its computing and its single collectives explain of `exchange_s`."""
 
     def computes(self, ranks: int) -> float:
         """Return the seconds that it computes on so many ranks: between those measured, or beyond, along a line."""

@@ -6,8 +6,8 @@ A reduction takes a latency for each of its rounds and moves each byte a number 
     T(S, n) = o + a_in R(p) + a_out R(h) + S (W_in / B_in + W_out / B_out)
 
 with n ranks on h hosts, p on each; R rounds, W how often a byte passes: `kinds.py`. Gloo's ring passes every host with
-the bytes of all its ranks and waits for the receiver's notice (R(k) = 8 (k - 1), Horovod's own negotiation included); MPI
-reduces inside a host first and takes rounds that double (R(k) = 4 log2 k; more where ranks are folded first).
+the bytes of all its ranks and waits for the receiver's notice (R(k) = 8 (k - 1), Horovod's own negotiation included);
+MPI reduces inside a host first and takes rounds that double (R(k) = 4 log2 k; more where ranks are folded first).
 
 Other collectives have rounds and bytes of their own over the same links; two factors, of the latency and of the bytes,
 are measured for each (`Pace`).
