@@ -117,7 +117,8 @@ def main() -> None:
             try:
                 rows, found = setting(given, draw, folder)
             except (RuntimeError, subprocess.TimeoutExpired):
-                rows, found = [f"{draw}: failed: {traceback.format_exc().splitlines()[-1][-300:]}"], []
+                rows, found = [f"{draw}: failed"], []
+                print(traceback.format_exc()[-3000:], file=sys.stderr)
             print("\n".join(rows), file=sys.stderr, flush=True)
             body += [*rows, ""]
             errors += found

@@ -2,7 +2,7 @@
 
 Horovod under Gloo waits for ever for a rank that is stuck, MPI for one that is stopped, and both answer a rank that
 failed with N tracebacks about themselves. Here each rank has a thread that reports to rank 0 over TCP where its rank
-is; rank 0 reports to all of them where it is itself. That is once a second, and less often where there are more than 128
+is; rank 0 reports to all of them where it is itself. That is once a second, and less often with more than 128
 ranks, so that rank 0 has no more to read than with as many: whoever has stopped is missed after minutes all the same,
 and a connection that ends is noticed at once. What can happen:
 
