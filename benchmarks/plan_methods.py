@@ -77,7 +77,18 @@ class Draw:
 def setting(given: argparse.Namespace, draw: Draw, folder: Path) -> tuple[list[str], list[tuple[float, bool]]]:
     """Return a row for each way to average, and the errors, with whether the interval holds what was measured."""
     plan = folder / "plan"
-    more = ["--comm.period", str(PERIOD), "--to", str(draw.hosts), "--noise-steps", "0", "--output", str(plan)]
+    more = [
+        "--comm.sync",
+        "local",
+        "--comm.period",
+        str(PERIOD),
+        "--to",
+        str(draw.hosts),
+        "--noise-steps",
+        "0",
+        "--output",
+        str(plan),
+    ]
     on_hosts(given, draw.base, draw.controller, ["-m", "hvdtrain", "plan", str(RECIPE), *draw.flags, *more])
     script = str(REPOSITORY / "benchmarks" / "method_steps.py")
     times = folder / "times.json"

@@ -23,7 +23,7 @@ class _Sleep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         time.sleep(2 * ctx.seconds)
-        return gradient, ctx.gradient * float(gradient.sum()), None, None
+        return gradient, ctx.gradient * gradient.sum(), None, None
 
 
 class _Layer(torch.nn.Module):
@@ -31,7 +31,8 @@ class _Layer(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(kib, 256))
         self.seconds = seconds
-        self.gradient = torch.randn(kib, 256, generator=torch.Generator().manual_seed(kib))
+        gradient = torch.randn(kib, 256, generator=torch.Generator().manual_seed(kib))
+        self.register_buffer("gradient", gradient, persistent=False)
 
     def forward(self, x):
         return _Sleep.apply(x, self.weight, self.seconds, self.gradient)
