@@ -93,7 +93,7 @@ def measured_formats(
         one = Format(name, computes, seconds)
         sends = sends_of(buckets, name, comm.compression_min_size, layout, networks, adds_bfloat16=world.adds_bfloat16)
         predicted = sum(send.seconds for send in sends)
-        own_s = one.computes(world.size)
+        own_s = min(one.computes(world.size), seconds)
         pace = (seconds - own_s) / predicted if predicted else 1.0
         pace = min(MOST_PACE, max(LEAST_PACE, pace))
         found[name] = dataclasses.replace(one, pace=pace, explained_s=own_s + predicted)
