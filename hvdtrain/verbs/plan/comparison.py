@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvdtrain.verbs.plan.costs import LossChange, loss_change
-from hvdtrain.verbs.plan.facts import Facts, bytes_by, predict_by
+from hvdtrain.verbs.plan.facts import Facts, bytes_by, pace_of, predict_by
 from hvdtrain.verbs.plan.formats import LEAST_PACE, MOST_PACE
 from hvdtrain.verbs.plan.methods import Method, methods_of
 from hvdtrain.verbs.plan.rows import error_of
@@ -62,7 +62,7 @@ def _row(facts: Facts, workers: int, method: Method, exact_s: float) -> MethodRo
         flags=method.flags,
         workers=workers,
         step=step,
-        error=error_of(facts, workers, step),
+        error=error_of(facts, workers, step, pace_of(facts, method)),
         units_per_s=samples * facts.units_per_sample / step.total_s,
         speedup=exact_s / step.total_s,
         bytes_per_step=bytes_by(facts, workers, method),

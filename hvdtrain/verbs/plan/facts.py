@@ -106,7 +106,7 @@ def predict_by(facts: Facts, workers: int, method: Method) -> StepTime:
     layout = Layout.of(workers, facts.ranks_per_host)
     compute = compute_on(facts, layout)
     own = facts.formats.get(method.compression, Format(method.compression))
-    sends = _sends(facts, method, layout, own.pace)
+    sends = _sends(facts, method, layout)
     codec_s = own.computes(workers)
     if method.period is None or facts.network is None or workers == 1:
         return step_time(
@@ -124,7 +124,14 @@ def bytes_by(facts: Facts, workers: int, method: Method) -> int:
     return handed_bytes(facts.buckets, method.compression, *shared) // (method.period or 1)
 
 
-def _sends(facts: Facts, method: Method, layout: Layout, own_pace: float) -> list[Send]:
+def pace_of(facts: Facts, method: Method) -> float:
+    """Return the factor of the network's times: of real steps for the recipe's own way, else of real exchanges."""
+    if method == Method(facts.compression):
+        return facts.pace
+    return facts.formats.get(method.compression, Format(method.compression)).pace
+
+
+def _sends(facts: Facts, method: Method, layout: Layout) -> list[Send]:
     if layout.ranks == 1 or facts.network is None:
         return []
     is_own = method == Method(facts.compression)
@@ -134,7 +141,7 @@ def _sends(facts: Facts, method: Method, layout: Layout, own_pace: float) -> lis
         facts.compression_min_size,
         layout,
         (facts.network, facts.fp16_network),
-        pace=facts.pace if is_own else own_pace,
+        pace=pace_of(facts, method),
         adds_bfloat16=facts.adds_bfloat16,
     )
     if not (is_own and facts.is_sharded):

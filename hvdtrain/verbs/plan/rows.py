@@ -16,6 +16,10 @@ _NINETY_PERCENT = 1.64
 _BEYOND = 0.08
 # What it is taken to be off by where MPI folds ranks to a power of two first: each MPI does that in its own way.
 _FOLDED = 0.15
+# The network's times differ from step to step, and from one use to another, by at least as much.
+_LEAST = 0.05
+# The share of a pace that may be another one on other numbers of ranks.
+_OF_PACE = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def row_of(facts: Facts, workers: int) -> Row:
     step = predict(facts, workers)
     batch = facts.micro_batch_size * facts.accum_steps * workers
     per_s = batch * facts.units_per_sample / step.total_s
-    return Row(workers, step, error_of(facts, workers, step), per_s, 1.0, batch, *[None] * 7)
+    return Row(workers, step, error_of(facts, workers, step, facts.pace), per_s, 1.0, batch, *[None] * 7)
 
 
 def relative_to(first: Row, row: Row, facts: Facts, price: float | None) -> Row:
@@ -87,8 +91,15 @@ def relative_to(first: Row, row: Row, facts: Facts, price: float | None) -> Row:
     )
 
 
-def error_of(facts: Facts, workers: int, step: StepTime) -> float:
-    """Return half the 90 % interval as a share: of what is computed, and of the network, wider where it is far away."""
+def error_of(facts: Facts, workers: int, step: StepTime, pace: float = 1.0) -> float:
+    """Return half the 90 % interval as a share: of what is computed, and of the network, wider where it is far away.
+
+    Args:
+        facts: what was measured.
+        workers: of the prediction.
+        step: predicted.
+        pace: what real exchanges took to what single collectives tell: what is left of it in other steps is not known.
+    """
     # The interquartile range of a normal distribution is 1.35 standard deviations.
     own = facts.spread / 1.35
     if workers == 1 or facts.network is None:
@@ -96,5 +107,8 @@ def error_of(facts: Facts, workers: int, step: StepTime) -> float:
     layout = Layout.of(workers, facts.ranks_per_host)
     doublings = max(0.0, math.log2(workers / facts.network.most_ranks))
     folded = _FOLDED if is_folded(facts.network.controller, layout) else 0.0
-    network = math.hypot(facts.network.error, _BEYOND * doublings, folded) * step.exposed_s / step.total_s
+    unsure = _OF_PACE * abs(math.log(pace))
+    network = (
+        math.hypot(_LEAST, facts.network.error, _BEYOND * doublings, folded, unsure) * step.exposed_s / step.total_s
+    )
     return _NINETY_PERCENT * math.hypot(own, network)
