@@ -57,12 +57,13 @@ def compared(facts: Facts, workers: int) -> list[MethodRow]:
 def _row(facts: Facts, workers: int, method: Method, exact_s: float) -> MethodRow:
     step = predict_by(facts, workers, method)
     samples = facts.micro_batch_size * facts.accum_steps * workers
+    codec_s = facts.formats[method.compression].computes(workers) / (method.period or 1)
     return MethodRow(
         method=method.name,
         flags=method.flags,
         workers=workers,
         step=step,
-        error=error_of(facts, workers, step, pace_of(facts, method)),
+        error=error_of(facts, workers, step, pace_of(facts, method), codec_s),
         units_per_s=samples * facts.units_per_sample / step.total_s,
         speedup=exact_s / step.total_s,
         bytes_per_step=bytes_by(facts, workers, method),

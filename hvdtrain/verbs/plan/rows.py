@@ -18,6 +18,10 @@ _BEYOND = 0.08
 _FOLDED = 0.15
 # The network's times differ from step to step, and from one use to another, by at least as much.
 _LEAST = 0.05
+# What computing alone is taken to be off by: no step has the surroundings of another.
+_OF_COMPUTING = 0.02
+# And what a format computes, measured without a step around it.
+_OF_CODEC = 0.3
 # The share of a pace that may be another one on other numbers of ranks.
 _OF_PACE = 0.5
 
@@ -91,7 +95,7 @@ def relative_to(first: Row, row: Row, facts: Facts, price: float | None) -> Row:
     )
 
 
-def error_of(facts: Facts, workers: int, step: StepTime, pace: float = 1.0) -> float:
+def error_of(facts: Facts, workers: int, step: StepTime, pace: float = 1.0, codec_s: float = 0.0) -> float:
     """Return half the 90 % interval as a share: of what is computed, and of the network, wider where it is far away.
 
     Args:
@@ -99,9 +103,10 @@ def error_of(facts: Facts, workers: int, step: StepTime, pace: float = 1.0) -> f
         workers: of the prediction.
         step: predicted.
         pace: what real exchanges took to what single collectives tell: what is left of it in other steps is not known.
+        codec_s: of that, what the format computes.
     """
     # The interquartile range of a normal distribution is 1.35 standard deviations.
-    own = facts.spread / 1.35
+    own = math.hypot(facts.spread / 1.35, _OF_COMPUTING, _OF_CODEC * codec_s / step.total_s)
     if workers == 1 or facts.network is None:
         return _NINETY_PERCENT * own
     layout = Layout.of(workers, facts.ranks_per_host)
