@@ -13,13 +13,13 @@ from hvdtrain.verbs.plan.step import StepTime
 # 1.64 standard deviations hold 90 % of a normal distribution.
 _NINETY_PERCENT = 1.64
 # What the model of the network is taken to be off by with each doubling of the ranks beyond those measured.
-_BEYOND = 0.08
+_BEYOND = 0.12
 # What it is taken to be off by where MPI folds ranks to a power of two first: each MPI does that in its own way.
 _FOLDED = 0.15
 # The network's times differ from step to step, and from one use to another, by at least as much.
-_LEAST = 0.05
+_LEAST = 0.15
 # What computing alone is taken to be off by: no step has the surroundings of another.
-_OF_COMPUTING = 0.02
+_OF_COMPUTING = 0.04
 # And what a format computes, measured without a step around it.
 _OF_CODEC = 0.3
 # The share of a pace that may be another one on other numbers of ranks.
