@@ -27,7 +27,7 @@ WAYS = ("none:mpi", "fp16:gloo")
 
 
 def on_hosts(given: argparse.Namespace, hosts: int, controller: str, words: list[str]) -> str:
-    """Run `python -m hvdtrain` on so many hosts, one rank each, and return its output."""
+    """Run Python with these words on so many hosts, one rank each, and return its output."""
     where = ",".join(f"node{i + 1}:1" for i in range(hosts))
     launch = ["horovodrun", f"--{controller}", "--disable-cache", "--network-interfaces", "eth0", "-np", str(hosts)]
     if controller == "mpi":
@@ -45,7 +45,7 @@ def on_hosts(given: argparse.Namespace, hosts: int, controller: str, words: list
     variables.append("OMPI_MCA_threads_pthreads_yield_strategy=nanosleep")
     variables.append("OMPI_MCA_threads_pthreads_nanosleep_time=200000")
     command = [given.cluster, "exec", "node1", *variables, *launch, "-H", where]
-    command += [sys.executable, "-m", "hvdtrain", *words]
+    command += [sys.executable, *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
@@ -107,12 +107,17 @@ def setting(
     for base in given.plan_on:
         here = folder / f"plan-{base}"
         more = ["--to", str(given.most), "--noise-steps", "0", "--output", str(here)]
-        on_hosts(given, base, controller, ["plan", str(RECIPE), *flags, *more])
+        on_hosts(given, base, controller, ["-m", "hvdtrain", "plan", str(RECIPE), *flags, *more])
         plan = json.loads((here / "plan.json").read_text())
         plans[base] = {row["workers"]: row["step"]["total_s"] for row in plan["rows"]}
         # The real steps that it took on all of its ranks.
         true[base] = plan["facts"]["measured_steps_s"][str(base)]
-    on_hosts(given, given.most, controller, ["train", str(RECIPE), *flags, "--run-dir", str(folder / "run")])
+    on_hosts(
+        given,
+        given.most,
+        controller,
+        ["-m", "hvdtrain", "train", str(RECIPE), *flags, "--run-dir", str(folder / "run")],
+    )
     true[given.most] = measured_step(folder / "run")
     rows = []
     for hosts, seconds in true.items():

@@ -31,6 +31,7 @@ MODELS = {
 
 def main() -> None:
     """Print the table."""
+    from hvdtrain.verbs.plan.methods import sends_of
     from hvdtrain.verbs.plan.network import Layout, Network, other_network
     from hvdtrain.verbs.plan.step import Bucket, Compute, step_time
 
@@ -59,7 +60,8 @@ def main() -> None:
             buckets.append(Bucket(min(1.0, ready), round(num_bytes / count)))
         cells = []
         for n in counts:
-            time = step_time(compute, buckets, network, Layout.of(n, GPUS_PER_HOST)).total_s
+            sends = sends_of(buckets, "none", 1, Layout.of(n, GPUS_PER_HOST), (network, None))
+            time = step_time(compute, sends).total_s
             cells.append(f"{step / time:7.0%}")
         lines.append(f"{name:14}{''.join(cells)}   {paper:.0%}")
     text = "\n".join(lines)

@@ -1,7 +1,8 @@
 """A recipe whose layers sleep instead of computing, for benchmarks with more hosts than cores.
 
 Each layer has `--layer-kib` of weights and sleeps for `--sleep-ms` in its forward pass and twice that in its backward
-pass, after which its gradient is ready: as long as a real layer takes on a machine that this one does not have.
+pass, after which its gradient, random numbers in a matrix, is ready: as long as a real layer takes on a machine that
+this one does not have.
 """
 
 import dataclasses
@@ -14,25 +15,27 @@ import hvdtrain
 
 class _Sleep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, seconds):
+    def forward(ctx, x, weight, seconds, gradient):
         time.sleep(seconds)
-        ctx.shape, ctx.seconds = weight.shape, seconds
+        ctx.gradient, ctx.seconds = gradient, seconds
         return x * 1.0
 
     @staticmethod
     def backward(ctx, gradient):
         time.sleep(2 * ctx.seconds)
-        return gradient, torch.full(ctx.shape, float(gradient.sum())), None
+        return gradient, ctx.gradient * gradient.sum(), None, None
 
 
 class _Layer(torch.nn.Module):
-    def __init__(self, count, seconds):
+    def __init__(self, kib, seconds):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(count))
+        self.weight = torch.nn.Parameter(torch.zeros(kib, 256))
         self.seconds = seconds
+        gradient = torch.randn(kib, 256, generator=torch.Generator().manual_seed(kib))
+        self.register_buffer("gradient", gradient, persistent=False)
 
     def forward(self, x):
-        return _Sleep.apply(x, self.weight, self.seconds)
+        return _Sleep.apply(x, self.weight, self.seconds, self.gradient)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,10 @@ class Sleeping(hvdtrain.Recipe):
 
     def build(self, say):
         """Return the task."""
-        count, seconds = self.layer_kib * 256, self.sleep_ms / 1e3
-        model = torch.nn.Sequential(*[_Layer(count, seconds) for _ in range(self.layers)], torch.nn.Linear(4, 1))
+        seconds = self.sleep_ms / 1e3
+        model = torch.nn.Sequential(
+            *[_Layer(self.layer_kib, seconds) for _ in range(self.layers)], torch.nn.Linear(4, 1)
+        )
         data = hvdtrain.TensorSamples(torch.ones(4096, 4), torch.zeros(4096, 1))
         few = hvdtrain.TensorSamples(torch.ones(2, 4), torch.zeros(2, 1))
         return hvdtrain.Task(

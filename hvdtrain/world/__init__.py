@@ -7,6 +7,7 @@ from hvdtrain.world.build_info import ask_horovod
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import CODECS, codec_for, codec_of
+from hvdtrain.world.echo import Cargo, EchoWorld, Message, begin_exchange, messages_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.int8 import Int8
 from hvdtrain.world.plain_mpi import plain_sum
@@ -23,9 +24,12 @@ from hvdtrain.world.world import World
 __all__ = [
     "CODECS",
     "Averaging",
+    "Cargo",
     "Codec",
+    "EchoWorld",
     "Heartbeat",
     "Int8",
+    "Message",
     "PowerSGD",
     "RankSampler",
     "ReduceOp",
@@ -35,6 +39,7 @@ __all__ = [
     "WrappedOptimizer",
     "ask_horovod",
     "ask_with_gradients",
+    "begin_exchange",
     "codec_for",
     "codec_of",
     "connect",
@@ -43,6 +48,7 @@ __all__ = [
     "in_buckets",
     "init",
     "keep_per_rank",
+    "messages_of",
     "per_rank_buffers",
     "pick_device",
     "plain_sum",

@@ -117,10 +117,6 @@ class Codec(ABC):
         """Return the bytes that each of `size` ranks sends on its link where it hands over `handed`, in a ring."""
         return 2 * (size - 1) * handed // size
 
-    def rounds(self, size: int) -> int:
-        """Return how many collectives of a bucket wait for each other, between `size` ranks."""
-        return 1
-
     def about(self, shapes: Sequence[torch.Size]) -> str:
         """Return a line for the person who starts a run with gradients of these shapes, if there is any to say."""
         return ""

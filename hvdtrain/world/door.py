@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import resource
 import secrets
 import selectors
 import socket
@@ -28,8 +29,9 @@ _NUMBER_BYTES = 32
 _PROOF_BYTES = hashlib.sha256().digest_size
 _ANSWER = struct.Struct(f"!{_NUMBER_BYTES}sI{_PROOF_BYTES}s")
 _SECONDS_TO_PROVE = 5.0
-_MOST_VISITORS = 64
+MOST_VISITORS = 64
 _MOST_LISTENERS = 8
+_OTHER_FILES = 512
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Door:
     token: bytes
     size: int
     """Ranks of the job."""
-    most_visitors: int = _MOST_VISITORS
+    most_visitors: int = MOST_VISITORS
     seconds_to_prove: float = _SECONDS_TO_PROVE
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _listeners: list[socket.socket] = field(default_factory=list)
@@ -59,9 +61,10 @@ class Door:
 
     def listen(self, addresses: Iterable[str]) -> list[tuple[str, int]]:
         """Begin to listen at ports that the system chooses; returns address and port of those that can be had."""
+        _allow_files(self.size + self.most_visitors + _OTHER_FILES)
         for address in list(addresses)[:_MOST_LISTENERS]:
             with contextlib.suppress(OSError):
-                listener = socket.create_server((address, 0), backlog=min(self.size + self.most_visitors, 1024))
+                listener = socket.create_server((address, 0), backlog=min(self.size + self.most_visitors, 4096))
                 listener.setblocking(False)
                 self._selector.register(listener, selectors.EVENT_READ)
                 self._listeners.append(listener)
@@ -145,6 +148,14 @@ class Door:
         self._selector.unregister(connection)
         del self._visitors[connection]
         connection.close()
+
+
+def _allow_files(number: int) -> None:
+    """Let this process open so many files, where the system lets it: each rank is one of rank 0's connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def knock(address: tuple[str, int], token: bytes, rank: int, timeout_s: float = 10.0) -> socket.socket | None:

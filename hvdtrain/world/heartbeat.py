@@ -1,8 +1,10 @@
 """The ranks watch over each other, beside Horovod and MPI: a lost, stuck or failing rank ends the job with a reason.
 
 Horovod under Gloo waits for ever for a rank that is stuck, MPI for one that is stopped, and both answer a rank that
-failed with N tracebacks about themselves. Here each rank has a thread that reports to rank 0 over TCP, about once a
-second, where its rank is; rank 0 reports to all of them where it is itself. What can happen:
+failed with N tracebacks about themselves. Here each rank has a thread that reports to rank 0 over TCP where its rank
+is; rank 0 reports to all of them where it is itself. That is once a second, and less often with more than 128
+ranks, so that rank 0 has no more to read than with as many: whoever has stopped is missed after minutes all the same,
+and a connection that ends is noticed at once. What can happen:
 
 - a connection ends without a farewell: that rank is dead;
 - a rank does not report for `limit_s`: its process is stopped, or its host is gone;
@@ -32,7 +34,7 @@ from typing import Any, NoReturn
 
 from hvdtrain.process.busy import BusyClock
 from hvdtrain.process.progress import Place
-from hvdtrain.world.door import Door, knock
+from hvdtrain.world.door import MOST_VISITORS, Door, knock
 from hvdtrain.world.interfaces import addresses_towards, own_addresses
 from hvdtrain.world.peer import Peer
 from hvdtrain.world.verdict import Report, judge
@@ -45,6 +47,7 @@ _SECONDS_TO_LEAVE = _SECONDS_FOR_WRITERS + 15.0
 _TOKEN_BYTES = 32
 _LONGEST_REASON = 32_000
 _KNOCKS = 3
+_REPORTS_PER_S = 128
 
 
 class Heartbeat:
@@ -58,7 +61,8 @@ class Heartbeat:
     def __init__(self, world: World, limit_s: float) -> None:
         self._world = world
         self._limit_s = limit_s
-        self._interval_s = min(1.0, limit_s / 10)
+        # Rank 0 is told of all ranks: that many a second, however many there are.
+        self._interval_s = min(max(1.0, world.size / _REPORTS_PER_S), limit_s / 10)
         self._name = f"rank {world.rank} on {socket.gethostname()}"
         self._hosts: list[str] = []
         self._log: Path | None = None
@@ -126,7 +130,8 @@ class Heartbeat:
         if others:
             # Where nothing is known of the way to them, it is every interface.
             addresses += addresses_towards(others.values(), own_addresses()) or [""]
-        self._door = Door(secrets.token_bytes(_TOKEN_BYTES), self._world.size)
+        # All ranks may knock at once; who is turned away for others must knock again.
+        self._door = Door(secrets.token_bytes(_TOKEN_BYTES), self._world.size, max(MOST_VISITORS, 2 * self._world.size))
         listening = self._door.listen(addresses)
         self._selector.register(self._door, selectors.EVENT_READ)
         hosts = [(own_addresses() or [here]) if address == "0.0.0.0" else [address] for address, _ in listening]
@@ -169,8 +174,9 @@ class Heartbeat:
             if now - last_beat >= self._interval_s:
                 last_beat = now
                 self._beat()
-            if now >= judge_from and (verdict := self._judge()):
-                self._end(f"hvdtrain: {verdict}", 1, self._is_first())
+                # Not whenever a report comes in: it looks at every rank.
+                if now >= judge_from and (verdict := self._judge()):
+                    self._end(f"hvdtrain: {verdict}", 1, self._is_first())
         self._wakeful.close()
 
     def _admit(self) -> None:

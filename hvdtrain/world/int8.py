@@ -48,10 +48,6 @@ class Int8(ErrorFeedback):
         """Return the bytes of numbers that are sent as they are."""
         return count * self.buffer_type(dtype).itemsize
 
-    def rounds(self, size: int) -> int:
-        """Return that sums follow shares on more than two ranks."""
-        return 1 if size <= 2 else 2
-
     def begin(self, world: World, name: str, parts: Parts) -> Round:
         """Send what was rounded, and what travels as it is."""
         if world.size <= 2:

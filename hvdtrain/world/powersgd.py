@@ -101,10 +101,6 @@ class PowerSGD(ErrorFeedback):
         super().load_state_dict(state)
         self._factors.load_state_dict(state.get("factors", {}))
 
-    def rounds(self, size: int) -> int:
-        """Return that Q follows P."""
-        return 2
-
 
 class _PowerIteration(Round):
     """Both all-reduces of a bucket."""

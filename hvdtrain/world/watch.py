@@ -107,7 +107,9 @@ def _print_once(error: HvdtrainError, world: World) -> None:
 
 def _check_same_settings(config: Config, world: World) -> None:
     """Raise ConfigError where ranks were given other settings than rank 0, as by files that differ between hosts."""
-    everyone = world.all_gather_object(to_dict(config), "settings")
+    if world.agrees(to_dict(config), "settings"):
+        return
+    everyone = world.all_gather_object(to_dict(config), "settings.all")
     others = [str(rank) for rank, settings in enumerate(everyone) if settings != everyone[0]]
     if others:
         error = ConfigError(

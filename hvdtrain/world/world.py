@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -153,14 +154,33 @@ class World(Collectives):
             result = action()
         except HvdtrainError as caught:
             error = caught
+        if not self._any(error is not None, f"together.{name}.any"):
+            return cast(T, result)
         failed = [(rank, item) for rank, item in enumerate(self.all_gather_object(error, f"together.{name}")) if item]
-        if failed:
-            rank, first = failed[0]
-            where = "" if len(failed) == self.size else f"on rank {rank}: "
-            agreed = type(first)(f"{where}{first}")
-            agreed.is_on_all_ranks = True
-            raise agreed from error
-        return cast(T, result)
+        rank, first = failed[0]
+        where = "" if len(failed) == self.size else f"on rank {rank}: "
+        agreed = type(first)(f"{where}{first}")
+        agreed.is_on_all_ranks = True
+        raise agreed from error
+
+    def _any(self, own: bool, name: str) -> bool:
+        """Return whether any rank says yes. Collective; in host memory, where it does not depend on GPUs."""
+        if self.size == 1:
+            return own
+        return bool(self.start_all_reduce_(torch.tensor([float(own)], device="cpu"), "max", name)())
+
+    def agrees(self, value: object, name: str) -> bool:
+        """Return whether all ranks give values of the same `repr`; alike on all. Collective.
+
+        Two numbers travel, however long the values are and however many the ranks: gather them only where they differ.
+        """
+        if self.size == 1:
+            return True
+        own = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big", signed=True)
+        # The largest digest and the largest complement, which is the smallest digest's: equal if there is only one.
+        pair = torch.tensor([own, ~own], device="cpu")
+        largest, smallest = self.start_all_reduce_(pair, "max", name)().tolist()
+        return bool(largest == ~smallest)
 
     def check_replicas(self, tensors: Mapping[str, Tensor], name: str) -> None:
         """Make sure that `tensors` are bitwise equal on all ranks. Collective.

@@ -193,3 +193,31 @@ def test_an_optimizer_of_another_rank():
         return optimizer.param_groups[0]["lr"]
 
     assert run_ranks(2, work) == [0.2, 0.2]
+
+
+def test_agreement_sends_two_numbers_and_no_values():
+    """What all ranks have alike is not gathered: it would be N values on each of N ranks."""
+
+    def work(world):
+        alike = world.agrees({"steps": 5, "text": "x" * 10_000}, "alike")
+        differs = world.agrees({"steps": 5 + (world.rank == 2)}, "differs")
+        value = world.together(lambda: world.rank, "fine")
+        return alike, differs, value, world.handed_bytes["alike"], list(world.sent)
+
+    for rank, (alike, differs, value, handed, sent) in enumerate(run_ranks(3, work)):
+        assert (alike, differs, value, handed) == (True, False, rank, 16)
+        assert sent == ["alike", "differs", "together.fine.any"]
+    assert SoloWorld(torch.device("cpu"), hvdtrain.process.launch.Launch("none")).agrees(1, "one")
+
+
+def test_an_error_of_one_rank_is_everybodys():
+    def work(world):
+        def action():
+            if world.rank == 1:
+                raise UsageError("no such file")
+
+        with pytest.raises(UsageError, match="on rank 1: no such file") as caught:
+            world.together(action, "read")
+        return caught.value.is_on_all_ranks
+
+    assert run_ranks(3, work) == [True] * 3

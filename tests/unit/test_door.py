@@ -6,12 +6,13 @@ import resource
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hvdtrain.world import door as module
-from hvdtrain.world.door import Door, knock
+from hvdtrain.world.door import MOST_VISITORS, Door, knock
 from hvdtrain.world.interfaces import addresses_towards, own_addresses
 
 TOKEN = b"t" * 16
@@ -196,3 +197,21 @@ def test_addresses_of_the_interfaces_that_lead_somewhere():
     assert not any(address.startswith("127.") for address in own)
     assert addresses_towards([own], own) == []  # a bridge that every host has leads nowhere
     assert set(addresses_towards([["127.0.0.2"]], own)) <= {"127.0.0.1", "127.0.0.2"}
+
+
+def test_all_ranks_may_knock_at_once():
+    """More of them than visitors that are let in from strangers, and none has to knock again."""
+    size = 3 * MOST_VISITORS
+    door = Door(b"t" * 32, size, 2 * size)
+    ((_, port),) = door.listen(["127.0.0.1"])
+    came = {}
+    with ThreadPoolExecutor(size) as pool:
+        knocks = [pool.submit(knock, ("127.0.0.1", port), b"t" * 32, rank) for rank in range(1, size)]
+        deadline = time.monotonic() + 30
+        while len(came) < size - 1 and time.monotonic() < deadline:
+            came.update(door.arrivals())
+        assert all(future.result() is not None for future in knocks)
+    door.close()
+    for connection in [*came.values(), *(future.result() for future in knocks)]:
+        connection.close()
+    assert set(came) == set(range(1, size))

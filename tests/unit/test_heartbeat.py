@@ -194,3 +194,12 @@ def test_strangers_at_the_door_while_ranks_come_in(begin, tmp_path):
     assert ended(ranks, tmp_path) == [(0, "")] * 3
     for visitor in visitors:
         visitor.close()
+
+
+def test_rank_0_hears_no_more_from_a_thousand_ranks_than_from_a_hundred():
+    world = SoloWorld(torch.device("cpu"), Launch("none"))
+    intervals = {}
+    for size in (2, 128, 1024, 4096):
+        world.size = size
+        intervals[size] = Heartbeat(world, limit_s=300.0)._interval_s
+    assert intervals == {2: 1.0, 128: 1.0, 1024: 8.0, 4096: 30.0}  # a tenth of the limit at most

@@ -3,22 +3,30 @@
 import json
 import math
 import random
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import thread_world
 import torch
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
 from hvdtrain.rundir.manifest import Manifest, encode_manifest
+from hvdtrain.settings.compression import EXACT
+from hvdtrain.verbs.plan import comparison, costs
 from hvdtrain.verbs.plan.all_reduce import groups_of
 from hvdtrain.verbs.plan.answer import answer, worker_counts
 from hvdtrain.verbs.plan.facts import Facts, compute_on
 from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
-from hvdtrain.verbs.plan.network import Layout, Network, Timing, fit, other_network
+from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, sends_of
+from hvdtrain.verbs.plan.network import Layout, Network, Pace, Timing, fit, other_network, paced
 from hvdtrain.verbs.plan.page import save_html
 from hvdtrain.verbs.plan.report import describe, table
 from hvdtrain.verbs.plan.saved import load_json, save_json
-from hvdtrain.verbs.plan.step import Bucket, Compute, exposed_communication, step_time
+from hvdtrain.verbs.plan.step import Bucket, Compute, Send, exposed_communication, local_step_time, step_time
+from hvdtrain.world import Cargo, begin_exchange, codec_of
 
 GIGABIT = Network("gloo", 1e-3, None, None, 50e-6, 8 / 1e9, 0.05, 4)
 SIZES = (4 << 10, 64 << 10, 1 << 20, 16 << 20)
@@ -83,23 +91,84 @@ def test_a_network_that_one_does_not_have():
 
 def test_communication_hides_behind_what_is_left_of_backward():
     compute = Compute(1.0, 2.0, 0.1)
-    early, late = Bucket(0.25, 100), Bucket(1.0, 100)
-    assert exposed_communication(compute, [early], lambda size: 1.5) == 0
-    assert exposed_communication(compute, [early, late], lambda size: 1.5) == 1.5
-    assert exposed_communication(compute, [early, late], lambda size: 3.0) == pytest.approx(0.5 + 3 + 3 - 2)
+    assert exposed_communication(compute, [Send(0.25, 1.0, 0.5)]) == 0
+    assert exposed_communication(compute, [Send(0.25, 1.0, 0.5), Send(1.0, 1.0, 0.5)]) == 1.5
+    assert exposed_communication(compute, [Send(0.25, 0, 3.0), Send(1.0, 0, 3.0)]) == pytest.approx(0.5 + 3 + 3 - 2)
 
 
 def test_a_step():
     compute, buckets = Compute(0.1, 0.2, 0.01), [Bucket(0.5, 1 << 20), Bucket(1.0, 1 << 20)]
-    alone = step_time(compute, buckets, GIGABIT, Layout(1, 1), accum_steps=3)
+    alone = step_time(compute, [], accum_steps=3)
     assert alone.total_s == pytest.approx(0.31 + 2 * 0.3)
     assert alone.exposed_s == 0
     one = GIGABIT.seconds(1 << 20, Layout(4, 4))
-    step = step_time(compute, buckets, GIGABIT, Layout(4, 4))
+    sends = sends_of(buckets, "none", 1024, Layout(4, 4), (GIGABIT, None))
+    step = step_time(compute, sends)
     assert step.exposed_s == pytest.approx(one)
     assert step.latency_s + step.bandwidth_s == pytest.approx(step.exposed_s)
-    slowed = step_time(compute, buckets, GIGABIT, Layout(4, 4), interference=1.0)
+    assert step_time(compute, sends, codec_s=0.5).total_s == pytest.approx(step.total_s + 0.5)
+    slowed = step_time(compute, sends, interference=1.0)
     assert slowed.exposed_s == pytest.approx(2 * one)
+
+
+def test_a_step_of_local_updates():
+    compute, sends = Compute(0.1, 0.2, 0.01), [Send(1.0, 0.5, 1.5), Send(1.0, 0.5, 1.5)]
+    step = local_step_time(compute, sends, 10, question_s=0.2, codec_s=1.0)
+    assert step.total_s == pytest.approx(0.31 + 0.4 + 0.1)  # the question hides behind the step
+    assert (step.exposed_s, step.latency_s) == (pytest.approx(0.4), pytest.approx(0.1))
+    assert local_step_time(compute, sends, 10, question_s=0.51, codec_s=1.0).total_s == pytest.approx(0.81 + 0.2)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("compression", ["none", "fp16", "bf16", "int8", "powersgd:2", "topk:0.1"])
+def test_planned_bytes_are_those_that_ranks_hand_over(compression, size):
+    """For any number of ranks, by the codec itself, against a world whose ranks are threads."""
+    shapes = ((64, 48), (33,), (300, 5))
+    cargo = Cargo(tuple(map(torch.Size, shapes)), torch.float32)
+    options = {} if compression in EXACT else {"min_size": 100}
+
+    def work(world):
+        codec = codec_of(compression, **options)
+        begin_exchange(world, codec, "plan", [cargo], [cargo.buffer(codec, world)])()
+        return world.handed_bytes["plan"]
+
+    said = handed_bytes([Bucket(1.0, 0, shapes)], compression, 100, size)
+    assert set(thread_world.run_ranks(size, work)) == {said}
+
+
+def test_gathered_bytes_grow_with_the_planned_ranks():
+    """Top-k's numbers go to all ranks: what a link carries grows with them, unlike an all-reduce's."""
+    bucket = Bucket(1.0, 4 << 20, ((1024, 1024),))
+    fast = Network("gloo", 0.0, None, None, 0.0, 8 / 1e9, 0.0, 2)
+
+    def seconds(compression, n):
+        return sum(send.seconds for send in sends_of([bucket], compression, 1024, Layout(n, n), (fast, None)))
+
+    assert seconds("topk:0.01", 64) == pytest.approx(63 * seconds("topk:0.01", 2), rel=1e-3)
+    assert seconds("none", 64) < 2 * seconds("none", 2)
+    assert seconds("int8", 64) < 4 * seconds("int8", 2)
+
+
+def test_mpi_folds_what_is_no_power_of_two():
+    """Two more times all bytes over the slowest link; Gloo's ring does not care."""
+    mpi, gloo = (Network(kind, 0.0, None, None, 0.0, 1e-9, 0.0, 2) for kind in ("mpi", "gloo"))
+    assert mpi.seconds(1e9, Layout(6, 6)) == pytest.approx(2 * 3 / 4 + 2)
+    assert mpi.seconds(1e9, Layout(4, 4)) == pytest.approx(2 * 3 / 4)
+    assert gloo.seconds(1e9, Layout(6, 6)) == pytest.approx(2 * 5 / 6)
+    wide = [answer(facts(network=replace(GIGABIT, controller="mpi")), n).rows[-1].error for n in (4, 6, 8)]
+    assert wide[1] > wide[0]
+    assert wide[1] > wide[2]
+
+
+def test_another_collectives_pace():
+    true = replace(GIGABIT, paces={"all_gather": Pace(3.0, 1.5)})
+    layout = Layout(4, 4)
+    timings = [Timing(layout, size, true.seconds(size, layout, "all_gather")) for size in (4096, 1 << 20)]
+    found = paced(GIGABIT, "all_gather", timings)
+    assert found.seconds(1 << 22, Layout(16, 16), "all_gather") == pytest.approx(
+        true.seconds(1 << 22, Layout(16, 16), "all_gather")
+    )
+    assert found.seconds(1 << 22, layout) == GIGABIT.seconds(1 << 22, layout)
 
 
 def test_the_noise_scale_of_a_linear_regression_with_known_covariance():
@@ -267,6 +336,75 @@ def test_what_was_not_measured_is_not_predicted():
     assert "4 workers and more need the network between hosts" in some.unknown
 
 
+def with_formats(**more):
+    shapes = ((512, 512),)
+    formats = {name: Format(name, {2: 1e-3, 4: 1e-3}, 0.01) for name in ("none", "fp16", "bf16", "int8", "topk:0.01")}
+    buckets = (Bucket(1.0, 1 << 20, shapes),)
+    return facts(**{"formats": formats, "buckets": buckets, "noise": None, **more})
+
+
+def test_the_ways_to_average_on_a_slow_and_on_a_fast_network():
+    slow = answer(with_formats(network=other_network(GIGABIT, "20mbit,20ms")), 2)
+    text = table(slow)
+    names = [row.method for row in slow.methods]
+    assert names[0] == "every step"
+    assert names[-2:] == ["local SGD, 50 steps", "DiLoCo, 50 steps"]
+    assert "every step, powersgd:4" not in names  # it was not measured
+    assert slow.method.loss.change <= comparison.WITHIN
+    assert slow.method.speedup > 1.3
+    assert f"to average: {slow.method.method} ({slow.method.flags}): " in text
+    assert "DiLoCo, 50 steps would be" in text or "local SGD, 50 steps would be" in text
+    assert max(row.speedup for row in slow.methods) == slow.methods[-1].speedup
+    fast = answer(with_formats(network=other_network(GIGABIT, "100gbit,1us")), 2)
+    assert fast.method.method == "every step"
+    assert "to average: every step: exact" in table(fast)
+    assert answer(with_formats(network=None), 2).methods == ()
+
+
+def test_a_format_that_contradicts_its_parts_is_not_recommended():
+    network = other_network(GIGABIT, "20mbit,20ms")
+    busy = with_formats(network=network)
+    calm = answer(busy, 2).method.method
+    compression = {"every step, fp16": "fp16", "every step, bf16": "bf16"}[calm]
+    formats = {**busy.formats, compression: replace(busy.formats[compression], exchange_s=9.0, explained_s=3.0)}
+    again = answer(replace(busy, formats=formats), 2)
+    assert again.method.method != calm
+    assert f"{calm}: all gradients took 9000 ms, and its parts, measured by themselves, explain 3000 ms" in table(again)
+    formats = {**busy.formats, "none": replace(busy.formats["none"], exchange_s=1.0, explained_s=3.0)}
+    none = answer(replace(busy, formats=formats), 2)
+    assert none.method is None
+    assert "to average: no recommendation: every step: " in table(none)
+
+
+def test_what_formats_compute_grows_along_a_line():
+    measured = Format("topk:0.01", {2: 1.0, 4: 2.0, 8: 3.0})
+    assert [measured.computes(n) for n in (1, 2, 3, 8, 16)] == [0.0, 1.0, 1.5, 3.0, 5.0]
+    assert Format("none").computes(8) == 0.0
+
+
+def test_flags_are_what_the_command_line_takes():
+    methods = [Method("int8"), Method(period=20), Method("bf16", period=20, outer="nesterov"), Method()]
+    assert [method.flags for method in methods] == [
+        "--comm.compression int8",
+        "--comm.sync local --comm.period 20",
+        "--comm.compression bf16 --comm.sync local --comm.period 20 --comm.outer nesterov",
+        "",
+    ]
+
+
+def test_the_losses_that_plan_names_are_in_the_results():
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    for change in [*costs._OF_FORMATS.values(), *costs._LOCAL.values()]:
+        if not change.where:
+            continue
+        text = (results / change.where.partition(":")[0]).read_text()
+        found = [float(number) / 100 for number in re.findall(r"([+-][\d.]+)%", text)]
+        # compression.txt has nats: their difference over the mean of the losses.
+        if nats := re.findall(r"^ +\d +([\d.]+) +[\d.]+ +([+-][\d.]+)$", text, re.MULTILINE):
+            found.append(sum(float(b) for _, b in nats) / sum(float(a) for a, _ in nats))
+        assert min(abs(change.change - number) for number in found) < 1e-4, change
+
+
 def test_the_interval_grows_with_distance_and_with_unrest():
     errors = [row.error for row in answer(facts(), 64).rows]
     assert errors == sorted(errors)
@@ -304,7 +442,7 @@ def test_a_plan_is_kept_and_read_again(tmp_path):
     for text, message in (
         ("{}", "was not written by this plan"),
         ("no", "was not written by this plan"),
-        ('{"format_version": 1, "facts": {}}', "has format 1, this hvdtrain reads 2: measure again"),
+        ('{"format_version": 1, "facts": {}}', "has format 1, this hvdtrain reads 3: measure again"),
     ):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hvdtrain.verbs.plan.comparison import MethodRow, compared
+from hvdtrain.verbs.plan.comparison import recommended as recommended_method
 from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.limits import changes_of, limit_of
 from hvdtrain.verbs.plan.network import Layout
@@ -33,6 +35,11 @@ class Answer:
     """The recommended number, but at least two where there are."""
     unknown: str = ""
     """Why rows are missing."""
+    methods: tuple[MethodRow, ...] = ()
+    """Ways to average, for each number of workers of `rows` but one, exact averages first."""
+    method: MethodRow | None = None
+    """The way that is recommended at `changed_workers`; None where there is one worker, or a contradiction."""
+    method_reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -71,7 +78,23 @@ def answer(facts: Facts, to: int, price: float | None = None) -> Answer:
     changes = changes_of(facts, changed)
     contradiction = _contradiction(facts, rows)
     recommended, reason = (None, contradiction) if contradiction else (best, reason)
-    return Answer(facts, tuple(rows), recommended, reason, limit_of(facts, rows[-1]), changes, changed.workers, unknown)
+    methods = {row.workers: compared(facts, row.workers) for row in rows}
+    method, why = recommended_method(methods[changed.workers])
+    if contradiction:
+        method, why = None, ""
+    return Answer(
+        facts,
+        tuple(rows),
+        recommended,
+        reason,
+        limit_of(facts, rows[-1]),
+        changes,
+        changed.workers,
+        unknown,
+        tuple(row for of_workers in methods.values() for row in of_workers),
+        method,
+        why,
+    )
 
 
 def _contradiction(facts: Facts, rows: Sequence[Row]) -> str:

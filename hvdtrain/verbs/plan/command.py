@@ -39,8 +39,8 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
         say(describe(facts))
         _show(_ask(facts, options), options, {}, say)
         return 0
-    if recipe.comm.sync == "local":
-        raise ConfigError("plan predicts steps that average gradients: leave out --comm.sync local")
+    if recipe.comm.sync == "local":  # measured as steps that average, and predicted with all other ways to average
+        recipe = dataclasses.replace(recipe, comm=dataclasses.replace(recipe.comm, sync="every-step"))
     return watched(
         recipe,
         lambda world, heartbeat, unwatched: _plan(name, recipe, options, world),

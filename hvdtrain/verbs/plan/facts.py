@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvdtrain.optim.noise import NoiseScale
+from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, sends_of
 from hvdtrain.verbs.plan.network import Layout, Network
-from hvdtrain.verbs.plan.step import Bucket, Compute, StepTime, step_time
+from hvdtrain.verbs.plan.step import Bucket, Compute, Send, StepTime, local_step_time, step_time
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,17 @@ class Facts:
     """What a rank may take; None: not known."""
     by_micro_batch: Mapping[int, Compute] = field(default_factory=dict)
     plain_mpi_s: Mapping[int, float] = field(default_factory=dict)
+    compression: str = "none"
+    """The recipe's own format of gradients."""
+    compression_min_size: int = 1024
+    period: int = 50
+    """Of local updates, where they are compared."""
+    is_sharded: bool = False
+    """Whether gradients are scattered, and as many weights gathered (`--optim.shard`): the recipe's own."""
+    adds_bfloat16: bool = False
+    """Whether the world adds bfloat16 as it is."""
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    """What was measured of each format of gradients."""
 
     @property
     def most_samples(self) -> int | None:
@@ -80,18 +93,62 @@ def compute_on(facts: Facts, layout: Layout) -> Compute:
 
 
 def predict(facts: Facts, workers: int) -> StepTime:
-    """Return the time of a step on so many workers."""
+    """Return the time of a step on so many workers, by the recipe's own way to average."""
+    return predict_by(facts, workers, Method(facts.compression))
+
+
+def predict_by(facts: Facts, workers: int, method: Method) -> StepTime:
+    """Return the time of a step on so many workers that average by this method; in the mean, where not in every step.
+
+    Raises:
+        ValueError: what the bytes depend on is not known.
+    """
     layout = Layout.of(workers, facts.ranks_per_host)
     compute = compute_on(facts, layout)
-    return step_time(
-        compute,
+    own = facts.formats.get(method.compression, Format(method.compression))
+    sends = _sends(facts, method, layout)
+    codec_s = own.computes(workers)
+    if method.period is None or facts.network is None or workers == 1:
+        return step_time(
+            compute, sends, interference=facts.interference, accum_steps=facts.accum_steps, codec_s=codec_s
+        )
+    question_s = facts.network.seconds(4, layout)
+    return local_step_time(compute, sends, method.period, question_s, accum_steps=facts.accum_steps, codec_s=codec_s)
+
+
+def bytes_by(facts: Facts, workers: int, method: Method) -> int:
+    """Return what one of so many workers hands over in a step, in the mean."""
+    if workers == 1:
+        return 0
+    shared = (facts.compression_min_size, workers, facts.adds_bfloat16)
+    return handed_bytes(facts.buckets, method.compression, *shared) // (method.period or 1)
+
+
+def pace_of(facts: Facts, method: Method) -> float:
+    """Return the factor of the network's times: of real steps for the recipe's own way, else of real exchanges."""
+    if method == Method(facts.compression):
+        return facts.pace
+    return facts.formats.get(method.compression, Format(method.compression)).pace
+
+
+def _sends(facts: Facts, method: Method, layout: Layout) -> list[Send]:
+    if layout.ranks == 1 or facts.network is None:
+        return []
+    is_own = method == Method(facts.compression)
+    sends = sends_of(
         facts.buckets,
-        facts.network,
+        method.compression,
+        facts.compression_min_size,
         layout,
-        interference=facts.interference,
-        pace=facts.pace,
-        accum_steps=facts.accum_steps,
+        (facts.network, facts.fp16_network),
+        pace=pace_of(facts, method),
+        adds_bfloat16=facts.adds_bfloat16,
     )
+    if not (is_own and facts.is_sharded):
+        return sends
+    # Scattered, and gathered in the end: each moves half of what an all-reduce does.
+    halves = [dataclasses.replace(send, bandwidth_s=send.bandwidth_s / 2) for send in sends]
+    return [*halves, *(dataclasses.replace(half, ready=1.0) for half in halves)]
 
 
 def _parts(compute: Compute) -> tuple[float, float, float]:

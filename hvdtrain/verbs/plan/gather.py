@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hvdtrain.optim.noise import NoiseScale, noise_scale
+from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.trainer import Job, Recipe, Task
 from hvdtrain.trainer.memory import RESERVE, available, estimate
 from hvdtrain.trainer.state import Training, start_training
@@ -17,10 +18,12 @@ from hvdtrain.verbs.plan import measure
 from hvdtrain.verbs.plan.all_reduce import all_reduce_timings, sizes_for
 from hvdtrain.verbs.plan.calibrate import calibrated
 from hvdtrain.verbs.plan.facts import Facts
+from hvdtrain.verbs.plan.formats import measured_formats, with_paces
 from hvdtrain.verbs.plan.gradients import gradient_norms
-from hvdtrain.verbs.plan.network import Controller, Network, fit
+from hvdtrain.verbs.plan.methods import FORMATS
+from hvdtrain.verbs.plan.network import Controller, Layout, Network, fit
 from hvdtrain.verbs.plan.step import Bucket
-from hvdtrain.world import World, codec_for
+from hvdtrain.world import World
 
 # A rank this much slower than the median one is named.
 _STRAGGLER = 1.15
@@ -44,11 +47,9 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
     own, training = measure.own_job(settings, task, world.device, plan.micro_batch_size)
     world.barrier("plan.together")
     of_ranks = world.all_gather_object(measure.own_steps(own, training, warmup=1, steps=5), "plan.own")
-    codec = codec_for(recipe.comm)
-    buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20, codec, world)
-    buckets = measure.as_sharded(buckets) if recipe.optim.shard else buckets
+    buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20)
     buckets = world.broadcast_object(buckets, "plan.buckets")
-    network, fp16, plain = _network(world, hosts, buckets, codec.wire_bytes(1, torch.float32) == 2)
+    network, fp16, plain = _network(world, hosts, buckets)
     samples = job.order.global_batch(0)
     alone = by_micro[plan.micro_batch_size]
     facts = Facts(
@@ -64,7 +65,7 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         spread=statistics.median(item.spread for item in of_ranks),
         buckets=buckets,
         network=network,
-        fp16_network=None if codec.is_approximate else fp16,
+        fp16_network=fp16,
         noise=_noise(own, training, world, noise_steps),
         slowest=_straggler(of_ranks, hosts),
         steps_to_target=recipe.train.steps,
@@ -75,9 +76,18 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         memory_free_bytes=room.free_bytes,
         by_micro_batch={size: item.compute for size, item in by_micro.items()},
         plain_mpi_s=plain,
+        compression=recipe.comm.compression,
+        compression_min_size=recipe.comm.compression_min_size,
+        period=recipe.comm.period,
+        is_sharded=recipe.optim.shard,
+        adds_bfloat16=world.adds_bfloat16,
     )
-    if world.size == 1:
+    if network is None:
         return dataclasses.replace(facts, measured_steps_s={1: alone.compute.total_s})
+    names = [name for name in dict.fromkeys((recipe.comm.compression, *FORMATS)) if _has_room(name, facts)]
+    layout = Layout(world.size, len(set(hosts)))
+    formats = measured_formats(world, layout, recipe.comm, names, buckets, (network, fp16))
+    facts = dataclasses.replace(facts, formats=formats)
     # Real steps of all ranks tell how much of the hidden communication the computing pays for.
     whole = measure.whole_steps(job, start_training(job), warmup=2, steps=8)
     return calibrated(facts, world.size, statistics.median(whole))
@@ -135,20 +145,28 @@ def _own_by_micro_batch(
     return world.broadcast_object((found, memory), "plan.alone")
 
 
+def _has_room(name: str, facts: Facts) -> bool:
+    """Return whether what a format remembers, and its messages, fit beside training."""
+    if facts.most_samples is None or facts.memory_free_bytes is None or parse_compression(name)[0] in EXACT:
+        return True
+    assert facts.memory_sample_bytes is not None
+    used = facts.memory_fixed_bytes + facts.micro_batch_size * facts.memory_sample_bytes
+    return used + 6 * sum(bucket.num_bytes for bucket in facts.buckets) <= facts.memory_free_bytes
+
+
 def _network(
-    world: World, hosts: Sequence[str], buckets: Sequence[Bucket], is_fp16: bool
+    world: World, hosts: Sequence[str], buckets: Sequence[Bucket]
 ) -> tuple[Network | None, Network | None, dict[int, float]]:
-    """Measure and fit the network for both formats; the first is the recipe's. Collective."""
+    """Measure and fit the network, for fp32 and for fp16. Collective."""
     if world.size == 1:
         return None, None, {}
     controller: Controller = "gloo" if world.launch.launcher == "horovodrun --gloo" else "mpi"
     sizes = sizes_for([bucket.num_bytes for bucket in buckets])
-    timings, plain = all_reduce_timings(world, hosts, sizes, torch.float16 if is_fp16 else torch.float32)
-    if is_fp16:
-        return fit(controller, timings), None, plain
+    timings, plain = all_reduce_timings(world, hosts, sizes, torch.float32)
     halves = sorted({size // 2 for size in sizes})
     in_fp16, _ = all_reduce_timings(world, hosts, halves, torch.float16)
-    return fit(controller, timings), fit(controller, in_fp16), plain
+    layout = Layout(world.size, len(set(hosts)))
+    return with_paces(world, layout, fit(controller, timings), buckets), fit(controller, in_fp16), plain
 
 
 def _straggler(of_ranks: list[measure.Measured], hosts: Sequence[str]) -> str:

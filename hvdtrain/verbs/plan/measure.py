@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,8 @@ from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.kit import spread
 from hvdtrain.verbs.phase_clock import PhaseClock
 from hvdtrain.verbs.plan.step import Bucket, Compute
-from hvdtrain.world import Codec, SoloWorld, World, in_buckets
+from hvdtrain.world import SoloWorld, codec_of, in_buckets
+from hvdtrain.world.filling import real
 
 # A machine is unsteady when the middle half of its steps differs by more than this share; it is measured longer then.
 UNSTEADY = 0.1
@@ -67,17 +67,13 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     return Measured(Compute(forward, backward, max(0.0, total - forward - backward)), differ_by, len(parts))
 
 
-def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec, world: World) -> list[Bucket]:
+def ready_buckets(job: Job, training: Training, bucket_bytes: int) -> list[Bucket]:
     """Return the buckets that training would send, each with the share of the backward pass after which it is ready.
-
-    What a codec sends in another way than by an all-reduce counts as one of as many bytes on the links of the ranks.
 
     Args:
         job: of this rank alone.
         training: its model.
         bucket_bytes: as `--comm.bucket-mib` says.
-        codec: what they become on the wire.
-        world: would carry them.
     """
     parameters = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     groups = in_buckets(parameters, bucket_bytes)
@@ -103,27 +99,12 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, codec: Codec,
     buckets = []
     for group in groups:
         ready = max(statistics.median(shares[parameter]) for parameter in group)
-        dtype, size = group[0].dtype, world.size
-        if codec.is_native(world, dtype):
-            handed = (sum(parameter.numel() for parameter in group) + len(group)) * dtype.itemsize
-        else:
-            handed = sum(codec.tensor_bytes(parameter.shape, parameter.dtype) for parameter in group)
-            handed += codec.wire_bytes(len(group), dtype)
-        rounds = codec.rounds(size)
-        as_all_reduce = codec.link_bytes(handed, size) * size // (2 * (size - 1)) if size > 1 else handed
-        # What follows a first round leaves when backward is over.
-        readiness = [min(1.0, ready), *[1.0] * (rounds - 1)]
-        buckets += [Bucket(share, as_all_reduce // rounds) for share in readiness]
+        wholes = [real(parameter.detach()) for parameter in group]
+        dtype, shapes = wholes[0].dtype, [tuple(whole.shape) for whole in wholes]
+        count = sum(map(math.prod, shapes)) + len(group)
+        as_they_are = codec_of("none").wire_bytes(count, dtype)
+        buckets.append(Bucket(min(1.0, ready), as_they_are, tuple(shapes), str(dtype).removeprefix("torch.")))
     return sorted(buckets, key=lambda bucket: bucket.ready)
-
-
-def as_sharded(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """Return what `--optim.shard` sends instead: gradients are scattered, and as many weights gathered in the end.
-
-    Each of the two moves half of what an all-reduce does.
-    """
-    halves = [dataclasses.replace(bucket, num_bytes=bucket.num_bytes // 2) for bucket in buckets]
-    return [*halves, *(dataclasses.replace(bucket, ready=1.0) for bucket in halves)]
 
 
 def whole_steps(job: Job, training: Training, *, warmup: int, steps: int) -> list[float]:

@@ -1,13 +1,16 @@
-"""The time of an all-reduce over any number of ranks, fitted to measured ones. Pure functions.
+"""The time of a collective over any number of ranks, fitted to measured ones. Pure functions.
 
 A reduction takes a latency for each of its rounds and moves each byte a number of times (Thakur, Rabenseifner and Gropp
 2005, "Optimization of Collective Communication Operations in MPICH"; for the ring also arXiv:1802.05799):
 
-    T(S, n) = o + a_in R(p) + a_out R(h) + S (W(p) / B_in + W_out / B_out)
+    T(S, n) = o + a_in R(p) + a_out R(h) + S (W_in / B_in + W_out / B_out)
 
-with n ranks on h hosts, p on each; R rounds, W(k) = 2 (k - 1) / k. Gloo's ring passes every host with the bytes of all
-its ranks (W_out = W(n)) and waits for the receiver's notice (R(k) = 8 (k - 1), Horovod's own negotiation included); MPI
-reduces inside a host first (W_out = W(h)) and takes rounds that double (R(k) = 4 ceil(log2 k)).
+with n ranks on h hosts, p on each; R rounds, W how often a byte passes: `kinds.py`. Gloo's ring passes every host with
+the bytes of all its ranks and waits for the receiver's notice (R(k) = 8 (k - 1), Horovod's own negotiation included);
+MPI reduces inside a host first and takes rounds that double (R(k) = 4 log2 k; more where ranks are folded first).
+
+Other collectives have rounds and bytes of their own over the same links; two factors, of the latency and of the bytes,
+are measured for each (`Pace`).
 """
 
 from __future__ import annotations
@@ -15,35 +18,21 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.verbs.plan.kinds import Controller, Kinds, Layout, factors
 
-Controller = Literal["mpi", "gloo"]
+__all__ = ["Controller", "Layout", "Network", "Pace", "Timing", "fit", "other_network", "paced"]
+
 # What Ethernet, IP and TCP leave of a wire's bits.
 _PAYLOAD = 0.957
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Ranks of a group: how many, and on how many hosts."""
-
-    ranks: int
-    hosts: int
-
-    @property
-    def per_host(self) -> int:
-        """Return the most ranks on a host."""
-        return -(-self.ranks // self.hosts)
-
-    @staticmethod
-    def of(ranks: int, ranks_per_host: int) -> Layout:
-        """Return the layout of so many ranks that fill host after host."""
-        return Layout(ranks, max(1, -(-ranks // ranks_per_host)))
+# What another collective's latency and bytes may be to those that the all-reduces tell of.
+_LEAST, _MOST = 0.2, 5.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +44,14 @@ class Timing:
     seconds: float
     is_part: bool = False
     """Whether there were ranks outside of the group, which look seldom whether others need them while they are idle."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a collective's times are to those that all-reduces tell of."""
+
+    latency: float = 1.0
+    bandwidth: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,22 +68,27 @@ class Network:
     """Root mean square of the relative errors at the measured points."""
     most_ranks: int
     """Of the measured groups."""
+    paces: Mapping[Kinds, Pace] = field(default_factory=dict)
+    """Of the collectives that were measured besides all-reduces."""
 
-    def seconds(self, num_bytes: float, layout: Layout) -> float:
-        """Return the time of an all-reduce of `num_bytes` over the ranks of `layout`; 0 for one rank."""
-        return self.latency_part(layout) + self.bandwidth_part(num_bytes, layout) if layout.ranks > 1 else 0.0
-
-    def latency_part(self, layout: Layout) -> float:
-        """Return what an empty all-reduce takes."""
+    def seconds(self, num_bytes: float, layout: Layout, way: Kinds = "all_reduce") -> float:
+        """Return the time of a collective of `num_bytes` over the ranks of `layout`; 0 for one rank."""
         if layout.ranks < 2:
             return 0.0
-        values = _row(self.controller, 0.0, layout)
-        return self._sum(values)
+        return self.latency_part(layout, way) + self.bandwidth_part(num_bytes, layout, way)
 
-    def bandwidth_part(self, num_bytes: float, layout: Layout) -> float:
+    def latency_part(self, layout: Layout, way: Kinds = "all_reduce") -> float:
+        """Return what an empty collective takes."""
+        if layout.ranks < 2:
+            return 0.0
+        _, inside, _, outside, _ = factors(way, self.controller, 0.0, layout)
+        pace = self.paces.get(way, Pace())
+        return self.overhead_s + pace.latency * self._sum([0.0, inside, 0.0, outside, 0.0])
+
+    def bandwidth_part(self, num_bytes: float, layout: Layout, way: Kinds = "all_reduce") -> float:
         """Return what the bytes take."""
-        values = _row(self.controller, num_bytes, layout)
-        return self._sum([0.0, 0.0, values[2], 0.0, values[4]])
+        values = factors(way, self.controller, num_bytes, layout)
+        return self.paces.get(way, Pace()).bandwidth * self._sum([0.0, 0.0, values[2], 0.0, values[4]])
 
     def covers(self, layout: Layout) -> bool:
         """Return whether the links that `layout` uses were measured, or given."""
@@ -114,7 +116,7 @@ def fit(controller: Controller, timings: Sequence[Timing]) -> Network:
     if not timings:
         raise ValueError("no all-reduce was measured")
     # The last factor is of a wait that groups have and the world has not: fitted, and not part of the model.
-    rows = np.array([[*_row(controller, t.num_bytes, t.layout), float(t.is_part)] for t in timings])
+    rows = np.array([[*factors("all_reduce", controller, t.num_bytes, t.layout), float(t.is_part)] for t in timings])
     measured = np.array([timing.seconds for timing in timings])
     relative = rows / measured[:, None]
     # Where an overhead and a latency explain as much, it is the latency, which grows with the ranks; where an overhead
@@ -148,6 +150,21 @@ def fit(controller: Controller, timings: Sequence[Timing]) -> Network:
     )
 
 
+def paced(network: Network, way: Kinds, timings: Sequence[Timing]) -> Network:
+    """Return the network with what measured collectives of another kind, of a few sizes, tell of their pace."""
+    latency, bandwidth = [], []
+    rows = []
+    for timing in timings:
+        latency.append(network.latency_part(timing.layout, way) - network.overhead_s)
+        bandwidth.append(network.bandwidth_part(timing.num_bytes, timing.layout, way))
+        rows.append(max(timing.seconds - network.overhead_s, 0.0))
+    weights = 1 / np.array([timing.seconds for timing in timings])
+    terms = np.array([latency, bandwidth]).T * weights[:, None]
+    answer, *_ = np.linalg.lstsq(terms, np.array(rows) * weights, rcond=None)
+    pace = Pace(*(min(_MOST, max(_LEAST, float(value))) if value else 1.0 for value in answer))
+    return replace(network, paces={**network.paces, way: pace})
+
+
 def other_network(measured: Network | None, given: str, controller: Controller = "mpi") -> Network:
     """Return a network between hosts of which only the rate and the latency are known, as "25gbit,5us".
 
@@ -165,26 +182,3 @@ def other_network(measured: Network | None, given: str, controller: Controller =
         raise ConfigError(f"--link {given}: the rate must be greater than 0")
     base = measured or Network(controller, 0.0, None, None, None, None, 0.0, 1)
     return replace(base, outside_latency_s=latency, outside_byte_s=8 / rate / _PAYLOAD)
-
-
-def _row(controller: Controller, num_bytes: float, layout: Layout) -> list[float]:
-    """Return the factors of o, a_in, 1 / B_in, a_out, 1 / B_out."""
-    n, h, p = layout.ranks, layout.hosts, layout.per_host
-    outside = _share(n) if controller == "gloo" else _share(h)
-    return [
-        1.0,
-        _rounds(controller, p),
-        num_bytes * _share(p),
-        _rounds(controller, h),
-        num_bytes * outside if h > 1 else 0.0,
-    ]
-
-
-def _rounds(controller: Controller, k: int) -> float:
-    if k < 2:
-        return 0.0
-    return 8.0 * (k - 1) if controller == "gloo" else 4.0 * math.ceil(math.log2(k))
-
-
-def _share(k: int) -> float:
-    return 2.0 * (k - 1) / k

@@ -34,6 +34,7 @@ def table(answer: Answer) -> str:
         lines.append(f"  {name}: {abs(1 - factor):.0%} {word} time at {counted(answer.changed_workers, 'worker')}")
     if answer.unknown:
         lines.append(answer.unknown)
+    lines += _methods(answer)
     return "\n".join(lines)
 
 
@@ -55,6 +56,33 @@ def _line(answer: Answer, row: Row) -> str:
     if row.cost is not None:
         line += f" {row.cost:9.2f}"
     return line + (f"   (measured: {measured * 1e3:.4g} ms)" if measured is not None else "")
+
+
+def _methods(answer: Answer) -> Iterator[str]:
+    """Yield the ways to average at the number of workers that is recommended."""
+    rows = [row for row in answer.methods if row.workers == answer.changed_workers]
+    if not rows:
+        return
+    yield ""
+    yield (
+        f"{'on ' + counted(answer.changed_workers, 'worker'):28} {'ms a step':>16} {answer.facts.unit + '/s':>12}"
+        f" {'times':>6} {'sends a step':>13} {'loss, measured':>15}"
+    )
+    for row in rows:
+        mark = ">" if row == answer.method else " "
+        interval = f"{row.step.total_s * 1e3:.4g} ± {100 * row.error:.0f}%"
+        loss = "?" if row.loss is None else f"{row.loss.change:+.1%}" if row.loss.change else "exact"
+        yield (
+            f"{mark}{row.method:27} {interval:>16} {row.units_per_s:12,.0f} {row.speedup:6.2f}"
+            f" {in_units(row.bytes_per_step):>13} {loss:>15}"
+        )
+        if row.contradiction:
+            yield f"   {row.method}: {row.contradiction}"
+    if answer.method is not None:
+        flags = answer.method.flags
+        yield f"to average: {answer.method.method}{f' ({flags})' if flags else ''}: {answer.method_reason}"
+    elif answer.method_reason:
+        yield f"to average: no recommendation: {answer.method_reason}"
 
 
 def describe(facts: Facts) -> str:

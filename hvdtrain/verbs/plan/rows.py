@@ -7,12 +7,23 @@ from dataclasses import dataclass, replace
 
 from hvdtrain.optim.noise import steps_ratio
 from hvdtrain.verbs.plan.facts import Facts, predict
+from hvdtrain.verbs.plan.kinds import Layout, is_folded
 from hvdtrain.verbs.plan.step import StepTime
 
 # 1.64 standard deviations hold 90 % of a normal distribution.
 _NINETY_PERCENT = 1.64
 # What the model of the network is taken to be off by with each doubling of the ranks beyond those measured.
-_BEYOND = 0.08
+_BEYOND = 0.12
+# What it is taken to be off by where MPI folds ranks to a power of two first: each MPI does that in its own way.
+_FOLDED = 0.15
+# The network's times differ from step to step, and from one use to another, by at least as much.
+_LEAST = 0.15
+# What computing alone is taken to be off by: no step has the surroundings of another.
+_OF_COMPUTING = 0.04
+# And what a format computes, measured without a step around it.
+_OF_CODEC = 0.3
+# The share of a pace that may be another one on other numbers of ranks.
+_OF_PACE = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ def row_of(facts: Facts, workers: int) -> Row:
     step = predict(facts, workers)
     batch = facts.micro_batch_size * facts.accum_steps * workers
     per_s = batch * facts.units_per_sample / step.total_s
-    return Row(workers, step, _error(facts, workers, step), per_s, 1.0, batch, *[None] * 7)
+    return Row(workers, step, error_of(facts, workers, step, facts.pace), per_s, 1.0, batch, *[None] * 7)
 
 
 def relative_to(first: Row, row: Row, facts: Facts, price: float | None) -> Row:
@@ -84,12 +95,25 @@ def relative_to(first: Row, row: Row, facts: Facts, price: float | None) -> Row:
     )
 
 
-def _error(facts: Facts, workers: int, step: StepTime) -> float:
-    """Return half the 90 % interval as a share: of what is computed, and of the network, wider where it is far away."""
+def error_of(facts: Facts, workers: int, step: StepTime, pace: float = 1.0, codec_s: float = 0.0) -> float:
+    """Return half the 90 % interval as a share: of what is computed, and of the network, wider where it is far away.
+
+    Args:
+        facts: what was measured.
+        workers: of the prediction.
+        step: predicted.
+        pace: what real exchanges took to what single collectives tell: what is left of it in other steps is not known.
+        codec_s: of that, what the format computes.
+    """
     # The interquartile range of a normal distribution is 1.35 standard deviations.
-    own = facts.spread / 1.35
+    own = math.hypot(facts.spread / 1.35, _OF_COMPUTING, _OF_CODEC * codec_s / step.total_s)
     if workers == 1 or facts.network is None:
         return _NINETY_PERCENT * own
+    layout = Layout.of(workers, facts.ranks_per_host)
     doublings = max(0.0, math.log2(workers / facts.network.most_ranks))
-    network = math.hypot(facts.network.error, _BEYOND * doublings) * step.exposed_s / step.total_s
+    folded = _FOLDED if is_folded(facts.network.controller, layout) else 0.0
+    unsure = _OF_PACE * abs(math.log(pace))
+    network = (
+        math.hypot(_LEAST, facts.network.error, _BEYOND * doublings, folded, unsure) * step.exposed_s / step.total_s
+    )
     return _NINETY_PERCENT * math.hypot(own, network)

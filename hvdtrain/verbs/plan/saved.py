@@ -11,10 +11,11 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.facts import Facts
-from hvdtrain.verbs.plan.network import Network
+from hvdtrain.verbs.plan.methods import Format
+from hvdtrain.verbs.plan.network import Network, Pace
 from hvdtrain.verbs.plan.step import Bucket, Compute
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def save_json(path: Path, answer: Answer, environment: Mapping[str, Any]) -> None:
@@ -52,15 +53,30 @@ def _facts_of(values: dict[str, Any]) -> Facts:
             **values,
             "alone": Compute(**values["alone"]),
             "together": Compute(**values["together"]),
-            "buckets": tuple(Bucket(**bucket) for bucket in values["buckets"]),
-            "network": Network(**values["network"]) if values["network"] else None,
-            "fp16_network": Network(**values["fp16_network"]) if values["fp16_network"] else None,
+            "buckets": tuple(map(_bucket_of, values["buckets"])),
+            "network": _network_of(values["network"]),
+            "fp16_network": _network_of(values["fp16_network"]),
+            "formats": {name: _format_of(value) for name, value in values["formats"].items()},
             "noise": NoiseScale(**values["noise"]) if values["noise"] else None,
             "by_micro_batch": {size: Compute(**value) for size, value in by_number("by_micro_batch").items()},
             "measured_steps_s": by_number("measured_steps_s"),
             "plain_mpi_s": by_number("plain_mpi_s"),
         }
     )
+
+
+def _bucket_of(values: dict[str, Any]) -> Bucket:
+    return Bucket(**{**values, "shapes": tuple(map(tuple, values["shapes"]))})
+
+
+def _network_of(values: dict[str, Any] | None) -> Network | None:
+    if values is None:
+        return None
+    return Network(**{**values, "paces": {way: Pace(**pace) for way, pace in values["paces"].items()}})
+
+
+def _format_of(values: dict[str, Any]) -> Format:
+    return Format(**{**values, "codec_s": {int(ranks): seconds for ranks, seconds in values["codec_s"].items()}})
 
 
 def write_output(path: Path, text: str) -> None:

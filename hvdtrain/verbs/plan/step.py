@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from hvdtrain.verbs.plan.network import Layout, Network
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,25 @@ class Bucket:
     ready: float
     """When the last of them is there, as a share of the backward pass."""
     num_bytes: int
+    """That one rank hands over where they travel as they are."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Of the gradients, for formats whose bytes depend on them."""
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Send:
+    """A message in a step."""
+
+    ready: float
+    """When it can leave, as a share of the backward pass."""
+    latency_s: float
+    bandwidth_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it is on its way."""
+        return self.latency_s + self.bandwidth_s
 
 
 @dataclass(frozen=True)
@@ -49,51 +66,66 @@ class StepTime:
     """Of that, what better bandwidth would save at most."""
 
 
-def exposed_communication(compute: Compute, buckets: Sequence[Bucket], seconds: Callable[[int], float]) -> float:
+def exposed_communication(compute: Compute, sends: Iterable[Send]) -> float:
     """Return how long a step waits for the network after its backward pass.
 
-    Buckets leave in turn, each when it is ready and the one before has arrived.
+    Messages leave in turn, each when it is ready and the one before has arrived.
 
     Args:
         compute: gives the time of the backward pass.
-        buckets: in the order in which they become ready.
-        seconds: of an all-reduce of so many bytes.
+        sends: in the order in which they become ready.
     """
     done = 0.0
-    for bucket in buckets:
-        done = max(done, bucket.ready * compute.backward_s) + seconds(bucket.num_bytes)
+    for send in sends:
+        done = max(done, send.ready * compute.backward_s) + send.seconds
     return max(0.0, done - compute.backward_s)
 
 
 def step_time(
     compute: Compute,
-    buckets: Sequence[Bucket],
-    network: Network | None,
-    layout: Layout,
+    sends: Sequence[Send],
     *,
     interference: float = 0.0,
-    pace: float = 1.0,
     accum_steps: int = 1,
+    codec_s: float = 0.0,
 ) -> StepTime:
     """Return the time of a step.
 
     Args:
         compute: of one micro-batch, the optimizer included.
-        buckets: of the gradients.
-        network: of the ranks; None for one rank.
-        layout: of the ranks.
+        sends: in the order in which they become ready; none for one rank.
         interference: the share of hidden communication that slows computing down by as much, as where ranks compute on
             the cores that also move the bytes; measured.
-        pace: factor of the network's times.
-        accum_steps: micro-batches before each all-reduce.
+        accum_steps: micro-batches before each exchange.
+        codec_s: what the format itself computes.
     """
     more = (accum_steps - 1) * (compute.forward_s + compute.backward_s)
-    if layout.ranks == 1 or network is None:
+    if not sends:
         return StepTime(compute.total_s + more, 0.0, 0.0, 0.0)
-    exposed = exposed_communication(compute, buckets, lambda size: pace * network.seconds(size, layout))
-    every = sum(pace * network.seconds(bucket.num_bytes, layout) for bucket in buckets)
+    exposed = exposed_communication(compute, sends)
+    every = sum(send.seconds for send in sends)
     exposed += interference * max(0.0, every - exposed)
-    latency = sum(pace * network.latency_part(layout) for _ in buckets)
-    share = latency / every if every else 0.0
-    total = compute.total_s + more + exposed
+    share = sum(send.latency_s for send in sends) / every if every else 0.0
+    total = compute.total_s + more + exposed + codec_s
     return StepTime(total, exposed, exposed * share, exposed * (1 - share))
+
+
+def local_step_time(
+    compute: Compute, sends: Sequence[Send], period: int, question_s: float, *, accum_steps: int = 1, codec_s: float
+) -> StepTime:
+    """Return the mean time of a step where ranks train apart and average once in `period` steps.
+
+    Args:
+        compute: as for `step_time`.
+        sends: of an average: all wait for all of it.
+        period: steps between two averages.
+        question_s: of the small all-reduce that asks in each step, beside it, whether any rank wants to stop.
+        accum_steps: micro-batches of a step.
+        codec_s: what the format itself computes for an average.
+    """
+    own = compute.total_s + (accum_steps - 1) * (compute.forward_s + compute.backward_s)
+    every = sum(send.seconds for send in sends) / period
+    asks = max(0.0, question_s - own)
+    latency = sum(send.latency_s for send in sends) / period + asks
+    exposed = every + asks
+    return StepTime(own + exposed + codec_s / period, exposed, latency, exposed - latency)

@@ -1,0 +1,145 @@
+"""Ways to average between ranks: what each one sends, computes and takes on any number of ranks. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from hvdtrain.settings.compression import EXACT, parse_compression
+from hvdtrain.verbs.plan.kinds import Layout, way_of
+from hvdtrain.verbs.plan.network import Network
+from hvdtrain.verbs.plan.step import Bucket, Send
+from hvdtrain.world import Cargo, Message, codec_of, messages_of
+
+FORMATS = ("none", "fp16", "bf16", "int8", "powersgd:4", "topk:0.01")
+"""That are planned for, besides the recipe's own."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How ranks average, as settings say it."""
+
+    compression: str = "none"
+    period: int | None = None
+    """Steps between two averages of local updates; None: gradients are averaged in every step."""
+    outer: str = "average"
+
+    @property
+    def name(self) -> str:
+        """Return what the table calls it."""
+        wire = "" if self.compression == "none" else f", {self.compression}"
+        if self.period is None:
+            return f"every step{wire}"
+        return f"{'DiLoCo' if self.outer == 'nesterov' else 'local SGD'}, {self.period} steps{wire}"
+
+    @property
+    def flags(self) -> str:
+        """Return the settings of the command line, "" for the defaults."""
+        words = [] if self.compression == "none" else [f"--comm.compression {self.compression}"]
+        if self.period is not None:
+            words.append(f"--comm.sync local --comm.period {self.period}")
+            words += ["--comm.outer nesterov"] if self.outer == "nesterov" else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What was measured of a format of gradients."""
+
+    compression: str
+    codec_s: Mapping[int, float] = field(default_factory=dict)
+    """Seconds that it computes for all gradients, by number of ranks: what is gathered grows with them."""
+    exchange_s: float | None = None
+    """Of all gradients, one bucket after the other, over the measured ranks, without a step around it; what the format
+    computes is part of it."""
+    pace: float = 1.0
+    """What the network's times in that are to those of single collectives."""
+    explained_s: float | None = None
+    """What its computing and its single collectives explain of `exchange_s`."""
+
+    def computes(self, ranks: int) -> float:
+        """Return the seconds that it computes on so many ranks: between those measured, or beyond, along a line."""
+        known = sorted(self.codec_s)
+        if not known or ranks < 2:
+            return 0.0
+        if ranks <= known[0] or len(known) == 1:
+            return self.codec_s[known[0]]
+        upper = next((i for i, n in enumerate(known) if n >= ranks), len(known) - 1)
+        left, right = known[upper - 1], known[upper]
+        slope = max(0.0, (self.codec_s[right] - self.codec_s[left]) / (right - left))
+        return self.codec_s[left] + slope * (ranks - left)
+
+
+def methods_of(own: str, period: int) -> list[Method]:
+    """Return the ways that are compared; the recipe's own format first.
+
+    Args:
+        own: the recipe's `--comm.compression`.
+        period: its `--comm.period`.
+    """
+    formats = dict.fromkeys((own, *FORMATS))
+    return [*map(Method, formats), Method(period=period), Method(period=period, outer="nesterov")]
+
+
+def sends_of(
+    buckets: Sequence[Bucket],
+    compression: str,
+    min_size: int,
+    layout: Layout,
+    networks: tuple[Network, Network | None],
+    *,
+    pace: float = 1.0,
+    adds_bfloat16: bool = False,
+) -> list[Send]:
+    """Return the messages of a step, in the order in which they become ready.
+
+    Args:
+        buckets: of the gradients.
+        compression: the format, as `--comm.compression` says it.
+        min_size: `--comm.compression-min-size`.
+        layout: of the ranks.
+        networks: for fp32, and for fp16 where it was measured by itself: MPI adds it in another way.
+        pace: factor of the network's times.
+        adds_bfloat16: whether the world adds bfloat16 as it is.
+    """
+    sends = []
+    for bucket in buckets:
+        for message in messages(bucket, compression, min_size, layout.ranks, adds_bfloat16):
+            half = message.dtype == torch.float16
+            network = networks[1] if half and networks[1] is not None else networks[0]
+            way = way_of(message)
+            latency = pace * network.latency_part(layout, way)
+            bytes_s = pace * network.bandwidth_part(message.num_bytes, layout, way)
+            # What follows a first round leaves when backward is over.
+            sends.append(Send(min(1.0, bucket.ready) if message.is_first else 1.0, latency, bytes_s))
+    return sorted(sends, key=lambda send: send.ready)
+
+
+@lru_cache(maxsize=4096)
+def messages(bucket: Bucket, compression: str, min_size: int, ranks: int, adds_bfloat16: bool) -> tuple[Message, ...]:
+    """Return what each of so many ranks hands over for a bucket.
+
+    Raises:
+        ValueError: the bucket's shapes, on which the format's bytes depend, are not known.
+    """
+    name, _ = parse_compression(compression)
+    if bucket.shapes:
+        options = {} if name in EXACT else {"min_size": min_size}
+        cargo = Cargo(tuple(map(torch.Size, bucket.shapes)), getattr(torch, bucket.dtype))
+        return tuple(messages_of(codec_of(compression, **options), cargo, ranks, adds_bfloat16=adds_bfloat16))
+    if name == "none":
+        return (Message("all_reduce", bucket.num_bytes, torch.float32),)
+    if name == "fp16":
+        return (Message("all_reduce", bucket.num_bytes // 2, torch.float16),)
+    raise ValueError(f"the bytes of {compression} depend on shapes that are not known")
+
+
+def handed_bytes(
+    buckets: Sequence[Bucket], compression: str, min_size: int, ranks: int, adds_bfloat16: bool = False
+) -> int:
+    """Return the bytes that one rank hands over for all gradients."""
+    found = (messages(bucket, compression, min_size, ranks, adds_bfloat16) for bucket in buckets)
+    return sum(message.num_bytes for parts in found for message in parts)
