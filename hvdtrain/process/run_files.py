@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 BEST = "best"
+LOCK = "lock"
 
 _MOST_BYTES = 256
 
@@ -19,4 +22,15 @@ def named_checkpoint(run_dir: Path, pointer: str = LATEST) -> str:
         if path.is_file():  # neither a directory nor a pipe, which would be waited for
             with path.open("rb") as file:
                 return file.read(_MOST_BYTES).decode("utf-8", "replace").strip()
+    return ""
+
+
+def holder_of(run_dir: Path) -> str:
+    """Return who holds the lock of a run's directory, such as `process 12 on node2`; empty where nobody does."""
+    with contextlib.suppress(OSError), (run_dir / LOCK).open("r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return file.read(_MOST_BYTES).strip() or "another process"
     return ""
