@@ -18,17 +18,21 @@ _SECONDS_TO_SAY = 120
 _TOTAL, _MICRO, _ACCUM = "global_batch_size", "micro_batch_size", "accum_steps"
 
 
-def batch_of(command: Sequence[str], run_dir: Path) -> Batch:
-    """Return the global batch: of the run's newest checkpoint, or as the command and its recipe say.
+def saved_batch(run_dir: Path) -> Batch | None:
+    """Return the global batch of a run's newest checkpoint; None where there is none.
 
-    A run that goes on adapts micro-batch and accumulation, so that any divisor will do; a new one takes them as given.
+    A run that goes on adapts micro-batch and accumulation, so that any divisor will do.
+    """
+    saved = _saved(run_dir)
+    return None if saved is None else Batch(saved)
+
+
+def asked_batch(command: Sequence[str]) -> Batch:
+    """Return the global batch of a new run, as its command and its recipe say.
 
     Raises:
         ConfigError: the batch would be another on each number of ranks.
     """
-    saved = _saved(run_dir)
-    if saved is not None:
-        return Batch(saved)
     given = _resolved(command) or {
         name: whole_number(option(command, (f"--train.{name.replace('_', '-')}",))[1])
         for name in (_TOTAL, _MICRO, _ACCUM)

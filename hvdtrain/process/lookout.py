@@ -81,9 +81,9 @@ class Lookout:
         while self._latest.number < number:
             if is_stopped():
                 return None
-            if self._refusal:
-                raise ConfigError(self._refusal)
             time.sleep(_SECONDS_BETWEEN_CHECKS)
+        if self._refusal:
+            raise ConfigError(self._refusal)
         return self._latest
 
     def _run(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.process.aside import Aside
-from hvdtrain.process.batch_size import batch_of
+from hvdtrain.process.batch_size import asked_batch, saved_batch
 from hvdtrain.process.lookout import Look, Lookout
 from hvdtrain.process.placement import Batch, Placement, asked_ranks, place
 from hvdtrain.process.run_files import named_checkpoint
@@ -77,6 +77,7 @@ class Members:
         self._told: set[str] = set()
         self._seen_at: str | None = None
         self._is_growth_requested = False
+        self._asked_batch: Batch | None = None
         self._recent: Look | None = None
         """What was found just now, when hosts were lost: asking them once more would take its time."""
 
@@ -183,7 +184,10 @@ class Members:
         return self.rules.max_ranks or self._asked
 
     def _batch(self) -> Batch:
-        return batch_of(self._command, self._run_dir)
+        saved = saved_batch(self._run_dir)
+        if saved is None and self._asked_batch is None:
+            self._asked_batch = asked_batch(self._command)  # starts a Python, hence once only
+        return saved or self._asked_batch or Batch()
 
     def _silent(self, look: Look, used: Collection[str]) -> list[str]:
         if not self.rules.lost_after_s or not self.lookout.source.is_asking_hosts:
