@@ -1,7 +1,7 @@
 """A small network whose ranks write down which samples each step has had: a run that changes its hosts loses none.
 
-`SEEN` names a folder that gets a file of each rank of each start, named `START-RANK`; its lines are "step seconds sample
-sample ...".
+`SEEN` names a folder that gets a file of each rank of each start, named `START-RANK`; its lines are "step seconds
+sample sample ...".
 """
 
 import os

@@ -77,13 +77,7 @@ class ElasticRun:
 
     def steps(self):
         """Return {start: {step: [(seconds, samples) of each rank, ...]}}."""
-        starts = {}
-        for path in sorted(self.seen.iterdir()):
-            steps = starts.setdefault(int(path.name.partition("-")[0]), {})
-            for line in path.read_text().splitlines():
-                step, then, *samples = line.split()
-                steps.setdefault(int(step), []).append((float(then), [*map(int, samples)]))
-        return starts
+        return steps_in(self.seen)
 
     def reached(self):
         """Return the last step that any start has taken."""
@@ -130,6 +124,18 @@ class ElasticRun:
     def _read(self):
         for line in self.process.stdout:
             self.lines.append((time.time(), line))
+
+
+def steps_in(seen):
+    """Return {start: {step: [(seconds, samples) of each rank, ...]}} of the files that ranks have made."""
+    starts = {}
+    for path in sorted(seen.iterdir()):
+        steps = starts.setdefault(int(path.name.partition("-")[0]), {})
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # else it is just being written
+                step, then, *samples = line.split()
+                steps.setdefault(int(step), []).append((float(then), [*map(int, samples)]))
+    return starts
 
 
 def compare_samples(starts, expected):

@@ -3,6 +3,7 @@
 They share its files, as a cluster's hosts share theirs, and are joined by a bridge. Everything ends with `Hosts`.
 """
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -15,13 +16,16 @@ PROGRAMS = ("ip", "sshd", "ssh-keygen", "unshare", "nsenter")
 PACKAGES = ("iproute2", "openssh-server", "openssh-client", "util-linux")
 NAMESPACES = ["unshare", "--net", "--uts", "--ipc", "--mount", "--propagation", "private", "--pid", "--fork"]
 
-# What process 1 of a host does; it waits for its network card, which is given to it from outside.
+# What process 1 of a host does; it waits for its network card, which is given to it from outside. Who comes by ssh has a
+# home of its own: what a shell's start files do in the real one, and lock there, would outlive a host that is killed.
 INIT = """
 set -e
 hostname {name}
 mount -t tmpfs -o size=1g none /dev/shm
 mount -t tmpfs none /run
 mkdir -p /run/sshd {home}/tmp
+sed 's#^\\([^:]*:[^:]*:0:[^:]*:[^:]*\\):[^:]*:#\\1:{home}:#' /etc/passwd > {home}/passwd
+mount --bind {home}/passwd /etc/passwd
 mount --bind {folder}/hosts /etc/hosts
 mount --bind {folder}/ssh_config /etc/ssh/ssh_config
 while ! ip -4 address show dev eth0 2> /dev/null | grep -q inet; do sleep 0.1; done
@@ -96,7 +100,12 @@ class Hosts:
         self._in(self.switch, f"ip link add {card} type veth peer name eth0 address {address} netns {pid}")
         self._in(self.switch, f"ip link set {card} master bridge0 up")
         self._in(pid, f"ip link set lo up && ip link set eth0 up && ip address add 10.88.0.{i + 1}/24 dev eth0")
-        self._until(lambda: self.do(name, ["ssh", name, "true"]).returncode == 0, f"sshd of {name}")
+        self._until(lambda: self._answers(name), f"sshd of {name}", seconds=60)
+
+    def _answers(self, name):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that came as the card was joined may wait for ever
+            return self.do(name, ["ssh", name, "true"], timeout=5).returncode == 0
+        return False
 
     def cut(self, name):
         """Lose all that comes from a host and goes there; nobody is told."""

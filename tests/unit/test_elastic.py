@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 
 import pytest
@@ -159,7 +160,7 @@ def test_a_command_without_a_launcher_gets_one(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     expected = [str(tmp_path / "horovodrun"), "-np", "2", "-H", "a:2", *TRAIN]
     assert placed(TRAIN, Placement({"a": 2}, 2)) == expected
-    with pytest.raises(ConfigError, match="where do the ranks and hosts belong in 'sh my-launcher ...'"):
+    with pytest.raises(ConfigError, match=re.escape("where do the ranks and hosts belong in 'sh my-launcher ...'")):
         placed(["sh", "my-launcher"], Placement({"a": 2}, 2))
 
 
@@ -187,10 +188,10 @@ class TestBatch:
         program(python, f"printf '{table}'")
         assert asked_batch(["mpirun", str(python), "-m", "hvdtrain"]) == Batch(24, 4)
         program(python, "printf '[train]\\nglobal_batch_size = \"none\"\\nmicro_batch_size = 4\\n'")
-        with pytest.raises(ConfigError, match="--train.micro-batch-size 4 alone"):
+        with pytest.raises(ConfigError, match=re.escape("--train.micro-batch-size 4 alone")):
             asked_batch([str(python), "-m", "hvdtrain"])
         program(python, "printf '[train]\\nglobal_batch_size = 8\\nmicro_batch_size = 4\\naccum_steps = 2\\n'")
-        with pytest.raises(ConfigError, match="leave --train.accum-steps out"):
+        with pytest.raises(ConfigError, match=re.escape("leave --train.accum-steps out")):
             asked_batch([str(python), "-m", "hvdtrain"])
 
 
@@ -386,7 +387,7 @@ class TestMembers:
 
     def test_it_gives_up_waiting_where_that_is_asked_for(self, job):
         hosts = job("a:1\n", min_ranks=2, longest_wait_s=0.2)
-        with pytest.raises(TimeoutError, match="1 slots on a; waited for 0.2 s: giving up"):
+        with pytest.raises(TimeoutError, match=re.escape("1 slots on a; waited for 0.2 s: giving up")):
             hosts.members.place_next(is_never)
 
     def test_a_new_host_with_which_the_run_does_not_start_is_put_aside(self, job):
