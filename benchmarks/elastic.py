@@ -4,7 +4,8 @@
 
 Three hosts made of Linux namespaces on this machine (root, ssh and iproute2 are needed), a rank each, MPI, a small
 network in fp64 whose steps sleep for `--pause` seconds, saved every `--every` steps. In each row something happens to
-the hosts in mid-run. Noticed: seconds until the supervisor says something. Seconds lost: the longest time between two
+the hosts in mid-run. Noticed: seconds until the supervisor says something. Start: from a start of the launcher to
+its first step, which the load of the machine decides. S lost: the longest time between two
 new steps from then on, without the time of a step. Again: steps after the last save, whose work was lost and was done
 once more. Samples: those of each step, in their order, are the ones of a run that nothing happens to. Weights: the
 largest difference to that run's, of the largest weight.
@@ -79,9 +80,17 @@ class Row:
         largest = max(float(tensor.abs().max()) for tensor in weights.values())
         difference = max(float((ours[name] - tensor).abs().max()) for name, tensor in weights.items()) / largest
         ranks = [str(len(steps[min(steps)])) for _, steps in sorted(starts.items())]
-        lost, noticed = (" ".join(f"{seconds:.1f}" for seconds in all_) for all_ in (self.lost(starts), self.noticed()))
         self.show_lines()
-        return f"{self.name:44}{'-'.join(ranks):>10}{noticed:>12}{lost:>12}{again:>8}   the same   {difference:8.1e}"
+        figures = (self.noticed(), self.starts(starts), self.lost(starts))
+        noticed, start, lost = (" ".join(f"{seconds:.1f}" for seconds in each) for each in figures)
+        ranks = "-".join(ranks)
+        return f"{self.name:44}{ranks:>10}{noticed:>12}{start:>12}{lost:>14}{again:>7}   the same   {difference:8.1e}"
+
+    def starts(self, starts: dict[int, dict[int, list[tuple[float, list[int]]]]]) -> list[float]:
+        """Return the seconds from each start of the launcher but the first to its first step."""
+        begun = [then for then, text in self.run.lines if "supervise: starting" in text]
+        first = [min(then for parts in steps.values() for then, _ in parts) for _, steps in sorted(starts.items())]
+        return [step - max(then for then in begun if then < step) for step in first[1:]]
 
     def show_lines(self) -> None:
         """Print what the supervisor has said, and when."""
@@ -126,16 +135,6 @@ def undisturbed(row: Row) -> tuple[dict[int, list[int]], dict[str, Any]]:
     lines = [line.split() for line in file.read_text().splitlines()]
     samples = {int(step): [*map(int, numbers)] for step, _, *numbers in lines}
     return samples, load_file(run_dir / "checkpoints" / f"step-{row.given.steps:08d}" / "model.safetensors")
-
-
-def seconds_to_start(given: argparse.Namespace, hosts: Hosts, folder: Path) -> float:
-    """Return the seconds that mpirun takes from nothing to the second step of a run on all hosts, the second time."""
-    for number in (1, 2):
-        row, began = Row(given, hosts, folder, f"start {number}"), time.time()
-        row.run = ElasticRun(hosts, row.folder, ALL, OPTIONS, ["--train.steps", "3"])
-        took = row.run.wait_for_step(2) - began
-        row.run.end()
-    return took
 
 
 def host_killed(row: Row) -> None:
@@ -219,30 +218,35 @@ def main() -> int:
     if why_not():
         print(why_not())
         return 2
+    lines, failed = [], []
     with tempfile.TemporaryDirectory(prefix="elastic-") as name:
-        folder, lines = Path(name), []
+        folder = Path(name)
         samples, weights = undisturbed(Row(given, None, folder, "undisturbed"))  # type: ignore[arg-type]
-        with Hosts(3, path=f"{BIN}:/usr/local/bin:/usr/bin:/bin") as hosts:
-            start = seconds_to_start(given, hosts, folder)
-            for title in given.rows:
+        for title in given.rows:
+            with Hosts(3, path=f"{BIN}:/usr/local/bin:/usr/bin:/bin") as hosts:
                 row = Row(given, hosts, folder, title)
                 try:
                     ROWS[title](row)
                     lines.append(row.line(samples, weights))
+                except (AssertionError, RuntimeError, TimeoutError) as error:
+                    failed.append(f"{title}: {error}")
                 finally:
                     row.run.kill()
-                print(lines[-1], flush=True)
+                print((lines + failed)[-1] if not failed else failed[-1], flush=True)
+            if given.output:
+                given.output.write_text(table(given, lines))
+    print(table(given, lines))
+    return 1 if failed else 0
+
+
+def table(given: argparse.Namespace, lines: list[str]) -> str:
+    """Return the text of the results file."""
     head = (
         f"supervise {' '.join(OPTIONS)}; 3 hosts, a rank each, mpirun; steps of {given.pause:g} s,"
-        f" saved every {given.every}; a start by itself, to its second step: {start:.1f} s;"
-        f" load {os.getloadavg()[1]:.0f} of 2 cores"
+        f" saved every {given.every}; load {os.getloadavg()[1]:.0f} of {len(os.sched_getaffinity(0))} cores"
     )
-    titles = f"{'':44}{'ranks':>10}{'noticed':>12}{'s lost':>12}{'again':>8}   samples    weights"
-    table = "\n".join((machine.describe(), "", head, "", titles, *lines, ""))
-    print(table)
-    if given.output:
-        given.output.write_text(table)
-    return 0
+    titles = f"{'':44}{'ranks':>10}{'noticed':>12}{'start':>12}{'s lost':>14}{'again':>7}   samples    weights"
+    return "\n".join((machine.describe(), "", head, "", titles, *lines, ""))
 
 
 if __name__ == "__main__":

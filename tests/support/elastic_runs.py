@@ -83,7 +83,7 @@ class ElasticRun:
         """Return the last step that any start has taken."""
         return max((step for steps in self.steps().values() for step in steps), default=0)
 
-    def wait_for(self, condition, what, seconds=150):
+    def wait_for(self, condition, what, seconds=300):
         """Wait until something is true; raises TimeoutError, with the output, where it never is."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -93,7 +93,7 @@ class ElasticRun:
             time.sleep(0.05)
         return time.time()
 
-    def wait_for_step(self, step, seconds=150):
+    def wait_for_step(self, step, seconds=300):
         """Wait until a step is taken."""
         return self.wait_for(lambda: self.reached() >= step, f"step {step}", seconds)
 

@@ -16,8 +16,8 @@ PROGRAMS = ("ip", "sshd", "ssh-keygen", "unshare", "nsenter")
 PACKAGES = ("iproute2", "openssh-server", "openssh-client", "util-linux")
 NAMESPACES = ["unshare", "--net", "--uts", "--ipc", "--mount", "--propagation", "private", "--pid", "--fork"]
 
-# What process 1 of a host does; it waits for its network card, which is given to it from outside. Who comes by ssh has a
-# home of its own: what a shell's start files do in the real one, and lock there, would outlive a host that is killed.
+# What process 1 of a host does; it waits for its network card, which is given to it from outside. Who comes by ssh has
+# a home of its own: what a shell's start files do in the real one, and lock there, would outlive a host that is killed.
 INIT = """
 set -e
 hostname {name}
