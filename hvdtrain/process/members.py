@@ -125,8 +125,8 @@ class Members:
         if left and not look.problem:
             are_there = look.there.issuperset(left)
             state = "still answers" if are_there else "does not answer"
-            for host in left:
-                self._blame(host)
+            for host in left:  # which is no failure, unless it comes and goes
+                self._put_aside(host, self._aside.blame(host))
             return Change(f"{_names(left)} is not listed any more, and {state}", is_saving=are_there)
         return self._growth(look)
 
@@ -219,9 +219,12 @@ class Members:
         return Change(f"it grows from {now} to {larger.ranks} ranks", is_saving=True, may_take_long=True)
 
     def _blame(self, host: str) -> None:
-        pause = self._aside.blame(host, is_new=host not in self._proven and bool(self._proven))
-        if pause:
-            self._say(f"{host} has failed repeatedly: it is put aside for {pause:g} s")
+        is_new = host not in self._proven and bool(self._proven)
+        self._put_aside(host, self._aside.blame(host, is_new))
+
+    def _put_aside(self, host: str, pause_s: float) -> None:
+        if pause_s:
+            self._say(f"{host} has failed or left repeatedly: it is put aside for {pause_s:g} s")
 
     def _shortage(self, look: Look) -> str:
         """Return what there is, in words."""

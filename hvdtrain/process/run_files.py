@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
+import os
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 BEST = "best"
 LOCK = "lock"
+METRICS = "metrics.jsonl"
 
 _MOST_BYTES = 256
+_MOST_BYTES_OF_A_LINE = 1 << 18
 
 
 def named_checkpoint(run_dir: Path, pointer: str = LATEST) -> str:
@@ -23,6 +27,16 @@ def named_checkpoint(run_dir: Path, pointer: str = LATEST) -> str:
             with path.open("rb") as file:
                 return file.read(_MOST_BYTES).decode("utf-8", "replace").strip()
     return ""
+
+
+def lacks_its_end(run_dir: Path) -> bool:
+    """Return whether a run has metrics, and their last line does not say that it has finished."""
+    with contextlib.suppress(OSError, ValueError), (run_dir / METRICS).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_BYTES_OF_A_LINE))
+        lines = file.read().split(b"\n")
+        last = next((line for line in reversed(lines) if line.strip()), b"")
+        return b'"event"' not in last or json.loads(last).get("event") != "finished"
+    return False
 
 
 def holder_of(run_dir: Path) -> str:

@@ -23,7 +23,7 @@ from hvdtrain.process.job import path_to
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
 from hvdtrain.process.members import Change, Members
 from hvdtrain.process.placement import Placement, placed
-from hvdtrain.process.run_files import holder_of, named_checkpoint
+from hvdtrain.process.run_files import holder_of, lacks_its_end, named_checkpoint
 from hvdtrain.process.session import session_folder
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -33,6 +33,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_FOR_THE_LOCK = 900.0
 # Stopped on request so often without a new checkpoint: the time that each attempt gets is too short for one.
 _FRUITLESS_STOPS = 3
+_MOST_DOUBTS = 3
 _STOPPED = 75
 
 
@@ -61,6 +62,8 @@ class Supervisor:
     _change: Change | None = None
     """Why we have ended the attempt ourselves, or asked it to end."""
     _is_asked: bool = False
+    _doubts: int = 0
+    """Times in a row that the launcher returned 0 for a run that had not finished."""
     _deadline: float = 0.0
 
     def run(self) -> int:
@@ -81,6 +84,7 @@ class Supervisor:
                 before, logs = named_checkpoint(run_dir), sizes_of_logs(run_dir)
                 code = self._attempt(command)
                 has_progressed = named_checkpoint(run_dir) != before
+                code = self._checked(code, run_dir, has_progressed)
                 if code in (0, 2) or self._signals:
                     return self._last_code(code)
                 is_stop = code == _STOPPED or (self._change is not None and self._change.is_saving and has_progressed)
@@ -102,6 +106,19 @@ class Supervisor:
                 self._wait_for_directory(run_dir)
                 if self._signals:
                     return self._last_code(code)
+
+    def _checked(self, code: int, run_dir: Path, has_progressed: bool) -> int:
+        """Return the exit code, 1 where it says that a run has finished and the run's metrics do not.
+
+        Open MPI 5's mpirun returns 0 when it has lost a host. Metrics may lack their end for other reasons, such as a
+        full disk: then it is believed at last.
+        """
+        self._doubts = 0 if code or has_progressed else self._doubts
+        if code or self._signals or self._doubts >= _MOST_DOUBTS or not lacks_its_end(run_dir):
+            return code
+        self._doubts += 1
+        say("the launcher returned 0, but the run has not finished")
+        return 1
 
     def _last_code(self, code: int) -> int:
         """Return the exit code; 75 where the one signal found a process that had no handler for it yet."""

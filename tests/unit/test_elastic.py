@@ -397,7 +397,7 @@ class TestMembers:
         hosts.list("a:1\nb:1\n")
         assert hosts.place() == {"a": 1, "b": 1}
         assert not hosts.members.note_end(True, False, ())
-        assert "b has failed repeatedly: it is put aside for 300 s" in hosts.said
+        assert "b has failed or left repeatedly: it is put aside for 300 s" in hosts.said
         assert hosts.place() == {"a": 1}
 
     def test_a_host_whose_ranks_are_lost_twice_is_put_aside_unless_there_is_no_other(self, job):
