@@ -83,7 +83,7 @@ class Lookout:
                 return None
             time.sleep(_SECONDS_BETWEEN_CHECKS)
         if self._refusal:
-            raise ConfigError(self._refusal)
+            raise ConfigError(f"there is no list of hosts: {self._refusal}")
         return self._latest
 
     def _run(self) -> None:
