@@ -1,4 +1,4 @@
-"""A supervised run whose hosts are listed: when it ends, and what it leaves behind. benchmarks/elastic.py loses hosts."""
+"""A supervised run whose hosts are listed: when it ends, and what it leaves. benchmarks/elastic.py loses hosts."""
 
 import os
 import signal
