@@ -72,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from hvdtrain.install.__main__ import main as set_up
 
         return set_up(arguments[1:])
+    if arguments[:1] == ["supervise"]:  # starts ranks, and is none: it needs neither torch nor Horovod
+        from hvdtrain.process.supervise import main as supervise
+
+        return supervise(arguments[1:])
     if arguments[:1] in (["-np"], ["--np"]) and arguments[2:3] == ["sweep"]:  # it starts the ranks of each trial
         arguments = [*arguments[2:], "--np", arguments[1]]
     if arguments[:1] in (["-np"], ["--np"]):
@@ -236,6 +240,7 @@ def _overview() -> str:
     titles = {name: f"{name} {_asked(verb)}".strip() for name, verb in VERBS.items()}
     width = max(map(len, titles.values()))
     verbs = "\n".join(f"  {titles[name]:{width}}  {verb.about}" for name, verb in VERBS.items())
+    verbs += f"\n  {'supervise':{width}}  start a run again until it has finished, on the hosts that there are"
     verbs += f"\n  {'setup':{width}}  build Horovod for this torch and this MPI, and install it in this environment"
     return f"""\
 usage: {PROGRAM} [VERB [RECIPE]] [--section.setting VALUE ...]

@@ -7,4 +7,4 @@
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec python -m hvdtrain.process.supervise "$@"
+exec python -m hvdtrain supervise "$@"

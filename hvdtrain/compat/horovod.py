@@ -90,7 +90,7 @@ from hvdtrain.compat.reductions import (
 # Horovod's name -> why it is not here, and what is instead.
 ELSEWHERE = {
     "elastic": (
-        "Horovod's elastic driver is not used: begin from a checkpoint after a failure, by launch/supervise.sh and"
+        "Horovod's elastic driver is not used: begin from a checkpoint after a failure, by hvdtrain supervise and"
         " World.save and World.load in a loop of your own"
     ),
     "HorovodInternalError": (

@@ -67,14 +67,20 @@ def own_launcher() -> Ancestor | None:
     return find_launcher()
 
 
+def this_process() -> Ancestor | None:
+    """Return this process, as others may look whether it is still there; None where this is not Linux."""
+    state = _state(os.getpid())
+    return Ancestor(os.getpid(), state.started) if state else None
+
+
 def as_owner() -> dict[str, str]:
     """Return the variable by which ranks that this process starts know that they belong to it.
 
     Programs that this process belongs to itself stay in it: any of them may be lost.
     """
-    state = _state(os.getpid())
+    own = this_process()
     entries = os.environ.get(OWNER, "").split(",")
-    entries += [f"{os.getpid()}.{state.started}.{_place()}"] if state else []
+    entries += [f"{own.pid}.{own.started}.{_place()}"] if own else []
     return {OWNER: ",".join(filter(None, entries))}
 
 
@@ -94,8 +100,7 @@ def owners() -> tuple[Ancestor, ...]:
 
 def seconds_since_launch() -> float:
     """Return how long ago this process's launcher was started, or this process where it has none."""
-    own = _state(os.getpid())
-    first = own_launcher() or (Ancestor(os.getpid(), own.started) if own else None)
+    first = own_launcher() or this_process()
     return first.age_s() if first else 0.0
 
 

@@ -90,7 +90,7 @@ def run_job(
     mark = uuid.uuid4().hex
     command = [*starter, *program] if starter is not None else command_of(ranks, program)
     with session_folder() as for_launcher:
-        environ = {**for_launcher, **os.environ, MARK: mark, **as_owner(), **_path_to(sys.executable)}
+        environ = {**for_launcher, **os.environ, MARK: mark, **as_owner(), **path_to(sys.executable)}
         process = _started(command, environ, is_read=output is not None)
         try:
             with _passing_signals_on(mark, process.pid if command == [*program] else None):
@@ -159,7 +159,7 @@ def start_ranks(arguments: Sequence[str]) -> int:
         return error.exit_code
 
 
-def _path_to(executable: str) -> dict[str, str]:
+def path_to(executable: str) -> dict[str, str]:
     """Return the PATH on which a launcher finds this Python's own programs, also where nothing is activated."""
     return {"PATH": os.pathsep.join([str(Path(executable).parent), os.environ.get("PATH", os.defpath)])}
 

@@ -85,11 +85,16 @@ def _detect_torch_launcher(environ: Mapping[str, str], rank: int, size: int) -> 
     return Launch(name, rank, size)
 
 
-def _tasks_on_node(tasks_per_node: str, node: int) -> int:
-    """Return entry `node` of Slurm's compressed list: "2(x3),1" stands for 2, 2, 2, 1."""
+def counts_of_nodes(tasks_per_node: str) -> list[int]:
+    """Return the numbers of Slurm's compressed list: "2(x3),1" stands for 2, 2, 2, 1."""
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node):
         counts += [int(count)] * int(repeat or 1)
+    return counts
+
+
+def _tasks_on_node(tasks_per_node: str, node: int) -> int:
+    counts = counts_of_nodes(tasks_per_node)
     return counts[node] if node < len(counts) else 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 MARK = "HVDTRAIN_SUPERVISED"
 _RANK_VARIABLES = (b"OMPI_COMM_WORLD_RANK=", b"HOROVOD_RANK=", b"PMI_RANK=", b"PMIX_RANK=", b"SLURM_PROCID=")
 _SECONDS_TO_LEAVE = 10.0
+_PASSING_ON = {"mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra"}
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -66,9 +67,11 @@ def ask_to_stop(mark: str, launcher: int, command: Sequence[str]) -> bool:
     if ranks:
         kill(min(ranks), signal.SIGTERM)
         return True
-    # Launchers but horovodrun pass SIGUSR1 on.
+    # Launchers but horovodrun pass SIGUSR1 on, also the one that horovodrun itself starts with MPI.
     is_horovodrun = Path(command[0]).name == "horovodrun"
-    kill(launcher, signal.SIGTERM if is_horovodrun else signal.SIGUSR1)
+    below = [pid for pid in pids if _name(pid) in _PASSING_ON] if is_horovodrun else []
+    for pid in below or [launcher]:
+        kill(pid, signal.SIGTERM if is_horovodrun and not below else signal.SIGUSR1)
     return False
 
 
@@ -77,6 +80,10 @@ def _is_python(pid: int) -> bool:
     words = _read(pid, "cmdline").split(b"\0")
     is_launcher = any(name in word for word in words[1:2] for name in (b"horovodrun", b"mpirun", b"mpiexec"))
     return b"python" in words[0].rpartition(b"/")[2] and not is_launcher
+
+
+def _name(pid: int) -> str:
+    return os.fsdecode(_read(pid, "cmdline").partition(b"\0")[0].rpartition(b"/")[2])
 
 
 def _has_rank(pid: int) -> bool:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import json
+import os
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 BEST = "best"
+LOCK = "lock"
+METRICS = "metrics.jsonl"
 
 _MOST_BYTES = 256
+_MOST_BYTES_OF_A_LINE = 1 << 18
 
 
 def named_checkpoint(run_dir: Path, pointer: str = LATEST) -> str:
@@ -19,4 +26,25 @@ def named_checkpoint(run_dir: Path, pointer: str = LATEST) -> str:
         if path.is_file():  # neither a directory nor a pipe, which would be waited for
             with path.open("rb") as file:
                 return file.read(_MOST_BYTES).decode("utf-8", "replace").strip()
+    return ""
+
+
+def lacks_its_end(run_dir: Path) -> bool:
+    """Return whether a run has metrics, and their last line does not say that it has finished."""
+    with contextlib.suppress(OSError, ValueError), (run_dir / METRICS).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_BYTES_OF_A_LINE))
+        lines = file.read().split(b"\n")
+        last = next((line for line in reversed(lines) if line.strip()), b"")
+        return b'"event"' not in last or json.loads(last).get("event") != "finished"
+    return False
+
+
+def holder_of(run_dir: Path) -> str:
+    """Return who holds the lock of a run's directory, such as `process 12 on node2`; empty where nobody does."""
+    with contextlib.suppress(OSError), (run_dir / LOCK).open("r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return file.read(_MOST_BYTES).strip() or "another process"
     return ""

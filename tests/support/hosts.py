@@ -3,6 +3,7 @@
 They share its files, as a cluster's hosts share theirs, and are joined by a bridge. Everything ends with `Hosts`.
 """
 
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -15,13 +16,16 @@ PROGRAMS = ("ip", "sshd", "ssh-keygen", "unshare", "nsenter")
 PACKAGES = ("iproute2", "openssh-server", "openssh-client", "util-linux")
 NAMESPACES = ["unshare", "--net", "--uts", "--ipc", "--mount", "--propagation", "private", "--pid", "--fork"]
 
-# What process 1 of a host does; it waits for its network card, which is given to it from outside.
+# What process 1 of a host does; it waits for its network card, which is given to it from outside. Who comes by ssh has
+# a home of its own: what a shell's start files do in the real one, and lock there, would outlive a host that is killed.
 INIT = """
 set -e
 hostname {name}
 mount -t tmpfs -o size=1g none /dev/shm
 mount -t tmpfs none /run
 mkdir -p /run/sshd {home}/tmp
+sed 's#^\\([^:]*:[^:]*:0:[^:]*:[^:]*\\):[^:]*:#\\1:{home}:#' /etc/passwd > {home}/passwd
+mount --bind {home}/passwd /etc/passwd
 mount --bind {folder}/hosts /etc/hosts
 mount --bind {folder}/ssh_config /etc/ssh/ssh_config
 while ! ip -4 address show dev eth0 2> /dev/null | grep -q inet; do sleep 0.1; done
@@ -48,11 +52,12 @@ def long_name(name):
 class Hosts:
     """node1, node2, ... at 10.88.0.1, 10.88.0.2, ...; each has a long name, too."""
 
-    def __init__(self, number, path):
-        """Make nothing yet; `path` is the PATH of commands that come by ssh."""
+    def __init__(self, number, path, first_up=None):
+        """Make nothing yet; `path` is the PATH of commands that come by ssh, and the first `first_up` start at once."""
         self.names = [f"node{i + 1}" for i in range(number)]
         self.path = path
-        self.holders = []
+        self.first_up = number if first_up is None else first_up
+        self.holders = {}
         self.first = {}
 
     def __enter__(self):
@@ -78,23 +83,45 @@ class Hosts:
         return self
 
     def _start(self):
-        switch = self._hold("switch", ["sh", "-c", "ip link add bridge0 type bridge && ip link set bridge0 up && cat"])
-        for i, name in enumerate(self.names):
-            init = INIT.format(name=name, home=self.folder / name, folder=self.folder, path=self.path)
-            pid = self._hold(name, ["bash", "-c", init])
-            card = f"card{i}"
-            self._until(lambda: self._in(switch, "ip link show bridge0", check=False) == 0, "the bridge")
-            self._in(switch, f"ip link add {card} type veth peer name eth0 netns {pid}")
-            self._in(switch, f"ip link set {card} master bridge0 up")
-            self._in(pid, f"ip link set lo up && ip link set eth0 up && ip address add 10.88.0.{i + 1}/24 dev eth0")
-        for name in self.names:
-            self._until(lambda name=name: self.do(name, ["ssh", name, "true"]).returncode == 0, f"sshd of {name}")
+        script = "ip link add bridge0 type bridge && ip link set bridge0 up && cat"
+        self.switch = self._hold("switch", ["sh", "-c", script])
+        self._until(lambda: self._in(self.switch, "ip link show bridge0", check=False) == 0, "the bridge")
+        for name in self.names[: self.first_up]:
+            self.boot(name)
+
+    def boot(self, name):
+        """Start a host that is not there, and wait until it answers."""
+        i = self.names.index(name)
+        init = INIT.format(name=name, home=self.folder / name, folder=self.folder, path=self.path)
+        pid, card = self._hold(name, ["bash", "-c", init]), f"card{i}"
+        self._in(self.switch, f"ip link delete {card}", check=False)  # of its life before
+        # A card of the same number as in its life before, which others remember for a while.
+        address = f"02:88:00:00:00:{i + 1:02x}"
+        self._in(self.switch, f"ip link add {card} type veth peer name eth0 address {address} netns {pid}")
+        self._in(self.switch, f"ip link set {card} master bridge0 up")
+        self._in(pid, f"ip link set lo up && ip link set eth0 up && ip address add 10.88.0.{i + 1}/24 dev eth0")
+        self._until(lambda: self._answers(name), f"sshd of {name}", seconds=60)
+
+    def _answers(self, name):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that came as the card was joined may wait for ever
+            return self.do(name, ["ssh", name, "true"], timeout=5).returncode == 0
+        return False
+
+    def cut(self, name):
+        """Lose all that comes from a host and goes there; nobody is told."""
+        self._in(self.switch, f"ip link set card{self.names.index(name)} nomaster")
+
+    def heal(self, name):
+        """Join a host that was cut off again."""
+        self._in(self.switch, f"ip link set card{self.names.index(name)} master bridge0")
+
+    def kill(self, name):
+        """End all processes of a host, whose network card goes with it."""
+        self._end(self.holders.pop(name))
 
     def __exit__(self, *exception):
-        for holder in self.holders:
-            holder.kill()  # and with it process 1 of the namespace, and with that all others
-            holder.wait()
-            holder.stdin.close()
+        for holder in self.holders.values():
+            self._end(holder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def command(self, name, words, **variables):
@@ -112,11 +139,16 @@ class Hosts:
     def _hold(self, name, command):
         """Start process 1 of new namespaces and return its number."""
         holder = subprocess.Popen([*NAMESPACES, "--kill-child", "--mount-proc", *command], stdin=subprocess.PIPE)
-        self.holders.append(holder)
+        self.holders[name] = holder
         children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children")
         self._until(lambda: children.read_text().strip(), name)
         self.first[name] = int(children.read_text())
         return self.first[name]
+
+    def _end(self, holder):
+        holder.kill()  # and with it process 1 of the namespace, and with that all others
+        holder.wait()
+        holder.stdin.close()
 
     def _in(self, pid, script, check=True):
         done = subprocess.run(

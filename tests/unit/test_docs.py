@@ -119,6 +119,8 @@ def check_command(words):
     if program == "hvdtrain" or rest[:2] == ["-m", "hvdtrain"]:
         arguments = rest[2:] if program == "python" else rest
         arguments = arguments[2:] if arguments[:1] == ["-np"] and arguments[1].isdecimal() else arguments
+        if arguments[:1] == ["supervise"]:
+            return check_supervised(arguments[1:])
         return parse_setup(arguments[1:]) if arguments[:1] == ["setup"] else cli.parse(arguments)
     if program == "python":
         assert rest[0] == "-m" or Path(rest[0]).exists() or (pages.ROOT / rest[0]).exists(), "no such file"
@@ -130,16 +132,20 @@ def check_command(words):
 def check_launch_file(program, rest):
     assert os.access(pages.ROOT / program, os.X_OK), "no such file"
     if program == "launch/supervise.sh":
-        own, command = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
-        assert supervise.main([*own, "--", "true"]) == 2  # parsed, and refused for want of --run-dir
-        check_command(command)
-        assert "--run-dir" in command
+        check_supervised(rest)
     elif program == "launch/test.sh":
         known = (pages.ROOT / program).read_text()
         assert all(f"{word})" in known or f"== {word}" in known for word in rest if word in ("--torch", "--python"))
     elif program != "launch/setup.sh":
         is_counted = program == "launch/local.sh" and rest[:1] and rest[0].isdecimal()
         cli.parse(rest[1:] if is_counted else rest)
+
+
+def check_supervised(rest):
+    own, command = rest[: rest.index("--")], rest[rest.index("--") + 1 :]
+    assert supervise.main([*own, "--", "true"]) == 2  # parsed, and refused for want of --run-dir
+    check_command(command)
+    assert "--run-dir" in command
 
 
 def check_submission(rest):

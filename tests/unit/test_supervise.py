@@ -3,10 +3,18 @@
 import pytest
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.process.hosts import lost_hosts, named_hosts, restricted, run_directory
+from hvdtrain.process.hosts import lost_hosts, named_hosts, run_directory
+from hvdtrain.process.placement import Batch, asked_ranks, place, placed
 from hvdtrain.process.supervise import main
 
 TRAIN = ["python", "-m", "hvdtrain", "train", "lm", "--run-dir", "runs/mine"]
+
+
+def restricted(command, hosts, lost, batch=None):
+    """Return the command on those of its hosts that are left."""
+    left = {host: slots for host, slots in hosts.items() if host not in lost}
+    asked = asked_ranks(command)
+    return placed(command, place(left, asked, asked, lambda: Batch(batch)))
 
 
 def test_hosts_are_read_from_the_command_or_its_file(tmp_path):
@@ -21,26 +29,28 @@ def test_hosts_are_read_from_the_command_or_its_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lost", "more", "expected_hosts", "ranks"),
+    ("lost", "batch", "expected_hosts", "ranks"),
     [
-        (set(), [], "a:2,b:2,c:2", "6"),
-        ({"b"}, [], "a:2,c:2", "4"),
-        ({"a", "c"}, [], "b:2", "2"),
-        ({"b"}, ["--train.global-batch-size", "9"], "a:2,c:2", "3"),
-        ({"b"}, ["--train.global-batch-size=8"], "a:2,c:2", "4"),
+        (set(), None, "a:2,b:2,c:2", "6"),
+        (set(), 4, "a:2,b:2,c:2", "6"),  # what was asked for is tried as it is: the ranks say why it cannot be
+        ({"b"}, None, "a:2,c:2", "4"),
+        ({"a", "c"}, None, "b:2", "2"),
+        ({"b"}, 9, "a:2,c:1", "3"),
+        ({"b"}, 8, "a:2,c:2", "4"),
     ],
 )
-def test_lost_hosts_are_left_out_and_ranks_follow(lost, more, expected_hosts, ranks):
-    command = ["horovodrun", "-np", "6", "-H", "a:2,b:2,c:2", *TRAIN, *more]
-    changed = restricted(command, named_hosts(command), lost)
-    assert changed == ["horovodrun", "-np", ranks, "-H", expected_hosts, *TRAIN, *more]
+def test_lost_hosts_are_left_out_and_ranks_follow(lost, batch, expected_hosts, ranks):
+    command = ["horovodrun", "-np", "6", "-H", "a:2,b:2,c:2", *TRAIN]
+    changed = restricted(command, named_hosts(command), lost, batch)
+    assert changed == ["horovodrun", "-np", ranks, "-H", expected_hosts, *TRAIN]
 
 
 def test_slots_and_batches_without_measure_take_no_time():
-    command = ["horovodrun", "-H", "a:999999999,b:1", *TRAIN, "--train.global-batch-size", "999999937", "-np", "9" * 9]
-    assert restricted(command, named_hosts(command), {"b"})[-1] == "999999937"  # a prime
-    command = ["horovodrun", "-H", "a:999999936,b:1", *TRAIN, "--train.global-batch-size", "999999937", "-np", "9" * 9]
-    assert restricted(command, named_hosts(command), {"b"})[-1] == "1"
+    command = ["horovodrun", "-np", "9" * 9, "-H", "a:999999999,b:1", *TRAIN]
+    assert asked_ranks(restricted(command, named_hosts(command), {"b"}, 999_999_937)) == 999_999_999  # as asked
+    command[2] = "999999998"
+    assert asked_ranks(restricted(command, {"a": 999_999_997}, set(), 999_999_937)) == 999_999_937  # a prime
+    assert asked_ranks(restricted(command, {"a": 999_999_936}, set(), 999_999_937)) == 1
 
 
 def test_a_host_file_becomes_a_list():

@@ -1,0 +1,454 @@
+"""Which hosts a supervised run has: how they are listed, how ranks are placed on them, and when that changes."""
+
+import json
+import os
+import re
+import time
+
+import pytest
+
+from hvdtrain.errors import ConfigError
+from hvdtrain.process.aside import Aside, accused_hosts, sizes_of_logs
+from hvdtrain.process.batch_size import asked_batch, saved_batch
+from hvdtrain.process.discovery import HostsFile, HostsScript, NoListError, PbsHosts, SlurmHosts, hosts_in
+from hvdtrain.process.lookout import Lookout
+from hvdtrain.process.members import Members, Rules
+from hvdtrain.process.placement import Batch, Placement, place, placed, training_words
+from hvdtrain.process.progress import Place
+from hvdtrain.process.run_files import holder_of
+from hvdtrain.process.supervise import main
+from hvdtrain.rundir.lock import claim
+from hvdtrain.world.verdict import Report, judge
+
+TRAIN = ["python", "-m", "hvdtrain", "train", "lm", "--run-dir", "runs/mine"]
+
+
+def program(path, body):
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return [str(path)]
+
+
+def is_never():
+    return False
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("a:2\nb:3\n", {"a": 2, "b": 3}),
+        ("# ours\n a \n\nb slots = 4 max-slots=9  # big\n", {"a": 7, "b": 4}),
+        ("a:2\nb:0\n", {"a": 2}),
+        ("a:2\na:2\nb:1\na:3\n", {"a": 3, "b": 1}),  # one host, whose last number holds
+        ("[fe80::1]:2\n10.0.0.7:1\n", {"[fe80::1]": 2, "10.0.0.7": 1}),
+    ],
+)
+def test_hosts_are_listed_as_horovod_lists_them(text, hosts):
+    assert hosts_in(text, 7, "it") == hosts
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "lists no host"),
+        ("# nothing\n\n", "lists no host"),
+        ("a:0\n", "lists no host with slots"),
+        ("a:2\nTraceback (most recent call last):\n", "'Traceback (most recent call last):' in line 2"),
+        ("a:-1\n", "'a:-1' in line 1"),
+        ("a:two\n", "'a:two' in line 1"),
+        ("a:99999999\n", "no host:slots"),
+        ("a slots=many\n", "no host:slots"),
+        ("-oProxyCommand=x:1\n", "can be no host"),
+        ("<html>\n", "can be no host"),
+        ("\x00\n", "can be no host"),
+    ],
+)
+def test_a_list_with_a_line_that_is_none_is_not_trusted(text, says):
+    with pytest.raises(NoListError) as error:
+        hosts_in(text, 1, "it")
+    assert says in str(error.value)
+    assert not error.value.is_lasting
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("echo a:1; echo no luck >&2; exit 3", "failed with exit code 3: no luck"),
+        ("sleep 60", "did not end within 0.3 s"),
+        ("sleep 60 & sleep 60", "did not end within 0.3 s"),
+        ("yes a:1", "prints more than 1 MiB"),
+        ("kill -9 $$", "failed with exit code -9"),
+    ],
+)
+def test_a_script_that_fails_hangs_or_floods_is_one_sentence(tmp_path, body, says):
+    began = time.monotonic()
+    timeout = 20.0 if "yes" in body else 0.3
+    with pytest.raises(NoListError) as error:
+        HostsScript(program(tmp_path / "hosts", body), timeout_s=timeout).look()
+    assert says in str(error.value)
+    assert time.monotonic() - began < 15
+
+
+def test_a_script_whose_child_goes_on_is_read_all_the_same(tmp_path):
+    assert HostsScript(program(tmp_path / "hosts", "echo a:1; sleep 3 &")).look() == {"a": 1}
+
+
+def test_what_cannot_be_started_or_read_is_lasting(tmp_path):
+    (tmp_path / "no program").write_text("a:1")
+    for source in (HostsScript([str(tmp_path / "none")]), HostsScript([str(tmp_path / "no program")])):
+        with pytest.raises(NoListError, match="cannot be started") as error:
+            source.look()
+        assert error.value.is_lasting
+    with pytest.raises(NoListError, match="cannot be read") as error:
+        HostsFile(tmp_path / "none").look()
+    assert error.value.is_lasting
+
+
+def test_a_file_is_read_again(tmp_path):
+    source = HostsFile(tmp_path / "hosts", slots=2)
+    source.path.write_text("a\n")
+    assert source.look() == {"a": 2}
+    source.path.write_text("a\nb:1\n")
+    assert source.look() == {"a": 2, "b": 1}
+
+
+def test_pbs_names_a_host_once_for_each_slot(tmp_path):
+    (tmp_path / "nodes").write_text("b\na\nb\n")
+    assert PbsHosts(tmp_path / "nodes").look() == {"b": 2, "a": 1}
+
+
+def test_slurm_says_which_nodes_can_be_used(tmp_path, monkeypatch):
+    """Stand-ins for its three programs, which print what Slurm 22.05's do."""
+    program(tmp_path / "scontrol", "for n in 1 2 3; do echo node$n; done")
+    program(tmp_path / "squeue", "echo 'node[1-3]'")
+    program(tmp_path / "sinfo", "echo 'node1 mixed'; echo 'node2 down*'; echo 'node3 draining'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert SlurmHosts("7", "node[1-3]", "2(x2),1").look() == {"node1": 2, "node3": 1}
+
+
+@pytest.mark.parametrize(
+    ("slots", "most", "asked", "batch", "hosts"),
+    [
+        ({"a": 2, "b": 2}, None, None, Batch(), {"a": 2, "b": 2}),
+        ({"a": 2, "b": 2}, 3, None, Batch(), {"a": 2, "b": 1}),
+        ({"a": 1, "b": 1, "c": 1}, None, None, Batch(32), {"a": 1, "b": 1}),  # 32 divides among 2, not among 3
+        ({"a": 1, "b": 1, "c": 1}, None, None, Batch(24, 4), {"a": 1, "b": 1, "c": 1}),
+        ({"a": 1, "b": 1, "c": 1}, None, None, Batch(24, 12), {"a": 1, "b": 1}),
+        ({"a": 4}, 3, 3, Batch(32), {"a": 3}),  # as the command asks: the ranks will say why it cannot be
+    ],
+)
+def test_as_many_ranks_as_the_batch_lets_be_used(slots, most, asked, batch, hosts):
+    assert place(slots, most, asked, lambda: batch).hosts == hosts
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["srun", "-N{num_hosts}", "-n", "{ranks}", "-w", "{host_names}"], ["srun", "-N2", "-n", "3", "-w", "a,b"]),
+        (["mpirun", "-np", "{ranks}", "-H", "{hosts}"], ["mpirun", "-np", "3", "-H", "a:2,b:1"]),
+        (["mpirun", "--bind-to", "none"], ["mpirun", "-H", "a:2,b:1", "-np", "3", "--bind-to", "none"]),
+        (["/opt/bin/mpirun", "-n", "9"], ["/opt/bin/mpirun", "-H", "a:2,b:1", "-n", "3"]),
+        (["horovodrun", "-np=9", "--hostfile=f"], ["horovodrun", "-np=3", "-H", "a:2,b:1"]),
+    ],
+)
+def test_ranks_and_hosts_are_filled_in(command, expected):
+    assert placed([*command, *TRAIN], Placement({"a": 2, "b": 1}, 3)) == [*expected, *TRAIN]
+
+
+def test_a_command_without_a_launcher_gets_one(monkeypatch, tmp_path):
+    program(tmp_path / "horovodrun", "")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    expected = [str(tmp_path / "horovodrun"), "-np", "2", "-H", "a:2", *TRAIN]
+    assert placed(TRAIN, Placement({"a": 2}, 2)) == expected
+    with pytest.raises(ConfigError, match=re.escape("where do the ranks and hosts belong in 'sh my-launcher ...'")):
+        placed(["sh", "my-launcher"], Placement({"a": 2}, 2))
+
+
+def test_training_is_found_behind_a_launcher():
+    assert training_words(["mpirun", "-wdir", "/x/hvdtrain", *TRAIN]) == TRAIN
+    assert training_words(["mpirun", "-np", "2", "/bin/hvdtrain", "train"]) == ["/bin/hvdtrain", "train"]
+    assert training_words(["mpirun", "true"]) == []
+
+
+class TestBatch:
+    def test_is_the_saved_one(self, tmp_path):
+        folder = tmp_path / "checkpoints" / "step-00000010"
+        folder.mkdir(parents=True)
+        (tmp_path / "checkpoints" / "latest").write_text("step-00000010\n")
+        (folder / "manifest.json").write_text(json.dumps({"global_batch_size": 24}))
+        assert saved_batch(tmp_path) == Batch(24)
+        (folder / "manifest.json").write_text("[[[")
+        assert saved_batch(tmp_path) is None
+        assert asked_batch(["mpirun", "true", "--train.global-batch-size", "7"]) == Batch(7)
+
+    def test_is_asked_of_the_command(self, tmp_path):
+        """A stand-in that prints a configuration, as `--print-config` does."""
+        python = tmp_path / "python"
+        table = "[data]\\nglobal_batch_size = 1\\n[train]\\nglobal_batch_size = 24\\nmicro_batch_size = 4\\n"
+        program(python, f"printf '{table}'")
+        assert asked_batch(["mpirun", str(python), "-m", "hvdtrain"]) == Batch(24, 4)
+        program(python, "printf '[train]\\nglobal_batch_size = \"none\"\\nmicro_batch_size = 4\\n'")
+        with pytest.raises(ConfigError, match=re.escape("--train.micro-batch-size 4 alone")):
+            asked_batch([str(python), "-m", "hvdtrain"])
+        program(python, "printf '[train]\\nglobal_batch_size = 8\\nmicro_batch_size = 4\\naccum_steps = 2\\n'")
+        with pytest.raises(ConfigError, match=re.escape("leave --train.accum-steps out")):
+            asked_batch([str(python), "-m", "hvdtrain"])
+
+
+def test_hosts_that_fail_repeatedly_are_put_aside_for_longer_and_longer():
+    now = [0.0]
+    aside = Aside(300.0, clock=lambda: now[0])
+    assert aside.blame("a") == 0.0
+    assert aside.blame("b", is_new=True) == 300.0
+    assert aside.blame("a") == 300.0
+    assert aside.hosts() == {"a", "b"}
+    now[0] = 301.0
+    assert aside.hosts() == set()
+    assert aside.blame("a") == 600.0
+    now[0] = 301.0 + 3600
+    assert aside.blame("a") == 0.0  # it was long ago
+    assert Aside(0.0).blame("a", is_new=True) == 0.0
+
+
+def test_the_ranks_logs_say_whose_host_was_lost(tmp_path):
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "rank-000.log"
+    log.write_text("hvdtrain: rank 1 on old.example is gone, killed or crashed: it was last seen at step 4\n")
+    sizes = sizes_of_logs(tmp_path)
+    assert accused_hosts(tmp_path, sizes, ["old"]) == set()
+    silent = judge([Report("rank 1 on node2.example", Place("step", 3, 1.0), 99.0)], None, 5.0)
+    with log.open("a") as file:
+        file.write(f"hvdtrain: {silent}\nat step 3; the stacks of all threads:\n")
+    assert accused_hosts(tmp_path, sizes, ["node1", "node2", "old"]) == {"node2"}
+
+
+def test_who_holds_a_run_directory_is_known(tmp_path):
+    assert holder_of(tmp_path) == ""
+    held = claim(tmp_path / "run")
+    child = os.fork()
+    if child == 0:  # a POSIX lock keeps other processes out, not its own
+        os._exit(0 if holder_of(tmp_path / "run") == f"process {os.getppid()} on {os.uname().nodename}" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    held.release()
+    assert holder_of(tmp_path / "run") == ""
+
+
+class Job:
+    """Members of a job whose hosts are a file, and which a stand-in for ssh finds in a folder."""
+
+    def __init__(self, folder, listed, **rules):
+        self.folder, self.file, self.up, self.said = folder, folder / "hosts", folder / "up", []
+        self.up.mkdir()
+        ssh = program(folder / "ssh", f"for host; do :; done; shift $(($# - 2)); test -e {self.up}/$1")
+        (folder / "checkpoints").mkdir()
+        self.list(listed)
+        self.lookout = Lookout(HostsFile(self.file), ssh, 0.1)
+        python = program(folder / "python", r"printf '[train]\nglobal_batch_size = 12\n'")
+        command = ["mpirun", *python, "-m", "hvdtrain"]
+        self.members = Members(command, folder, self.lookout, Rules(**rules), self.said.append)
+
+    def list(self, text, up=None):
+        self.file.write_text(text)
+        for line in text.split() if up is None else up:
+            (self.up / line.partition(":")[0]).touch()
+
+    def save(self, step):
+        (self.folder / "checkpoints" / "latest").write_text(str(step))
+
+    def place(self):
+        return dict(self.members.place_next(is_never).hosts)
+
+    def change(self, seconds=10.0):
+        """Return the change that is wanted within that time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if (change := self.members.change()) is not None:
+                return change
+            time.sleep(0.02)
+        return None
+
+    def until_said(self, text):
+        deadline = time.monotonic() + 10
+        while not any(text in line for line in self.said):
+            assert self.members.change() is None
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def job(tmp_path):
+    jobs = []
+
+    def job(listed, **rules):
+        jobs.append(Job(tmp_path, listed, **rules))
+        jobs[-1].lookout.start()
+        return jobs[-1]
+
+    yield job
+    for one in jobs:
+        one.lookout.close()
+
+
+class TestMembers:
+    def test_a_host_without_an_address_is_left_out(self, job):
+        hosts = job("a:1 b:1".replace(" ", "\n"))
+        hosts.list("a:1\nb:1\nnowhere:4\n", up=["a", "b"])
+        assert hosts.place() == {"a": 1, "b": 1}
+        assert "without nowhere, which cannot be reached" in hosts.said
+
+    def test_a_new_host_is_taken_in_after_the_next_save(self, job):
+        hosts = job("a:1\n")
+        hosts.save(1)
+        assert hosts.place() == {"a": 1}
+        hosts.list("a:1\nb:1\n")
+        hosts.until_said("b can be had: the run grows from 1 to 2 ranks at its next save")
+        hosts.save(2)
+        change = hosts.change()
+        assert (change.is_saving, change.may_take_long) == (True, True)
+        assert hosts.members.note_end(False, True, ())
+        assert hosts.place() == {"a": 1, "b": 1}
+
+    def test_a_new_host_that_goes_before_the_save_changes_nothing(self, job):
+        hosts = job("a:1\n")
+        assert hosts.place() == {"a": 1}
+        hosts.list("a:1\nb:1\n")
+        hosts.until_said("b can be had")
+        hosts.list("a:1\n")
+        assert hosts.change(0.5) is None
+        hosts.save(2)
+        assert hosts.change(0.5) is None
+
+    def test_it_grows_on_request_alone_where_that_is_asked_for(self, job):
+        hosts = job("a:1\n", grow="request")
+        hosts.place()
+        hosts.members.ask_to_grow()
+        hosts.until_said("asked to grow, but there is nothing to grow to: 1 slots on a")
+        hosts.list("a:1\nb:1\n")
+        hosts.until_said("when SIGUSR2 asks for it")
+        hosts.save(2)
+        assert hosts.change(0.5) is None
+        hosts.members.ask_to_grow()
+        assert "grows from 1 to 2" in hosts.change().reason
+
+    def test_it_never_grows_where_that_is_asked_for(self, job):
+        hosts = job("a:1\n", grow="never")
+        hosts.place()
+        hosts.list("a:1\nb:1\n")
+        assert hosts.change(0.5) is None
+        hosts.save(2)
+        assert hosts.change(0.5) is None
+
+    def test_hosts_that_leave_are_asked_to_save_if_they_answer(self, job):
+        hosts = job("a:1\nb:1\nc:1\n")
+        assert hosts.place() == {"a": 1, "b": 1, "c": 1}
+        hosts.list("a:1\nb:1\n")
+        change = hosts.change()
+        assert (change.reason, change.is_saving) == ("c is not listed any more, and still answers", True)
+        assert hosts.place() == {"a": 1, "b": 1}
+        (hosts.up / "b").unlink()
+        hosts.list("a:1\n")
+        change = hosts.change()
+        assert (change.reason, change.is_saving) == ("b is not listed any more, and does not answer", False)
+
+    def test_a_host_that_is_silent_is_lost_after_a_while(self, job):
+        hosts = job("a:1\nb:1\n", lost_after_s=0.6)
+        hosts.place()
+        (hosts.up / "b").unlink()
+        began = time.monotonic()
+        change = hosts.change()
+        assert time.monotonic() - began > 0.4
+        assert (change.reason, change.is_saving) == ("b has not answered for 0.6 s", False)
+        assert hosts.place() == {"a": 1}
+
+    def test_a_list_that_fails_changes_nothing_and_is_said_once(self, job):
+        hosts = job("a:1\nb:1\n")
+        hosts.place()
+        hosts.list("Error: no\n", up=[])
+        hosts.until_said("going on with what was listed last")
+        assert hosts.change(0.5) is None
+        hosts.list("a:1\nb:1\n")
+        hosts.until_said("lists hosts again")
+        assert len([line for line in hosts.said if "no host:slots" in line]) == 1
+
+    def test_it_waits_for_ranks_enough_and_can_be_stopped(self, job):
+        hosts = job("a:1\n", min_ranks=2)
+        asked = []
+
+        def is_stopped():
+            asked.append(1)
+            if len(asked) == 3:
+                hosts.list("a:1\nb:1\n")
+            return False
+
+        assert dict(hosts.members.place_next(is_stopped).hosts) == {"a": 1, "b": 1}
+        assert any("1 slots on a: waiting for 2 ranks' hosts" in line for line in hosts.said)
+        hosts.list("a:1\n")
+        assert hosts.members.place_next(lambda: True) is None
+
+    def test_it_gives_up_waiting_where_that_is_asked_for(self, job):
+        hosts = job("a:1\n", min_ranks=2, longest_wait_s=0.2)
+        with pytest.raises(TimeoutError, match=re.escape("1 slots on a; waited for 0.2 s: giving up")):
+            hosts.members.place_next(is_never)
+
+    def test_a_new_host_with_which_the_run_does_not_start_is_put_aside(self, job):
+        hosts = job("a:1\n")
+        hosts.place()
+        hosts.members.note_end(False, True, ())
+        hosts.list("a:1\nb:1\n")
+        assert hosts.place() == {"a": 1, "b": 1}
+        assert not hosts.members.note_end(True, False, ())
+        assert "b has failed or left repeatedly: it is put aside for 300 s" in hosts.said
+        assert hosts.place() == {"a": 1}
+
+    def test_a_host_whose_ranks_are_lost_twice_is_put_aside_unless_there_is_no_other(self, job):
+        hosts = job("a:1\nb:1\n")
+        for _ in range(2):
+            hosts.place()
+            hosts.members.note_end(True, True, {"b"})
+        assert hosts.place() == {"a": 1}
+        hosts.list("b:1\n")
+        assert hosts.place() == {"b": 1}
+        assert "b was put aside, and is taken: there are no others" in hosts.said
+
+    def test_a_host_that_is_lost_explains_the_end(self, job):
+        hosts = job("a:1\nb:1\n")
+        hosts.place()
+        (hosts.up / "b").unlink()
+        assert hosts.members.note_end(True, True, ())
+        assert hosts.place() == {"a": 1}
+
+    def test_ranks_follow_what_the_batch_lets_be_used(self, job):
+        hosts = job("a:3\nb:2\n")
+        assert hosts.place() == {"a": 3, "b": 1}
+        assert "4 of 5 slots are used: the global batch does not divide among more" in hosts.said
+
+    def test_a_source_that_never_was_ends_it(self, tmp_path):
+        lookout = Lookout(HostsFile(tmp_path / "none"), ["true"], 0.1)
+        lookout.start()
+        with pytest.raises(ConfigError, match="cannot be read"):
+            lookout.fresh(is_never)
+        lookout.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--hosts-script", "a", "--hosts-file", "b"], "leave one of them out"),
+        (["--min-ranks", "4", "--max-ranks", "2"], "nothing lists the hosts"),
+        (["--hosts-file", "b", "--min-ranks", "4", "--max-ranks", "2"], "--max-ranks 2 is less than --min-ranks 4"),
+        (["--hosts-script", "/no/such"], "/no/such cannot be started"),
+        (["--hosts-file", "/no/such"], "/no/such cannot be read"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_sentence(flags, says, capsys, monkeypatch, tmp_path):
+    for name in ("SLURM_JOB_ID", "PBS_NODEFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert main([*flags, "--", "mpirun", "true", "--run-dir", "x"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_command_that_says_nowhere_where_ranks_belong_is_refused_before_hosts_are_waited_for(capsys, tmp_path):
+    (tmp_path / "hosts").write_text("a:1\n")
+    assert main(["--hosts-file", str(tmp_path / "hosts"), "--", "sh", "launch", "--run-dir", "x"]) == 2
+    assert "where do the ranks and hosts belong" in capsys.readouterr().err
