@@ -8,7 +8,7 @@ import torch
 from hvdtrain.errors import DataError, LaunchError
 from hvdtrain.process.launch import Launch, detect_launch, prepare_process, threads_per_rank
 from hvdtrain.world import SoloWorld, pick_device
-from hvdtrain.world.start import check_launcher
+from hvdtrain.world.start import check_controller, check_launcher
 
 
 @pytest.mark.parametrize(
@@ -145,3 +145,25 @@ def test_a_lone_process_and_horovods_own_ranks_are_no_matter_of_torch():
     assert detect_launch({"RANK": "1", "WORLD_SIZE": "2", "HOROVOD_RANK": "1"}).launcher == "horovodrun --gloo"
     check_launcher(Launch("none"))
     check_launcher(Launch("mpirun", 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables", "says"),
+    [
+        ("horovodrun --gloo", {}, "unset HOROVOD_RANK HOROVOD_SIZE"),
+        ("horovodrun --gloo", {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "HOROVOD_CONTROLLER": "gloo"}, None),
+        ("mpirun", {"HOROVOD_CONTROLLER": "gloo"}, "HOROVOD_CONTROLLER=gloo under mpirun"),
+        ("mpirun", {"HOROVOD_CONTROLLER": "mpi"}, None),
+    ],
+)
+def test_what_is_set_for_another_launcher_is_told_before_horovod_starts(monkeypatch, launcher, variables, says):
+    for name in ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    launch = Launch(launcher, size=2)
+    if says:
+        with pytest.raises(LaunchError, match=says):
+            check_controller(launch)
+    else:
+        check_controller(launch)
