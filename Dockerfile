@@ -7,7 +7,7 @@
 # The CUDA toolkit is needed to build Horovod and stays behind in the first stage: torch's wheels bring the CUDA and NCCL
 # libraries that a run loads. Both images must be one release of one distribution (Debian's or Ubuntu's packages).
 #
-# How it was tried: the CPU image (2.16 GB, of it 0.2 the system's; 26 November 2026) is built and trained in by
+# How it was tried: the CPU image (1.72 GB, of it 0.09 the system's; 26 November 2026) is built and trained in by
 # tests/e2e/test_image.py, with buildah. Of the GPU image the
 # step that is its own, launch/setup.sh with TORCH=torch==2.14.1 and CUDA_CAPABILITIES=80,90,100, was run with CUDA 13.0
 # on a machine without a GPU: `horovodrun --check-build` in it shows NCCL, MPI and Gloo. It was never run on a GPU.

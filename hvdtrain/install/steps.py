@@ -120,6 +120,8 @@ class Setup:
         """Raise `SetupError` for all that is missing; nothing has been downloaded or written yet."""
         environment = self.environment
         is_made = environment.python.exists()
+        if self.with_horovod:
+            preflight.check_folders(environment.folder, Path(tempfile.gettempdir()))
         preflight.check_tools(with_build=self.with_horovod, with_venv=not is_made)
         if is_made:
             preflight.check_python(environment.folder, environment.ask("import sys; print(*sys.version_info[:2])"))

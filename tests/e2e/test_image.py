@@ -72,7 +72,7 @@ def test_any_user_in_a_root_that_can_be_written(container):
 
 @pytest.mark.parametrize("launcher", ["mpirun --oversubscribe", "horovodrun", "horovodrun --gloo"])
 def test_any_user_with_nothing_to_write_to_but_tmp(container, launcher):
-    """`docker run --read-only --tmpfs /tmp --user 12345`: runs and caches go to /tmp; nobody has a home or a name."""
+    """`docker run --read-only --tmpfs /tmp --user 12345`: runs and caches go to /tmp; nobody has a name."""
     done = container.run_read_only(*launcher.split(), "-np", "2", *TRAIN, *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished in" in done.stdout
@@ -85,7 +85,7 @@ def test_any_user_with_nothing_to_write_to_but_tmp(container, launcher):
 
 
 def test_the_default_command_trains_the_default_recipe(container):
-    done = container.run("timeout", "--signal=TERM", "60", "/opt/hvdtrain/launch/local.sh")
+    done = container.run("timeout", "--signal=TERM", "120", "/opt/hvdtrain/launch/local.sh")
     assert "+ horovodrun -np" in done.stdout, done.stdout + done.stderr
     assert "setup:" not in done.stdout
     assert "lm on" in done.stdout

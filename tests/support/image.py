@@ -84,10 +84,10 @@ class Container:
         return do("run", *fixed, *options, self.name, "--", *command, timeout=timeout, check=False)
 
     def run_read_only(self, *command, timeout=300):
-        """Run a command as a user without a name or a home, where nothing but /tmp can be written."""
+        """Run a command as a user without a name, where nothing but /tmp can be written."""
         root = do("mount", self.name).stdout.strip()
         variables = json.loads(do("inspect", self.name).stdout)["Docker"]["config"]["Env"]
-        words = [root, *(word for word in variables if not word.startswith("HOME=")), *command]
+        words = [root, *variables, *command]
         made = ["unshare", "--mount", "--uts", "bash", "-ec", _READ_ONLY, "bash", *map(str, words)]
         return subprocess.run(made, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
 

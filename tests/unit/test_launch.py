@@ -1,12 +1,13 @@
 """Who started this process, threads, and devices."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 from hvdtrain.errors import DataError, LaunchError
-from hvdtrain.process.launch import Launch, detect_launch, prepare_process, threads_per_rank
+from hvdtrain.process.launch import Launch, detect_launch, give_home, prepare_process, threads_per_rank
 from hvdtrain.world import SoloWorld, pick_device
 from hvdtrain.world.start import check_controller, check_launcher
 
@@ -167,3 +168,16 @@ def test_what_is_set_for_another_launcher_is_told_before_horovod_starts(monkeypa
             check_controller(launch)
     else:
         check_controller(launch)
+
+
+def test_a_user_without_name_and_home_gets_one(monkeypatch, tmp_path):
+    """`docker run --user 54321` with HOME unset."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environ = {}
+    give_home(environ)
+    assert environ == {}
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    give_home(environ)
+    assert environ == {"HOME": str(tmp_path / "hvdtrain-54321")}
+    assert (tmp_path / "hvdtrain-54321").stat().st_mode & 0o777 == 0o700
