@@ -12,7 +12,8 @@ environment=${environment:-$root/.venv}
 
 # A user without a name and a home (docker run --user N, HOME unset): Open MPI does not start without one.
 if [[ -z ${HOME:-} ]] && ! getent passwd "$(id -u)" > /dev/null; then
-  export HOME=${TMPDIR:-/tmp}/hvdtrain-$(id -u)
+  HOME=${TMPDIR:-/tmp}/hvdtrain-$(id -u)
+  export HOME
   mkdir -p -m 700 "$HOME"
 fi
 
