@@ -14,7 +14,7 @@ environment=${environment:-$root/.venv}
 if [[ -z ${HOME:-} ]] && ! getent passwd "$(id -u)" > /dev/null; then
   HOME=${TMPDIR:-/tmp}/hvdtrain-$(id -u)
   export HOME
-  mkdir -p -m 700 "$HOME"
+  mkdir -p "$HOME" && chmod 700 "$HOME"
 fi
 
 export PATH="$environment/bin:$PATH"
