@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
-from hvdtrain.process.launch import Launch, detect_launch, open_outputs, prepare_process
+from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
 from hvdtrain.settings import NONE, nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_process = arguments is None  # of its own, not a call from a program
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     open_outputs()
+    give_home()
     if arguments[:1] == ["--version"]:
         sys.stdout.write(f"hvdtrain {__version__}\n")
         return 0

@@ -10,6 +10,13 @@ if [[ -z $environment && -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != b
 fi
 environment=${environment:-$root/.venv}
 
+# A user without a name and a home (docker run --user N, HOME unset): Open MPI does not start without one.
+if [[ -z ${HOME:-} ]] && ! getent passwd "$(id -u)" > /dev/null; then
+  HOME=${TMPDIR:-/tmp}/hvdtrain-$(id -u)
+  export HOME
+  mkdir -p "$HOME" && chmod 700 "$HOME"
+fi
+
 export PATH="$environment/bin:$PATH"
 if [[ $(id -u) == 0 ]]; then # containers, as a rule; Open MPI refuses root otherwise
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

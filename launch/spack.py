@@ -1,13 +1,19 @@
-# A recipe for Spack: hvdtrain on Spack's Python, PyTorch and MPI.
+# A recipe for Spack 1.0 or newer: hvdtrain on Spack's Python, PyTorch and MPI.
 #
-#   spack repo create site      # and copy this file to packages/hvdtrain/package.py in the folder of the new repo.yaml
-#   spack repo add FOLDER_OF_REPO_YAML && spack install hvdtrain ^openmpi
+#   spack repo create FOLDER site
+#   spack repo add FOLDER/spack_repo/site  # this file: its packages/hvdtrain/package.py
+#   spack install hvdtrain ^openmpi
 #
-# It makes a virtual environment that sees Spack's py-torch and builds Horovod for it (`hvdtrain setup`); py-horovod of
-# Spack's own does not build with torch 2.1 or newer.
+# For GPUs: spack install hvdtrain ^py-torch+cuda cuda_arch=90 ^openmpi
 #
-# Spack 1.0 or newer. Never tried: no Spack was at hand. Tried: its commands, by hand, with PyPI's torch and MPICH; and
-# what it names was looked up in spack-packages of 2026-07-01: each package is there, PyTorch 2.6 to 2.12 among them.
+# It makes a virtual environment that sees Spack's py-torch and builds Horovod for it
+# (`hvdtrain setup`, which needs PyPI). Spack's own py-horovod is Horovod as released with two
+# patches: without what hvdtrain/install mends, and by default without Gloo.
+#
+# Tried: Spack of January 2026 (1.2.0.dev0) with spack-packages of July 2026: the repository,
+# `spack audit packages`, flake8 with Spack's settings, and `spack spec hvdtrain ^openmpi`, which
+# takes py-torch 2.12.1, Python 3.13 and Open MPI 5.0.10. Never tried: `spack install`, and the
+# line for GPUs. What it runs was run by hand, with PyPI's torch and MPICH.
 """Data-parallel training of PyTorch models with Horovod."""
 
 from spack.package import *
@@ -34,7 +40,7 @@ class Hvdtrain(Package):
 
     def install(self, spec, prefix):
         """Make the environment, and let hvdtrain build Horovod in it."""
-        which("python3")("-m", "venv", "--system-site-packages", prefix)
+        which("python3", required=True)("-m", "venv", "--system-site-packages", prefix)
         Executable(prefix.bin.python)("-m", "pip", "install", ".")
         with working_dir("/"):
             Executable(prefix.bin.hvdtrain)("setup")

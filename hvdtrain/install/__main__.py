@@ -23,7 +23,10 @@ two ranks. Run it again after a change of torch, Python or MPI; where nothing ha
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a set-up and return its exit code: 2 where something is missing that the user can mend."""
     try:
-        parse(arguments).run()
+        setup = parse(arguments)
+        # What it installs must be found where the environment is not active, as after `.venv/bin/hvdtrain setup`.
+        os.environ["PATH"] = f"{setup.environment.folder / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        setup.run()
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return error.exit_code

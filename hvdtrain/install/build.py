@@ -25,6 +25,7 @@ from pathlib import Path
 
 from hvdtrain.install import recipe as recipes
 from hvdtrain.install.clone import other_environment
+from hvdtrain.install.output import tell
 from hvdtrain.install.preflight import BUILD_BYTES, SetupError, check_disk_space, explain_failure, find_compiler
 from hvdtrain.install.recipe import HOROVOD_VERSION, SDIST_SHA256, Gpu, Recipe, Torch
 
@@ -124,7 +125,7 @@ def open_cache() -> Iterator[WheelCache]:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, RuntimeError) as error:  # RuntimeError: no HOME, and no such user
-        print(f"Horovod's wheel is not kept for the next time ({error}); `export XDG_CACHE_HOME=<folder>` keeps it.")
+        tell(f"Horovod's wheel is not kept for the next time ({error}); `export XDG_CACHE_HOME=<folder>` keeps it.")
         with tempfile.TemporaryDirectory(prefix="hvdtrain-cache-") as temporary:
             yield WheelCache(Path(temporary))
     else:
@@ -141,12 +142,12 @@ def install(recipe: Recipe, cache: WheelCache) -> None:
     with cache.lock(recipe.key):
         wheel = cache.find(recipe.key)
         if wheel is not None:
-            print(f"Horovod {HOROVOD_VERSION}: from the cache, {wheel}", flush=True)
+            tell(f"Horovod {HOROVOD_VERSION}: from the cache, {wheel}")
             try:
                 install_wheel(wheel, recipe)
                 return
             except SetupError as error:
-                print(f"The cached wheel does not work ({error}); building it anew.", flush=True)
+                tell(f"The cached wheel does not work ({error}); building it anew.")
                 cache.drop(recipe.key)
         with tempfile.TemporaryDirectory(prefix="hvdtrain-build-") as folder:
             wheel = build_wheel(recipe, Path(folder))
@@ -169,10 +170,9 @@ def build_wheel(recipe: Recipe, folder: Path) -> Path:
     check_compiler_standard(recipe.cxx_standard)
     jobs = recipes.available_cores()
     kind = f"CUDA {recipe.gpu.cuda_version} and NCCL" if recipe.gpu else "CPU"
-    print(
+    tell(
         f"Horovod {HOROVOD_VERSION}: building for torch {recipe.torch.version}, {kind}, {recipe.mpi.version},"
-        f" C++{recipe.cxx_standard}, {jobs} jobs; about {8 // jobs + 1} minutes, log in {log_file('build')}",
-        flush=True,
+        f" C++{recipe.cxx_standard}, {jobs} jobs; about {8 // jobs + 1} minutes, log in {log_file('build')}"
     )
     start = time.monotonic()
     source = unpack_sdist(download_sdist(folder), folder)
@@ -187,7 +187,7 @@ def build_wheel(recipe: Recipe, folder: Path) -> Path:
     _logged("build", command, recipe.environment(os.environ, jobs, nccl_home))
     (wheel,) = folder.glob("*.whl")
     check_wheel(wheel, source, recipe)
-    print(f"Horovod {HOROVOD_VERSION}: built in {time.monotonic() - start:.0f} s, {wheel.stat().st_size / 1e6:.1f} MB")
+    tell(f"Horovod {HOROVOD_VERSION}: built in {time.monotonic() - start:.0f} s, {wheel.stat().st_size / 1e6:.1f} MB")
     return wheel
 
 
@@ -286,7 +286,7 @@ def main(wheel_dir: Path | None) -> None:
         wheel = cache.find(recipe.key)
         if wheel_dir and wheel:
             wheel_dir.mkdir(parents=True, exist_ok=True)
-            print(f"Horovod {HOROVOD_VERSION}: the wheel is {shutil.copy(wheel, wheel_dir)}", flush=True)
+            tell(f"Horovod {HOROVOD_VERSION}: the wheel is {shutil.copy(wheel, wheel_dir)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.install import preflight
+from hvdtrain.install.output import tell
 from hvdtrain.install.preflight import SetupError
 
 LAUNCHER_VARIABLES = ("HOROVOD_", "OMPI_COMM_", "PMIX_", "PMI_", "MPI_LOCAL", "HYDRA_")
@@ -148,4 +149,4 @@ def plain_environ() -> dict[str, str]:
 
 def say(text: str) -> None:
     """Print one line of progress."""
-    print(f"setup: {text}", flush=True)
+    tell(f"setup: {text}")

@@ -125,6 +125,17 @@ def check_tools(*, with_build: bool, with_venv: bool) -> None:
         raise SetupError(f"{said[0].upper()}{said[1:]}{why}.", install_command(*missing))
 
 
+def check_folders(*folders: Path) -> None:
+    """Raise `SetupError` for a path with a space: MPI's compilers take what follows it for another word."""
+    for folder in folders:
+        if len(str(folder).split()) > 1:
+            raise SetupError(
+                f"There is a space in the path {folder}, and Horovod cannot be built there.",
+                "move the clone, or python3 -m venv ~/hvdtrain-env && . ~/hvdtrain-env/bin/activate, then run this"
+                " again; of temporary files: export TMPDIR=/tmp",
+            )
+
+
 def check_python(environment: Path, version: str | None) -> None:
     """Raise `SetupError` unless the environment's Python, version "3 11", is one that hvdtrain takes."""
     leave = f"`deactivate` (or `conda deactivate`), then {other_environment()}"

@@ -18,6 +18,8 @@ from hvdtrain.install.environment import Environment, plain_environ, say
 
 PACKAGE = Path(__file__).parent
 SELF_CHECK_TIMEOUT_S = 180
+# What setup.cfg requires beside torch, by the names that are imported.
+REQUIRED = ("numpy", "rich", "safetensors", "tokenizers", "tomli_w", "tqdm")
 _ASK_CUDA = "import torch; print(torch.version.cuda or '')"
 
 
@@ -53,7 +55,7 @@ class Setup:
         """Return the modules that must import in the end."""
         names = ["torch"] + ["horovod.torch", "mpi4py"] * self.with_horovod
         if not self.only_horovod:
-            names += ["hvdtrain", "safetensors", "tyro"]
+            names += ["hvdtrain", *REQUIRED]
         return names + ["torchvision", "transformers"] * ("hvdtrain" in self.parts)
 
     def run(self) -> None:
@@ -118,6 +120,8 @@ class Setup:
         """Raise `SetupError` for all that is missing; nothing has been downloaded or written yet."""
         environment = self.environment
         is_made = environment.python.exists()
+        if self.with_horovod:
+            preflight.check_folders(environment.folder, Path(tempfile.gettempdir()))
         preflight.check_tools(with_build=self.with_horovod, with_venv=not is_made)
         if is_made:
             preflight.check_python(environment.folder, environment.ask("import sys; print(*sys.version_info[:2])"))

@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,7 @@ def prepare_process(environ: MutableMapping[str, str] = os.environ) -> Launch:
     fill all cores, the spinning takes the core that another rank computes on.
     """
     open_outputs()
+    give_home(environ)
     launch = detect_launch(environ)
     threads = threads_per_rank(launch.local_size)
     if not any(name in environ for name in THREAD_VARIABLES):
@@ -139,6 +141,14 @@ def open_outputs() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+
+
+def give_home(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Name a folder as the home of a process without one (HOME unset, a user without a name): caches ask for it."""
+    if os.path.expanduser("~") == "~":  # noqa: PTH111 - pathlib raises there
+        home = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}"
+        home.mkdir(mode=0o700, exist_ok=True)
+        environ["HOME"] = str(home)
 
 
 def _keep_memory() -> None:

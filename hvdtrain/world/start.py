@@ -61,7 +61,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     if not launch.is_parallel:
         return SoloWorld(_solo_device(), launch)
     _check_host_name()
-    _check_controller(launch)
+    check_controller(launch)
     return _start_horovod(launch, groups(launch))
 
 
@@ -100,8 +100,16 @@ def check_launcher(launch: Launch) -> None:
         )
 
 
-def _check_controller(launch: Launch) -> None:
-    """Raise LaunchError where Horovod is told to use Gloo, but the launcher is MPI's: each rank would be alone."""
+def check_controller(launch: Launch) -> None:
+    """Raise LaunchError where Horovod is told another launcher than there is.
+
+    Under MPI's each rank would be alone; under none, Gloo would wait for others and crash.
+    """
+    if launch.launcher == "horovodrun --gloo" and "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ:
+        raise LaunchError(
+            "HOROVOD_RANK is set, but no horovodrun --gloo has started this process: unset HOROVOD_RANK HOROVOD_SIZE"
+            " HOROVOD_CONTROLLER, which were left by hand or by another job"
+        )
     for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
         if launch.launcher == "mpirun" and os.environ.get(name, "").lower() == "gloo":
             raise LaunchError(

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import sys
 
 import pytest
@@ -132,14 +133,20 @@ def test_fake_number_of_ranks(run):
 
 
 @pytest.mark.beside
-def test_ranks_that_never_come(run):
-    """Gloo waits for ever for a second rank and a rendezvous that are not there."""
+@pytest.mark.parametrize("is_started", [True, False])
+def test_ranks_that_never_come(run, is_started):
+    """Gloo waits for ever for a rendezvous that does not answer, and crashes where it was told of none."""
     place = {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1"}
-    environment = {f"HOROVOD_{name}": value for name, value in place.items()}
-    gloo = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
-    done = run(*DOCTOR, "--timeout", 2, timeout=60, **environment, **gloo)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        if is_started:
+            place |= {"GLOO_RENDEZVOUS_ADDR": "127.0.0.1", "GLOO_RENDEZVOUS_PORT": str(silent.getsockname()[1])}
+        environment = {f"HOROVOD_{name}": value for name, value in place.items()}
+        gloo = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
+        done = run(*DOCTOR, "--timeout", 2, timeout=60, **environment, **gloo)
     assert done.code == 1, done.text
-    assert "waited 2 s (--timeout) for the other ones" in the(done, "error", "launcher")
+    told = "waited 2 s (--timeout) for the other ones" if is_started else "unset HOROVOD_RANK HOROVOD_SIZE"
+    assert told in the(done, "error", "launcher")
+    assert "terminate called" not in done.text
 
 
 @pytest.mark.beside

@@ -52,18 +52,40 @@ def test_two_ranks_train_as_a_user_without_rights(container, launcher):
     assert "finished in" in done.stdout
 
 
-def test_any_user_with_nothing_to_write_to_but_tmp(container):
-    """As under a read-only root: runs and caches go to /tmp, and nothing needs a home or a name."""
-    train = ["python", "-m", "hvdtrain", "train", "lm", "--data.path", "/opt/hvdtrain/hvdtrain", "--train.steps", "3"]
-    small = ["--data.sequence-length", "64", "--optim.warmup-steps", "0", "--run-dir", "/tmp/runs/any"]
-    launched = ["mpirun", "--oversubscribe", "-np", "2", *train, *small]
+def test_the_size_is_the_one_that_is_stated(container):
+    size = image.do("images", "--format", "{{.Size}}", TAG).stdout.split()
+    stated = re.search(r"the CPU image \(([\d.]+) GB", (REPOSITORY / "Dockerfile").read_text())
+    assert size[1] == "GB"
+    assert float(size[0]) == pytest.approx(float(stated[1]), rel=0.05)
+
+
+TRAIN = ["python", "-m", "hvdtrain", "train", "lm", "--data.path", "/opt/hvdtrain/hvdtrain", "--train.steps", "3"]
+SMALL = ["--data.sequence-length", "64", "--optim.warmup-steps", "0", "--run-dir", "/tmp/runs/any"]
+
+
+def test_any_user_in_a_root_that_can_be_written(container):
+    launched = ["mpirun", "--oversubscribe", "-np", "2", *TRAIN, *SMALL]
     done = container.run(*launched, options=["--user", "12345", "--env", "HOME=/"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "finished in" in done.stdout
 
 
+@pytest.mark.parametrize("launcher", ["mpirun --oversubscribe", "horovodrun", "horovodrun --gloo"])
+def test_any_user_with_nothing_to_write_to_but_tmp(container, launcher):
+    """`docker run --read-only --tmpfs /tmp --user 12345`: runs and caches go to /tmp; nobody has a name."""
+    done = container.run_read_only(*launcher.split(), "-np", "2", *TRAIN, *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished in" in done.stdout
+    refused = container.run_read_only("/opt/hvdtrain/launch/local.sh", "1", *TRAIN[3:])
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
+    assert "--run-dir" in refused.stderr
+    config = json.loads(image.do("inspect", "--type", "image", TAG).stdout)["Docker"]["config"]
+    assert container.run_read_only(*config["Healthcheck"]["Test"][1:]).returncode == 0
+
+
 def test_the_default_command_trains_the_default_recipe(container):
-    done = container.run("timeout", "--signal=TERM", "60", "/opt/hvdtrain/launch/local.sh")
+    done = container.run("timeout", "--signal=TERM", "120", "/opt/hvdtrain/launch/local.sh")
     assert "+ horovodrun -np" in done.stdout, done.stdout + done.stderr
     assert "setup:" not in done.stdout
     assert "lm on" in done.stdout

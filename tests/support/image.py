@@ -4,6 +4,7 @@ What this machine's package clients need (mirrors, certificates) goes in by HVDT
 `buildah build` such as `-v /etc/pip.conf:/etc/pip.conf:ro`.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -14,6 +15,8 @@ import debian
 
 PROGRAMS = ("buildah", "debootstrap")
 RELEASE = "bookworm"
+# What the published image of Debian, too, is without, and keeps out of what is installed later.
+LEFT_OUT = ("doc", "info", "locale", "man")
 BUILDAH = ["buildah", "--storage-driver", "overlay"]
 
 
@@ -32,7 +35,7 @@ def do(*words, timeout=600, check=True):
 
 
 def make_base(tag, cache):
-    """Make an image of Debian's smallest system, from packages; its files are kept in `cache`."""
+    """Make an image like debian:bookworm-slim, from packages; its files are kept in `cache`."""
     files = cache / f"debian-{RELEASE}"
     if not files.exists():
         new = cache / f"debian-{RELEASE}.new"
@@ -41,6 +44,12 @@ def make_base(tag, cache):
         words = [debootstrap, "--variant=minbase", "--include=ca-certificates", RELEASE, str(new)]
         subprocess.run(words, check=True, capture_output=True, timeout=900, stdin=subprocess.DEVNULL)
         new.rename(files)
+    excluded = "".join(f"path-exclude /usr/share/{name}/*\n" for name in LEFT_OUT)
+    (files / "etc" / "dpkg" / "dpkg.cfg.d" / "slim").write_text(excluded)
+    for pattern in ("var/cache/apt/**/*", "var/lib/apt/lists/*", *(f"usr/share/{name}/**/*" for name in LEFT_OUT)):
+        for path in files.glob(pattern):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
     container = do("from", "scratch").stdout.strip()
     do("add", container, files, "/")
     do("commit", container, tag)
@@ -73,6 +82,25 @@ class Container:
         # --hostname: the default is the container's own name, which resolves nowhere, and Gloo ends with a crash.
         fixed = ["--isolation", "chroot", "--network", "host", "--hostname", os.uname().nodename]
         return do("run", *fixed, *options, self.name, "--", *command, timeout=timeout, check=False)
+
+    def run_read_only(self, *command, timeout=300):
+        """Run a command as a user without a name, where nothing but /tmp can be written."""
+        root = do("mount", self.name).stdout.strip()
+        variables = json.loads(do("inspect", self.name).stdout)["Docker"]["config"]["Env"]
+        words = [root, *variables, *command]
+        made = ["unshare", "--mount", "--uts", "bash", "-ec", _READ_ONLY, "bash", *map(str, words)]
+        return subprocess.run(made, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+# $1 is the root of a container; the rest goes to `env`.
+_READ_ONLY = """
+mount --bind "$1" "$1"
+mount -o remount,ro,bind "$1"
+mount -t tmpfs none "$1/tmp"
+for path in proc dev sys; do mount --rbind "/$path" "$1/$path"; done
+hostname localhost
+exec chroot --userspec=12345:12345 "$1" env -i --chdir=/workspace "${@:2}"
+"""
 
 
 def cache():

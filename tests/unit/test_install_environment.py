@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -205,9 +206,27 @@ def test_a_set_up_starts_with_a_bare_python():
 
 @pytest.mark.parametrize(("words", "says"), [(["--version"], "hvdtrain 0"), (["setup", "--help"], "--only-horovod")])
 def test_the_command_line_needs_nothing_installed(words, says):
-    """`pip install --no-deps hvdtrain && hvdtrain setup --only-horovod`: no tyro, no numpy, no torch."""
+    """`pip install --no-deps hvdtrain && hvdtrain setup --only-horovod`: no rich, no numpy, no torch."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); from hvdtrain.cli import main; sys.exit(main(sys.argv[2:]))"
     command = [sys.executable, "-I", "-S", "-c", code, Path(hvdtrain.__file__).parents[1], *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
+
+
+def test_a_set_up_goes_on_where_nobody_reads_it():
+    """`launch/setup.sh | head -1`, and `>&-`."""
+    code = "import sys; from hvdtrain.install.environment import say; say('1'); say('2'); print('end', file=sys.stderr)"
+    command = [sys.executable, "-c", code]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "end\n")
+    closed = ["sh", "-c", '"$@" >&-', "sh", *command]
+    done = subprocess.run(closed, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "end\n")

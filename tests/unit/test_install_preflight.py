@@ -82,3 +82,9 @@ def test_a_cuda_torch_without_toolkit_is_told_before_anything_is_installed(tmp_p
     (tmp_path / "cuda" / "include" / "cuda_runtime.h").touch()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     preflight.check_toolkit("2.14.1", "13.0")
+
+
+def test_a_space_in_the_path_is_told_before_anything_is_fetched(tmp_path):
+    preflight.check_folders(tmp_path)
+    with pytest.raises(SetupError, match=r"space in the path .*my code.*\n.*move the clone"):
+        preflight.check_folders(tmp_path, tmp_path / "my code" / ".venv")

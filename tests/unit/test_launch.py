@@ -1,14 +1,15 @@
 """Who started this process, threads, and devices."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 from hvdtrain.errors import DataError, LaunchError
-from hvdtrain.process.launch import Launch, detect_launch, prepare_process, threads_per_rank
+from hvdtrain.process.launch import Launch, detect_launch, give_home, prepare_process, threads_per_rank
 from hvdtrain.world import SoloWorld, pick_device
-from hvdtrain.world.start import check_launcher
+from hvdtrain.world.start import check_controller, check_launcher
 
 
 @pytest.mark.parametrize(
@@ -145,3 +146,38 @@ def test_a_lone_process_and_horovods_own_ranks_are_no_matter_of_torch():
     assert detect_launch({"RANK": "1", "WORLD_SIZE": "2", "HOROVOD_RANK": "1"}).launcher == "horovodrun --gloo"
     check_launcher(Launch("none"))
     check_launcher(Launch("mpirun", 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables", "says"),
+    [
+        ("horovodrun --gloo", {}, "unset HOROVOD_RANK HOROVOD_SIZE"),
+        ("horovodrun --gloo", {"HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "HOROVOD_CONTROLLER": "gloo"}, None),
+        ("mpirun", {"HOROVOD_CONTROLLER": "gloo"}, "HOROVOD_CONTROLLER=gloo under mpirun"),
+        ("mpirun", {"HOROVOD_CONTROLLER": "mpi"}, None),
+    ],
+)
+def test_what_is_set_for_another_launcher_is_told_before_horovod_starts(monkeypatch, launcher, variables, says):
+    for name in ("HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    launch = Launch(launcher, size=2)
+    if says:
+        with pytest.raises(LaunchError, match=says):
+            check_controller(launch)
+    else:
+        check_controller(launch)
+
+
+def test_a_user_without_name_and_home_gets_one(monkeypatch, tmp_path):
+    """`docker run --user 54321` with HOME unset."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environ = {}
+    give_home(environ)
+    assert environ == {}
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    give_home(environ)
+    assert environ == {"HOME": str(tmp_path / "hvdtrain-54321")}
+    assert (tmp_path / "hvdtrain-54321").stat().st_mode & 0o777 == 0o700
