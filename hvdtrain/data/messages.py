@@ -18,18 +18,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hvdtrain.data.nested import map_tensors, tensors_in
+from hvdtrain.data.nested import map_leaves, map_tensors, tensors_in
 
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 64
 
 
-class _Slot(NamedTuple):
-    """Where a tensor lies in the memory that goes with a message."""
+class _Slot:
+    """Where a tensor lies in the memory that goes with a message: a leaf of the batch in its place.
 
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    Args:
+        start: its first byte.
+        dtype: its type.
+        shape: its shape.
+    """
+
+    __slots__ = ("dtype", "shape", "start")
+
+    def __init__(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.start, self.dtype, self.shape = start, dtype, shape
 
 
 class _Packed(NamedTuple):
@@ -59,14 +66,19 @@ def receive(connection: socket.socket) -> Any:
 
 
 def send_batch(connection: socket.socket, head: Any, batch: Any) -> None:
-    """Send a small head and a batch, for `receive_batch`."""
+    """Send a small head and a batch, for `receive_batch`.
+
+    Raises:
+        Exception: whatever pickling what else the batch holds raises; nothing is sent then.
+    """
     slots, end = [], 0
-    tensors = [tensor.detach().contiguous() for tensor in tensors_in(batch)]
+    tensors = [tensor.detach().contiguous() for tensor in tensors_in(batch) if _is_plain(tensor)]
     for tensor in tensors:
         slots.append(_Slot(end, tensor.dtype, tuple(tensor.shape)))
         end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     remaining = iter(slots)
-    send(connection, (head, _Packed(map_tensors(lambda tensor: next(remaining), batch), end)))
+    inner = map_tensors(lambda tensor: next(remaining) if _is_plain(tensor) else tensor.detach(), batch)
+    send(connection, (head, _Packed(inner, end)))
     if end:
         descriptor = _memory(end)
         try:
@@ -76,6 +88,12 @@ def send_batch(connection: socket.socket, head: Any, batch: Any) -> None:
             socket.send_fds(connection, [b"m"], [descriptor])
         finally:
             os.close(descriptor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is what its numbers, type and shape say; sparse ones, say, are pickled."""
+    is_own = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return is_own and tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested
 
 
 def receive_batch(connection: socket.socket) -> tuple[Any, Any]:
@@ -96,14 +114,7 @@ def receive_batch(connection: socket.socket) -> tuple[Any, Any]:
 
 def _fill(batch: Any, memory: mmap.mmap) -> Any:
     """Put tensors in place of slots."""
-    if isinstance(batch, _Slot):
-        return _view(memory, batch)
-    if isinstance(batch, dict):
-        return {key: _fill(value, memory) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        values = [_fill(value, memory) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
+    return map_leaves(lambda leaf: _view(memory, leaf) if isinstance(leaf, _Slot) else leaf, batch)
 
 
 def _view(memory: mmap.mmap, slot: _Slot) -> Tensor:

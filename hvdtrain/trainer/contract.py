@@ -162,7 +162,7 @@ def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> 
             weights, or a value is a mean where a sum is promised, or the other way round.
     """
     rows = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
-    can_halve = all(_has_rows(tensor, rows) for tensor in tensors_in(batch))
+    can_halve = all(_has_rows(tensor, rows) and tensor.layout == torch.strided for tensor in tensors_in(batch))
     half = map_tensors(lambda tensor: tensor[: -(-rows // 2)], batch) if can_halve else batch
     with _undisturbed(model), torch.compiler.set_stance("force_eager"):
         once = _values(forward, half)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ def for_reduction(
     Raises:
         UsageError: the tensor has no such reduction; names it and says what to do.
     """
+    check_op(op)
     _refuse_odd(tensor, name)
     dtype = tensor.dtype
     tensor = tensor.detach()
@@ -79,7 +82,54 @@ def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
     return bits, write_back
 
 
+def check_op(op: Any) -> None:
+    """Raise UsageError where there is no such reduction."""
+    if op not in get_args(ReduceOp):
+        raise UsageError(f"there is no reduction {op!r}: give sum, mean, min or max")
+
+
+def check_tensor(value: Any, name: str) -> None:
+    """Raise UsageError where a value is no tensor."""
+    if not isinstance(value, Tensor):
+        raise UsageError(
+            f"'{name}' is no tensor but of type {type(value).__name__}: give torch.as_tensor of it; what else pickles"
+            " goes by broadcast_object and all_gather_object"
+        )
+
+
+def check_rank(root: Any, size: int) -> None:
+    """Raise UsageError where there is no such rank."""
+    try:
+        is_there = 0 <= operator.index(root) < size
+    except TypeError:
+        is_there = False
+    if not is_there:
+        raise UsageError(f"there is no rank {root!r}: ranks are 0 to {size - 1}")
+
+
+def number_of(value: Any, op: ReduceOp, name: str) -> Tensor:
+    """Return a plain number, of numpy too, as a tensor of 64 bits; whole ones as int64 but for their mean.
+
+    Raises:
+        UsageError: it is none, or too large.
+    """
+    check_op(op)
+    plain = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(plain, int | float | complex):
+        check_tensor(value, name)
+    dtype = torch.complex128 if isinstance(plain, complex) else torch.float64
+    if isinstance(plain, int) and op != "mean":
+        dtype = torch.int64
+    try:
+        return torch.tensor(plain, dtype=dtype)
+    except (OverflowError, RuntimeError) as error:
+        raise UsageError(f"'{name}' is a number of more than 64 bits: give float() of it") from error
+
+
 def _refuse_odd(tensor: Tensor, name: str) -> None:
+    check_tensor(tensor, name)
+    if tensor.is_meta:
+        raise UsageError(f"'{name}' is on torch's device meta, and has no numbers: move it, as by .to_empty()")
     if tensor.layout != torch.strided or tensor.is_quantized:
         what = "quantized" if tensor.is_quantized else str(tensor.layout)
         raise UsageError(f"'{name}' is a {what} tensor, which cannot travel between ranks: keep it dense, .to_dense()")
