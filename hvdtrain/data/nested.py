@@ -88,7 +88,7 @@ def _made(batch: Any, values: Any) -> Any:
     try:
         return type(batch)(values)
     except TypeError:
-        return tuple(values) if isinstance(batch, tuple) else values
+        return tuple.__new__(type(batch), values) if isinstance(batch, tuple) else values
 
 
 def _record(batch: Any, values: Mapping[str, Any]) -> Any:

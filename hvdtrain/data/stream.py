@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdtrain.data.dataset import there
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.errors import DataError
 
@@ -88,7 +89,7 @@ class StreamSamples:
             samples = []
             for index in indices.tolist():
                 self._reach(before + index, draws.seed)
-                samples.append(self._next(draws.seed))
+                samples.append(there(self._next(draws.seed), before + index))
             return self._collate(samples)
 
     def num_targets(self, indices: Tensor) -> int:

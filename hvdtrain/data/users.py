@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from hvdtrain.data.dataset import Dataset
+from hvdtrain.data.dataset import Dataset, there
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.stream import StreamSamples
@@ -53,7 +53,7 @@ class MapSamples:
             for i, index in enumerate(indices.tolist()):
                 draws.seed_generators(i)
                 with reading(index):
-                    samples.append(self.samples[index])
+                    samples.append(there(self.samples[index], index))
             return self._collated(samples, indices)
 
     def num_targets(self, indices: Tensor) -> int:
@@ -76,10 +76,8 @@ class MapSamples:
 
 
 def _odd_one(samples: list[Any], indices: Tensor) -> str:
-    """Return which sample is None, or of another type than the first; nothing where that is not what is wrong."""
+    """Return which sample is of another type than the first; nothing where that is not what is wrong."""
     for index, sample in zip(indices.tolist(), samples, strict=True):
-        if sample is None:
-            return f"sample {index} is None"
         if type(sample) is not type(samples[0]):
             kinds = type(samples[0]).__name__, type(sample).__name__
             return f"sample {int(indices[0])} is of type {kinds[0]}, sample {index} of type {kinds[1]}"

@@ -232,6 +232,10 @@ def _check_kinds(task: Task, model: nn.Module, sums: Any) -> None:
             raise ConfigError(
                 f"loss_sums returned a tensor of shape {tuple(value.shape)} as '{name}': return one number, its .sum()"
             )
+        if value.is_complex():
+            raise ConfigError(
+                f"loss_sums returned a complex number as '{name}': return a real one, such as its .abs() or .real"
+            )
     has_weights = any(parameter.requires_grad for parameter in model.parameters())
     if has_weights and not sums["loss"].requires_grad:
         raise ConfigError(

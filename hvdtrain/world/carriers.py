@@ -38,7 +38,7 @@ def for_reduction(
         UsageError: the tensor has no such reduction; names it and says what to do.
     """
     check_op(op)
-    _refuse_odd(tensor, name)
+    check_tensor(tensor, name)
     dtype = tensor.dtype
     tensor = tensor.detach()
     if not (dtype.is_floating_point or dtype.is_complex) and op == "mean":
@@ -66,7 +66,7 @@ def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
     Raises:
         UsageError: the tensor has no bits that can be written, one by one; names it.
     """
-    _refuse_odd(tensor, name)
+    check_tensor(tensor, name)
     target = _distinct(tensor.detach(), name)
     flat = target.resolve_conj().resolve_neg().contiguous().view(-1)
     if flat.dtype.is_complex:
@@ -89,12 +89,17 @@ def check_op(op: Any) -> None:
 
 
 def check_tensor(value: Any, name: str) -> None:
-    """Raise UsageError where a value is no tensor."""
+    """Raise UsageError where a value is no tensor, or one of a kind that does not travel."""
     if not isinstance(value, Tensor):
         raise UsageError(
             f"'{name}' is no tensor but of type {type(value).__name__}: give torch.as_tensor of it; what else pickles"
             " goes by broadcast_object and all_gather_object"
         )
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        what = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        raise UsageError(f"'{name}' is a {what} tensor, which cannot travel between ranks: keep it dense, .to_dense()")
+    if value.is_meta:
+        raise UsageError(f"'{name}' is on torch's device meta, and has no numbers: move it, as by .to_empty()")
 
 
 def check_rank(root: Any, size: int) -> None:
@@ -122,17 +127,8 @@ def number_of(value: Any, op: ReduceOp, name: str) -> Tensor:
         dtype = torch.int64
     try:
         return torch.tensor(plain, dtype=dtype)
-    except (OverflowError, RuntimeError) as error:
+    except (OverflowError, RuntimeError, ValueError) as error:
         raise UsageError(f"'{name}' is a number of more than 64 bits: give float() of it") from error
-
-
-def _refuse_odd(tensor: Tensor, name: str) -> None:
-    check_tensor(tensor, name)
-    if tensor.is_meta:
-        raise UsageError(f"'{name}' is on torch's device meta, and has no numbers: move it, as by .to_empty()")
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        what = "quantized" if tensor.is_quantized else str(tensor.layout)
-        raise UsageError(f"'{name}' is a {what} tensor, which cannot travel between ranks: keep it dense, .to_dense()")
 
 
 def _distinct(tensor: Tensor, name: str) -> Tensor:
