@@ -228,6 +228,54 @@ def test_whatever_is_no_image_is_told(tmp_path, content):
         read(samples_of(tmp_path), list(range(12)))
 
 
+def sixteen(pixels):
+    return Image.fromarray(pixels.astype(np.uint16) * 257)
+
+
+def with_transparency(pixels):
+    image = Image.fromarray(pixels).convert("P")
+    image.info["transparency"] = 0
+    return image
+
+
+# Mode, by what makes an image of it from grey pixels, and the ending of a file that holds it.
+MODES = {
+    "L": (Image.fromarray, "png"),
+    "I;16": (sixteen, "png"),
+    "I;16 in TIFF": (sixteen, "tif"),
+    "I": (lambda pixels: Image.fromarray(pixels.astype(np.int32) * 257), "tif"),
+    "RGBA": (lambda pixels: Image.fromarray(pixels).convert("RGBA"), "png"),
+    "LA": (lambda pixels: Image.fromarray(pixels).convert("LA"), "png"),
+    "P": (with_transparency, "png"),
+    "GIF": (lambda pixels: Image.fromarray(pixels).convert("P"), "png"),
+    "CMYK": (lambda pixels: Image.fromarray(pixels).convert("RGB").convert("CMYK"), "tif"),
+    "YCbCr": (lambda pixels: Image.fromarray(pixels).convert("YCbCr"), "tif"),
+    "1": (lambda pixels: Image.fromarray(pixels).convert("1", dither=0), "png"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_every_mode_are_as_bright_as_they_are(tmp_path, mode):
+    """Pillow makes white of all that is brighter than 255 of 65535."""
+    make, ending = MODES[mode]
+    pixels = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+    write_images(tmp_path, size=(16, 16))
+    make(pixels).save(tmp_path / "val" / "cat" / f"0000.{ending}")
+    data = samples_of(tmp_path, is_training=False, val_resize=16)
+    number = next(i for i in range(len(data)) if "0000" in data.source.name(i))
+    seen = read(data, [number])[0][0].float()
+    wanted = torch.from_numpy(pixels).float() if mode != "1" else torch.from_numpy(255 * (pixels > 127)).float()
+    assert (seen - wanted).abs().max() <= 3
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path):
+    write_images(tmp_path)
+    for pixels in (np.ones((16, 16), np.float32), np.full((16, 16), 1 << 20, np.int32)):
+        Image.fromarray(pixels).save(tmp_path / "val" / "cat" / "0000.tif")
+        with pytest.raises(DataError, match=r"0000\.tif cannot be read \(its pixels .* of no known range"):
+            read(samples_of(tmp_path, is_training=False), list(range(13)))
+
+
 def test_cifar10_is_read_from_its_own_files(tmp_path, monkeypatch):
     datasets = import_torchvision("torchvision.datasets")
     with pytest.raises(DataError, match="cifar-10-batches-py"):
