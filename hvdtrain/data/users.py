@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from hvdtrain.data.dataset import Dataset, there
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.nested import map_tensors
+from hvdtrain.data.own_generators import Generator, generators_in
 from hvdtrain.data.stream import StreamSamples
 from hvdtrain.errors import DataError
 from hvdtrain.process.tracebacks import reading
@@ -22,8 +23,9 @@ Collate = Callable[[list[Any]], Any]
 class MapSamples:
     """A `Dataset` of whatever has `__getitem__` and `__len__`, such as torch's map-style data sets.
 
-    What a sample draws by torch (on the CPU), numpy or Python is a function of (seed, epoch, sample): random transforms
-    work as they are, alike on any number of ranks and workers.
+    What a sample draws by torch (on the CPU), numpy or Python, or by a generator that the data set or its transforms
+    keep, is a function of (seed, epoch, sample): random transforms work as they are, alike on any number of ranks and
+    workers.
 
     Args:
         samples: returns sample i for an index i.
@@ -32,6 +34,7 @@ class MapSamples:
 
     def __init__(self, samples: Any, collate: Collate | None = None) -> None:
         self.samples = samples
+        self._own: tuple[Generator, ...] | None = None
         self._collate = collate or default_collate
 
     def __len__(self) -> int:
@@ -51,7 +54,7 @@ class MapSamples:
         samples = []
         with kept_random_state():
             for i, index in enumerate(indices.tolist()):
-                draws.seed_generators(i)
+                draws.seed_generators(i, self._generators())
                 with reading(index):
                     samples.append(there(self.samples[index], index))
             return self._collated(samples, indices)
@@ -60,6 +63,16 @@ class MapSamples:
         """Return what the data set itself counts, by a method of this name; else one a sample."""
         count = getattr(self.samples, "num_targets", None)
         return len(indices) if count is None else int(count(indices))
+
+    def _generators(self) -> tuple[Generator, ...]:
+        """Return the data set's own, looked for once in a process."""
+        if self._own is None:
+            self._own = generators_in((self.samples, self._collate))
+        return self._own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the generators: a worker has others."""
+        return {**self.__dict__, "_own": None}
 
     def _collated(self, samples: list[Any], indices: Tensor) -> Any:
         try:
