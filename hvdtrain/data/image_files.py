@@ -184,6 +184,11 @@ def _those(names: list[str], labels: list[int], parts: list[bool], part: bool) -
 
 def _check_some(inner: Path, classes: tuple[str, ...], labels: list[int], held_out: Path, val_names: list[str]) -> None:
     """Raise DataError where a class has no images to train on, or nothing is held out."""
+    if len(classes) == 1:
+        raise DataError(
+            f"{inner} has one class alone, {classes[0]}: there is nothing to tell apart; a folder for each class is needed,"
+            " as in ROOT/train/CLASS/NAME.jpg"
+        )
     there = set(labels)
     empty = [name for label, name in enumerate(classes) if label not in there]
     if empty:

@@ -1,6 +1,7 @@
 """Images in folders: found, decoded, augmented by (seed, epoch, sample), mixed, passed over where they are broken."""
 
 import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -89,6 +90,10 @@ def test_files_that_are_no_images_are_counted_and_links_followed_once(tmp_path):
     [
         (lambda root: [path.unlink() for path in (root / "train" / "emu").iterdir()], "emu holds no training images"),
         (lambda root: (root / "val" / "fox").mkdir(), "fox is a class that"),
+        (
+            lambda root: [shutil.rmtree(root / part / name) for part in ("train", "val") for name in CLASSES[1:]],
+            "has one class alone, cat",
+        ),
         (lambda root: [path.unlink() for path in root.glob("val/*/*")], "no images to hold out"),
     ],
 )

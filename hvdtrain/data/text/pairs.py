@@ -155,8 +155,9 @@ def _usual_columns(cells: list[str]) -> tuple[int, ...]:
 def _pair_of(cells: list[str], places: tuple[int, ...]) -> Pair | str:
     if len(cells) == 1:
         return "has one column: a source and a target are needed, with a tab between them"
-    if max(places) >= len(cells) or min(places) < 0:
-        return f"has {len(cells)} columns, and none of number {max(places) + 1}"
+    missing = [place for place in places if not 0 <= place < len(cells)]
+    if missing:
+        return f"has {len(cells)} columns, counted from 1, and none of number {missing[0] + 1}"
     return _checked(cells[places[0]], cells[places[1]])
 
 
