@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hvdtrain.errors import ConfigError
 from hvdtrain.optim.adamw import AdamWConfig, build_adamw
 
 if TYPE_CHECKING:
@@ -24,23 +23,16 @@ class MuonConfig(AdamWConfig):
         """Return Muon for the matrices of hidden layers, and AdamW for embeddings, the output layer and vectors.
 
         Muon's update is scaled to the size of AdamW's (arXiv:2502.16982, section 2.2): one learning rate serves both.
-
-        Raises:
-            ConfigError: this torch has no Muon.
         """
-        import torch
-
         from hvdtrain.optim.composite import Composite
         from hvdtrain.optim.groups import trainable
+        from hvdtrain.optim.orthogonal import Muon
 
-        muon = getattr(torch.optim, "Muon", None)
-        if muon is None:
-            raise ConfigError(f"--optim.name muon needs torch 2.9, this is {torch.__version__}: use adamw")
         hidden = _hidden_matrices(model)
         rest = [p for p in trainable(model) if all(p is not other for other in hidden)]
         parts: list[torch.optim.Optimizer] = []
         if hidden:
-            parts.append(muon(hidden, lr=self.peak_lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            parts.append(Muon(hidden, lr=self.peak_lr, weight_decay=self.weight_decay))
         if rest:
             parts.append(build_adamw(self, model, rest))
         return Composite([group for part in parts for group in part.param_groups], parts)

@@ -174,8 +174,6 @@ def failures(rows):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("case", CASES)
 def test_healthy(world, shared_dir, case):
-    if case == "muon" and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
     rows = verified(world, shared_dir, small(**CASES[case]))
     assert [row for row in rows if row.status in ("FAIL", "warning")] == []
     assert {row.number for row in rows if row.status == "pass"} >= {1, 2, 3, 4, 6, 7, 8, 9, 10, 11}

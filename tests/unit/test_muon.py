@@ -1,0 +1,67 @@
+"""Muon's updates against the singular value decomposition, and against torch's own optimizer."""
+
+import pytest
+import torch
+from torch import nn
+
+from hvdtrain.optim.orthogonal import Muon, orthogonal
+
+SHAPES = [(24, 24), (48, 24), (24, 48), (24, 24), (1, 5), (48, 24)]
+
+
+def parameters(dtype: torch.dtype) -> list[nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+
+
+def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
+    draw = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        gradient = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_update_has_the_singular_vectors_of_the_matrix(shape: tuple[int, int]) -> None:
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    left, _, right = torch.linalg.svd(start, full_matrices=False)
+    # Nearly singular matrices would need more iterations.
+    values = torch.linspace(1.0, 0.2, min(shape), dtype=torch.float64)
+    matrix = left @ torch.diag(values) @ right
+    update = orthogonal(matrix[None])[0]
+    values = left.T @ update @ right.T
+    assert torch.allclose(values, torch.diag(values.diagonal()), atol=1e-9)
+    assert values.diagonal().min() > 0.5
+    assert values.diagonal().max() < 1.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_steps_are_those_of_torch_but_for_its_bfloat16(dtype: torch.dtype) -> None:
+    own, torchs = parameters(dtype), parameters(dtype)
+    before = [p.detach().clone() for p in own]
+    theirs = torch.optim.Muon(torchs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    optimizers = [Muon(own, lr=1e-2, weight_decay=0.1), theirs]
+    for step in range(4):
+        for some, optimizer in zip((own, torchs), optimizers, strict=True):
+            give_gradients(some, step)
+            some[2].grad = None if step == 1 else some[2].grad  # one that a step leaves out
+            optimizer.step()
+    for mine, other, start in zip(own, torchs, before, strict=True):
+        assert (mine - other).norm() < 0.03 * (other - start).norm()
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys()
+    for number, state in states[0].items():
+        assert state.keys() == states[1][number].keys()
+        assert torch.allclose(state["momentum_buffer"], states[1][number]["momentum_buffer"])
+
+
+def test_an_update_does_not_depend_on_the_matrices_beside_it() -> None:
+    together, alone = parameters(torch.float64), parameters(torch.float64)
+    give_gradients(together, 0)
+    give_gradients(alone, 0)
+    Muon(together, lr=1e-2).step()
+    for parameter in alone:
+        Muon([parameter], lr=1e-2).step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
