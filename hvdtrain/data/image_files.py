@@ -186,8 +186,8 @@ def _check_some(inner: Path, classes: tuple[str, ...], labels: list[int], held_o
     """Raise DataError where a class has no images to train on, or nothing is held out."""
     if len(classes) == 1:
         raise DataError(
-            f"{inner} has one class alone, {classes[0]}: there is nothing to tell apart; a folder for each class is needed,"
-            " as in ROOT/train/CLASS/NAME.jpg"
+            f"{inner} has one class alone, {classes[0]}: there is nothing to tell apart; a folder for each class is"
+            " needed, as in ROOT/train/CLASS/NAME.jpg"
         )
     there = set(labels)
     empty = [name for label, name in enumerate(classes) if label not in there]
