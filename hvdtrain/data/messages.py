@@ -66,7 +66,8 @@ class _Unpickler(pickle.Unpickler):
         self._tensors = tensors
 
     def persistent_load(self, pid: Any) -> Tensor:
-        return self._tensors[pid]
+        tensor: Tensor = self._tensors[pid]
+        return tensor
 
 
 def send(connection: socket.socket, message: Any) -> None:
