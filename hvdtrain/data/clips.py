@@ -62,10 +62,7 @@ def find_clips(path: str, reader: PairReader) -> list[Clip]:
     found = []
     for document in heard:
         beside = document.path.with_suffix(".txt")
-        try:
-            text = beside.read_text(encoding="utf-8-sig") if beside.is_file() else listed.get(document.path, "")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{beside} cannot be read as UTF-8 text: {error}") from error
+        text = _text_of(beside) if beside.is_file() else listed.get(document.path, "")
         text = " ".join(text.split())
         if text:
             found.append(Clip(document.path, document.name, text))
@@ -80,11 +77,18 @@ def _listed(folders: set[Path]) -> dict[Path, str]:
     for folder in folders:
         heard = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
         for file in folder.glob(f"*{_LISTS}"):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in _text_of(file).splitlines():
                 name, _, text = line.partition(" ")
                 if name in heard:
                     texts[heard[name]] = text
     return texts
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
 
 
 def measured(clips: Sequence[Clip], cache: Path, corpus: str, reader: PairReader) -> list[Clip]:
@@ -128,11 +132,13 @@ def read_wave(path: Path, rate: int) -> NDArray[np.float32]:
     """Return a clip as `(frames,)` at this rate, the mean of its channels.
 
     Raises:
-        Exception: whatever soundfile raises where it cannot be read.
+        Exception: whatever soundfile raises where it cannot be read; ValueError where it holds what is no number.
     """
     import soundfile
 
     wave, own = soundfile.read(str(path), dtype="float32", always_2d=True)
+    if not np.isfinite(wave).all():
+        raise ValueError("it holds numbers that are not finite")
     mono: NDArray[np.float32] = wave.mean(1)
     if own != rate:
         import soxr

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from hvdtrain.errors import DataError
 
 # torch has no `index_select` of numbers of these types.
 _NOT_SELECTED = (torch.uint16, torch.uint32, torch.uint64)
@@ -57,6 +59,21 @@ class TensorSamples:
     def num_targets(self, indices: Tensor) -> int:
         """Return one a sample."""
         return indices.numel()
+
+
+def there(sample: Any, number: int) -> Any:
+    """Return a sample.
+
+    Raises:
+        DataError: it is None. Whoever leaves it out of a batch makes figures wrong in silence.
+    """
+    if sample is None:
+        raise DataError(
+            f"sample {number} is None: how many targets a batch has is known from its samples' numbers, so none may be"
+            " left out in collate. Leave it out of the data set, or return one that the loss passes over, as by the"
+            " label -100 of torch's cross entropy"
+        )
+    return sample
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hvdtrain.data.own_generators import Generator, seed_all
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ class Draws:
         """Return a new generator for the batch's sample number `i`."""
         return torch.Generator().manual_seed(self.seed_of(i))
 
-    def seed_generators(self, i: int) -> None:
-        """Seed the generators of torch (on the CPU), numpy and Python for sample number `i`.
+    def seed_generators(self, i: int, own: Sequence[Generator] = ()) -> None:
+        """Seed the generators of torch (on the CPU), numpy and Python for sample number `i`, and a data set's own.
 
-        They belong to the whole process: no other thread may draw meanwhile.
+        The first belong to the whole process: no other thread may draw meanwhile.
         """
         seed = self.seed_of(i)
+        seed_all(own, seed)
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.data.dataset import Dataset
+from hvdtrain.data.nested import fields_of
 from hvdtrain.data.readers import read_samples
 
 _SAMPLES = 8
@@ -83,10 +84,9 @@ def _digest(data: Dataset) -> str:
 def _add(digest: Any, value: Any) -> None:
     """Hash a batch: tensors by their bits, numbers and text as they are written, other things by their type."""
     if isinstance(value, Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
+        _add_tensor(digest, value)
+    elif isinstance(value, Mapping) or fields_of(value):
+        for key, item in (value if isinstance(value, Mapping) else fields_of(value)).items():
             digest.update(f"{key}:".encode())
             _add(digest, item)
     elif isinstance(value, (list, tuple)):
@@ -94,3 +94,23 @@ def _add(digest: Any, value: Any) -> None:
             _add(digest, item)
     else:
         digest.update((repr(value) if isinstance(value, (bool, int, float, str, bytes)) else str(type(value))).encode())
+
+
+def _add_tensor(digest: Any, tensor: Tensor) -> None:
+    shape = () if tensor.is_nested else tuple(tensor.shape)
+    digest.update(f"{tensor.dtype} {shape}".encode())
+    for part in _parts(tensor.detach().cpu()):
+        plain = part.resolve_conj().resolve_neg().contiguous()
+        digest.update(plain.view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Return tensors with memory of their own that hold what this one does."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return tensor.indices(), tensor.values()
+    if tensor.is_nested:
+        return [*tensor.unbind()]
+    if tensor.layout != torch.strided:
+        return [tensor.to_dense()]
+    return [tensor.int_repr() if tensor.is_quantized else tensor]

@@ -70,7 +70,7 @@ class FolderImages:
         from PIL import Image
 
         with Path(self.name(index)).open("rb") as file:
-            return Image.open(file).convert("RGB")
+            return eight_bits(Image.open(file)).convert("RGB")
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
@@ -112,6 +112,24 @@ class ImagesInMemory:
         digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
         digest.update(np.ascontiguousarray(self.pixels).data)
         return digest.hexdigest()
+
+
+def eight_bits(image: Any) -> Any:
+    """Return an image of PIL with 8 bits a channel: of 16, the upper ones, where Pillow makes all above 255 white.
+
+    Raises:
+        ValueError: its numbers have no known range.
+    """
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are real numbers, of no known range: convert it to 8 bits a channel")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if pixels.size and not 0 <= pixels.min() <= pixels.max() < 1 << 16:
+        raise ValueError("its pixels have 32 bits, of no known range: convert it to 8 bits a channel")
+    return Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -166,6 +184,11 @@ def _those(names: list[str], labels: list[int], parts: list[bool], part: bool) -
 
 def _check_some(inner: Path, classes: tuple[str, ...], labels: list[int], held_out: Path, val_names: list[str]) -> None:
     """Raise DataError where a class has no images to train on, or nothing is held out."""
+    if len(classes) == 1:
+        raise DataError(
+            f"{inner} has one class alone, {classes[0]}: there is nothing to tell apart; a folder for each class is"
+            " needed, as in ROOT/train/CLASS/NAME.jpg"
+        )
     there = set(labels)
     empty = [name for label, name in enumerate(classes) if label not in there]
     if empty:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.draws import Draws, Request, is_same_state, kept_random_state, random_state
 from hvdtrain.data.nested import map_tensors, tensors_in
+from hvdtrain.data.own_generators import generators_in
 from hvdtrain.errors import DataError
 
 
@@ -23,14 +24,16 @@ class BatchSource:
     """Reads batches of a data set so that each sample draws its own random numbers.
 
     Data whose `batch` takes `draws` sees to that itself. Of other data that turns out to draw from the generators of
-    torch, numpy or Python, samples are read one at a time, each with its own seed, and put together.
+    torch, numpy or Python, or keeps one of its own, samples are read one at a time, each with its own seed, and put
+    together.
     """
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
         self._takes_draws = "draws" in inspect.signature(data.batch).parameters
         self._draws_nothing = says_it_reads_ahead(data)
-        self._draws_itself = False
+        self._own = () if self._takes_draws or self._draws_nothing else generators_in(data)
+        self._draws_itself = bool(self._own)
 
     def read(self, request: Request) -> Any:
         """Return a batch.
@@ -56,7 +59,7 @@ class BatchSource:
     def _one_by_one(self, request: Request) -> Any:
         parts = []
         for i in range(len(request.samples)):
-            request.draws.seed_generators(i)
+            request.draws.seed_generators(i, self._own)
             parts.append(self.data.batch(request.samples[i : i + 1]))
         try:
             return _together(parts)

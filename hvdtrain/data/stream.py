@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdtrain.data.dataset import there
 from hvdtrain.data.draws import Draws, kept_random_state
+from hvdtrain.data.own_generators import Generator, generators_in
 from hvdtrain.errors import DataError
 
 ENDLESS = 1 << 48
@@ -43,7 +45,8 @@ class _Place:
 class StreamSamples:
     """A `Dataset` of what an iterable yields: sample i is the one that comes after i others.
 
-    What the next sample draws by torch (on the CPU), numpy or Python is a function of (seed, its number).
+    What the next sample draws by torch (on the CPU), numpy or Python, or by a generator that the stream keeps, is a
+    function of (seed, its number).
 
     Args:
         stream: can be iterated, alike on every rank and every time. Where it has `state_dict` and `load_state_dict`, a
@@ -56,6 +59,7 @@ class StreamSamples:
 
     def __init__(self, stream: Any, collate: Callable[[list[Any]], Any]) -> None:
         self.stream = stream
+        self._own: tuple[Generator, ...] | None = None
         self._collate = collate
         self._samples: Iterator[Any] | None = None
         self._place = _Place()
@@ -88,7 +92,7 @@ class StreamSamples:
             samples = []
             for index in indices.tolist():
                 self._reach(before + index, draws.seed)
-                samples.append(self._next(draws.seed))
+                samples.append(there(self._next(draws.seed), before + index))
             return self._collate(samples)
 
     def num_targets(self, indices: Tensor) -> int:
@@ -135,7 +139,9 @@ class StreamSamples:
     def _next(self, seed: int) -> Any:
         """Return the next sample, from the next pass if this one has ended."""
         place = self._place
-        Draws(seed, 0, torch.tensor([place.position])).seed_generators(0)
+        if self._own is None:
+            self._own = generators_in(self.stream)
+        Draws(seed, 0, torch.tensor([place.position])).seed_generators(0, self._own)
         if self._samples is None:
             self._samples = self._begin()
         if place.position - place.pass_began == len(self):

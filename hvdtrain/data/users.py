@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from hvdtrain.data.dataset import Dataset
+from hvdtrain.data.dataset import Dataset, there
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.nested import map_tensors
+from hvdtrain.data.own_generators import Generator, generators_in
 from hvdtrain.data.stream import StreamSamples
 from hvdtrain.errors import DataError
+from hvdtrain.process.tracebacks import reading
 
 Collate = Callable[[list[Any]], Any]
 
@@ -21,8 +23,9 @@ Collate = Callable[[list[Any]], Any]
 class MapSamples:
     """A `Dataset` of whatever has `__getitem__` and `__len__`, such as torch's map-style data sets.
 
-    What a sample draws by torch (on the CPU), numpy or Python is a function of (seed, epoch, sample): random transforms
-    work as they are, alike on any number of ranks and workers.
+    What a sample draws by torch (on the CPU), numpy or Python, or by a generator that the data set or its transforms
+    keep, is a function of (seed, epoch, sample): random transforms work as they are, alike on any number of ranks and
+    workers.
 
     Args:
         samples: returns sample i for an index i.
@@ -31,6 +34,7 @@ class MapSamples:
 
     def __init__(self, samples: Any, collate: Collate | None = None) -> None:
         self.samples = samples
+        self._own: tuple[Generator, ...] | None = None
         self._collate = collate or default_collate
 
     def __len__(self) -> int:
@@ -46,20 +50,31 @@ class MapSamples:
         if len(indices) == 0:
             first = torch.zeros(1, dtype=torch.int64)
             whole = self.batch(first, Draws(draws.seed, draws.epoch, first))
-            return map_tensors(lambda tensor: tensor[:0], whole)
+            return map_tensors(_without_rows, whole)
         samples = []
         with kept_random_state():
             for i, index in enumerate(indices.tolist()):
-                draws.seed_generators(i)
-                samples.append(self.samples[index])
-            return self._collated(samples)
+                draws.seed_generators(i, self._generators())
+                with reading(index):
+                    samples.append(there(self.samples[index], index))
+            return self._collated(samples, indices)
 
     def num_targets(self, indices: Tensor) -> int:
         """Return what the data set itself counts, by a method of this name; else one a sample."""
         count = getattr(self.samples, "num_targets", None)
         return len(indices) if count is None else int(count(indices))
 
-    def _collated(self, samples: list[Any]) -> Any:
+    def _generators(self) -> tuple[Generator, ...]:
+        """Return the data set's own, looked for once in a process."""
+        if self._own is None:
+            self._own = generators_in((self.samples, self._collate))
+        return self._own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the generators: a worker has others."""
+        return {**self.__dict__, "_own": None}
+
+    def _collated(self, samples: list[Any], indices: Tensor) -> Any:
         try:
             return self._collate(samples)
         except (TypeError, RuntimeError) as error:
@@ -67,9 +82,24 @@ class MapSamples:
                 raise
             kind = f"{type(self.samples).__module__}.{type(self.samples).__qualname__}"
             raise DataError(
-                f"torch's default_collate makes no batch of the samples of {kind} ({str(error).splitlines()[0]}):"
-                " give Task(collate=...) a function that makes a batch of a list of samples, such as one that pads them"
+                f"torch's default_collate makes no batch of the samples of {kind}"
+                f" ({_odd_one(samples, indices) or str(error).splitlines()[0]}): give Task(collate=...) a function that"
+                " makes a batch of a list of samples, such as one that pads them"
             ) from error
+
+
+def _odd_one(samples: list[Any], indices: Tensor) -> str:
+    """Return which sample is of another type than the first; nothing where that is not what is wrong."""
+    for index, sample in zip(indices.tolist(), samples, strict=True):
+        if type(sample) is not type(samples[0]):
+            kinds = type(samples[0]).__name__, type(sample).__name__
+            return f"sample {int(indices[0])} is of type {kinds[0]}, sample {index} of type {kinds[1]}"
+    return ""
+
+
+def _without_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor of a batch without samples; a single number stays."""
+    return tensor.index_select(0, torch.zeros(0, dtype=torch.int64)) if tensor.dim() else tensor
 
 
 def as_dataset(data: Any, collate: Collate | None = None) -> Dataset:

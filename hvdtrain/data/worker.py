@@ -20,6 +20,7 @@ import torch
 from hvdtrain.data.draws import Request
 from hvdtrain.data.messages import receive, send, send_batch
 from hvdtrain.data.readers import BatchSource
+from hvdtrain.errors import DataError
 from hvdtrain.process.tracebacks import place_of, stack_of
 
 _PR_SET_PDEATHSIG = 1
@@ -76,8 +77,19 @@ def _answer(connection: socket.socket, source: BatchSource, number: int, request
         failure = _failure(error)
     try:
         send_batch(connection, (number, failure), batch)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:  # a batch that holds what cannot be pickled
-        send_batch(connection, (number, _failure(error)), None)
+    except OSError:
+        raise
+    except Exception as error:  # a batch that holds what cannot be pickled: as many types as there are objects
+        send_batch(connection, (number, _failure(_unsendable(error))), None)
+
+
+def _unsendable(error: Exception) -> DataError:
+    told = DataError(
+        f"a batch holds what no process can give to another ({' '.join(str(error).split())[:200]}): let the data set"
+        " and collate return tensors, numbers and texts, or read without workers (--data.workers 0)"
+    )
+    told.__cause__ = error
+    return told
 
 
 def _failure(error: Exception) -> Failure:

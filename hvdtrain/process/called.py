@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from hvdtrain.process.launch import prepare_process
 from hvdtrain.process.stop import end_without_launcher
@@ -21,12 +23,33 @@ def main() -> int:
     try:
         sys.path[:] = pickle.loads((folder / "path.pickle").read_bytes())
         function, args, kwargs = pickle.loads((folder / CALL).read_bytes())
-        result = pickle.dumps(function(*args, **kwargs))
+        result = function(*args, **kwargs)
     except BaseException as error:
         (folder / FAILURE.format(launch.rank)).write_text(_story(error))
         raise
-    (folder / RESULT.format(launch.rank)).write_bytes(result)
+    try:
+        raw = pickled(result)
+    except Exception as error:  # as many types as there are objects
+        (folder / FAILURE.format(launch.rank)).write_text(
+            f"what the function returned, of type {type(result).__name__}, cannot be sent back ({error}): return"
+            " numbers, texts, tensors, and lists and dictionaries of them"
+        )
+        return 1
+    (folder / RESULT.format(launch.rank)).write_bytes(raw)
     return 0
+
+
+def pickled(value: Any) -> bytes:
+    """Return a value as bytes; by cloudpickle, which comes with Horovod, also what a program itself defines.
+
+    Raises:
+        Exception: whatever pickling raises.
+    """
+    try:
+        library = importlib.import_module("cloudpickle")
+    except ImportError:
+        library = pickle
+    return bytes(library.dumps(value))
 
 
 def _story(error: BaseException) -> str:

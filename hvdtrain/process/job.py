@@ -23,7 +23,7 @@ from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_pro
 from hvdtrain.process.session import session_folder
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-_MOST_RANKS = 4096
+MOST_RANKS = 4096
 _SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -33,8 +33,8 @@ def count_of_ranks(text: str) -> int:
     Raises:
         ConfigError: it is none from 1 to 4096.
     """
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= _MOST_RANKS):
-        raise ConfigError(f"-np {text[:40]}: give the number of ranks, from 1 to {_MOST_RANKS}, as in -np 4")
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MOST_RANKS):
+        raise ConfigError(f"-np {text[:40]}: give the number of ranks, from 1 to {MOST_RANKS}, as in -np 4")
     return int(text)
 
 

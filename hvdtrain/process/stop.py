@@ -161,7 +161,12 @@ class _Signals:
         self._wakeup_before = -1
 
     def take(self) -> None:
-        """Handle signals from now on. One that nohup or a shell ignores on purpose stays ignored."""
+        """Handle signals from now on. One that nohup or a shell ignores on purpose stays ignored.
+
+        Python lets the main thread alone do that: in another one, signals are the program's business.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -171,6 +176,8 @@ class _Signals:
 
     def give_back(self) -> None:
         """Leave signals to the handlers that were there before."""
+        if self._write_end < 0:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)

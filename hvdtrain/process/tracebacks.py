@@ -6,6 +6,7 @@ hvdtrain's own, or a library's: its stack stays whole.
 
 from __future__ import annotations
 
+import contextlib
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -21,8 +22,20 @@ def sentence_of(error: BaseException) -> str:
     words = " ".join(str(error).split())
     words = words if len(words) <= _LONGEST_SENTENCE else f"{words[:_LONGEST_SENTENCE]} ..."
     what = f"{type(error).__name__}: {words}" if words else type(error).__name__
-    place = place_of(error)
-    return f"{what} ({place})" if place else what
+    read = next((f"reading sample {link.users_sample}" for link in _chain(error) if hasattr(link, "users_sample")), "")
+    where = ", ".join(filter(None, (place_of(error), read)))
+    return f"{what} ({where})" if where else what
+
+
+@contextlib.contextmanager
+def reading(sample: int) -> Iterator[None]:
+    """Have an exception know which sample of a user's data was read, for `sentence_of`."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(AttributeError, TypeError):  # a class that takes no attributes
+            error.users_sample = sample  # type: ignore[attr-defined]
+        raise
 
 
 def place_of(error: BaseException) -> str:

@@ -37,6 +37,21 @@ RECIPES = {
 }
 
 
+_SYNONYMS = {
+    "lm": "gpt nanogpt language-model text pretrain pretraining decoder",
+    "hf": (
+        "gpt2 llama mistral qwen gemma phi lora peft sft finetune fine-tune finetuning fine-tuning causal-lm instruct"
+        " transformers huggingface chat"
+    ),
+    "dpo": "preference preferences rlhf alignment",
+    "seq2seq": "t5 mt5 bart mbart marian nllb m2m100 translation translate mt summarization summarisation",
+    "ctc": "wav2vec2 wav2vec hubert wavlm speech asr audio transcription speech-recognition",
+    "resnet": "image images vision imagenet cifar cifar10 vit convnext image-classification classifier",
+    "mnist": "fashion-mnist digits mlp",
+}
+"""What people call a recipe that has another name here."""
+
+
 def load_recipe(name: str) -> Recipe:
     """Return the default settings of a recipe, by name or by the path of a user's `.py` file.
 
@@ -46,9 +61,9 @@ def load_recipe(name: str) -> Recipe:
     if name.endswith(".py"):
         return _from_file(Path(name))
     if name not in RECIPES:
-        raise ConfigError(
-            f"there is no recipe '{shortened(name)}'{nearest(name, RECIPES)} (or give the path of a .py file)"
-        )
+        by_meaning = [recipe for recipe, words in _SYNONYMS.items() if name.lower() in words.split()]
+        hint = f"; did you mean '{by_meaning[0]}'?" if by_meaning else nearest(name, RECIPES)
+        raise ConfigError(f"there is no recipe '{shortened(name)}'{hint} (or give the path of a .py file)")
     module, function = RECIPES[name]
     return cast(Callable[[], Recipe], getattr(importlib.import_module(module), function))()
 

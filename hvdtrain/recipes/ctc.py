@@ -53,12 +53,12 @@ class ClipsConfig(DataConfig):
     val_fraction: float = setting(0.1, above=0, below=1)
     """Share of the clips that is held out."""
     audio_field: str | None = None
-    """Field of a record, or column of a table, that holds the path of a clip. None: by its usual names, such as audio;
-    the first column."""
+    """Field of a record, or column of a table, that holds the path of a clip. None: by its usual names, such as audio,
+    else the first column."""
     text_field: str | None = None
-    """Likewise of texts. None: by its usual names, such as text; the second column."""
+    """Likewise of texts. None: by its usual names, such as text, else the second column."""
     lowercase: bool = True
-    """Learn small letters only."""
+    """Learn small letters only; capitals only where a tokenizer has no others."""
     tokenizer: str | None = setting(None, path="directory or name")
     """Directory or name of a tokenizer of transformers for CTC. None: that of --model.path, else the characters of the
     training texts."""

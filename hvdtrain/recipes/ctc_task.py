@@ -49,6 +49,7 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     source = data.tokenizer or recipe.model.path
     trust = recipe.model.trust_remote_code
     tokenizer = find_tokenizer(source, trust, is_needed=data.tokenizer is not None) if source else None
+    train, held_out, spelling = _spelled(data, tokenizer, train, held_out)
     tokenizer = tokenizer or make_tokenizer(clip.text for clip in train)
     extractor = find_extractor(recipe.model.path)
     rate = int(extractor.sampling_rate)
@@ -65,11 +66,13 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     loss, way = CtcLoss(tokenizer.pad_token_id), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
         loss, way = try_out(model, train_data.batch(shortest(train_data.lengths)), loss)
+    _check_letters(about, tokenizer)
     seconds = [samples.lengths.sum() / rate for samples in (train_data, val_data)]
     lines = (
         f"data:       {data.path}: {len(train_data):,} clips of {_hours(seconds[0])}, {len(val_data):,} of"
         f" {_hours(seconds[1])} held out, {len(tokenizer)} tokens",
         *_left_out(reader, about, data),
+        spelling,
         way,
     )
     metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
@@ -119,8 +122,19 @@ def _splits(data: ClipsConfig, reader: PairReader, say: Callable[[str], None]) -
 
 def _found(data: ClipsConfig, path: str, reader: PairReader) -> list[Clip]:
     corpus = str(Path(path).expanduser().absolute())
-    clips = measured(find_clips(path, reader), cache_at(data.cache_dir), corpus, reader)
-    return [replace(clip, text=clip.text.lower()) for clip in clips] if data.lowercase else clips
+    return measured(find_clips(path, reader), cache_at(data.cache_dir), corpus, reader)
+
+
+def _spelled(
+    data: ClipsConfig, tokenizer: Any, train: Sequence[Clip], held_out: Sequence[Clip]
+) -> tuple[list[Clip], list[Clip], str]:
+    """Return the clips with texts in letters that a tokenizer has, if there is one, and what a person should know."""
+    spell, about = (str.lower if data.lowercase else str), ""
+    letters = [token for token in tokenizer.get_vocab() if len(token) == 1] if tokenizer is not None else []
+    if data.lowercase and any(map(str.isupper, letters)) and not any(map(str.islower, letters)):
+        spell, about = str.upper, "texts:      in capitals, as the tokenizer has no small letters"
+    first, second = ([replace(clip, text=spell(clip.text)) for clip in part] for part in (train, held_out))
+    return first, second, about
 
 
 def _mixed(clips: list[Clip]) -> list[Clip]:
@@ -141,8 +155,8 @@ class _Usable:
         self._model, self._tokenizer, self._rate, self._reader = model, tokenizer, rate, reader
         self._longest = int(max_seconds * rate)
         self.num_too_long = 0
-        self.num_unknown = 0
-        """Characters that the tokenizer does not have."""
+        self.num_unknown = self.num_tokens = 0
+        """Characters that the tokenizer does not have, of how many."""
 
     def of(self, clips: Sequence[Clip]) -> tuple[list[Clip], list[list[int]]]:
         """Return those that are not too long, nor too short for their texts, and the tokens of these."""
@@ -164,6 +178,7 @@ class _Usable:
                     f" and {len(tokens)} characters need {needed}"
                 )
                 continue
+            self.num_tokens += len(tokens)
             self.num_unknown += sum(token == self._tokenizer.unk_token_id for token in tokens)
             kept.append(clip)
             labels.append(tokens)
@@ -177,6 +192,17 @@ def _left_out(reader: PairReader, about: _Usable, data: ClipsConfig) -> Iterator
         yield f"left out:   {about.num_too_long:,} clips of more than {data.max_seconds:g} seconds"
     if about.num_unknown:
         yield f"texts:      {about.num_unknown:,} characters that the tokenizer does not have"
+
+
+def _check_letters(about: _Usable, tokenizer: Any) -> None:
+    """Raise DataError where a tokenizer has few of the characters: it would be trained to say that it has none."""
+    if 2 * about.num_unknown > about.num_tokens:
+        known = " ".join(sorted(token for token in tokenizer.get_vocab() if len(token) == 1)[:40])
+        raise DataError(
+            f"the tokenizer does not have {about.num_unknown:,} of the texts' {about.num_tokens:,} characters; it has"
+            f" {known or 'no single ones'}: give --data.tokenizer one for CTC in the language of the texts, or write"
+            " them in its characters"
+        )
 
 
 def _load(recipe: SpeechRecognition, tokenizer: Any) -> nn.Module:

@@ -51,10 +51,10 @@ class PairsConfig(DataConfig):
     val_fraction: float = setting(0.05, above=0, below=1)
     """Share of the sources that is held out, with all their targets."""
     source_field: str | None = None
-    """Field of a record, or column of a table: its number from 1, or its name in the first line. None: a field by its
-    usual names, such as source; the first column."""
+    """Field of a record, or column of a table: its number from 1, or its name in the first line. None: by its usual
+    names, such as source, else the first column."""
     target_field: str | None = None
-    """Likewise of targets. None: a field by its usual names, such as target; the second column."""
+    """Likewise of targets. None: by its usual names, such as target, else the second column."""
     source_prefix: str = ""
     """Text before every source, such as T5's "translate English to German: "."""
     source_language: str | None = None

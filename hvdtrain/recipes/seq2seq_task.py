@@ -59,9 +59,14 @@ def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
         begin_with(model, tokenizer, empty_target)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     train, held_out = (TokenizedPairs(folder, name, padding) for name in ("train", "val"))
-    for name, samples in (("training", train), ("held-out", held_out)):
+    for name, split, samples in (("training", "train", train), ("held-out", "val", held_out)):
         if len(samples) == 0:
-            raise DataError(f"there are no {name} pairs that can be used: use more, or give --data.val-path")
+            too_long = about["too_long"].get(split, 0)
+            why = f" ({too_long:,} are longer than --data.max-source-length or --data.max-target-length)"
+            raise DataError(
+                f"there are no {name} pairs that can be used{why if too_long else ''}: use more, or give"
+                " --data.val-path"
+            )
         check_positions(model, samples)
     loss, way = PairLoss(recipe.labels.smoothing), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights

@@ -11,7 +11,7 @@ from torch import nn
 from hvdtrain.errors import ConfigError
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.values import as_figure
+from hvdtrain.trainer.values import as_figure, storable
 from hvdtrain.world import World, WrappedOptimizer
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class CallbackComponent(Component):
     def __init__(self, job: Job, callback: Any, name: str) -> None:
         self.name = name
         self._callback, self._run = callback, RunView(job)
+        self._is_checked = False
         self.ends_after_steps = hasattr(callback, "after_step")
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -141,6 +142,9 @@ class CallbackComponent(Component):
         """Run the callback's `after_step`."""
         self._run.step = step.number
         self._call("after_step", self._run)
+        if not self._is_checked:  # what no checkpoint can hold is found now, and not when the first one is due
+            self._is_checked = True
+            storable(self.state_dict(), f"state_dict() of the callback {type(self._callback).__name__}")
 
     def after_evaluation(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Run the callback's `after_evaluation`."""

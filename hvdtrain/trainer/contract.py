@@ -162,7 +162,7 @@ def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> 
             weights, or a value is a mean where a sum is promised, or the other way round.
     """
     rows = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
-    can_halve = all(_has_rows(tensor, rows) for tensor in tensors_in(batch))
+    can_halve = all(_has_rows(tensor, rows) and tensor.layout == torch.strided for tensor in tensors_in(batch))
     half = map_tensors(lambda tensor: tensor[: -(-rows // 2)], batch) if can_halve else batch
     with _undisturbed(model), torch.compiler.set_stance("force_eager"):
         once = _values(forward, half)
@@ -231,6 +231,10 @@ def _check_kinds(task: Task, model: nn.Module, sums: Any) -> None:
         if value.numel() != 1:
             raise ConfigError(
                 f"loss_sums returned a tensor of shape {tuple(value.shape)} as '{name}': return one number, its .sum()"
+            )
+        if value.is_complex():
+            raise ConfigError(
+                f"loss_sums returned a complex number as '{name}': return a real one, such as its .abs() or .real"
             )
     has_weights = any(parameter.requires_grad for parameter in model.parameters())
     if has_weights and not sums["loss"].requires_grad:

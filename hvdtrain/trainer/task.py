@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.optim.table import build_optimizer
 from hvdtrain.settings import Config
 
@@ -21,6 +21,30 @@ if TYPE_CHECKING:
 
 Batch = Any
 """What a data set's `batch` returns: tensors in tuples, lists and dictionaries, as deep as one likes."""
+
+
+_REDUCTIONS = ("sum", "mean")
+
+
+def _check_kinds(part: Any) -> None:
+    """Raise ConfigError where a field of a task, or of a part of one, is of another kind than it says.
+
+    A text in place of a tuple of texts, or a word that nobody knows, would mean something else in silence.
+    """
+    name = type(part).__name__
+    for item in fields(part):
+        value, kind = getattr(part, item.name), str(item.type)
+        if item.name == "reduction" and value not in _REDUCTIONS:
+            raise ConfigError(f"{name}(reduction={value!r}) must be {' or '.join(map(repr, _REDUCTIONS))}")
+        if kind.startswith("tuple[") and not isinstance(value, tuple | list):
+            raise ConfigError(
+                f"{name}({item.name}=...) takes a tuple or a list, not an object of type {type(value).__name__}: write"
+                f" {name}({item.name}=[...])"
+            )
+        if kind.startswith("Callable[") and not callable(value) and value is not None:
+            raise ConfigError(f"{name}({item.name}=...) takes a function, not an object of type {type(value).__name__}")
+        if kind == "str" and not isinstance(value, str):
+            raise ConfigError(f"{name}({item.name}={value!r}) must be a text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +65,7 @@ class Evaluation:
         """Adapt users' own data sets."""
         from hvdtrain.data.users import as_dataset
 
+        _check_kinds(self)
         object.__setattr__(self, "data", as_dataset(self.data))
 
 
@@ -68,6 +93,7 @@ class CorpusEvaluation:
         """Adapt users' own data sets."""
         from hvdtrain.data.users import as_dataset
 
+        _check_kinds(self)
         object.__setattr__(self, "data", as_dataset(self.data))
 
 
@@ -135,9 +161,11 @@ class Task:
 
         Raises:
             DataError: they cannot be read.
+            ConfigError: another field holds something else than it is for.
         """
         from hvdtrain.data.users import as_dataset  # a recipe's settings are read before torch is there
 
+        _check_kinds(self)
         # Frozen for whoever has a task; this is its making.
         object.__setattr__(self, "train_data", as_dataset(self.train_data, self.collate))
         object.__setattr__(self, "val_data", as_dataset(self.val_data, self.collate))

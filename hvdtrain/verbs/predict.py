@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvdtrain.data.image_files import eight_bits
 from hvdtrain.data.image_samples import eval_transform
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.errors import ConfigError, DataError
@@ -78,7 +79,7 @@ def read_image(file: Path, about: Description) -> Tensor:
 
     try:
         with file.open("rb") as opened:
-            image: Image.Image = Image.open(opened)
+            image: Image.Image = eight_bits(Image.open(opened))
             if about.channels == 1:
                 return _grey(_on_white(image), about)
             image = image.convert("RGB")

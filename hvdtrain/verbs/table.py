@@ -130,11 +130,11 @@ VERB_SYNONYMS = {
     "plan": "scale predict-scaling estimate advise how-many",
     "sweep": "grid search tune hyperparameters hpo optuna random-search grid-search",
     "doctor": "diagnose check info env status health debug",
-    "generate": "sample complete chat prompt write",
+    "generate": "sample complete chat prompt write translate summarize summarise",
     "export": "convert save to-hf upload",
-    "report": "plot chart curves show html page visualize visualise graph",
+    "report": "plot chart curves show html page visualize visualise graph serve tensorboard metrics eval evaluate",
     "watch": "monitor follow tail top dashboard progress live",
     "compare": "diff difference versus vs",
-    "predict": "classify infer inference label recognise recognize",
+    "predict": "classify infer inference label recognise recognize transcribe asr",
 }
 """What people call a verb that has another name here."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def for_reduction(
     Raises:
         UsageError: the tensor has no such reduction; names it and says what to do.
     """
-    _refuse_odd(tensor, name)
+    check_op(op)
+    check_tensor(tensor, name)
     dtype = tensor.dtype
     tensor = tensor.detach()
     if not (dtype.is_floating_point or dtype.is_complex) and op == "mean":
@@ -63,7 +66,7 @@ def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
     Raises:
         UsageError: the tensor has no bits that can be written, one by one; names it.
     """
-    _refuse_odd(tensor, name)
+    check_tensor(tensor, name)
     target = _distinct(tensor.detach(), name)
     flat = target.resolve_conj().resolve_neg().contiguous().view(-1)
     if flat.dtype.is_complex:
@@ -79,10 +82,53 @@ def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
     return bits, write_back
 
 
-def _refuse_odd(tensor: Tensor, name: str) -> None:
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        what = "quantized" if tensor.is_quantized else str(tensor.layout)
+def check_op(op: Any) -> None:
+    """Raise UsageError where there is no such reduction."""
+    if op not in get_args(ReduceOp):
+        raise UsageError(f"there is no reduction {op!r}: give sum, mean, min or max")
+
+
+def check_tensor(value: Any, name: str) -> None:
+    """Raise UsageError where a value is no tensor, or one of a kind that does not travel."""
+    if not isinstance(value, Tensor):
+        raise UsageError(
+            f"'{name}' is no tensor but of type {type(value).__name__}: give torch.as_tensor of it; what else pickles"
+            " goes by broadcast_object and all_gather_object"
+        )
+    if value.layout != torch.strided or value.is_quantized or value.is_nested:
+        what = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
         raise UsageError(f"'{name}' is a {what} tensor, which cannot travel between ranks: keep it dense, .to_dense()")
+    if value.is_meta:
+        raise UsageError(f"'{name}' is on torch's device meta, and has no numbers: move it, as by .to_empty()")
+
+
+def check_rank(root: Any, size: int) -> None:
+    """Raise UsageError where there is no such rank."""
+    try:
+        is_there = 0 <= operator.index(root) < size
+    except TypeError:
+        is_there = False
+    if not is_there:
+        raise UsageError(f"there is no rank {root!r}: ranks are 0 to {size - 1}")
+
+
+def number_of(value: Any, op: ReduceOp, name: str) -> Tensor:
+    """Return a plain number, of numpy too, as a tensor of 64 bits; whole ones as int64 but for their mean.
+
+    Raises:
+        UsageError: it is none, or too large.
+    """
+    check_op(op)
+    plain = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(plain, int | float | complex):
+        check_tensor(value, name)
+    dtype = torch.complex128 if isinstance(plain, complex) else torch.float64
+    if isinstance(plain, int) and op != "mean":
+        dtype = torch.int64
+    try:
+        return torch.tensor(plain, dtype=dtype)
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise UsageError(f"'{name}' is a number of more than 64 bits: give float() of it") from error
 
 
 def _distinct(tensor: Tensor, name: str) -> Tensor:

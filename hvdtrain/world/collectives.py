@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import UsageError
 from hvdtrain.process.progress import Progress
-from hvdtrain.world.carriers import ReduceOp, bits_of, for_reduction
+from hvdtrain.world.carriers import ReduceOp, bits_of, check_rank, check_tensor, for_reduction, number_of
 
 T = TypeVar("T")
 _UNNAMED = 1024
@@ -69,15 +69,15 @@ class Collectives(ABC):
     def all_reduce(self, tensor: Tensor | float, op: ReduceOp = "mean", name: str | None = None) -> Tensor | float:
         """Return the sum, mean, minimum or maximum over the ranks, of the same shape and type. Collective.
 
-        A plain number gives a plain number, a float where the mean is asked for.
+        A plain number, of Python or numpy, gives a plain number of Python, a float where the mean is asked for.
 
         Raises:
-            UsageError: its type has no such reduction, as integers have no mean.
+            UsageError: it is neither, there is no such reduction, or none of its type, as integers have no mean.
         """
         if isinstance(tensor, Tensor):
             return self.start_all_reduce(tensor, op, name)()
-        number = torch.tensor(tensor, dtype=torch.int64 if isinstance(tensor, int) and op != "mean" else torch.float64)
-        return cast(float, self.start_all_reduce(number.to(self.device), op, name)().item())
+        number = number_of(tensor, op, name or "all_reduce").to(self.device)
+        return cast(float, self.start_all_reduce(number, op, name)().item())
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
@@ -88,8 +88,10 @@ class Collectives(ABC):
 
     def broadcast(self, tensor: Tensor, name: str | None = None, root: int = 0) -> Tensor:
         """Return rank `root`'s tensor on every rank; all give one of the same shape and type. Collective."""
+        name = self.named("broadcast", name)
+        check_tensor(tensor, name)
         copy = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self.broadcast_tensors({"tensor": copy}, self.named("broadcast", name), root)
+        self.broadcast_tensors({"tensor": copy}, name, root)
         return copy
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor], name: str, root: int = 0) -> None:
@@ -114,6 +116,7 @@ class Collectives(ABC):
             UsageError: the tensor has no dimension, or cannot be sent.
         """
         name = self.named("all_gather", name)
+        check_tensor(tensor, name)
         if tensor.dim() == 0:
             raise UsageError(f"'{name}' has no dimension to be joined along: give tensor.view(1)")
         return _with_bits(tensor, name, lambda bits: self.start_all_gather(bits, name)())
@@ -150,6 +153,7 @@ class Collectives(ABC):
         return restore(total / self.size if op == "mean" else total)
 
     def _check_cut(self, tensor: Tensor, name: str) -> None:
+        check_tensor(tensor, name)
         if tensor.dim() == 0 or len(tensor) % self.size:
             raise UsageError(
                 f"'{name}' is {tuple(tensor.shape)}, whose first dimension cannot be cut into {self.size} equal parts,"
@@ -157,8 +161,7 @@ class Collectives(ABC):
             )
 
     def _check_rank(self, root: int) -> None:
-        if not 0 <= root < self.size:
-            raise UsageError(f"there is no rank {root}: ranks are 0 to {self.size - 1}")
+        check_rank(root, self.size)
 
     def join(self, batches: Iterable[T], name: str | None = None) -> Iterator[T | None]:
         """Go through `batches` until all ranks have come to their end. Collective.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import pickle
 import sys
 import tempfile
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hvdtrain.errors import ConfigError, LaunchError
-from hvdtrain.process.called import CALL, FAILURE, RESULT
-from hvdtrain.process.job import run_job
+from hvdtrain.process.called import CALL, FAILURE, RESULT, pickled
+from hvdtrain.process.job import MOST_RANKS, run_job
 
 T = TypeVar("T")
 
@@ -42,8 +41,10 @@ def launch(
         LaunchError: a rank has failed, with its traceback; or Horovod is not installed.
         TimeoutError: the time was over.
     """
-    if type(ranks) is not int or ranks < 1:
-        raise ConfigError(f"ranks={ranks!r} must be a whole number greater than 0")
+    if type(ranks) is not int or not 1 <= ranks <= MOST_RANKS:
+        raise ConfigError(f"ranks={ranks!r} must be a whole number from 1 to {MOST_RANKS}")
+    if not callable(function):
+        raise ConfigError(f"launch() calls a function on every rank, not an object of type {type(function).__name__}")
     with tempfile.TemporaryDirectory(prefix="hvdtrain-") as name:
         folder = Path(name)
         (folder / CALL).write_bytes(_pickled((function, args, kwargs)))
@@ -64,10 +65,6 @@ def launch(
 
 def _pickled(call: Any) -> bytes:
     try:
-        cloudpickle = importlib.import_module("cloudpickle")
-    except ImportError:  # comes with Horovod, which one rank does not need
-        cloudpickle = pickle
-    try:
-        return bytes(cloudpickle.dumps(call))
+        return pickled(call)
     except Exception as error:  # as many types as there are objects
         raise ConfigError(f"the function, or what it uses, cannot be sent to other processes: {error}") from error

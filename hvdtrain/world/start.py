@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.install.clone import setup_command
-from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, prepare_process
+from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, detect_launch, prepare_process
 from hvdtrain.process.stop import end_without_launcher
 from hvdtrain.world.first_contact import contact_gpus
 from hvdtrain.world.solo import SoloWorld
@@ -52,6 +54,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
             f"{os.environ[DATA_WORKER]} runs this program to find its data set: write what begins training under"
             ' `if __name__ == "__main__":`'
         )
+    _check_is_no_child()
     is_new = not any(name in os.environ for name in THREAD_VARIABLES)
     launch = prepare_process()
     end_without_launcher()
@@ -63,6 +66,35 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     _check_host_name()
     check_controller(launch)
     return _start_horovod(launch, groups(launch))
+
+
+def _check_is_no_child() -> None:
+    """Raise LaunchError in a process that a rank has started, such as a DataLoader's worker: it is no rank itself.
+
+    MPI and Horovod would take it for the rank whose environment, or whose memory, it has: they crash or hang.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        raise LaunchError(
+            "a process that multiprocessing has started, such as a DataLoader's worker, runs this program to find what"
+            ' it is to do: write what begins training under `if __name__ == "__main__":`'
+        )
+    worker = torch.utils.data.get_worker_info()
+    who = "a process that a rank has started" if worker is None else f"worker {worker.id} of a DataLoader"
+    if worker is not None or (multiprocessing.parent_process() is not None and _is_rank(os.getppid())):
+        raise LaunchError(
+            f"{who} is no rank, and cannot call init(): call it in the rank, and give the data set what it needs of"
+            " the world, such as rank and size"
+        )
+
+
+def _is_rank(pid: int) -> bool:
+    """Tell whether a launcher has started a process, by the environment that it was started with."""
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # not Linux, or not our process
+        return False
+    entries = (entry.partition(b"=") for entry in raw.split(b"\0"))
+    return detect_launch({os.fsdecode(name): os.fsdecode(value) for name, _, value in entries}).is_parallel
 
 
 def _start_horovod(launch: Launch, groups: Sequence[tuple[int, ...]]) -> World:

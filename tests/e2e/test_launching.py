@@ -1,10 +1,12 @@
 """Ranks that a program, a notebook or `hvdtrain -np N` starts."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 
 import pytest
@@ -44,6 +46,26 @@ def test_a_function_on_one_rank_needs_no_launcher(monkeypatch, capsys):
             hvdtrain.launch(os._exit, 7, ranks=1)
         with pytest.raises(ConfigError, match="cannot be sent"):
             hvdtrain.launch(print, sys.stdout, ranks=1)
+        with pytest.raises(ConfigError, match="calls a function on every rank, not an object of type int"):
+            hvdtrain.launch(3, ranks=1)
+
+
+def test_what_a_function_may_return(monkeypatch):
+    """Also objects of classes of the program itself, as of a notebook: they are of these classes here, too."""
+
+    @dataclasses.dataclass
+    class Found:
+        loss: float
+
+    monkeypatch.setattr(Found, "__module__", "__main__")
+    with outside(monkeypatch):
+        (found,) = hvdtrain.launch(lambda: Found(0.5), ranks=1)
+        assert isinstance(found, Found)
+        assert found.loss == 0.5
+        (function,) = hvdtrain.launch(lambda: lambda: 3, ranks=1)
+        assert function() == 3
+        with pytest.raises(LaunchError, match=r"of type lock, cannot be sent back .*: return numbers, texts, tensors"):
+            hvdtrain.launch(threading.Lock, ranks=1)
 
 
 def test_a_launch_shares_no_folder_with_an_earlier_one(monkeypatch, tmp_path):
@@ -77,7 +99,7 @@ def test_one_rank_gets_signals_too(start):
     assert process.wait(timeout=60) == 75
 
 
-@pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None])
+@pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None, 10**6])
 def test_numbers_of_ranks_that_are_none(ranks):
     with pytest.raises(ConfigError, match="must be a whole number"):
         hvdtrain.launch(print, ranks=ranks)

@@ -1,11 +1,14 @@
 """What ranks do together, held against plain MPI or plain arithmetic."""
 
 import hashlib
+import multiprocessing
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from hvdtrain.errors import ConfigError, DataError, UsageError
+import hvdtrain
+from hvdtrain.errors import ConfigError, DataError, LaunchError, UsageError
 from hvdtrain.world import World
 
 DTYPES = [torch.float16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]
@@ -137,6 +140,38 @@ def test_broadcast_state_sends_learning_rate_and_moments(world):
     moments = [value for entry in optimizer.state_dict()["state"].values() for value in entry.values()]
     assert len(moments) == 6
     assert len(set(world.all_gather_object(digest(moments), "moments"))) == 1
+
+
+class Asking:
+    """Samples that ask for the world where they are read."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return hvdtrain.init().rank
+
+
+def ask(answers):
+    """Send what `init` says in this process."""
+    try:
+        answers.put(str(hvdtrain.init()))
+    except LaunchError as error:
+        answers.put(str(error))
+
+
+def test_a_process_of_a_rank_is_no_rank(world):
+    """What a rank forks has its memory and environment: it would take part in the job, and hang it."""
+    if world.rank == 0 and world.size > 1:
+        with pytest.raises(LaunchError, match="worker 0 of a DataLoader is no rank"):
+            next(iter(DataLoader(Asking(), num_workers=1, multiprocessing_context="fork")))
+        context = multiprocessing.get_context("fork")
+        answers = context.SimpleQueue()
+        child = context.Process(target=ask, args=(answers,))
+        child.start()
+        assert "a process that a rank has started is no rank" in answers.get()
+        child.join()
+    world.barrier("children")
 
 
 def test_together_raises_on_all_ranks(world):

@@ -9,7 +9,7 @@ import hvdtrain
 
 folder = Path(sys.argv[1])
 # Name -> its arguments, for a script; its settings, for a recipe. Also the names that a test holds against the folder.
-SCRIPTS = {"line": [], "gan": [], "own_loop": ["state.pt"], "horovod_script": []}
+SCRIPTS = {"line": [], "gan": ["gan.pt"], "own_loop": ["state.pt"], "horovod_script": []}
 RECIPES = {
     "images": {"train": {"epochs": 1}},
     "reversing": {"train": {"steps": 30}},

@@ -1,5 +1,9 @@
 """What ranks exchange in loops of the user's own: on ranks that are threads, and on one."""
 
+import argparse
+import collections
+
+import numpy as np
 import pytest
 import torch
 from thread_world import run_ranks
@@ -87,6 +91,99 @@ def test_plain_numbers_stay_plain(solo):
     assert solo.all_reduce(3.0) == 3.0
 
 
+NUMBERS = [
+    True, 3, 2.5, 1 + 2j, np.float32(2.5), np.float64(2.5), np.int64(3), np.int8(3), np.bool_(True), np.complex64(2j),
+]  # fmt: skip
+NO_NUMBERS = [None, "3", [1.0], (1, 2), {"a": 1}, np.zeros(2), np.zeros(1), object(), torch.float32]
+TENSORS_TAKEN = {
+    "all_reduce": lambda world, value: world.all_reduce(value, "sum"),
+    "broadcast": lambda world, value: world.broadcast(value),
+    "all_gather": lambda world, value: world.all_gather(value),
+    "all_to_all": lambda world, value: world.all_to_all(value),
+    "reduce_scatter": lambda world, value: world.reduce_scatter(value),
+    "broadcast_tensors": lambda world, value: world.broadcast_tensors({"x": value}, "x"),
+}
+ODD_TENSORS = {
+    "sparse": torch.eye(2).to_sparse(),
+    "sparse rows": torch.eye(2).to_sparse_csr(),
+    "meta": torch.zeros(2, device="meta"),
+    "overlapping": torch.zeros(3).as_strided((2, 2), (1, 1)),
+}
+TENSORS = {
+    "of a graph": torch.ones(2, 2, requires_grad=True) * 2,
+    "conjugate": torch.ones(2, 2, dtype=torch.complex64).mul(2j).conj(),
+    "transposed": torch.arange(4.0).view(2, 2).t(),
+    "expanded": torch.ones(1, 2).expand(2, 2),
+    "part": torch.arange(16.0).view(4, 4)[::2, ::2],
+    "nothing": torch.zeros(0, 3),
+    "own class": torch.nn.Parameter(torch.ones(2, 2)),
+    "fp64": torch.ones(2, 2, dtype=torch.float64) / 3,
+}
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=repr)
+@pytest.mark.parametrize("op", ["sum", "mean"])
+def test_numbers_of_every_kind(value, op, solo):
+    plain = value.item() if isinstance(value, np.generic) else value
+    totals = [solo.all_reduce(value, op), *run_ranks(2, lambda world: world.all_reduce(value, op))]
+    assert totals == [plain, *[2 * plain if op == "sum" else plain] * 2]
+    assert {type(total) for total in totals} <= {int, float, complex}
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("call", TENSORS_TAKEN)
+def test_what_is_neither_number_nor_tensor(solo, call, value):
+    with pytest.raises(UsageError, match="is no tensor but of type"):
+        TENSORS_TAKEN[call](solo, value)
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+@pytest.mark.parametrize("call", TENSORS_TAKEN)
+def test_tensors_that_cannot_travel(solo, call, kind):
+    if kind == "overlapping" and call != "broadcast_tensors":
+        pytest.skip("a copy of it does not overlap")
+    with pytest.raises(UsageError, match=r"cannot travel|device meta|overlaps itself"):
+        TENSORS_TAKEN[call](solo, ODD_TENSORS[kind])
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+@pytest.mark.parametrize("call", [call for call in TENSORS_TAKEN if call != "broadcast_tensors"])
+def test_tensors_of_every_form(call, kind):
+    tensor = TENSORS[kind]
+    first, second = run_ranks(2, lambda world: TENSORS_TAKEN[call](world, tensor))
+    expected = {
+        "all_reduce": 2 * tensor, "broadcast": tensor, "all_gather": torch.cat((tensor, tensor)),
+        "all_to_all": torch.cat((tensor.chunk(2)[0],) * 2) if tensor.numel() else tensor,
+        "reduce_scatter": 2 * tensor.chunk(2)[0],
+    }[call]  # fmt: skip
+    assert torch.equal(first, expected.detach().resolve_conj())
+    assert not first.requires_grad
+    assert second.shape == first.shape
+
+
+@pytest.mark.parametrize("op", ["average", "avg", "SUM", None, 3, "adasum"])
+def test_reductions_that_there_are_not(solo, op):
+    for value in (torch.ones(2), 3.0, True):
+        with pytest.raises(UsageError, match="give sum, mean, min or max"):
+            solo.all_reduce(value, op)
+    with pytest.raises(UsageError, match="give sum, mean, min or max"):
+        solo.reduce_scatter(torch.ones(2), op)
+
+
+def test_numbers_that_are_too_large(solo):
+    assert solo.all_reduce(2**40, "sum") == 2**40
+    for op in ("sum", "mean"):
+        with pytest.raises(UsageError, match="more than 64 bits"):
+            solo.all_reduce(2**2000, op)
+
+
+@pytest.mark.parametrize("root", ["0", None, 0.5, -1, 1])
+def test_roots_that_are_no_ranks(solo, root):
+    for call in (solo.broadcast, solo.broadcast_object):
+        with pytest.raises(UsageError, match="there is no rank"):
+            call(torch.zeros(1), root=root)
+
+
 def test_ranks_whose_data_ends_earlier():
     """The mean over all is what one process would take over the samples of all ranks."""
     batches = {0: [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], 1: [[7.0, 8.0]]}
@@ -168,6 +265,28 @@ def test_state_is_written_by_one_and_read_by_all(tmp_path):
             world.save({}, tmp_path / "no" / "such" / "folder")
 
     run_ranks(2, broken)
+    assert [item.name for item in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_what_could_not_be_read_again_is_not_written(solo, tmp_path):
+    path = tmp_path / "state.pt"
+    good = {"best": np.float64(0.5), "steps": (np.int64(3), [np.bool_(True)]), "order": collections.OrderedDict(a=1)}
+    solo.save(good, path)
+    state = solo.load(path)
+    assert state == {"best": 0.5, "steps": (3, [True]), "order": {"a": 1}}
+    assert type(state["best"]) is float
+    for odd, place in {
+        "object": (argparse.Namespace(lr=1), r"state\['part'\]\[1\] is of type argparse\.Namespace"),
+        "array": (np.zeros(2), r"state\['part'\]\[1\] is of type numpy\.ndarray"),
+        "function": (lambda: 0, r"state\['part'\]\[1\] is of type builtins\.function"),
+        "path": (path, r"state\['part'\]\[1\] is of type pathlib"),
+        "model": (torch.nn.Linear(1, 1), r"state\['part'\]\[1\] is of type torch"),
+    }.values():
+        with pytest.raises(UsageError, match=f"is not written, as load\\(\\) could not read it: {place}"):
+            solo.save({"part": [1, odd]}, path)
+        assert solo.load(path) == state
+    with pytest.raises(UsageError, match="takes a dictionary"):
+        solo.save(torch.nn.Linear(1, 1), path)
     assert [item.name for item in tmp_path.iterdir()] == ["state.pt"]
 
 

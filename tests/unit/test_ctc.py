@@ -8,9 +8,11 @@ import pytest
 import torch
 from hugging import import_transformers
 
+from hvdtrain.data.clips import read_wave
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.ctc import ClipsConfig, HearingConfig, HearingEvalConfig, ctc
 from hvdtrain.recipes.transformers_models.as_program import program_of
+from hvdtrain.recipes.transformers_models.hearing_files import make_tokenizer
 from hvdtrain.rundir.trained import open_trained
 
 transformers = import_transformers()
@@ -181,6 +183,43 @@ def test_a_clip_that_turns_out_to_be_damaged_counts_for_nothing(place, capfd):
     assert task.summarize({"loss": 1.0, "unread": 0.5})["loss"] == 2.0
     with pytest.raises(DataError, match="too short for its text"):  # its header says how much is left
         build(place, on_error="stop")
+
+
+def test_clips_of_every_form_are_heard_alike_and_odd_ones_are_told(place):
+    path = place / "clips" / "0.wav"
+    wave, _ = soundfile.read(path, dtype="float32")
+    sound = read_wave(path, 16_000)
+    for name, subtype in (("0.wav", "FLOAT"), ("0.wav", "DOUBLE"), ("0.wav", "PCM_24"), ("0.flac", "PCM_16")):
+        file = place / name
+        soundfile.write(file, np.stack((wave, wave), 1), 16_000, subtype=subtype)
+        assert np.allclose(read_wave(file, 16_000), sound, atol=1e-4), subtype
+    for odd in (np.nan, np.inf):
+        soundfile.write(path, np.where(np.arange(len(wave)) == 7, odd, wave), 16_000, subtype="FLOAT")
+        with pytest.raises(ValueError, match="not finite"):
+            read_wave(path, 16_000)
+    task = build(place, on_error="skip")
+    number = next(i for i, clip in enumerate(task.train_data.clips) if clip.name == "0.wav")
+    assert task.train_data.batch(torch.tensor([number]))[1].tolist() == [0]  # it counts for nothing
+    soundfile.write(path, np.zeros(0, np.float32), 16_000)
+    with pytest.raises(DataError, match=r"0\.wav is empty"):
+        build(place)
+    soundfile.write(path, wave, 16_000)
+    (place / "clips" / "a.trans.txt").write_bytes("0 f\u00fcnf".encode("latin1"))
+    with pytest.raises(DataError, match=r"a\.trans\.txt cannot be read as UTF-8 text"):
+        build(place)
+
+
+def test_letters_are_those_that_a_tokenizer_has(place):
+    """As in wav2vec2-base-960h, which knows capitals alone: small letters would all be unknown to it."""
+    tokenizer = make_tokenizer(["ABCD E"])
+    tokenizer.save_pretrained(place / "capitals")
+    task = build(place, tokenizer=str(place / "capitals"))
+    assert {clip.text[:2] for clip in (*task.train_data.clips, *task.val_data.clips)} == {"AB"}
+    assert "in capitals, as the tokenizer has no small letters" in task.description
+    assert "that the tokenizer does not have" not in task.description
+    make_tokenizer(["xyz"]).save_pretrained(place / "others")
+    with pytest.raises(DataError, match=r"the tokenizer does not have [\d,]+ of the texts' [\d,]+ characters; it has"):
+        build(place, tokenizer=str(place / "others"))
 
 
 def test_what_is_no_model_that_hears_is_told(place):

@@ -1,6 +1,7 @@
 """Images in folders: found, decoded, augmented by (seed, epoch, sample), mixed, passed over where they are broken."""
 
 import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -89,6 +90,10 @@ def test_files_that_are_no_images_are_counted_and_links_followed_once(tmp_path):
     [
         (lambda root: [path.unlink() for path in (root / "train" / "emu").iterdir()], "emu holds no training images"),
         (lambda root: (root / "val" / "fox").mkdir(), "fox is a class that"),
+        (
+            lambda root: [shutil.rmtree(root / part / name) for part in ("train", "val") for name in CLASSES[1:]],
+            "has one class alone, cat",
+        ),
         (lambda root: [path.unlink() for path in root.glob("val/*/*")], "no images to hold out"),
     ],
 )
@@ -226,6 +231,54 @@ def test_whatever_is_no_image_is_told(tmp_path, content):
     (tmp_path / "train" / "cat" / "0.png").write_bytes(content)
     with pytest.raises(DataError, match="cannot be read"):
         read(samples_of(tmp_path), list(range(12)))
+
+
+def sixteen(pixels):
+    return Image.fromarray(pixels.astype(np.uint16) * 257)
+
+
+def with_transparency(pixels):
+    image = Image.fromarray(pixels).convert("P")
+    image.info["transparency"] = 0
+    return image
+
+
+# Mode, by what makes an image of it from grey pixels, and the ending of a file that holds it.
+MODES = {
+    "L": (Image.fromarray, "png"),
+    "I;16": (sixteen, "png"),
+    "I;16 in TIFF": (sixteen, "tif"),
+    "I": (lambda pixels: Image.fromarray(pixels.astype(np.int32) * 257), "tif"),
+    "RGBA": (lambda pixels: Image.fromarray(pixels).convert("RGBA"), "png"),
+    "LA": (lambda pixels: Image.fromarray(pixels).convert("LA"), "png"),
+    "P": (with_transparency, "png"),
+    "GIF": (lambda pixels: Image.fromarray(pixels).convert("P"), "png"),
+    "CMYK": (lambda pixels: Image.fromarray(pixels).convert("RGB").convert("CMYK"), "tif"),
+    "YCbCr": (lambda pixels: Image.fromarray(pixels).convert("YCbCr"), "tif"),
+    "1": (lambda pixels: Image.fromarray(pixels).convert("1", dither=0), "png"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_of_every_mode_are_as_bright_as_they_are(tmp_path, mode):
+    """Pillow makes white of all that is brighter than 255 of 65535."""
+    make, ending = MODES[mode]
+    pixels = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
+    write_images(tmp_path, size=(16, 16))
+    make(pixels).save(tmp_path / "val" / "cat" / f"0000.{ending}")
+    data = samples_of(tmp_path, is_training=False, val_resize=16)
+    number = next(i for i in range(len(data)) if "0000" in data.source.name(i))
+    seen = read(data, [number])[0][0].float()
+    wanted = torch.from_numpy(pixels).float() if mode != "1" else torch.from_numpy(255 * (pixels > 127)).float()
+    assert (seen - wanted).abs().max() <= 3
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path):
+    write_images(tmp_path)
+    for pixels in (np.ones((16, 16), np.float32), np.full((16, 16), 1 << 20, np.int32)):
+        Image.fromarray(pixels).save(tmp_path / "val" / "cat" / "0000.tif")
+        with pytest.raises(DataError, match=r"0000\.tif cannot be read \(its pixels .* of no known range"):
+            read(samples_of(tmp_path, is_training=False), list(range(13)))
 
 
 def test_cifar10_is_read_from_its_own_files(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import tomli_w
 
 import hvdtrain
-from hvdtrain import cli
+from hvdtrain import cli, recipes
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim import table
 from hvdtrain.optim.schedule import check_schedule, describe_schedule, warmup_steps
@@ -25,6 +25,7 @@ from hvdtrain.settings.fields import fields_of, hints_of, is_optional
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags
 from hvdtrain.settings.help import docs_of
 from hvdtrain.settings.values import Source, Words, nested
+from hvdtrain.verbs.table import VERB_SYNONYMS
 
 PACKAGE = Path(hvdtrain.__file__).parent
 RECIPE_CLASSES = ("lm", "hf", "mnist", "resnet")
@@ -407,6 +408,22 @@ def test_a_recipes_own_warmup_yields_to_fewer_steps_of_the_user():
         ("resume", "did you mean 'train'?"),
         ("benchmark", "did you mean 'bench'?"),
         ("docter", "did you mean 'doctor'?"),
+        ("translate runs/a", "did you mean 'generate'?"),
+        ("transcribe runs/a", "did you mean 'predict'?"),
+        ("evaluate runs/a", "did you mean 'report'?"),
+        ("train t5", "did you mean 'seq2seq'?"),
+        ("train lora", "did you mean 'hf'?"),
+        ("train vit", "did you mean 'resnet'?"),
+        ("train whisper", "known are ctc, dpo, hf, lm"),
+        ("train hf --lora-r 8", "did you mean '--model.lora-rank'?"),
+        ("train hf --target-modules q_proj", "did you mean '--model.lora-targets'?"),
+        ("train hf --fsdp", "did you mean '--optim.shard'?"),
+        ("train seq2seq --num-beams 4", "did you mean '--eval.beams'?"),
+        ("train seq2seq --do-train", "--eval.every"),
+        ("train ctc --max-duration 3", "'--train.max-time' or '--data.max-seconds'?"),
+        ("train ctc --sampling-rate 16000", "clips of any rate are resampled"),
+        ("train resnet --train-dir x", "did you mean '--data.root'?"),
+        ("train dpo --ref-model x", "the model as it is before the first step"),
     ],
 )
 def test_what_is_meant_is_found(line, says):
@@ -418,8 +435,15 @@ def test_what_is_meant_is_found(line, says):
 def test_synonyms_name_settings_that_exist():
     known = {*all_settings(), *(name for verb in cli.VERBS.values() for name in known_flags(verb.options))}
     known |= {"train.ema", "data.workers"}  # of other rooms
+    known |= {name for recipe in RECIPES for name in known_flags(load_recipe(recipe))}
     assert {*synonyms._SETTINGS} <= known
     assert {*synonyms._ADVICE}.isdisjoint(synonyms._BY_NAME)
+    assert {*VERB_SYNONYMS} <= {*cli.VERBS}
+    assert not {word for words in VERB_SYNONYMS.values() for word in words.split()} & {*cli.VERBS}
+    assert {*recipes._SYNONYMS} <= {*RECIPES}
+    named = [word for words in recipes._SYNONYMS.values() for word in words.split()]
+    assert len({*named}) == len(named)
+    assert not {*named} & {*RECIPES}
 
 
 def test_help_and_version_as_words():

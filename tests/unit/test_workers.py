@@ -164,6 +164,28 @@ def test_signals_to_the_job_leave_workers_alone_and_they_end_with_their_rank(tmp
     assert not is_running(int(process))
 
 
+def test_a_loop_of_ones_own_without_guard_is_told_what_to_write(tmp_path):
+    """The worker of a DataLoader runs the program again: it must not become a rank."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import hvdtrain
+            from torch.utils.data import DataLoader
+
+            world = hvdtrain.init()
+            loader = DataLoader(range(8), num_workers=1, sampler=world.sampler(8), multiprocessing_context="spawn")
+            next(iter(loader))
+            """
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 1
+    assert "such as a DataLoader's worker, runs this program" in done.stderr
+    assert 'write what begins training under `if __name__ == "__main__":`' in done.stderr
+
+
 def test_a_script_without_guard_is_told_what_to_write(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -38,8 +38,8 @@ class PairReader:
 
     Args:
         source_field: field of a record, or column of a table by its number from 1 or its name in the first line; None:
-            known by its usual names, the first column.
-        target_field: likewise; None: the second column.
+            known by its usual names, else the first column.
+        target_field: likewise; None: by its usual names, else the second column.
         on_error: stop at what cannot be used, or leave it out.
     """
 
@@ -92,7 +92,9 @@ class PairReader:
                 except UnicodeDecodeError as error:
                     raise DataError(f"{where} is not UTF-8 text: {how_to_convert(raw)}") from error
                 cells = line.split("\t")
-                if places is None:
+                if number == 1 and self.source_field is None is self.target_field and (usual := _usual_columns(cells)):
+                    places = usual
+                elif places is None:
                     places = _named_columns(document, cells, columns)
                 elif line.strip():
                     yield where, _pair_of(cells, places)
@@ -144,11 +146,18 @@ def _named_columns(document: Document, cells: list[str], names: Sequence[str]) -
     return tuple(int(name) - 1 if name.isdecimal() else titles.index(name) for name in names)
 
 
+def _usual_columns(cells: list[str]) -> tuple[int, ...]:
+    """Return the places of columns that a first line calls by the usual names of fields; none where it does not."""
+    titles = [cell.strip().lower() for cell in cells]
+    return next((tuple(map(titles.index, pair)) for pair in _KNOWN if all(name in titles for name in pair)), ())
+
+
 def _pair_of(cells: list[str], places: tuple[int, ...]) -> Pair | str:
     if len(cells) == 1:
         return "has one column: a source and a target are needed, with a tab between them"
-    if max(places) >= len(cells) or min(places) < 0:
-        return f"has {len(cells)} columns, and none of number {max(places) + 1}"
+    missing = [place for place in places if not 0 <= place < len(cells)]
+    if missing:
+        return f"has {len(cells)} columns, counted from 1, and none of number {missing[0] + 1}"
     return _checked(cells[places[0]], cells[places[1]])
 
 

@@ -1,0 +1,147 @@
+"""Tasks whose fields hold other things than they are for: refused in a sentence, never taken for something else."""
+
+import os
+
+import pytest
+import torch
+
+import hvdtrain
+from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.trainer.task import CorpusEvaluation, Evaluation
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Put back the variables that a start sets for its process."""
+    for name in ("HOROVOD_FUSION_THRESHOLD", "MKL_NUM_THREADS", "OMPI_MCA_mpi_yield_when_idle"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))
+
+
+class Numbers:
+    """Samples with something odd at one place."""
+
+    def __init__(self, odd=None, size=16):
+        self.odd, self.size = odd or {}, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        if isinstance(self.odd.get(i), Exception):
+            raise self.odd[i]
+        return self.odd.get(i, torch.full((3,), float(i))) if i in self.odd else torch.full((3,), float(i))
+
+
+class Stream:
+    """The same as a stream."""
+
+    def __init__(self, odd):
+        self.numbers = Numbers(odd)
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        return map(self.numbers.__getitem__, range(len(self)))
+
+
+def squares(model, batch):
+    return {"loss": model(batch).square().sum()}
+
+
+def task(**fields):
+    fields = {"train_data": Numbers(), "val_data": Numbers(), "loss_sums": squares, **fields}
+    return hvdtrain.Task(model=torch.nn.Linear(3, 1), **fields)
+
+
+class Odd(hvdtrain.Recipe):
+    """Trains what `fields` says."""
+
+    def build(self, say):
+        torch.manual_seed(0)
+        return task(**Odd.fields)
+
+
+def train(tmp_path, **fields):
+    Odd.fields = fields
+    recipe = Odd(train=hvdtrain.TrainConfig(steps=3, global_batch_size=8), log=hvdtrain.LogConfig(every=3))
+    return hvdtrain.train(recipe, run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"reduction": "none"}, "'sum' or 'mean'"),
+        ({"reduction": None}, "'sum' or 'mean'"),
+        ({"metrics": "loss"}, r"Task\(metrics=\[\.\.\.\]\)"),
+        ({"callbacks": object()}, r"Task\(callbacks=\[\.\.\.\]\)"),
+        ({"callbacks": None}, "takes a tuple or a list"),
+        ({"sinks": {}}, "takes a tuple or a list"),
+        ({"components": len}, "takes a tuple or a list"),
+        ({"evaluations": 3}, "takes a tuple or a list"),
+        ({"loss_sums": 3}, "takes a function"),
+        ({"collate": "pad"}, "takes a function"),
+        ({"unit": 3}, "must be a text"),
+    ],
+)
+def test_a_field_of_another_kind(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        task(**fields)
+
+
+def test_parts_of_a_task_are_looked_at_too():
+    with pytest.raises(ConfigError, match=r"Evaluation\(reduction='none'\)"):
+        Evaluation(data=Numbers(), loss_sums=squares, metrics=("loss",), reduction="none")
+    with pytest.raises(ConfigError, match=r"CorpusEvaluation\(metrics=\[\.\.\.\]\)"):
+        CorpusEvaluation(data=Numbers(), answers=len, score=len, metrics="bleu")
+
+
+def kept(samples):
+    """Leave out what is not there, as many collate functions do."""
+    return torch.stack([sample for sample in samples if sample is not None])
+
+
+@pytest.mark.parametrize("kind", [Numbers, Stream])
+@pytest.mark.parametrize("collate", [None, kept])
+def test_a_sample_that_is_none_is_not_left_out_in_silence(tmp_path, kind, collate):
+    with pytest.raises(DataError, match=r"sample 5 is None: .*none may be left out in collate"):
+        train(tmp_path, train_data=kind({5: None}), collate=collate)
+
+
+def test_samples_of_two_kinds(tmp_path):
+    with pytest.raises(DataError, match=r"of type Tensor, sample 5 of type str|sample \d+ of type"):
+        train(tmp_path, train_data=Numbers({5: "text"}))
+
+
+def test_a_complex_loss(tmp_path):
+    with pytest.raises(ConfigError, match=r"a complex number as 'loss': return a real one"):
+        train(tmp_path, loss_sums=lambda model, batch: {"loss": model(batch).sum() * 1j})
+
+
+class Keeping:
+    """A callback with something in its state that no checkpoint can hold."""
+
+    def __init__(self, state):
+        self.state, self.steps = state, 0
+
+    def after_step(self, run):
+        self.steps += 1
+
+    def state_dict(self):
+        return self.state
+
+
+@pytest.mark.parametrize("state", [{"f": len}, {"a": [{1, 2}]}, object(), {"x": torch.nn.Linear(1, 1)}], ids=str)
+def test_what_a_callback_cannot_save_is_told_in_the_first_step(tmp_path, state):
+    callback = Keeping(state)
+    with pytest.raises(ConfigError, match=r"state_dict\(\) of the callback Keeping.* which a checkpoint cannot hold"):
+        train(tmp_path, callbacks=[callback])
+    assert callback.steps == 1
+
+
+def test_an_exception_says_which_sample_was_read(tmp_path):
+    from hvdtrain.process.tracebacks import sentence_of
+
+    with pytest.raises(ValueError, match="broken") as caught:
+        train(tmp_path, train_data=Numbers({5: ValueError("broken")}))
+    assert sentence_of(caught.value).endswith("in __getitem__, reading sample 5)")
