@@ -11,7 +11,7 @@
 # patches: without what hvdtrain/install mends, and by default without Gloo.
 #
 # Tried: Spack of January 2026 (1.2.0.dev0) with spack-packages of July 2026: the repository,
-# `spack audit packages`, flake8 with Spack's settings, and `spack spec hvdtrain ^openmpi`, which
+# `spack audit packages`, and `spack spec hvdtrain ^openmpi`, which
 # takes py-torch 2.12.1, Python 3.13 and Open MPI 5.0.10. Never tried: `spack install`, and the
 # line for GPUs. What it runs was run by hand, with PyPI's torch and MPICH.
 """Data-parallel training of PyTorch models with Horovod."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvdtrain.models.private_torch import without_modes
+
+_log = logging.getLogger(__name__)
 
 
 class Bounds(NamedTuple):
@@ -82,9 +85,13 @@ def has_kernel(device: torch.device, dtype: torch.dtype, heads: int, groups: int
         return False
     try:
         with without_modes():  # it is to be run, whatever the model is run for now
-            return _is_right(device, dtype, (heads, groups, groups), head_size)
-    except Exception:  # of any kind: not built, not for this card, other arguments in this version of torch
-        return False
+            if _is_right(device, dtype, (heads, groups, groups), head_size):
+                return True
+            why = "it computes something else here"
+    except Exception as error:  # of any kind: not built, not for this card, other arguments in this version of torch
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    _log.warning("documents are kept apart by masks, which take more time and memory than the kernel for them: %s", why)
+    return False
 
 
 def _is_right(device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], head_size: int) -> bool:
