@@ -166,7 +166,7 @@ class Supervisor:
         self._words, self._change = command, None
         with session_folder() as for_launcher:
             environ = {**for_launcher, **os.environ, MARK: self.mark, **as_owner()}
-            if self.members is not None:  # horovodrun that we have found ourselves finds its mpirun there
+            if command[0] != self.command[0]:  # horovodrun, which we have found ourselves, finds its mpirun beside it
                 environ |= path_to(sys.executable)
             try:
                 self._process = subprocess.Popen(command, env=environ, start_new_session=True)

@@ -140,7 +140,7 @@ class Receipts:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         failed = [f"rank {rank}: {receipt.error}" for rank, receipt in sorted(self._found.items()) if receipt.error]
         if failed:
-            raise CheckpointError("; ".join(failed[:3]))
+            raise CheckpointError(f"a part of the checkpoint cannot be written: {'; '.join(failed[:3])}")
         deadline = time.monotonic() + _PATIENCE_S
         for rank, receipt in self._found.items():
             path = self.folder / part_name(rank)

@@ -17,6 +17,7 @@ from typing import Any
 
 from hvdtrain.errors import CheckpointError
 from hvdtrain.models.weights import model_weights, parameter_names
+from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.rundir.parts import Receipt, Receipts, leave_failure, leave_mark, remove_mark, seen_marks, write_part
 from hvdtrain.rundir.retention import Retention
@@ -59,14 +60,14 @@ class Saver:
         Raises:
             DivergedError: as `train_step`.
         """
-        job = self._job
+        job, checkpoints = self._job, self._job.run.checkpoints
         started = time.perf_counter()
         job.world.progress.enter("saving")
         self._wait_for_all()  # before the state is copied: host memory holds one copy of it at a time
         with training.strategy.made_equal(job.world, training):
             self._is_divided = is_large(job, training) and self._share_directory()
             if self._is_divided:
-                self._save_divided(training, evaluated)
+                self._save_divided(training, evaluated, checkpoints)
             else:
                 state = training_state(job, training)
                 if job.world.rank == 0:
@@ -82,8 +83,8 @@ class Saver:
         arguments = self._arguments(training, state, evaluated)
         self._begin(lambda: self._write(arguments))
 
-    def _save_divided(self, training: Training, evaluated: Mapping[str, float]) -> None:
-        job, checkpoints = self._job, self._job.run.checkpoints
+    def _save_divided(self, training: Training, evaluated: Mapping[str, float], checkpoints: Checkpoints) -> None:
+        job = self._job
         self._num_divided += 1
         folder = checkpoints.folder_of_parts(training.step, f"{self._token}-{self._num_divided}")
         rank, self._receipt = job.world.rank, None

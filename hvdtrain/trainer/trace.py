@@ -33,6 +33,10 @@ def trace_of(recordings: Sequence[Recording], offsets: Sequence[Offset]) -> dict
     starts = [start + offsets[one.rank].ns for one in recordings for _, start, _ in one.phases]
     zero = min(starts, default=0)
     events = [event for one in recordings for event in _events_of(one, offsets[one.rank].ns - zero)]
+    first = min((event["ts"] for event in events if "ts" in event), default=0.0)  # torch may have seen what was before
+    for event in events:
+        if "ts" in event:
+            event["ts"] -= first
     events.sort(key=lambda event: (event["ph"] != "M", event.get("ts", 0.0)))
     clocks = {str(one.rank): offsets[one.rank] for one in recordings}
     return {

@@ -158,7 +158,7 @@ def test_not_even_an_exit_in_the_thread_that_saves_passes_for_a_save(tmp_path, m
 
 
 def test_without_memory_for_a_copy_or_a_thread_training_goes_on(tmp_path, monkeypatch, capsys):
-    copy, start, count = saver._to_host, threading.Thread.start, itertools.count(1)
+    copy, start, count = saver.to_host, threading.Thread.start, itertools.count(1)
 
     def copy_once_in_vain(tensor):
         if next(count) == 1:
@@ -170,7 +170,7 @@ def test_without_memory_for_a_copy_or_a_thread_training_goes_on(tmp_path, monkey
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(saver, "_to_host", copy_once_in_vain)
+    monkeypatch.setattr(saver, "to_host", copy_once_in_vain)
     monkeypatch.setattr(threading.Thread, "start", start_no_saver)
     assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run", checkpoint={"every": 4}).step == 8
     assert capsys.readouterr().out.count("could not be copied to host memory") == 1

@@ -196,6 +196,6 @@ def test_a_checkpoint_that_does_not_hold_all_of_state_dict(tmp_path, monkeypatch
                 if name in own:
                     own[name].copy_(tensor)
 
-    monkeypatch.setattr("hvdtrain.trainer.state.load_model_weights", bug)
+    monkeypatch.setattr("hvdtrain.trainer.saved_state.load_model_weights", bug)
     _, state = check_kept(nature)
     assert state.status == "FAIL"
