@@ -44,6 +44,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bare_loops import WINDOW  # noqa: E402
 
+from hvdtrain.data.text.stream import PreparedText  # noqa: E402
 from hvdtrain.models.linear import takes_onednn  # noqa: E402
 
 TORCHS_PRODUCTS = "torch's mm"  # hvdtrain with --model.linear torch: the loop alone, compared with the others
@@ -130,17 +131,21 @@ def launch(runner: str, given: argparse.Namespace) -> float:
     return statistics.median(steps[SKIPPED_WINDOWS:])
 
 
-def nanogpt(given: argparse.Namespace, folder: Path) -> list[float]:
-    """Run nanoGPT's train.py, in a copy beside the text in its format; returns the mean seconds of its windows."""
+def prepare_nanogpt(clone: Path, text: PreparedText, folder: Path) -> None:
+    """Copy nanoGPT's programs from a clone into a folder, and a text beside them in its format."""
     for name in ("train.py", "model.py", "configurator.py"):
-        shutil.copy(given.nanogpt / name, folder)
-    text = bare_loops.text_of(given)
+        shutil.copy(clone / name, folder)
     data = folder / "data" / "text"
     data.mkdir(parents=True)
     for name, shards in (("train", text.train_shards), ("val", text.val_shards)):
         tokens = [np.fromfile(shard.path, dtype=shard.dtype) for shard in shards]
         np.concatenate(tokens).astype(np.uint16).tofile(data / f"{name}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": text.vocab_size}))
+
+
+def nanogpt(given: argparse.Namespace, folder: Path) -> list[float]:
+    """Run nanoGPT's train.py, in a copy beside the text in its format; returns the mean seconds of its windows."""
+    prepare_nanogpt(given.nanogpt, bare_loops.text_of(given), folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     overrides = {
         "dataset": "text",

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +30,7 @@ import bare_loops  # noqa: E402
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from speed import prepare_nanogpt  # noqa: E402
 
 LENGTH, BATCH = 128, 16
 
@@ -59,25 +58,12 @@ def timed(command: list[str], folder: Path, threads: int) -> float:
     return seconds
 
 
-def prepare_nanogpt(given: argparse.Namespace, folder: Path) -> int:
-    """Copy nanoGPT into a folder, and the text beside it in its format; returns how many kinds of tokens there are."""
-    for name in ("train.py", "model.py", "configurator.py"):
-        shutil.copy(given.nanogpt / name, folder)
-    text = bare_loops.text_of(SimpleNamespace(tokens=None, length=LENGTH))
-    data = folder / "data" / "text"
-    data.mkdir(parents=True)
-    for name, shards in (("train", text.train_shards), ("val", text.val_shards)):
-        tokens = [np.fromfile(shard.path, dtype=shard.dtype) for shard in shards]
-        np.concatenate(tokens).astype(np.uint16).tofile(data / f"{name}.bin")
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": text.vocab_size}))
-    return text.vocab_size
-
-
 def theirs(given: argparse.Namespace, seed: int, rate: float) -> tuple[float, float]:
     """Return the seconds of nanoGPT's train.py, and its model's held-out loss in nats a token."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare_nanogpt(given, folder)
+        text = bare_loops.text_of(SimpleNamespace(tokens=None, length=LENGTH))
+        prepare_nanogpt(given.nanogpt, text, folder)
         source = (folder / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({1337 + seed}")
         (folder / "train.py").write_text(source)
         overrides = {

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdtrain.optim.closures import loss_of
+
 
 class _Layerwise(torch.optim.Optimizer):
     """What both share: a step that calls `_move` for each parameter with a gradient."""
@@ -19,10 +21,7 @@ class _Layerwise(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take a step; returns what `closure` does."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -16,7 +16,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from hvdtrain.settings.units import in_units
 from hvdtrain.trainer.bucket_order import gradients_are_views
 from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.components import build_components
+from hvdtrain.trainer.free_memory import available, in_host_memory
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.sharded_memory import most_at_once, sharded_shares
@@ -284,29 +284,6 @@ def _traced(job: Job, model: nn.Module, mode: FakeTensorMode) -> tuple[int | Non
     for parameter in model.parameters():
         parameter.grad = None
     return activations, live.peak if activations is not None else 0
-
-
-def available(job: Job) -> tuple[int | None, str]:
-    """Return the bytes that one rank may take, and where; None where nobody knows."""
-    device = job.world.device
-    if device.type == "cuda":
-        # What torch keeps for itself, of a model that was tried out before, is free for it.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept, "are free on the GPU"
-    return in_host_memory(job.world.local_size)
-
-
-def in_host_memory(ranks: int) -> tuple[int | None, str]:
-    """Return the same of host memory, for each of so many ranks on a host."""
-    limits = []
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
-        top = Path("/sys/fs/cgroup")
-        limits.append(int((top / "memory.max").read_text()) - int((top / "memory.current").read_text()))
-    except (OSError, ValueError, KeyError):  # no Linux, no limit, another cgroup version
-        pass
-    return (min(limits) // ranks, f"are free here for each of {ranks}") if limits else (None, "")
 
 
 def _bytes(tensors: list[Tensor]) -> int:

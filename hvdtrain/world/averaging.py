@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import Ordered, owned_by
-from hvdtrain.optim.private_optimizer import hook_before_step, without_record
-from hvdtrain.world.closure import over_ranks
+from hvdtrain.optim.private_optimizer import without_record
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.exchange import GradientExchange
@@ -24,6 +23,7 @@ from hvdtrain.world.offload import Offload, check_turns, step_in_parts
 from hvdtrain.world.question import Question
 from hvdtrain.world.sharded import Sharding
 from hvdtrain.world.sparse_rows import sparse_parameters
+from hvdtrain.world.step_hooks import hang_on_step
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -267,43 +267,7 @@ def wrap_optimizer(
     wrapped._exchange = exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, codec, layout)
     world.claim_gradients(exchange)
 
-    _hang_on_step(world, wrapped, exchange, model, prefix)
+    hang_on_step(world, wrapped, exchange, model, prefix)
     if sharding is not None:
         wrapped.register_step_post_hook(lambda *_: sharding.gather())
     return wrapped
-
-
-def _hang_on_step(
-    world: World, wrapped: WrappedOptimizer, exchange: GradientExchange, model: nn.Module, prefix: str
-) -> None:
-    """Have `step` average first, whoever calls it."""
-    left_out = [model]  # looked at once, in the first step
-
-    def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:
-            of_all = over_ranks(world, exchange, closure, f"{prefix}.loss")
-            return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
-        if optimizer._should_synchronize:
-            exchange.finish()
-        _say_what_is_left_out(world, left_out)
-        return None
-
-    hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
-    # Fused optimizers skip a step by `found_inf`, which torch's loss scaler sets while they step.
-    wrapped.register_step_post_hook(lambda stepped, *_: exchange.end_step(getattr(stepped, "found_inf", None)))
-
-
-def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:
-    """Warn of gradients that no optimizer averages: harmless, until a norm over the whole model clips by them.
-
-    Takes the models out of the list, so that each is looked at once.
-    """
-    names = world.not_averaged(models.pop()) if models and not world.rank else []
-    if names:
-        _log.warning(
-            "the gradient of %s stays each rank's own, as no wrapped optimizer has this parameter: a norm over the"
-            " whole model, as in clip_grad_norm_, differs on every rank then, and so do the weights. Clip what the"
-            " optimizer has, or freeze the rest with requires_grad_(False)",
-            f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}",
-        )

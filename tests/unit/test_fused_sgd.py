@@ -47,7 +47,8 @@ def test_it_moves_as_torchs_own_also_where_a_gradient_comes_late(way):
         for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             if number == 1 and step < 2:
                 continue
-            one.grad = torch.randn(one.shape, generator=generator, dtype=one.dtype)  # contiguous, whatever the weight
+            # Contiguous, whatever the weight; a complex one is conjugated when it is read, as backward may leave it.
+            one.grad = torch.randn(one.shape, generator=generator, dtype=one.dtype).conj()
             other.grad = one.grad.clone()
         for optimizer in optimizers:
             optimizer.step()

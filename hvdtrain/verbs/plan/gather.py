@@ -12,7 +12,8 @@ import torch
 from hvdtrain.optim.noise import NoiseScale, noise_scale
 from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.trainer import Job, Recipe, Task
-from hvdtrain.trainer.memory import RESERVE, available, estimate
+from hvdtrain.trainer.free_memory import available
+from hvdtrain.trainer.memory import RESERVE, estimate
 from hvdtrain.trainer.state import Training, start_training
 from hvdtrain.verbs.plan import measure
 from hvdtrain.verbs.plan.all_reduce import all_reduce_timings, sizes_for
