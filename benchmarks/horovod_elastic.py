@@ -4,9 +4,10 @@
 
 `horovodrun` with a discovery script, Gloo and three workers on this machine, each called a host of its own, and a
 program as Horovod's documentation has it: `hvd.elastic.run`, `TorchState`, `ElasticSampler`, a commit every few
-batches. In mid-epoch one worker is killed, or stopped by SIGSTOP, or another host is listed. What each worker has
-trained on is written down batch by batch. A batch whose work was lost because it was not committed is not counted as
-seen twice: its weights are gone. `benchmarks/elastic.py` does the like to `hvdtrain supervise`.
+batches. In mid-epoch one worker is killed, or its host is listed no more, or a further host is, or a worker is stopped
+by SIGSTOP. What each worker has trained on is written down batch by batch. A batch whose work was lost because it was
+not committed is not counted as seen twice: its weights are gone. `benchmarks/elastic.py` does the like to `hvdtrain
+supervise`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 
 SAMPLES, BATCH, COMMIT = 360, 4, 5
-ALIASES = ("localhost", "127.0.0.1", "127.0.0.2")
-WAYS = ("nothing", "killed", "stopped", "grown")
+ALIASES = ("localhost", "127.0.0.1", os.uname().nodename)
+WAYS = ("nothing", "killed", "left", "grown", "stopped")
 
 
 def worker() -> None:
@@ -122,12 +123,16 @@ class Run:
             happened = time.time()
             if self.way == "grown":
                 self.hosts(ALIASES)
+            elif self.way == "left":
+                self.hosts(ALIASES[:2])
             else:
                 victim = max(self.batches())
                 os.kill(victim, signal.SIGKILL if self.way == "killed" else signal.SIGSTOP)
         try:
             self.process.wait(self.given.seconds)
             end = f"exit code {self.process.returncode}"
+            if self.process.returncode:
+                print((self.folder / "output").read_text()[-1500:], file=sys.stderr)
         except subprocess.TimeoutExpired:
             end = f"no end after {self.given.seconds:g} s"
         batches = self.batches()

@@ -30,9 +30,10 @@ def of_vocabulary(model: nn.Module) -> set[nn.Parameter]:
 
 def _named_outputs(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
+        name_it: Any = getattr(module, "get_output_embeddings", None)
         head = None
-        if hasattr(module, "get_output_embeddings"):
+        if callable(name_it):
             with contextlib.suppress(Exception):  # models without a head raise whatever they like
-                head = module.get_output_embeddings()
+                head = name_it()
         if isinstance(head, nn.Module):
             yield getattr(head, "weight", None)
