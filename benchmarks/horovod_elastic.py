@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -136,8 +137,9 @@ class Run:
         except subprocess.TimeoutExpired:
             end = f"no end after {self.given.seconds:g} s"
         batches = self.batches()
-        after = sorted(then for lines in batches.values() for then, *_ in lines if then > happened)
-        pause = f"{after[0] - happened:.1f}" if happened and after and self.way != "stopped" else ""
+        times = [happened, *sorted(then for lines in batches.values() for then, *_ in lines if then > happened)]
+        longest = max((later - before for before, later in pairwise(times)), default=0.0)
+        pause = f"{longest - self.given.pause:.1f}" if happened else ""
         if self.way == "stopped":
             pause = f"> {time.time() - max(then for lines in batches.values() for then, *_ in lines):.0f}"
         counts = Counter(sample for lines in kept(batches, victim) for _, _, _, samples in lines for sample in samples)
