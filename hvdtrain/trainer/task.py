@@ -163,9 +163,11 @@ class Task:
             DataError: they cannot be read.
             ConfigError: another field holds something else than it is for.
         """
+        from hvdtrain.data.samplers import check_kind
         from hvdtrain.data.users import as_dataset  # a recipe's settings are read before torch is there
 
         _check_kinds(self)
+        check_kind(self.sampler)
         # Frozen for whoever has a task; this is its making.
         object.__setattr__(self, "train_data", as_dataset(self.train_data, self.collate))
         object.__setattr__(self, "val_data", as_dataset(self.val_data, self.collate))

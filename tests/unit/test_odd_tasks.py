@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.utils import data as utils
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError
@@ -87,6 +88,25 @@ def train(tmp_path, **fields):
 def test_a_field_of_another_kind(fields, says):
     with pytest.raises(ConfigError, match=says):
         task(**fields)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "says"),
+    [
+        (utils.WeightedRandomSampler([1.0] * 16, 16), r"hvdtrain\.Weighted\(weights\)"),
+        (utils.SequentialSampler(range(16)), r"Give hvdtrain\.InOrder\(\)"),
+        (utils.RandomSampler(range(16)), "Give nothing, since a task is shuffled anyhow"),
+        (utils.SubsetRandomSampler(range(4)), "Subset"),
+        (utils.DistributedSampler(range(16), num_replicas=2, rank=0), "ranks are dealt their samples anyhow"),
+        (utils.BatchSampler(range(16), 4, drop_last=False), "global-batch-size"),
+        (range(16), r"a range, which has no method samples.* Give a class with that method"),
+        (hvdtrain.InOrder, r"holds a class: make an object, InOrder\("),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_sampler_is_told_what_is_instead(sampler, says):
+    with pytest.raises(DataError, match=says):
+        task(sampler=sampler)
 
 
 def test_parts_of_a_task_are_looked_at_too():
