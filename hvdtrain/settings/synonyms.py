@@ -29,12 +29,13 @@ _SETTINGS = {
     "train.seed": "random_seed manual_seed rng_seed data_seed seed_everything random_state",
     "train.precision": (
         "amp bf16 fp16 fp32 half mixed_precision dtype autocast use_amp bfloat16 float16 use_mixed_precision"
-        " amp_dtype fp16_opt_level torch_dtype apex"
+        " amp_dtype fp16_opt_level torch_dtype apex allow_tf32 tf32"
     ),
     "train.max_grad_norm": (
         "clip grad_clip clip_grad gradient_clip gradient_clip_val grad_norm clip_grad_norm max_norm"
         " gradient_clipping clip_grad_value clip_value max_norm_clip clip_gradients"
     ),
+    "train.deterministic": "use_deterministic_algorithms cudnn_deterministic full_determinism",
     "train.ema": "ema_decay use_ema averaging model_ema model_ema_decay ema",
     "optim.name": "optimizer optim opt optimizer_name optimizer_type optim_type",
     "optim.peak_lr": (
@@ -164,16 +165,16 @@ _SETTINGS = {
 
 # What is no setting here -> what to do instead.
 _ELSEWHERE = {
-    "gpus gpu num_gpus devices device nproc nproc_per_node ngpus np n_gpu ranks world_size nodes nnodes num_nodes n"
+    "gpus gpu num_gpus devices nproc nproc_per_node ngpus np n_gpu ranks world_size nodes nnodes num_nodes n"
     " num_machines num_processes accelerator distributed ddp strategy backend launcher local_size"
     " ddp_backend dist_backend dist_url multiprocessing_distributed standalone"
-    " ddp_find_unused_parameters init_method": (
-        "the launcher says how many ranks there are: horovodrun -np 4 python -m hvdtrain ..."
-    ),
-    "rank local_rank master_addr master_port hosts hostfile": (
+    " init_method": ("the launcher says how many ranks there are: horovodrun -np 4 python -m hvdtrain ..."),
+    "rank local_rank node_rank machine_rank rdzv_endpoint rdzv_backend master_addr master_port hosts hostfile": (
         "the launcher says which rank this is and on which host: horovodrun -np 4 -H a:2,b:2 python -m hvdtrain ..."
     ),
-    "cuda cpu use_cuda use_cpu": "GPUs are used where there are any; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU",
+    "cuda cpu use_cuda use_cpu no_cuda no_gpu device": (
+        "GPUs are used where there are any; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+    ),
     "fusion_threshold_mb cycle_time_ms cache_capacity timeline_filename timeline_mark_cycles autotune gloo mpi jsrun"
     " network_interface network_interfaces host_discovery_script min_np max_np ssh_port start_timeout elastic_timeout"
     " reset_limit slots_per_host slots output_filename check_build hierarchical_allreduce hierarchical_allgather H"
@@ -184,6 +185,14 @@ _ELSEWHERE = {
     "gradient_predivide_factor num_groups sparse_as_dense": (
         "each rank's part is divided before it is added, and gradients travel in buckets: --comm.bucket-mib"
     ),
+    "ddp_find_unused_parameters find_unused_parameters static_graph": (
+        "parameters that a step does not use are averaged rightly as they are"
+    ),
+    "pretrained weights use_pretrained": (
+        "the recipes hf, seq2seq and ctc begin with the weights in --model.path, others with those of a run of the same"
+        " model where they have --model.init-from"
+    ),
+    "interpolation antialias use_v2": "images are resized as torchvision's references do it by default",
     "neptune comet clearml aim swanlab trackio tracker": (
         "metrics are in RUN_DIR/metrics.jsonl, and with --log.tensorboard, --log.wandb or --log.mlflow there, too; for"
         " any other tracker, give your recipe a sink: Task(sinks=[...])"
@@ -191,6 +200,7 @@ _ELSEWHERE = {
     "version v": "python -m hvdtrain --version",
     "help h": "python -m hvdtrain VERB [RECIPE] --help",
     "do_train do_eval do_predict eval_iters eval_only test_only evaluate e limit_val_batches num_sanity_val_steps"
+    " max_val_samples max_eval_samples"
     " limit_test_batches no_eval": "train evaluates as often as --eval.every says, and at the end",
     "load_best_model_at_end metric_for_best_model greater_is_better save_best_only save_best monitor eval_metric": (
         "the checkpoint of the lowest held-out loss is always kept: generate, export and predict take --checkpoint best"
@@ -201,7 +211,6 @@ _ELSEWHERE = {
     "callbacks callback hooks": "a recipe of yours has them: Task(callbacks=[...])",
     "benchmark cudnn_benchmark": "python -m hvdtrain bench RECIPE measures",
     "detect_anomaly": "a step that is not finite is skipped and told; in a recipe, torch.autograd.set_detect_anomaly",
-    "tf32 allow_tf32 use_deterministic_algorithms": "--train.deterministic, and torch.backends in a recipe of yours",
     "pin_memory pin_mem dataloader_pin_memory no_pin_mem": "batches for GPUs are always pinned",
     "persistent_workers": "workers live as long as the run",
     "drop_last dataloader_drop_last": "all samples of an epoch are used; in a recipe of yours, Task(drop_last=True)",

@@ -11,9 +11,9 @@ FLAGS = {
     "nanoGPT": (
         "lm",
         "out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log"
-        " wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd learning_rate"
-        " max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype"
-        " compile",
+        " wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head"
+        " n_embd learning_rate max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters"
+        " min_lr backend device dtype compile",
     ),
     "the HF Trainer and its scripts": (
         "hf",
@@ -33,7 +33,8 @@ FLAGS = {
         "max_epochs min_epochs max_steps devices accelerator num_nodes strategy precision gradient_clip_val"
         " accumulate_grad_batches log_every_n_steps val_check_interval check_val_every_n_epoch fast_dev_run"
         " limit_train_batches limit_val_batches default_root_dir logger callbacks benchmark deterministic"
-        " detect_anomaly sync_batchnorm profiler ckpt_path seed_everything max_time enable_checkpointing enable_progress_bar"
+        " detect_anomaly sync_batchnorm profiler ckpt_path seed_everything max_time enable_checkpointing"
+        " enable_progress_bar"
         " trainer.max_epochs trainer.devices trainer.precision model.learning_rate data.batch_size data.num_workers",
     ),
     "Horovod's examples and horovodrun": (
