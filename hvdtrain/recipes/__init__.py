@@ -109,7 +109,7 @@ def _check_has_recipe(path: Path) -> None:
 def _says_no_recipe(path: Path) -> str:
     return (
         f"{path} defines no function 'recipe' that returns a hvdtrain.Recipe; a program with a loop of its own is"
-        f" started by itself: horovodrun -np 2 python {path}"
+        f" started by a launcher: horovodrun -np 2 python {path}, or hvdtrain -np 2 python {path}"
     )
 
 

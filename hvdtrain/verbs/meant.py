@@ -8,7 +8,8 @@ from hvdtrain.verbs.table import VERB_SYNONYMS, VERBS
 
 # Words that stand for no verb -> what to write instead.
 _ELSEWHERE = {
-    "python python3 exec": "a program with a loop of its own is started by itself: horovodrun -np 2 python train.py",
+    "python python3 exec": "a program with a loop of its own is started by a launcher: horovodrun -np 2 python"
+    " train.py, or hvdtrain -np 2 python train.py",
     "launch horovodrun mpirun mpiexec srun torchrun accelerate deepspeed": (
         "the launcher comes first: horovodrun -np 4 python -m hvdtrain train lm; on this machine also hvdtrain -np 4"
         " train lm"

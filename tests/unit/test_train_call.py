@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import hvdtrain
+from hvdtrain.process.job import start_ranks
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.given import in_sections
 from hvdtrain.rundir import checkpoint as one
@@ -281,3 +282,17 @@ def test_auto_is_written_down_as_what_it_came_to(monkeypatch, tmp_path, capfd, i
     monkeypatch.setattr(precision, "is_fast_in_bf16", lambda device: not is_fast)  # on another machine
     with pytest.raises(hvdtrain.UsageError, match=r"train\.precision"):
         hvdtrain.train(RECIPE, run_dir=tmp_path, train={"precision": "auto", "steps": 9})
+
+
+def test_np_starts_programs_of_ones_own(tmp_path, monkeypatch, capfd):
+    """`hvdtrain -np N python program.py`, as launchers do; what has no function `recipe` is not run by `train`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("import sys\nprint('ran', *sys.argv[1:])\nsys.exit(3)\n")
+    assert start_ranks(["1", "python", "own.py", "--lr", "3"]) == 3
+    assert capfd.readouterr().out == "ran --lr 3\n"
+    with pytest.raises(hvdtrain.ConfigError, match=r"own\.py defines no function 'recipe'.*hvdtrain -np 2 python own"):
+        load_recipe("own.py")
+    assert capfd.readouterr().out == ""
+    (tmp_path / "own.py").write_text("print(\n")
+    with pytest.raises(hvdtrain.ConfigError, match="is not Python"):
+        load_recipe("own.py")
