@@ -15,7 +15,7 @@ _NARROW = 72
 _FORMS = {True: "{percentage:3.0f}% {n_fmt}/{total_fmt}{postfix}", False: None}
 
 
-class Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """tqdm's bar, which asks for the window's width each time that it is drawn.
 
     tqdm itself writes blanks over what was longer before, beyond the edge of a window that was made narrower: each time
