@@ -105,6 +105,18 @@ class SampleRandomness(TorchFunctionMode):
         low = words(mix64(keys + GOLDEN), shape).long() >> 6 & 0x3FFFFFF
         return (high * 2**26 + low).double() * 2.0**-53
 
+    @property
+    def num_samples(self) -> int:
+        """Return n."""
+        return len(self._positions)
+
+    def next_seeds(self, shape: Sequence[int]) -> list[int] | None:
+        """Return a seed of 63 bits for each sample; None if the first dimension of this shape is not `n`."""
+        if not self._is_of_samples(shape):
+            return None
+        seeds: list[int] = (self.next_keys(torch.device("cpu")) & (2**63 - 1)).tolist()
+        return seeds
+
     def _is_of_samples(self, shape: Sequence[int]) -> bool:
         return len(shape) > 0 and shape[0] == len(self._positions) and 0 not in shape
 
