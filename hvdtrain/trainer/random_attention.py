@@ -1,9 +1,9 @@
 """Attention that drops its weights, for the samples of a micro-batch.
 
-As it is defined, T x T weights of each head are made, drawn for and dropped. A GPU's flash attention drops them where it
-computes them; what it draws is a function of a seed and of the place of a weight among those of one sample, if it is
+As it is defined, T x T weights of each head are made, drawn for and dropped. A GPU's flash attention drops them where
+it computes them; what it draws is a function of a seed and of the place of a weight among those of one sample, if it is
 given one sample at a time. So each sample is one call, with a seed of its own: as many calls as samples, and no tensor
-of T x T.
+of T x T numbers.
 """
 
 from __future__ import annotations

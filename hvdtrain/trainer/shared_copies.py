@@ -36,5 +36,5 @@ def shared_out(
         if owner == rank:
             own[number] = {"start": 0, "end": 1, "is_whole": True, "entries": dict(entries[number])}
     others = {key: value for key, value in entries.items() if key not in sizes}
-    forms: dict[int, Any] = {number: ((), ()) for number in sizes}  # whole, an entry has its own
+    forms: dict[int, Any] = dict.fromkeys(sizes, ((), ()))  # whole, an entry has its own
     return {**state, "state": others, "forms": forms}, own

@@ -30,18 +30,33 @@ def load_in_place(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) ->
 
 
 def restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Give loaded entries back the type that they were saved in: torch's `load_state_dict` casts to the parameter's.
+    """Give loaded entries back the type that they were saved in, and the order in memory of their parameters.
 
-    NAdam's running product, for one, is fp32 beside fp64 parameters, and would go on with other last bits.
+    torch's `load_state_dict` casts to the parameter's type: NAdam's running product, for one, is fp32 beside fp64
+    parameters, and would go on with other last bits. Fused kernels go through parameters and entries as they lie in
+    memory, and what was saved lies in its logical order.
     """
     saved = state.get("state")
-    if not isinstance(saved, Mapping):
-        return  # a form of the class's own, which it has loaded itself
+    entries_of = saved if isinstance(saved, Mapping) else {}  # else a form of the class's own, which it has loaded
     for place, parameter in enumerate(owned_by(optimizer)):
-        for name, value in saved.get(place, {}).items():
-            loaded = optimizer.state[parameter].get(name)
+        if parameter not in optimizer.state:
+            continue
+        entries = optimizer.state[parameter]
+        for name, value in entries_of.get(place, {}).items():
+            loaded = entries.get(name)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                optimizer.state[parameter][name] = value.detach().clone().to(loaded.device)
+                entries[name] = value.detach().clone().to(loaded.device)
+        if isinstance(entries, dict):
+            entries.update({name: laid_as(parameter, value) for name, value in entries.items()})
+
+
+def laid_as(parameter: Tensor, value: Any) -> Any:
+    """Return an entry of a parameter's state so that it lies in memory as the parameter does, if it has its shape."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    if value.layout != torch.strided or value.dim() == 0:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_a_rank_that_is_ended(tmp_path, what, code):
 
 
 def test_two_ranks_share_a_save_and_go_on_from_it(tmp_path):
-    """The optimizer's state is more than what one rank writes alone; it is copied and written by both, and sent once."""
+    """The optimizer's state is more than one rank writes alone: both copy and write it, and it is sent once."""
     shape = ["--model.hidden-size", 512, "--model.num-heads", 8, "--model.num-layers", 6]
     words = ["-m", "hvdtrain", "train", "lm", *shape, "--checkpoint.every", 10, "--log.every", 1, "--train.steps"]
     run(*words, 20, "--run-dir", tmp_path / "whole")

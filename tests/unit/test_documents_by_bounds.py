@@ -145,7 +145,13 @@ def test_no_mask_is_made_on_a_gpu():
     length = 8192
     model = tiny_model("llama", max_position_embeddings=length)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to(torch.bfloat16).to("cuda")
+        for module in model.modules():
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None:
+                        kind = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+                        fake = torch.empty(tensor.shape, dtype=kind, device="cuda")
+                        store[name] = torch.nn.Parameter(fake) if store is module._parameters else fake
     by_masks, by_bounds = on_a_fake_gpu(model, length)
     assert by_masks > length**2
     assert by_bounds < length**2 / 4

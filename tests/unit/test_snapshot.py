@@ -171,6 +171,17 @@ def test_an_error_of_the_copy_is_a_save_that_failed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_run_goes_on_bitwise_whatever_order_its_weights_lie_in(name, tmp_path):
+    """A convolution lies channels last, what is saved in its logical order: fused kernels go by memory."""
+    config = settings(False, name, optim={"momentum": 0.9} if name == "sgd" else {})
+    trained_and_saved(alone(), tmp_path / "run", config)
+    _, ended = trained_and_saved(alone(), tmp_path / "run", config, saves=0)
+    _, straight = trained_and_saved(alone(), tmp_path / "straight", config, steps=4, saves=0)
+    for a, b in zip(ended.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_shares_of_an_optimizers_state_put_together_are_the_state(name, tmp_path):
     optim = {"momentum": 0.9} if name == "sgd" else {}
     job = job_in(alone(), tmp_path, settings(False, name, optim=optim))
@@ -187,9 +198,8 @@ def test_shares_of_an_optimizers_state_put_together_are_the_state(name, tmp_path
     wholes, founds = (nested_tensors(value["state"]) for value in (whole, found))
     assert wholes.keys() == founds.keys()
     assert all(torch.equal(founds[key], value) for key, value in wholes.items())
-    sizes = [
-        sum(t.nbytes for t in nested_tensors([own["entries"] for own in part.values()]).values()) for _, part in shares
-    ]
+    kept = [nested_tensors([own["entries"] for own in part.values()]) for _, part in shares]
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in kept]
     assert sum(sizes) == sum(tensor.nbytes for tensor in wholes.values())
     if len(whole["state"]) > 2:
         assert sizes[0] <= min(sizes[1:])  # it has the weights besides

@@ -87,8 +87,8 @@ class ByBounds(Layout):
         dtype: in which its attention is computed.
     """
 
-    device: torch.device = torch.device("cpu")
-    dtype: torch.dtype = torch.float32
+    device: torch.device
+    dtype: torch.dtype
     tries_training = True
 
     def prepare(self, model: nn.Module) -> Callable[[], None]:

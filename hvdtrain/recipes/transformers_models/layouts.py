@@ -81,7 +81,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def origins_of(documents: Tensor) -> Tensor:
-    """Return each token's place in the flattened batch, int64 `(n, T)`, given the documents' numbers; -1 for padding."""
+    """Return each token's place in the flattened batch, int64 `(n, T)`, -1 for padding, given documents' numbers."""
     places = torch.arange(documents.numel(), device=documents.device).view_as(documents)
     return places.where(documents >= 0, -1)
 
