@@ -85,10 +85,10 @@ def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch):
     assert documents._is_right(*shape)
     plain, calls = documents._one_by_one, []
 
-    def first_is_wrong(query, key, value, bounds):
+    def first_is_wrong(query, key, value, bounds, scores):
         calls.append(0)
         whole = documents.Bounds(bounds.starts[[0, -1]], bounds.longest)  # as if there was one document
-        return plain(query, key, value, whole if len(calls) == 1 else bounds)
+        return plain(query, key, value, whole if len(calls) == 1 else bounds, scores)
 
     monkeypatch.setattr(documents, "_one_by_one", first_is_wrong)
     assert not documents._is_right(*shape)

@@ -75,7 +75,7 @@ def attention(
         _asked.add((query.shape[1], key.shape[1], key.shape[3], scores))
     bounds = Bounds(attention_mask.flatten(), query.shape[2])
     out = attend(query.to(dtype), key.to(dtype), value.to(dtype), bounds, scores)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2), None
 
 
 @dataclass(frozen=True)
