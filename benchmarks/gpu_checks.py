@@ -44,7 +44,7 @@ CHECKS = (
     tests("documents by their bounds", "test_gpu_ways.py", "documents", 90),
     tests("dropout that is compiled", "test_gpu_ways.py", "compiled_dropout", 120),
     tests("a step waits for nothing", "test_one_gpu.py", "does_not_wait or estimate", 120),
-    tests("saves beside the GPU", "test_gpu_saves.py", "save", 90),
+    tests("saves beside the GPU", "test_gpu_saves.py", "does_not_wait", 90),
     tests("documents of transformers' models", "test_gpu_saves.py", "documents", 120),
     tests("attention that drops by sample", "test_gpu_saves.py", "drops", 60),
     Check("the step alone", ("benchmarks/gpu_step.py",), 150),

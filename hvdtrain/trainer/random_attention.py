@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Below so many weights of a sample, passes over all samples at once are the shorter way.
 _LEAST_WEIGHTS = 1 << 20
-_FLASH_TYPES = (torch.float16, torch.bfloat16)
 
 
 def attention(
@@ -45,8 +44,8 @@ def attention(
     if attn_mask is None and _can_be_fused(query, key, value):
         seeds = self.next_seeds(query.shape)
         if seeds is not None:
-            more = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-            return one_by_one(seeds, *_as_for_flash(query, key, value), **more)
+            query, key, value = _as_for_flash(query, key, value)
+            return one_by_one(seeds, query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale)
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -74,8 +73,8 @@ def _can_be_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if query.shape[1] * query.shape[2] * key.shape[2] < _LEAST_WEIGHTS:
         return False
-    parameters = torch.backends.cuda.SDPAParams(*_as_for_flash(query, key, value), None, 0.1, True, False)
-    return torch.backends.cuda.can_use_flash_attention(parameters)
+    arguments: Any = (*_as_for_flash(query, key, value), None, 0.1, True, False)
+    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(*arguments))
 
 
 def _as_for_flash(*tensors: Tensor) -> list[Tensor]:

@@ -29,7 +29,7 @@ class Snapshot:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._streams: Any = torch.get_device_module(device)  # type: ignore[no-untyped-call]
+        self._streams: Any = torch.get_device_module(device)
         self._stream: Any = self._streams.Stream()
         self._given: list[tuple[Tensor, Tensor]] = []
         """What is to be copied, and where to."""
@@ -63,7 +63,8 @@ class Snapshot:
         """
         self._targets = {}
         places = {tensor.untyped_storage().data_ptr() for tensor in resting}
-        late, soon = [], []
+        late: list[tuple[Tensor, Tensor]] = []
+        soon: list[tuple[Tensor, Tensor]] = []
         for pair in self._given:
             (late if pair[0].untyped_storage().data_ptr() in places else soon).append(pair)
         self._stream.wait_stream(self._streams.current_stream())
