@@ -57,14 +57,11 @@ def attention(
 
 
 def _drop_weights(self: SampleRandomness, weights: Tensor, p: float) -> Tensor:
-    """Drop weights, `(n, H, T, S)`, or `(n H, T, S)` where heads and samples are one dimension."""
-    whole, n = weights, self.num_samples
-    if weights.dim() == 3 and n and len(weights) != n and len(weights) % n == 0:
-        whole = torch.unflatten(weights, 0, (n, -1))
-    u = self.uniform(whole.shape, whole.device) if 0 < p < 1 else None
+    """Drop weights, `(n, ...)`; where that is not the samples, by torch's generator."""
+    u = self.uniform(weights.shape, weights.device) if 0 < p < 1 else None
     if u is None:
         return F.dropout(weights, p)
-    return (whole * ((u >= p).to(whole.dtype) / (1 - p))).view(weights.shape)
+    return weights * ((u >= p).to(weights.dtype) / (1 - p))
 
 
 def _can_be_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -118,7 +115,13 @@ def multi_head_attention(self: SampleRandomness, *args: Any, **kwargs: Any) -> A
     """Run torch's own, whose inner calls find ours: a mode is off inside the function that it answers."""
 
     def dropout(weights: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        return _drop_weights(self, weights, p) if training and p else weights
+        """Drop `(n H, T, S)`, as weights that are asked for come, by sample."""
+        if not training or not p:
+            return weights
+        n = self.num_samples
+        if weights.dim() != 3 or not n or len(weights) == n or len(weights) % n:
+            return _drop_weights(self, weights, p)
+        return _drop_weights(self, torch.unflatten(weights, 0, (n, -1)), p).view(weights.shape)
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         answer = attention(self, *args, **kwargs)

@@ -49,6 +49,7 @@ class SampleRandomness(TorchFunctionMode):
     def __init__(self, positions: Tensor, seed: int = 0) -> None:
         super().__init__()
         self._positions = positions
+        self.num_samples = len(positions)
         self._draws = torch.zeros((), dtype=torch.int64)
         self._source = torch.Generator().manual_seed(seed)
         self._salts: dict[int, int] = {}
@@ -104,11 +105,6 @@ class SampleRandomness(TorchFunctionMode):
         high = words(keys, shape).long() >> 5 & 0x7FFFFFF
         low = words(mix64(keys + GOLDEN), shape).long() >> 6 & 0x3FFFFFF
         return (high * 2**26 + low).double() * 2.0**-53
-
-    @property
-    def num_samples(self) -> int:
-        """Return n."""
-        return len(self._positions)
 
     def next_seeds(self, shape: Sequence[int]) -> list[int] | None:
         """Return a seed of 63 bits for each sample; None if the first dimension of this shape is not `n`."""
