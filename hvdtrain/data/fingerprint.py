@@ -12,6 +12,7 @@ from torch import Tensor
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.nested import fields_of
 from hvdtrain.data.readers import read_samples
+from hvdtrain.data.text.windows import WithStarts
 
 _SAMPLES = 8
 
@@ -23,6 +24,8 @@ _PARTS = ("length", "fingerprint", "samples")
 
 def print_of(data: Dataset) -> Print:
     """Return what data is known by: of a stream, which cannot be looked into without reading it, only its length."""
+    if isinstance(data, WithStarts):  # where documents begin is read along for a GPU: the data is the same without
+        data = data.samples
     own = getattr(data, "fingerprint", None)
     is_stream = getattr(data, "is_sequential", False)
     return {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hvdtrain.data.config import cache_dir
 from hvdtrain.data.text.chat import ChatTemplate, check_template
 from hvdtrain.data.text.documents import DocumentReader
-from hvdtrain.data.text.packed import PackedDocuments, read_meta, write_packed
+from hvdtrain.data.text.packed import DocumentsWithStarts, PackedDocuments, read_meta, write_packed
 from hvdtrain.data.text.show import show_samples
 from hvdtrain.data.text.sources import find_sources
 from hvdtrain.errors import ConfigError, DataError
@@ -23,6 +23,7 @@ from hvdtrain.recipes.choices import choice_evaluation
 from hvdtrain.recipes.dpo import PairsConfig
 from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig
 from hvdtrain.recipes.lm_task import with_bits_per_byte
+from hvdtrain.recipes.transformers_models.bounds import ByBounds, by_bounds
 from hvdtrain.recipes.transformers_models.forward import run
 from hvdtrain.recipes.transformers_models.layouts import BY_MASKS, BY_POSITIONS, Layout
 from hvdtrain.recipes.transformers_models.loading import (
@@ -43,7 +44,14 @@ from hvdtrain.recipes.transformers_models.lora import (
     write_adapter_files,
 )
 from hvdtrain.recipes.transformers_models.probe import NOT_TRIED, Way, find_way
+from hvdtrain.settings import Precision
 from hvdtrain.trainer.task import Evaluation, Task
+
+_SIXTEEN_BITS: dict[Precision, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "bf16-true": torch.bfloat16,
+}
 
 
 def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
@@ -65,7 +73,9 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
     embeddings = fit_embeddings(model, len(tokenizer), meta["largest_token"], settings.resize_embeddings)
     check_length(model, length)
     base = adapted(model, recipe.model, recipe.train.seed)
-    way = try_out(model, train.batch(torch.arange(min(len(train), 8)))[0], length)
+    ways = _ways(recipe.train.precision)
+    way = try_out(model, train.batch(torch.arange(min(len(train), 8)))[0], length, ways)
+    is_cut = isinstance(way.loss.layout, ByBounds)
     lines = (
         f"data:       {data.path or 'Python standard library'}: {train.num_tokens:,} tokens to predict in"
         f" {len(train):,} samples, {held_out.num_tokens:,} held out, vocabulary {len(tokenizer):,}",
@@ -76,13 +86,13 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
         ""
         if way.loss.head
         else "logits:     of a whole micro-batch at once, since this model's head cannot be given a part",
-        "" if attention_of(model) == "sdpa" else f"attention:  {attention_of(model)}",
+        "" if is_cut or attention_of(model) == "sdpa" else f"attention:  {attention_of(model)}",
     )
     bytes_per_token = held_out.num_bytes / held_out.num_tokens
     return Task(
         model=model,
-        train_data=train,
-        val_data=held_out,
+        train_data=DocumentsWithStarts(train) if is_cut else train,
+        val_data=DocumentsWithStarts(held_out) if is_cut else held_out,
         loss_sums=way.loss,
         metrics=("loss",) if way.loss.balance is None else ("loss", "balance_loss"),
         evaluations=_questions(recipe, tokenizer, length),
@@ -186,6 +196,14 @@ def _prepare(data: DocumentsConfig, tokenizer: Any, say: Callable[[str], None]) 
         digest.update("\0".join(["", *(f"{source.digest} {source.held_out_below}" for source in part)]).encode())
     work = {name: partial(reader.read, part) for name, part in splits.items()}
     return write_packed(cache_dir(data), digest.hexdigest()[:32], work, reader.describe, say)
+
+
+def _ways(precision: Precision) -> tuple[Layout, ...]:
+    """Return how documents may be packed: by their bounds where a GPU computes attention in 16 bits."""
+    dtype = _SIXTEEN_BITS.get(precision)
+    if dtype is None or not torch.cuda.is_available():
+        return BY_POSITIONS, BY_MASKS
+    return by_bounds(torch.device("cuda", torch.cuda.current_device()), dtype), BY_POSITIONS, BY_MASKS
 
 
 def try_out(model: nn.Module, tokens: Tensor, length: int, packed: Sequence[Layout] = (BY_POSITIONS, BY_MASKS)) -> Way:

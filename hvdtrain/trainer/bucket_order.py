@@ -22,6 +22,12 @@ def gradients_are_views(job: Job) -> bool:
     return job.world.device.type == "cuda" and job.config.comm.op == "average" and not job.config.optim.shard
 
 
+def follows_backward(job: Job) -> bool:
+    """Return whether several ranks would average whole gradients: their buckets follow what backward finishes."""
+    config = job.config
+    return isinstance(job.strategy, EveryStep) and config.comm.op == "average" and not config.optim.shard
+
+
 class BucketOrder(Component):
     """Keeps the order, since the sums of more than two ranks depend on it: a run that goes on begins with it."""
 

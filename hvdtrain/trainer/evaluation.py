@@ -31,6 +31,7 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
     task = job.task
     held_out = Evaluation(data=task.val_data, loss_sums=task.loss_sums, metrics=task.metrics, reduction=task.reduction)
     means: dict[str, float] = {}
+    training.before_change()
     weights = training.strategy.made_equal(job.world, training), training.with_evaluated_weights()
     for component in training.components:
         component.before_evaluation(training)

@@ -157,7 +157,7 @@ def _after_evaluation(run: _Run, evaluated: Mapping[str, float]) -> str:
 def _save(run: _Run, evaluated: dict[str, float]) -> None:
     if run.job.config.health.replica_check_every is not None:
         _check_replicas(run.job, run.training)
-    run.saver.save(run.training, evaluated)
+    run.saver.save(run.training, evaluated, beside=True)
 
 
 def _check_replicas(job: Job, training: Training) -> None:

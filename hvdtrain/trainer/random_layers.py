@@ -1,9 +1,8 @@
-"""Layers that draw random numbers, for the samples of a micro-batch: dropout, attention and their like."""
+"""Layers that draw random numbers, for the samples of a micro-batch: dropout and its like."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvdtrain.models.private_torch import run_backward
+from hvdtrain.trainer.random_attention import attention, multi_head_attention
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.randomness import SampleRandomness
@@ -41,34 +41,6 @@ def _drop(self: SampleRandomness, x: Tensor, p: float, mask_shape: Sequence[int]
     return x.mul_(mask) if inplace else x * mask
 
 
-def _attention(
-    self: SampleRandomness,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Attention as it is defined, where its weights are dropped: fused kernels draw numbers of their own."""
-    if dropout_p == 0:
-        return NotImplemented
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        is_bool = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
-    weights = scores.softmax(-1)
-    dropped = _dropout(self, weights, dropout_p)
-    return (F.dropout(weights, dropout_p) if dropped is NotImplemented else dropped) @ value
-
-
 def _backward(
     self: SampleRandomness,
     tensor: Tensor,
@@ -85,23 +57,6 @@ def _backward(
     keep_graph = create_graph if retain_graph is None else retain_graph
     with self:
         run_backward(tensor, gradient, keep_graph, create_graph, tuple(inputs or ()))
-
-
-def _multi_head_attention(self: SampleRandomness, *args: Any, **kwargs: Any) -> Any:
-    """Run torch's own, whose inner calls find ours: a mode is off inside the function that it answers."""
-    with _replaced("dropout", self), _replaced("scaled_dot_product_attention", self):
-        return F.multi_head_attention_forward(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _replaced(name: str, mode: SampleRandomness) -> Iterator[None]:
-    original = getattr(F, name)
-
-    setattr(F, name, lambda *args, **kwargs: mode.__torch_function__(original, (), args, kwargs))
-    try:
-        yield
-    finally:
-        setattr(F, name, original)
 
 
 def _gumbel_softmax(
@@ -170,6 +125,6 @@ LAYERS: dict[Any, Callable[..., Any]] = {
     F.feature_alpha_dropout: _feature_alpha_dropout,
     F.rrelu: _rrelu,
     F.gumbel_softmax: _gumbel_softmax,
-    F.scaled_dot_product_attention: _attention,
-    F.multi_head_attention_forward: _multi_head_attention,
+    F.scaled_dot_product_attention: attention,
+    F.multi_head_attention_forward: multi_head_attention,
 }

@@ -49,6 +49,7 @@ class SampleRandomness(TorchFunctionMode):
     def __init__(self, positions: Tensor, seed: int = 0) -> None:
         super().__init__()
         self._positions = positions
+        self.num_samples = len(positions)
         self._draws = torch.zeros((), dtype=torch.int64)
         self._source = torch.Generator().manual_seed(seed)
         self._salts: dict[int, int] = {}
@@ -104,6 +105,13 @@ class SampleRandomness(TorchFunctionMode):
         high = words(keys, shape).long() >> 5 & 0x7FFFFFF
         low = words(mix64(keys + GOLDEN), shape).long() >> 6 & 0x3FFFFFF
         return (high * 2**26 + low).double() * 2.0**-53
+
+    def next_seeds(self, shape: Sequence[int]) -> list[int] | None:
+        """Return a seed of 63 bits for each sample; None if the first dimension of this shape is not `n`."""
+        if not self._is_of_samples(shape):
+            return None
+        seeds: list[int] = (self.next_keys(torch.device("cpu")) & (2**63 - 1)).tolist()
+        return seeds
 
     def _is_of_samples(self, shape: Sequence[int]) -> bool:
         return len(shape) > 0 and shape[0] == len(self._positions) and 0 not in shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from hvdtrain.data.fingerprint import Print
@@ -16,6 +15,7 @@ from hvdtrain.trainer.fits import check_fits
 from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.odd_state import check_kinds, check_like, in_a_sentence
+from hvdtrain.trainer.strategy import optimizer_tensors
 from hvdtrain.trainer.values import storable
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # States of this size are gathered on rank 0 in no time; larger ones are written by their own ranks.
 _SMALL_BYTES = 1 << 20
+# An optimizer's state of this size, which all ranks have, is worth to be shared out where a GPU's must be copied.
+_SHARED_BYTES = 64 << 20
 
 
 def training_state(job: Job, training: Training) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def divided_state(job: Job, training: Training) -> tuple[dict[str, Any], dict[st
 
     The first is alike on all ranks but for an optimizer that is each rank's own.
     """
-    outline, pieces = training.strategy.divided_optimizer_state(training)
+    outline, pieces = training.strategy.divided_optimizer_state(job.world, training)
     part = {"rank": job.world.rank, "step": training.step, "optimizer": pieces, "components": own_states(training)}
     return _state(job, training, outline, _replicated_states(training)), part
 
@@ -54,6 +56,8 @@ def is_large(job: Job, training: Training) -> bool:
     if training.strategy.divides_state:
         return True
     own = sum(tensor.nbytes for tensor in nested_tensors(own_states(training)).values())
+    if training.strategy.shares_copies(job.world):
+        own += sum(tensor.nbytes for tensor in optimizer_tensors(training).values()) // _SHARED_BYTES * _SHARED_BYTES
     return job.world.all_reduce(float(own), "max", "save.own") > _SMALL_BYTES
 
 
@@ -113,7 +117,7 @@ def restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
         component.load_state_dict(saved)
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """Return a copy that lies in host memory and changes no more."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor.detach())
+def resting_tensors(training: Training) -> list[Tensor]:
+    """Return what an update alone changes: parameters, and what the optimizer keeps of them."""
+    entries = [value for state in training.optimizer.state.values() for value in dict(state).values()]
+    return [*training.model.parameters(), *(value for value in entries if isinstance(value, Tensor))]

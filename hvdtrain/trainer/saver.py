@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from hvdtrain.errors import CheckpointError
 from hvdtrain.models.weights import model_weights, parameter_names
 from hvdtrain.rundir.checkpoints import Checkpoints
@@ -22,8 +24,9 @@ from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.rundir.parts import Receipt, Receipts, leave_failure, leave_mark, remove_mark, seen_marks, write_part
 from hvdtrain.rundir.retention import Retention
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.saved_state import divided_state, is_large, to_host, training_state
+from hvdtrain.trainer.saved_state import divided_state, is_large, resting_tensors, training_state
 from hvdtrain.trainer.skipped import SkippedSteps
+from hvdtrain.trainer.snapshot import Snapshot, to_host
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.values import storable
 
@@ -53,9 +56,16 @@ class Saver:
         self._receipt: Receipt | None = None
         """This rank's for its part of that save, once it is written; rank 0 takes its own by itself."""
         self._receipts: Receipts | None = None
+        is_gpu = job.world.device.type == "cuda"
+        self._snapshot = Snapshot(job.world.device) if is_gpu else None
 
-    def save(self, training: Training, evaluated: Mapping[str, float]) -> None:
-        """Begin to save; waits for the save before. `evaluated` is what these weights reached, if known. Collective.
+    def save(self, training: Training, evaluated: Mapping[str, float], beside: bool = False) -> None:
+        """Begin to save; waits for the save before. Collective.
+
+        Args:
+            training: what is saved.
+            evaluated: what these weights reached, if known.
+            beside: a GPU may copy weights while it goes on, as whoever changes them calls `training.before_change`.
 
         Raises:
             DivergedError: as `train_step`.
@@ -64,6 +74,8 @@ class Saver:
         started = time.perf_counter()
         job.world.progress.enter("saving")
         self._wait_for_all()  # before the state is copied: host memory holds one copy of it at a time
+        if self._snapshot is not None:
+            self._snapshot.begin()
         with training.strategy.made_equal(job.world, training):
             self._is_divided = is_large(job, training) and self._share_directory()
             if self._is_divided:
@@ -72,15 +84,20 @@ class Saver:
                 state = training_state(job, training)
                 if job.world.rank == 0:
                     self._try_to(lambda: self._save_alone(training, state, evaluated), self._fail)
+            if self._snapshot is not None:
+                training.being_copied = self._snapshot
+                if not (beside and training.weights_rest and training.strategy.rests_between_updates):
+                    training.before_change()
         self._stall_s += time.perf_counter() - started
         self._has_saved = True
 
     def _save_alone(self, training: Training, state: dict[str, Any], evaluated: Mapping[str, float]) -> None:
         copied = {key: value for key, value in state.items() if key == "optimizer" and training.strategy.gathers_state}
         others = {key: value for key, value in state.items() if key not in copied}
-        state = storable(others, "the state of the training", to_host)
+        state = storable(others, "the state of the training", self._copy)
         state |= storable(copied, "the state of the training")
         arguments = self._arguments(training, state, evaluated)
+        self._start_copies(training)
         self._begin(lambda: self._write(arguments))
 
     def _save_divided(self, training: Training, evaluated: Mapping[str, float], checkpoints: Checkpoints) -> None:
@@ -92,15 +109,17 @@ class Saver:
         state, part = divided_state(job, training)
 
         def begin() -> None:
-            own = storable(part, "the state of this rank", to_host)
+            own = storable(part, "the state of this rank", self._copy)
             if receipts is None:
+                self._start_copies(training)
                 self._begin(lambda: self._write_part(folder, own))
                 return
-            of_all = storable(state, "the state of the training", to_host)
+            of_all = storable(state, "the state of the training", self._copy)
             arguments = {**self._arguments(training, of_all, evaluated), "receipts": receipts}
+            self._start_copies(training)
 
             def write() -> None:
-                receipts.note(0, write_part(folder, 0, own))
+                receipts.note(0, self._written_part(folder, own))
                 self._write(arguments)
 
             self._begin(write)
@@ -114,7 +133,28 @@ class Saver:
         self._try_to(begin, give_up)
 
     def _write_part(self, folder: Path, part: dict[str, Any]) -> None:
-        self._receipt = write_part(folder, self._job.world.rank, part)
+        self._receipt = self._written_part(folder, part)
+
+    def _written_part(self, folder: Path, part: dict[str, Any]) -> Receipt:
+        rank = self._job.world.rank
+        try:
+            self._arrive()
+        except RuntimeError as error:  # of the GPU
+            return leave_failure(folder, rank, f"the state could not be copied to host memory ({error})")
+        return write_part(folder, rank, part)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy in host memory, or where it will be."""
+        return to_host(tensor) if self._snapshot is None else self._snapshot.take(tensor)
+
+    def _start_copies(self, training: Training) -> None:
+        if self._snapshot is not None:
+            self._snapshot.start(resting_tensors(training))
+
+    def _arrive(self) -> None:
+        """Wait until what is to be written is there."""
+        if self._snapshot is not None:
+            self._snapshot.arrive()
 
     def _share_directory(self) -> bool:
         """Return whether rank 0 sees what other ranks write to its checkpoints; looked at once. Collective."""
@@ -200,7 +240,7 @@ class Saver:
         job, config = self._job, self._job.config.checkpoint
         return {
             "manifest": _manifest(job, training, evaluated),
-            "weights": storable(model_weights(training.model), "the model's weights", to_host),
+            "weights": storable(model_weights(training.model), "the model's weights", self._copy),
             "state": state,
             "retention": Retention(config.keep_last, config.keep_every),
             "parameters": parameter_names(training.model),
@@ -224,6 +264,7 @@ class Saver:
     def _write(self, arguments: dict[str, Any]) -> None:
         self._error = None
         try:
+            self._arrive()
             self._job.run.checkpoints.save(**arguments)
         except BaseException as error:  # of any type, sys.exit() too: a thread's exceptions are seen by nobody else
             self._fail(str(error) if isinstance(error, CheckpointError) else f"a save failed: {error!r}")

@@ -37,12 +37,18 @@ class Sharded(EveryStep):
         """Return the whole state on rank 0, gathered; nothing on others."""
         return _sharding(training).whole_state(training.optimizer)
 
-    def divided_optimizer_state(self, training: Training) -> tuple[dict[str, Any], dict[int, Any]]:
+    def shares_copies(self, world: World) -> bool:
+        """Return False: each rank has a part as it is."""
+        return False
+
+    def divided_optimizer_state(self, world: World, training: Training) -> tuple[dict[str, Any], dict[int, Any]]:
         """Return the outline, and this rank's pieces."""
         sharding = _sharding(training)
         return sharding.outline(training.optimizer), sharding.own_pieces(training.optimizer)
 
-    def part_of_state(self, world: World, training: Training, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    def part_of_state(
+        self, world: World, training: Training, state: Mapping[str, Any] | None
+    ) -> Mapping[str, Any] | None:
         """Return this rank's part; no other rank than 0 ever holds the whole."""
         return _sharding(training).part_of_state(training.optimizer, state)
 

@@ -27,6 +27,7 @@ from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.rank_figures import RankFigures
 from hvdtrain.trainer.same_data import compare_data
 from hvdtrain.trainer.saved_state import read_latest, restore
+from hvdtrain.trainer.snapshot import Snapshot
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
 from hvdtrain.world import World, WrappedOptimizer, has_synchronized_layers
@@ -60,6 +61,10 @@ class Training:
     """Optimizer steps completed."""
     is_unchecked: bool = False
     """The recipe's contract is still to be checked in this process, on the first micro-batch of a step."""
+    weights_rest: bool = False
+    """The model's forward pass is known to leave its weights alone."""
+    being_copied: Snapshot | None = None
+    """What is being read of all this, while a GPU goes on."""
     num_steps_then: int | None = None
     """Steps that the run was to have when the checkpoint that it goes on from was saved."""
     best_loss: float = math.inf
@@ -87,6 +92,12 @@ class Training:
         for component in self.components:
             component.close(is_agreed)
 
+    def before_change(self) -> None:
+        """Have what comes next, and may change anything, wait for what is still being copied; the host does not."""
+        if self.being_copied is not None:
+            self.being_copied.hold()
+            self.being_copied = None
+
     def component(self, kind: type[C]) -> C | None:
         """Return the component of a class, if the job has one."""
         return next((component for component in self.components if isinstance(component, kind)), None)
@@ -100,12 +111,15 @@ class Training:
 
     def before_backward(self, loss: Tensor) -> Tensor:
         """Return what is differentiated for a micro-batch's loss, a scalar."""
+        if self.acting("before_backward"):
+            self.before_change()
         for component in self.acting("before_backward"):
             loss = component.before_backward(loss)
         return loss
 
     def after_backward(self, step: Step) -> None:
         """Let the components act on the averaged gradients. Collective."""
+        self.before_change()
         for component in self.acting("after_backward"):
             component.after_backward(self, step)
 
@@ -116,6 +130,7 @@ class Training:
 
     def before_looking(self) -> None:
         """Let the components make equal what is about to be evaluated, compared or saved. Collective."""
+        self.before_change()
         for component in self.components:
             component.before_looking(self)
 
@@ -138,6 +153,7 @@ class Training:
 
     def use_evaluated_weights(self) -> None:
         """Put the weights that are evaluated into the model, for good."""
+        self.before_change()
         component = self.evaluated_component()
         weights = component.evaluated_weights() if component else None
         own = model_weights(self.model)
@@ -202,6 +218,7 @@ def start_training(job: Job) -> Training:
         own = job.strategy.part_of_state(world, training, of_optimizer)
         del of_optimizer  # not twice, while there is no need
         world.together(lambda: _restore_optimizer(job, training, own), "restore.optimizer")
+        del own
     world.broadcast_state(model, training.optimizer if job.strategy.shares_state else None)
     world.together(lambda: _begin(job, training, state), "begin")
     world.check_replicas(replicated_tensors(training), "start")
@@ -240,6 +257,8 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
 
 
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:
+    if state is None:  # it comes from rank 0
+        return
     with in_a_sentence(job):
         training.optimizer.load_state_dict(state)
 

@@ -26,6 +26,7 @@ from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
 from hvdtrain.trainer.values import added, as_sums, as_totals, count_targets, no_totals
+from hvdtrain.world import digest_of
 
 _NO_AUTOCAST = nullcontext()
 
@@ -120,7 +121,17 @@ def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callab
     training.is_unchecked = False
     samples = job.order.global_batch(training.step)[positions]
     forward = partial(training.randomness.apart, partial(forward_batch, job, training.model))
-    return first_batch(job, training.model, samples, read, forward)
+    if job.world.reads_at_once:
+        return first_batch(job, training.model, samples, read, forward)
+    before = _digest(training.model)
+    batch = first_batch(job, training.model, samples, read, forward)
+    training.weights_rest = before.equal(_digest(training.model))
+    return batch
+
+
+def _digest(model: nn.Module) -> Tensor:
+    """Return what changes when a parameter does, in host memory."""
+    return torch.stack([digest_of(parameter) for parameter in model.parameters()]).cpu()
 
 
 def forward_sums(job: Job, model: nn.Module, samples: Tensor) -> dict[str, Tensor]:

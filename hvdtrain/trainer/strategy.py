@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import norm_of
 from hvdtrain.models.walk import owned_by
+from hvdtrain.models.weights import model_weights
+from hvdtrain.trainer.shared_copies import shared_out
 from hvdtrain.world import World, WrappedOptimizer, per_rank_buffers
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class Strategy(ABC):
     """Whether `optimizer_state` is a copy in host memory already."""
     divides_state: bool = False
     """Whether each rank has a part of the optimizer's state, and no rank all of it."""
+    rests_between_updates: bool = False
+    """Whether nothing but an update changes weights and the optimizer's state, whatever is saved or evaluated."""
 
     def components(self, job: Job) -> list[Component]:
         """Return the components, with states of their own, that the strategy needs."""
@@ -79,13 +83,22 @@ class Strategy(ABC):
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
         """Return the whole state of the optimizer on rank 0, as its `state_dict` has it. Collective."""
 
-    def divided_optimizer_state(self, training: Training) -> tuple[dict[str, Any], dict[int, Any]]:
+    def shares_copies(self, world: World) -> bool:
+        """Return whether each rank copies and writes a part of what all have, though one rank could write all."""
+        return False
+
+    def divided_optimizer_state(self, world: World, training: Training) -> tuple[dict[str, Any], dict[int, Any]]:
         """Return what rank 0 writes of the optimizer where each rank writes a part, and this rank's part."""
         return training.optimizer.state_dict(), {}
 
-    def part_of_state(self, world: World, training: Training, state: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return what this rank's optimizer loads of the whole state that rank 0 has, others None. Collective."""
-        return dict(world.broadcast_object(state, "resume.optimizer"))
+    def part_of_state(
+        self, world: World, training: Training, state: Mapping[str, Any] | None
+    ) -> Mapping[str, Any] | None:
+        """Return what this rank's optimizer loads of the whole state that rank 0 has, others None. Collective.
+
+        None: nothing. Where the state is shared, rank 0 loads it, and it is sent once, to where it lies.
+        """
+        return state
 
     def moved(self, training: Training) -> list[nn.Parameter]:
         """Return what this rank's optimizer moves and has a gradient for, in an order that is its own.
@@ -120,6 +133,8 @@ class Strategy(ABC):
 class EveryStep(Strategy):
     """Gradients are averaged in every step: all ranks are equal after each, in everything."""
 
+    rests_between_updates = True
+
     def wrap(
         self, world: World, optimizer: torch.optim.Optimizer, model: nn.Module, **options: Any
     ) -> WrappedOptimizer:
@@ -149,6 +164,18 @@ class EveryStep(Strategy):
     def optimizer_state(self, world: World, training: Training) -> dict[str, Any]:
         """Return the optimizer's own."""
         return training.optimizer.state_dict()
+
+    def shares_copies(self, world: World) -> bool:
+        """Return True for GPUs, whose memory must be copied: side by side by all ranks of a host."""
+        return world.device.type == "cuda"
+
+    def divided_optimizer_state(self, world: World, training: Training) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Return the outline and this rank's share, where copies are shared; else rank 0 writes all."""
+        state = training.optimizer.state_dict()
+        if not self.shares_copies(world):
+            return state, {}
+        weights_bytes = sum(tensor.nbytes for tensor in model_weights(training.model).values())
+        return shared_out(state, world.rank, world.size, weights_bytes)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import takes_turns
 from hvdtrain.optim.private_optimizer import hooked_step, without_step_hooks
+from hvdtrain.world.loaded_state import laid_as
 
 CHUNK_BYTES = 64 << 20
 """Parameters that are stepped at a time, in bytes; a larger one by itself."""
@@ -134,6 +135,7 @@ class Offload:
         for number, parameter in enumerate(owned_by(optimizer)):
             for key, value in saved.get(number, {}).items():
                 if _is_large(value):
+                    value = laid_as(parameter, value)
                     optimizer.state[parameter][key] = self._in_host_memory(parameter, key, value).copy_(value)
         return given
 

@@ -20,7 +20,7 @@ from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
 from hvdtrain.world.build_info import built_with
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
-from hvdtrain.world.loaded_state import load_in_place
+from hvdtrain.world.loaded_state import send_state
 from hvdtrain.world.replicas import all_in_one, check_forward_pass, digest_of, first_difference, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.state_file import read_state, write_state
@@ -117,9 +117,7 @@ class World(Collectives):
 
     def broadcast_optimizer(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Make every rank's optimizer state that of rank `root`; its parameters are left alone. Collective."""
-        state = self.broadcast_object(optimizer.state_dict() if self.rank == root else None, "optimizer", root)
-        if self.rank != root:
-            load_in_place(optimizer, state)
+        send_state(self, optimizer, root)
 
     def average_buffers(self, model: nn.Module) -> None:
         """Make buffers equal on all ranks: the mean of real ones, such as running statistics. Collective.

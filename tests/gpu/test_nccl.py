@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,3 +120,16 @@ def test_a_rank_that_is_ended(tmp_path, what, code):
     assert process.returncode == code if code else process.returncode not in (0, 2, 75), output[-3000:]
     if code:
         assert (tmp_path / "run" / "latest").exists() or list((tmp_path / "run").rglob("*.safetensors")), output[-3000:]
+
+
+def test_two_ranks_share_a_save_and_go_on_from_it(tmp_path):
+    """The optimizer's state is more than one rank writes alone: both copy and write it, and it is sent once."""
+    shape = ["--model.hidden-size", 512, "--model.num-heads", 8, "--model.num-layers", 6]
+    words = ["-m", "hvdtrain", "train", "lm", *shape, "--checkpoint.every", 10, "--log.every", 1, "--train.steps"]
+    run(*words, 20, "--run-dir", tmp_path / "whole")
+    run(*words, 20, "--run-dir", tmp_path / "parts")
+    newest = tmp_path / "parts" / "checkpoints" / (tmp_path / "parts" / "checkpoints" / "latest").read_text().strip()
+    assert (newest / "state-rank-001.pt").exists()
+    shutil.rmtree(newest)
+    run(*words, 20, "--run-dir", tmp_path / "parts")
+    assert losses(tmp_path / "parts")[-1] == pytest.approx(losses(tmp_path / "whole")[-1], rel=1e-3)

@@ -177,10 +177,11 @@ class Verdict:
     why: str
 
 
-def judge(family, length=48, **settings):
+def judge(family, length=48, ways=(), **settings):
     """Have the recipe find its way through a tiny model of the family, and judge its loss and gradient.
 
     The judge is the loss that transformers computes of each document alone. Samples are longer than every window.
+    `ways`, where given, are tried in the place of the recipe's.
     """
     from hvdtrain.errors import UsageError
     from hvdtrain.recipes.transformers_models.probe import find_way
@@ -193,7 +194,8 @@ def judge(family, length=48, **settings):
     import torch
 
     try:
-        way = find_way(model, torch.arange(5, VOCABULARY - 20), length)
+        more = {"packed": ways} if ways else {}
+        way = find_way(model, torch.arange(5, VOCABULARY - 20), length, **more)
     except UsageError as error:
         return Verdict("refused", str(error))
     difference = loss_difference(model, way, length)

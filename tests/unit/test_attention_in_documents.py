@@ -85,10 +85,35 @@ def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch):
     assert documents._is_right(*shape)
     plain, calls = documents._one_by_one, []
 
-    def first_is_wrong(query, key, value, bounds):
+    def first_is_wrong(query, key, value, bounds, scores):
         calls.append(0)
         whole = documents.Bounds(bounds.starts[[0, -1]], bounds.longest)  # as if there was one document
-        return plain(query, key, value, whole if len(calls) == 1 else bounds)
+        return plain(query, key, value, whole if len(calls) == 1 else bounds, scores)
 
     monkeypatch.setattr(documents, "_one_by_one", first_is_wrong)
     assert not documents._is_right(*shape)
+
+
+@pytest.mark.parametrize("window", [1, 5, 24, None])
+def test_a_window_and_a_scale_are_those_of_a_mask(window):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 24, 16, generator=generator) for n in (4, 2, 2))
+    starts = torch.tensor([[0, 3, 24, 24], [0, 1, 2, 20]], dtype=torch.int32)
+    number = torch.zeros(2, 24, dtype=torch.int64)
+    for row, places in enumerate(starts.tolist()):
+        number[row, [place for place in places if 0 < place < 24]] = 1
+    seen = same_document(number.cumsum(1))
+    if window is not None:
+        place = torch.arange(24)
+        seen = seen & (place[:, None] - place < window)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True)
+    found = documents.attend(q, k, v, documents.bounds_of(starts, 24), documents.Scores(0.3, window))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_kernel_takes_a_window_and_a_scale():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        q = torch.empty(3, 4, 24, 64, dtype=torch.bfloat16, device="cuda")
+        starts = torch.empty(3, 8, dtype=torch.int32, device="cuda")
+        out = documents.attend(q, q, q, documents.bounds_of(starts, 24), documents.Scores(0.3, 7))
+    assert out.shape == q.shape

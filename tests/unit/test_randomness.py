@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.models.private_torch import is_freshly_seeded
+from hvdtrain.trainer import random_attention
 from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness
 
 CPU = torch.device("cpu")
@@ -231,3 +232,40 @@ def test_any_number_of_draws_tells_a_generator_from_one_that_was_just_seeded(dra
         torch.randint(2**20, (), generator=generator)
     assert is_freshly_seeded(generator, 2**62 + 5) == (draws == 0)
     assert not is_freshly_seeded(generator.manual_seed(1), 2)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multi_head_attention_drops_by_sample(need_weights, batch_first):
+    """With weights asked for, torch makes heads and samples one dimension."""
+    torch.manual_seed(0)
+    layer = torch.nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=batch_first)
+    x = torch.randn(6, 5, 8)
+
+    def attended(samples):
+        own = x[samples] if batch_first else x[samples].transpose(0, 1)
+        with SampleRandomness(samples, 3):
+            out, _ = layer(own, own, own, need_weights=need_weights)
+        return out if batch_first else out.transpose(0, 1)
+
+    samples = torch.arange(6)
+    whole = attended(samples)
+    for part in (samples[:2], samples[2:3], samples[3:]):
+        torch.testing.assert_close(attended(part), whole[part])
+    assert not torch.allclose(whole, layer.eval()(x, x, x)[0]) or not batch_first
+
+
+def test_attention_sample_by_sample_is_its_own_and_leaves_the_generator_alone():
+    """What GPUs are given where flash attention drops weights; CPUs drop them by plain steps of theirs."""
+    q = torch.randn(4, 2, 8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mode = SampleRandomness(torch.arange(4), 3)
+    seeds = mode.next_seeds(q.shape)
+    assert len(set(seeds)) == 4
+    assert SampleRandomness(torch.arange(2, 4), 3).next_seeds(q[2:].shape) == seeds[2:]
+    assert mode.next_seeds((3, 2, 8, 16)) is None
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    random_attention.one_by_one(seeds, q, q, q, is_causal=True).sum().backward()
+    plain = torch.nn.functional.scaled_dot_product_attention(q.detach(), q.detach(), q.detach(), is_causal=True)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.testing.assert_close(random_attention.one_by_one(seeds, q, q, q, is_causal=True), plain)

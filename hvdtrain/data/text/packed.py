@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hvdtrain.data.text.best_fit import pack_best_fit
 from hvdtrain.data.text.sealed import sealed_folder
-from hvdtrain.data.text.windows import IGNORED
+from hvdtrain.data.text.windows import IGNORED, WithStarts
 from hvdtrain.errors import DataError
 
 FORMAT_VERSION = 3
@@ -111,6 +111,21 @@ class PackedDocuments:
     def num_targets(self, indices: Tensor) -> int:
         """Return the tokens that these samples predict."""
         return int(self._sample_counts[indices.numpy()].sum())
+
+
+class DocumentsWithStarts(WithStarts):
+    """`PackedDocuments`, with where their pieces begin, and what fills a sample up."""
+
+    def begins(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return which tokens are the first of a piece, bool `(n, T)`."""
+        return begins_of(batch[2])
+
+
+def begins_of(documents: Tensor) -> Tensor:
+    """Return where a piece of a document begins, bool `(n, T)`, given their numbers, int64 `(n, T)`."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return begins
 
 
 def _cut(

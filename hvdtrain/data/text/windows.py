@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,37 +85,65 @@ class TokenWindows:
         return len(indices) * self._length - short * int((indices == len(self) - 1).sum())
 
 
-class DocumentWindows:
-    """The same, with where documents begin in each: what a kernel for documents of a batch is given.
+class WithStarts(ABC):
+    """Samples with where documents begin in each: what a kernel for documents of a batch is given.
+
+    They are the same samples without that: what tells data sets apart looks at `samples`.
+
+    Args:
+        samples: the data set, whose batches begin with tokens, int64 `(n, T)`.
+    """
+
+    reads_ahead = True
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @abstractmethod
+    def begins(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return which tokens of a batch are the first of a document, bool `(n, T)`; the first of a sample is one."""
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return a batch, and behind it where documents begin, int32 `(n, m)`, as `starts_of`."""
+        batch = self.samples.batch(indices)
+        return *batch, starts_of(self.begins(batch))
+
+    def num_targets(self, indices: Tensor) -> int:
+        """Return the tokens that these samples predict."""
+        return int(self.samples.num_targets(indices))
+
+
+class DocumentWindows(WithStarts):
+    """Windows of a stream of documents, with where these begin.
 
     Args:
         windows: of which tokens.
         end_of_text: the token that ends a document; the next one begins with it.
     """
 
-    reads_ahead = True
+    def __init__(self, windows: Any, end_of_text: int) -> None:
+        super().__init__(windows)
+        self._end_of_text = end_of_text
 
-    def __init__(self, windows: TokenWindows, end_of_text: int) -> None:
-        self._windows, self._end_of_text = windows, end_of_text
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens and targets, int64 `(n, T)` each, and where documents begin, int32 `(n, m)`, filled up with T.
-
-        m is a power of two, so that few lengths are met.
-        """
-        tokens, targets = self._windows.batch(indices)
-        begins = tokens == self._end_of_text
+    def begins(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Return which tokens are the first of a document, bool `(n, T)`."""
+        begins = batch[0] == self._end_of_text
         begins[:, 0] = True
-        count = max(8, 1 << (int(begins.sum(1).max()) - 1).bit_length()) if len(tokens) else 8
-        starts = torch.full((len(tokens), count), tokens.shape[1], dtype=torch.int32)
-        row, place = begins.nonzero(as_tuple=True)
-        number = begins.cumsum(1)[row, place] - 1
-        starts[row, number] = place.to(torch.int32)
-        return tokens, targets, starts
+        return begins
 
-    def num_targets(self, indices: Tensor) -> int:
-        """Return the tokens that these samples predict."""
-        return self._windows.num_targets(indices)
+
+def starts_of(begins: Tensor) -> Tensor:
+    """Return where documents begin, int32 `(n, m)`, filled up with T; m is a power of two, so that few are met.
+
+    Args:
+        begins: bool `(n, T)`, whether a document begins there.
+    """
+    count = max(8, 1 << (int(begins.sum(1).max()) - 1).bit_length()) if len(begins) else 8
+    starts = torch.full((len(begins), count), begins.shape[1], dtype=torch.int32, device=begins.device)
+    row, place = begins.nonzero(as_tuple=True)
+    number = begins.cumsum(1)[row, place] - 1
+    starts[row, number] = place.to(torch.int32)
+    return starts

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.text.packed import begins_of
 from hvdtrain.models.loss import IGNORE_INDEX
 
 Batch = tuple[Tensor, ...]
@@ -38,12 +39,22 @@ class Layout:
     """What a person calls it."""
     calls: Callable[[nn.Module, Batch], list[Call]]
     """Returns the calls of this model for a batch."""
+    tries_training: ClassVar[bool] = False
+    """Whether what it needs may be there in evaluation and not in training."""
+
+    def prepare(self, model: nn.Module) -> Callable[[], None]:
+        """Change how the model computes, before anything is called; returns what undoes it."""
+        return lambda: None
+
+    def problem(self) -> str:
+        """Return why it does not do, after the model was tried; empty: it does."""
+        return ""
 
 
 def _by_positions(model: nn.Module, batch: Batch) -> list[Call]:
     """Give positions that begin anew with each document: from these transformers builds the mask, windows included."""
     tokens, targets, documents, positions = batch
-    return [Call({"input_ids": tokens, "position_ids": positions}, targets, _origins(documents))]
+    return [Call({"input_ids": tokens, "position_ids": positions}, targets, origins_of(documents))]
 
 
 def _by_masks(model: nn.Module, batch: Batch) -> list[Call]:
@@ -62,14 +73,15 @@ def _by_masks(model: nn.Module, batch: Batch) -> list[Call]:
         position_ids=positions,
     )
     inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-    return [Call(inputs, targets, _origins(documents))]
+    return [Call(inputs, targets, origins_of(documents))]
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _origins(documents: Tensor) -> Tensor:
+def origins_of(documents: Tensor) -> Tensor:
+    """Return each token's place in the flattened batch, int64 `(n, T)`, -1 for padding, given documents' numbers."""
     places = torch.arange(documents.numel(), device=documents.device).view_as(documents)
     return places.where(documents >= 0, -1)
 
@@ -114,9 +126,7 @@ def _in_equal_rows(model: nn.Module, batch: Batch) -> list[Call]:
 def _parts(documents: Tensor) -> tuple[Tensor, Tensor]:
     """Return where the parts of documents begin in the flattened batch, and their lengths, int64 `(parts,)` each."""
     n, length = documents.shape
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    starts = begins.flatten().nonzero().flatten()
+    starts = begins_of(documents).flatten().nonzero().flatten()
     ends = torch.cat((starts[1:], starts.new_tensor([n * length])))
     is_text = documents.flatten()[starts] >= 0
     return starts[is_text], (ends - starts)[is_text]

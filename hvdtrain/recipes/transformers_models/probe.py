@@ -6,9 +6,8 @@ those, and if changing one document leaves those of others as they were. No clas
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from hvdtrain.recipes.transformers_models.layouts import (
     Layout,
     pack,
 )
+from hvdtrain.recipes.transformers_models.probing import probing
 
 TOLERANCE = 1e-3
 """Of a token's logits: the norm of their error by their norm, both without the mean. Rounding in fp32 makes about 1e-6
@@ -64,7 +64,8 @@ class Way:
         *failed, found = self.findings
         text = f"{found.layout.name}; each comes out as it does alone (tried: to {found.error:.0e})"
         if found.layout not in (IN_ROWS, IN_EQUAL_ROWS):
-            return text
+            slow = next((finding for finding in failed if finding.layout.tries_training), None)
+            return f"{text}; {slow.layout.name} would be faster, but there {slow.problem}" if slow else text
         reason = min((finding.problem for finding in failed), key=_is_failure)
         return f"{text}; packed would be faster, but there {reason}"
 
@@ -91,8 +92,8 @@ def find_way(model: nn.Module, pool: Tensor, length: int, packed: Sequence[Layou
     Raises:
         ConfigError: none holds, or transformers itself cannot run the model on T tokens.
     """
-    with _probing(model) as draws_random_numbers:
-        trial = _Trial(model, pool, length)
+    with probing(model) as draws_random_numbers:
+        trial = _Trial(model, pool, length, draws_random_numbers)
         trial.check_causal()
         rows = trial.judge(IN_EQUAL_ROWS if draws_random_numbers else IN_ROWS)
         findings: list[Finding] = []
@@ -117,8 +118,8 @@ class _Trial:
     that are shorter than a sample show.
     """
 
-    def __init__(self, model: nn.Module, pool: Tensor, length: int) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, pool: Tensor, length: int, draws_random_numbers: bool) -> None:
+        self._model, self._draws = model, draws_random_numbers
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)
         cut = length // 3
@@ -158,8 +159,20 @@ class _Trial:
             noise: what rounding alone can do.
         """
         try:
+            undo = layout.prepare(self._model)
+        except Exception as problem:  # whatever a model's code does where it cannot compute so
+            return Finding(layout, float("inf"), f"{_FAILS} ({describe(problem)})")
+        finding = self._judged(layout, noise)
+        if finding.problem:
+            undo()
+        return finding
+
+    def _judged(self, layout: Layout, noise: float) -> Finding:
+        try:
             ours = self._packed(layout, self.documents)
             changed = self._packed(layout, [self._other, *self.documents[1:]])
+            if layout.tries_training and self._draws:
+                self._train_once(layout)
         except Exception as problem:  # whatever a model's code does with arguments that it does not know
             return Finding(layout, float("inf"), f"{_FAILS} ({describe(problem)})")
         error = _distance(ours, torch.cat(self._alone))
@@ -169,7 +182,15 @@ class _Trial:
             return Finding(layout, error, f"they see each other (logits move by {leak:.0e})")
         if not error <= max(TOLERANCE, noise):
             return Finding(layout, error, f"they come out otherwise than alone (logits differ by {error:.0e})")
-        return Finding(layout, error)
+        return Finding(layout, error, layout.problem())
+
+    def _train_once(self, layout: Layout) -> None:
+        """Have the documents pass through the model as in training; the generators are put back."""
+        self._model.train()
+        try:
+            draws(self.documents[0].device, lambda: self._packed(layout, self.documents))
+        finally:
+            self._model.eval()
 
     def _packed(self, layout: Layout, documents: Sequence[Tensor]) -> Tensor:
         """Return the logits of the documents, packed, `(tokens, V)`."""
@@ -271,27 +292,3 @@ def _distance(a: Tensor, b: Tensor) -> float:
     a, b = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (a, b))
     distances = (a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=1e-30)
     return float(distances.sort().values[math.ceil(_QUANTILE * len(distances)) - 1])
-
-
-@contextlib.contextmanager
-def _probing(model: nn.Module) -> Iterator[bool]:
-    """Within, nothing that the model computes is random; tells whether training it is."""
-    was_training = model.training
-    with torch.no_grad():
-        model.train()
-        draws = _draws_random_numbers(model)
-        model.train(not draws)
-        try:
-            yield draws
-        finally:
-            model.train(was_training)
-
-
-def _draws_random_numbers(model: nn.Module) -> bool:
-    """Return whether a forward pass draws any, as for dropout; the generators are put back."""
-    device = next(model.parameters()).device
-    tokens = torch.arange(8, device=device)[None]
-    try:
-        return draws(device, lambda: run(model, {"input_ids": tokens}))
-    except Exception:  # whatever a model's code does; the trial will tell
-        return True

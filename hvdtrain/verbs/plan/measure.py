@@ -69,16 +69,17 @@ def own_steps(job: Job, training: Training, *, warmup: int, steps: int) -> Measu
     return Measured(Compute(forward, backward, max(0.0, total - forward - backward)), differ_by, len(parts))
 
 
-def ready_buckets(job: Job, training: Training, bucket_bytes: int) -> list[Bucket]:
+def ready_buckets(job: Job, training: Training, bucket_bytes: int, in_order: bool = True) -> list[Bucket]:
     """Return the buckets that training would send, each with the share of the backward pass after which it is ready.
 
     Args:
         job: of this rank alone.
         training: its model.
         bucket_bytes: as `--comm.bucket-mib` says.
+        in_order: buckets follow the order in which backward finishes gradients, as from the second step of a run on;
+            else the reverse of the model's.
     """
     parameters = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
-    groups = in_buckets(parameters, bucket_bytes)
     seen: dict[nn.Parameter, list[float]] = {parameter: [] for parameter in parameters}
     hooks = []
     for parameter in parameters:
@@ -99,9 +100,12 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int) -> list[Bucke
     for hook in hooks:
         hook.remove()
     spared, formats = _spared(job, training)
+    ready_at = {parameter: statistics.median(of_passes) for parameter, of_passes in shares.items()}
+    if in_order:
+        parameters.sort(key=lambda parameter: -ready_at[parameter])  # `in_buckets` begins with the last
     buckets = []
-    for group in groups:
-        ready = max(statistics.median(shares[parameter]) for parameter in group)
+    for group in in_buckets(parameters, bucket_bytes):
+        ready = max(ready_at[parameter] for parameter in group)
         wholes = [real(parameter.detach()) for parameter in group]
         dtype, shapes = wholes[0].dtype, [tuple(whole.shape) for whole in wholes]
         count = sum(map(math.prod, shapes)) + len(group)
