@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
-from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
+from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process, print_anything
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
 from hvdtrain.settings import NONE, nearest, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return start_ranks(arguments[1:])
     if is_process:
+        print_anything()
         end_on_signals()
     # A sweep computes nothing itself, and hands its environment on to ranks, each of which prepares itself.
     launch = detect_launch() if arguments[:1] == ["sweep"] else prepare_process()

@@ -6,6 +6,7 @@ Standard library only: this runs before torch is imported.
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import re
 import sys
@@ -59,7 +60,10 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             number("OMPI_COMM_WORLD_LOCAL_RANK"),
             number("OMPI_COMM_WORLD_LOCAL_SIZE", default=1),
         )
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+    # Where MPICH's and Intel MPI's mpiexec start their daemons by srun, and in a shell that `srun --pty` gave, ranks of
+    # theirs have the variables of that step, too. This one is set by them alone.
+    is_mpiexec = "MPI_LOCALRANKID" in environ
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and not is_mpiexec:
         return Launch(
             "srun",
             number("SLURM_PROCID"),
@@ -141,6 +145,12 @@ def open_outputs() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+
+
+def print_anything() -> None:
+    """Have standard output take any sign: a locale may know fewer than what is printed (`±`, texts that models write)."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def give_home(environ: MutableMapping[str, str] = os.environ) -> None:

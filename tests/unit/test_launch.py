@@ -45,6 +45,22 @@ from hvdtrain.world.start import check_controller, check_launcher
             {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
             Launch("mpiexec", 1, 2, 1, 2),
         ),
+        (  # whose daemons were started by srun, a task for each host
+            {
+                "SLURM_STEP_ID": "0",
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "PMI_RANK": "3",
+                "PMI_SIZE": "4",
+                "MPI_LOCALRANKID": "1",
+                "MPI_LOCALNRANKS": "2",
+            },
+            Launch("mpiexec", 3, 4, 1, 2),
+        ),
+        (  # srun gives its tasks PMI_RANK, too (--mpi=pmi2)
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "PMI_RANK": "1", "PMI_SIZE": "2"},
+            Launch("srun", 1, 2),
+        ),
     ],
 )
 def test_launchers_are_recognised(environ, expected):
