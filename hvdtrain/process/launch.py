@@ -148,7 +148,7 @@ def open_outputs() -> None:
 
 
 def print_anything() -> None:
-    """Have standard output take any sign: a locale may know fewer than what is printed (`±`, texts that models write)."""
+    """Have standard output take any sign: a locale may know fewer than what is printed (`±`, what a model writes)."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
 

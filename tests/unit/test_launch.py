@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hvdtrain.errors import DataError, LaunchError
+from hvdtrain.process.job import command_of
 from hvdtrain.process.launch import Launch, detect_launch, give_home, prepare_process, threads_per_rank
+from hvdtrain.process.session import on_this_machine
 from hvdtrain.world import SoloWorld, pick_device
 from hvdtrain.world.start import check_controller, check_launcher
 
@@ -65,6 +67,19 @@ from hvdtrain.world.start import check_controller, check_launcher
 )
 def test_launchers_are_recognised(environ, expected):
     assert detect_launch(environ) == expected
+
+
+def test_a_shell_of_slurm_is_no_rank(monkeypatch):
+    """That of `srun --pty bash` is a step of one task; Open MPI would take that for all the slots that there are."""
+    assert on_this_machine() == {}
+    given = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert command_of(1, ["true"]) == ["true"]
+    assert on_this_machine()["PRTE_MCA_ras"] == "^slurm"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(LaunchError, match="this is rank 0 of 2 that srun has started"):
+        command_of(1, ["true"])
 
 
 def test_cores_are_shared_and_bound_ranks_keep_their_own(monkeypatch):
