@@ -6,8 +6,8 @@ Standard library only: this runs before torch is imported.
 from __future__ import annotations
 
 import ctypes
-import io
 import os
+import pwd
 import re
 import sys
 import tempfile
@@ -147,18 +147,19 @@ def open_outputs() -> None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
 
 
-def print_anything() -> None:
-    """Have standard output take any sign: a locale may know fewer than what is printed (`±`, what a model writes)."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")
-
-
 def give_home(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Name a folder as the home of a process without one (HOME unset, a user without a name): caches ask for it."""
-    if os.path.expanduser("~") == "~":  # noqa: PTH111 - pathlib raises there
+    """Set HOME where it is not (`env -i`, services, `docker run --user N`): Open MPI does not start without it.
+
+    It is the user's own, or for one without a name a temporary folder.
+    """
+    if environ.get("HOME"):
+        return
+    try:
+        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
         home = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}"
         home.mkdir(mode=0o700, exist_ok=True)
-        environ["HOME"] = str(home)
+    environ["HOME"] = str(home)
 
 
 def _keep_memory() -> None:
