@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
+from hvdtrain.process.output import print_anything, while_read
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
 from hvdtrain.settings import NONE, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
@@ -87,11 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return start_ranks(arguments[1:])
     if is_process:
+        print_anything()
         end_on_signals()
     # A sweep computes nothing itself, and hands its environment on to ranks, each of which prepares itself.
     launch = detect_launch() if arguments[:1] == ["sweep"] else prepare_process()
     try:
-        return _run(arguments, launch)
+        return while_read(lambda: _run(arguments, launch))
     except StoppedEarly as stop:
         if launch.rank == 0:
             sys.stderr.write(f"hvdtrain: {stop.reason}\n")
@@ -256,14 +258,10 @@ def _toml(recipe: Recipe) -> str:
 
 
 def _answer(text: str, launch: Launch) -> int:
-    """Print a text on rank 0, which a reader such as `head` may leave before its end."""
+    """Print a text on rank 0."""
     if launch.rank == 0:
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
-    return _leave(0, launch)
+        sys.stdout.write(text)
+    return 0
 
 
 @contextlib.contextmanager

@@ -10,11 +10,14 @@ if [[ -z $environment && -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != b
 fi
 environment=${environment:-$root/.venv}
 
-# A user without a name and a home (docker run --user N, HOME unset): Open MPI does not start without one.
-if [[ -z ${HOME:-} ]] && ! getent passwd "$(id -u)" > /dev/null; then
-  HOME=${TMPDIR:-/tmp}/hvdtrain-$(id -u)
+# Open MPI does not start without HOME, which `env -i`, services and users without a name (docker run --user N) lack.
+if [[ -z ${HOME:-} ]]; then
+  HOME=$(getent passwd "$(id -u)" | cut -d: -f6) || true
+  if [[ -z $HOME ]]; then
+    HOME=${TMPDIR:-/tmp}/hvdtrain-$(id -u)
+    mkdir -p "$HOME" && chmod 700 "$HOME"
+  fi
   export HOME
-  mkdir -p "$HOME" && chmod 700 "$HOME"
 fi
 
 export PATH="$environment/bin:$PATH"

@@ -56,6 +56,17 @@ class VerbOptions(SphinxDirective):
         return self.parse_text_to_nodes(settings_page.of_verb(self.arguments[0]))
 
 
+class ProgramOptions(SphinxDirective):
+    """What `--help` says of the options of `setup` or `supervise`, which have no settings."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Return the nodes."""
+        text = settings_page.of_program(self.arguments[0])
+        return [nodes.literal_block(text, text, language="text")]
+
+
 class Presets(SphinxDirective):
     """What each recipe sets."""
 
@@ -127,6 +138,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("recipe-settings", RecipeSettings)
     app.add_directive("optimizer-settings", OptimizerSettings)
     app.add_directive("verb-options", VerbOptions)
+    app.add_directive("program-options", ProgramOptions)
     app.add_directive("presets", Presets)
     app.add_directive("short-names", ShortNames)
     app.add_directive("messages", Messages)

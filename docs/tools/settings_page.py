@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.cli import VERBS
+from hvdtrain.install.__main__ import make_parser as parser_of_setup
 from hvdtrain.optim.table import OPTIMIZERS, settings_class
+from hvdtrain.process.supervise import make_parser as parser_of_supervise
 from hvdtrain.recipes import RECIPES, load_recipe
 from hvdtrain.settings import Config
 from hvdtrain.settings.common import SHORT, option_name
@@ -51,6 +55,13 @@ def of_verb(name: str) -> str:
     """Return the options of a verb."""
     kind = VERBS[name].options
     return "\n".join(_entries("", kind, None, set()))
+
+
+def of_program(name: str) -> str:
+    """Return the help of `setup` or `supervise`."""
+    parser = {"setup": parser_of_setup, "supervise": parser_of_supervise}[name]()
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=100)  # type: ignore[assignment]
+    return parser.format_help()
 
 
 def presets() -> str:

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup = parse(arguments)
         # What it installs must be found where the environment is not active, as after `.venv/bin/hvdtrain setup`.
         os.environ["PATH"] = f"{setup.environment.folder / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        install_into_environments()
         setup.run()
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
@@ -41,12 +42,7 @@ def parse(arguments: Sequence[str] | None) -> Setup:
     Raises:
         SetupError: the environment would be the system's own.
     """
-    parser = argparse.ArgumentParser(prog="python -m hvdtrain setup", description=_DESCRIPTION)
-    parser.add_argument("--only-horovod", action="store_true", help="Horovod alone, nothing that hvdtrain needs")
-    parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="put a copy of Horovod's wheel there")
-    parser.add_argument("--environment", type=Path, help="the environment; without it, that of this Python")
-    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)  # the clone, from launch/setup.sh
-    asked = parser.parse_args(arguments)
+    asked = make_parser().parse_args(arguments)
     return Setup(
         environment=Environment(asked.environment or this_environment()),
         root=asked.root or this_clone(),
@@ -55,6 +51,23 @@ def parse(arguments: Sequence[str] | None) -> Setup:
         with_tests=not os.environ.get("HVDTRAIN_WITHOUT_TESTS"),
         wheel_dir=asked.wheel_dir.absolute() if asked.wheel_dir else None,
     )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    parser = argparse.ArgumentParser(prog="hvdtrain setup", description=_DESCRIPTION)
+    parser.add_argument("--only-horovod", action="store_true", help="Horovod alone, nothing that hvdtrain needs")
+    parser.add_argument("--wheel-dir", type=Path, metavar="DIR", help="put a copy of Horovod's wheel there")
+    parser.add_argument("--environment", type=Path, help="the environment; without it, that of this Python")
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)  # the clone, from launch/setup.sh
+    return parser
+
+
+def install_into_environments() -> None:
+    """Have pip install into the environment that its Python belongs to, whatever variables and pip.conf say."""
+    os.environ |= {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
+    for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_DRY_RUN"):
+        os.environ.pop(name, None)
 
 
 def this_environment() -> Path:

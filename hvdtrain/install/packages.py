@@ -101,10 +101,15 @@ def torchvision_version(torch: str) -> str | None:
 
 
 def declare_operators(environment: Environment) -> None:
-    """Make `import torchvision` work beside a torch that its compiled operators are not for.
+    """Make `import torchvision`, where it is installed, work beside a torch that its compiled operators are not for.
 
     It registers shapes for operators that do not exist then. Seen with PyPI's 0.28.0 (CUDA) and torch 2.13.0+cpu.
+
+    Raises:
+        SetupError: it does not import for another reason.
     """
+    if environment.version_of("torchvision") is None:
+        return
     log = environment.folder / "hvdtrain-logs" / "importing-torchvision.log"
     for _ in range(5):
         try:
@@ -113,8 +118,16 @@ def declare_operators(environment: Environment) -> None:
         except SetupError:
             missing = re.search(r"operator torchvision::(\w+) does not exist", log.read_text(errors="replace"))
             if missing is None:
-                raise
+                break
         found = environment.ask("import importlib.util as u; print(u.find_spec('torchvision').origin)")
         extension = Path(found or "").with_name("extension.py")
-        extension.write_text(extension.read_text() + _DECLARATIONS.format(name=missing[1]))
-    raise SetupError("torchvision does not import beside this torch.", f"see {log}")
+        try:
+            extension.write_text(extension.read_text() + _DECLARATIONS.format(name=missing[1]))
+        except OSError:  # the site's, not ours to change
+            break
+    torch = environment.version_of("torch") or ""
+    fitting = f"torchvision=={torchvision_version(torch)}" if torchvision_version(torch) else "torchvision"
+    raise SetupError(
+        f"torchvision {environment.version_of('torchvision')} does not import beside torch {torch}; {log} says why.",
+        f"python3 -m pip install --no-deps --force-reinstall {fitting}, or python3 -m pip uninstall torchvision",
+    )

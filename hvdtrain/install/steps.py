@@ -55,8 +55,8 @@ class Setup:
         """Return the modules that must import in the end."""
         names = ["torch"] + ["horovod.torch", "mpi4py"] * self.with_horovod
         if not self.only_horovod:
-            names += ["hvdtrain", *REQUIRED]
-        return names + ["torchvision", "transformers"] * ("hvdtrain" in self.parts)
+            names += ["hvdtrain", *REQUIRED, "torchvision", "transformers"]
+        return names
 
     def run(self) -> None:
         """Do what is missing; nothing where the last set-up still holds. Two of these wait for each other.
@@ -79,6 +79,8 @@ class Setup:
             packages.install_packages(environment, self.parts)
             if "hvdtrain" in self.parts:
                 packages.install_torchvision(environment)
+            elif not self.only_horovod:  # the user's own extras
+                packages.declare_operators(environment)
             if self.root and not self.only_horovod:
                 install_hvdtrain(environment, self.root)
             if self.with_horovod:
@@ -104,6 +106,7 @@ class Setup:
             "files": digest.hexdigest(),
             "mpi": mpi.chosen_mpi(environment) if self.with_horovod and is_made else None,
             "torch": environment.version_of("torch") if is_made else None,
+            "torchvision": environment.version_of("torchvision") if is_made else None,
         }
 
     def is_current(self) -> bool:
@@ -152,9 +155,9 @@ class Setup:
         """Raise `SetupError` unless all that was installed imports."""
         for name in self.imports:
             if name == "torchvision" and self.environment.version_of("torchvision") is None:
-                continue  # none for this torch, as was said
+                continue  # none for this torch, as was said, or none asked for
             if name == "transformers" and self.environment.version_of("transformers") is None:
-                continue  # none for this Python
+                continue  # none for this Python, or none asked for
             self.environment.run(f"importing {name}", "-c", f"import {name}")
 
 

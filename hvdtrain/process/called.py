@@ -25,14 +25,15 @@ def main() -> int:
         function, args, kwargs = pickle.loads((folder / CALL).read_bytes())
         result = function(*args, **kwargs)
     except BaseException as error:
-        (folder / FAILURE.format(launch.rank)).write_text(_story(error))
+        (folder / FAILURE.format(launch.rank)).write_text(_story(error), encoding="utf-8")
         raise
     try:
         raw = pickled(result)
     except Exception as error:  # as many types as there are objects
         (folder / FAILURE.format(launch.rank)).write_text(
             f"what the function returned, of type {type(result).__name__}, cannot be sent back ({error}): return"
-            " numbers, texts, tensors, and lists and dictionaries of them"
+            " numbers, texts, tensors, and lists and dictionaries of them",
+            encoding="utf-8",
         )
         return 1
     (folder / RESULT.format(launch.rank)).write_bytes(raw)

@@ -20,7 +20,7 @@ from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
-from hvdtrain.process.session import session_folder
+from hvdtrain.process.session import on_this_machine, session_folder
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MOST_RANKS = 4096
@@ -45,7 +45,7 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
         LaunchError: this process is a rank itself, or Horovod is not installed.
     """
     launch = detect_launch()
-    if launch.is_parallel:
+    if launch.is_parallel and not (launch.launcher == "srun" and launch.size == 1):  # which a shell of srun --pty is
         raise LaunchError(
             f"this is rank {launch.rank} of {launch.size} that {launch.launcher} has started: start ranks once only,"
             " from outside of them"
@@ -90,7 +90,8 @@ def run_job(
     mark = uuid.uuid4().hex
     command = [*starter, *program] if starter is not None else command_of(ranks, program)
     with session_folder() as for_launcher:
-        environ = {**for_launcher, **os.environ, MARK: mark, **as_owner(), **path_to(sys.executable)}
+        here = on_this_machine() if starter is None else {}
+        environ = {**for_launcher, **here, **os.environ, MARK: mark, **as_owner(), **path_to(sys.executable)}
         process = _started(command, environ, is_read=output is not None)
         try:
             with _passing_signals_on(mark, process.pid if command == [*program] else None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pwd
 import re
 import sys
 import tempfile
@@ -59,7 +60,10 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             number("OMPI_COMM_WORLD_LOCAL_RANK"),
             number("OMPI_COMM_WORLD_LOCAL_SIZE", default=1),
         )
-    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+    # Where MPICH's and Intel MPI's mpiexec start their daemons by srun, and in a shell that `srun --pty` gave, ranks of
+    # theirs have the variables of that step, too. This one is set by them alone.
+    is_mpiexec = "MPI_LOCALRANKID" in environ
+    if "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ and not is_mpiexec:
         return Launch(
             "srun",
             number("SLURM_PROCID"),
@@ -144,11 +148,18 @@ def open_outputs() -> None:
 
 
 def give_home(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Name a folder as the home of a process without one (HOME unset, a user without a name): caches ask for it."""
-    if os.path.expanduser("~") == "~":  # noqa: PTH111 - pathlib raises there
+    """Set HOME where it is not (`env -i`, services, `docker run --user N`): Open MPI does not start without it.
+
+    It is the user's own, or for one without a name a temporary folder.
+    """
+    if environ.get("HOME"):
+        return
+    try:
+        home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
         home = Path(tempfile.gettempdir()) / f"hvdtrain-{os.getuid()}"
         home.mkdir(mode=0o700, exist_ok=True)
-        environ["HOME"] = str(home)
+    environ["HOME"] = str(home)
 
 
 def _keep_memory() -> None:

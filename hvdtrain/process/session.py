@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 
+# Open MPI 5 and 4 would count the tasks of Slurm's job as this machine's slots (one, after `srun --pty bash`), and
+# start their daemon by srun.
+_HERE = dict.fromkeys(("PRTE_MCA_ras", "PRTE_MCA_plm", "OMPI_MCA_ras", "OMPI_MCA_plm"), "^slurm")
+_ROOT = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
 _VARIABLES = ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_local_tmpdir_base")  # of Open MPI 5 and 4
 
 
@@ -23,3 +28,9 @@ def session_folder() -> Iterator[dict[str, str]]:
             folder = tempfile.TemporaryDirectory(prefix="hvdtrain-mpi-", ignore_cleanup_errors=True)
             given = dict.fromkeys(_VARIABLES, held.enter_context(folder))
         yield given
+
+
+def on_this_machine() -> dict[str, str]:
+    """Return the variables by which `mpirun` starts ranks on this machine alone: as root, and in Slurm's jobs, too."""
+    as_root = _ROOT if os.geteuid() == 0 else {}  # in containers and cron, as a rule
+    return as_root | _HERE if "SLURM_JOB_ID" in os.environ else as_root

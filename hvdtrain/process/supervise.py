@@ -35,7 +35,7 @@ _LONGEST_WAIT_FOR_NAMED_S = 1800.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    parser = _parser()
+    parser = make_parser()
     given = parser.parse_args(arguments)
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     if not command:
@@ -145,7 +145,8 @@ _seconds.__name__, _interval.__name__ = "number of seconds", "number of seconds 
 _words.__name__ = "command"
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     parser = argparse.ArgumentParser(
         prog="hvdtrain supervise",
         description="Start a run again whenever it ends before it has finished, on the hosts that there are.",

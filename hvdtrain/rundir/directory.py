@@ -202,7 +202,7 @@ class RunDirectory:
         # Made now: a run that finds metrics and no such folder knows that someone has taken it away.
         self.checkpoints.folder.mkdir(exist_ok=True)
         with replaced_whole(self.config) as temporary:
-            temporary.write_text(tomli_w.dumps(settings))
+            temporary.write_text(tomli_w.dumps(settings), encoding="utf-8")
         with replaced_whole(self.environment) as temporary:
             temporary.write_text(json.dumps(environment, indent=2) + "\n")
         self.model.mkdir(exist_ok=True)

@@ -30,7 +30,7 @@ class PatientFile:
         Raises:
             OSError: the file cannot be written now; the text is kept.
         """
-        self._waiting += text.encode()
+        self._waiting += text.encode("utf-8", "backslashreplace")  # names of files that are not UTF-8
         if self._descriptor < 0:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe is not waited for
             self._descriptor = os.open(self._path, flags, 0o666)

@@ -39,6 +39,8 @@ def check_path(text: str, kind: PathKind, name: str) -> None:
     shown = shortened(text)
     if "\0" in text:
         raise ConfigError(f"{name} {shown!r} holds a NUL byte: no file can have this name")
+    if kind.startswith("new") and any("\udc80" <= sign <= "\udcff" for sign in text):  # libraries cannot write there
+        raise ConfigError(f"{name} {shown!r} is not UTF-8: give a name in plain letters")
     encoded = [len(os.fsencode(part)) for part in text.split("/")]
     if max(encoded) > _LONGEST_NAME or sum(encoded) + len(encoded) > _LONGEST_PATH:
         raise ConfigError(f"{name} {shown} is too long: a name has at most {_LONGEST_NAME} bytes")

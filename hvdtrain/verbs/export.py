@@ -127,7 +127,7 @@ def write_model(
         if (temporary / "config.json").exists():
             _write_config(files, weights, temporary)
         if note:
-            (temporary / "README.md").write_text(note)
+            (temporary / "README.md").write_text(note, encoding="utf-8")
         for name, content in (further or {}).items():
             (temporary / name).write_bytes(content)
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}

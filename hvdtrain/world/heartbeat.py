@@ -263,7 +263,7 @@ class Heartbeat:
     def _write_stacks(self, reason: str) -> None:
         if self._log is None:
             return
-        with contextlib.suppress(OSError, ValueError), self._log.open("a") as file:
+        with contextlib.suppress(OSError, ValueError), self._log.open("a", encoding="utf-8") as file:
             file.write(f"{reason.rstrip()}\nat {self._world.progress.read()}; the stacks of all threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

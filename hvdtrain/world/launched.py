@@ -56,7 +56,8 @@ def launch(
         failures = sorted(folder.glob(FAILURE.format("*")), key=lambda path: path.stat().st_mtime_ns)
         if failures:
             rank = failures[0].stem.partition("-")[2]
-            raise LaunchError(f"rank {rank} of {ranks} has failed:\n{failures[0].read_text().rstrip()}")
+            story = failures[0].read_text(encoding="utf-8").rstrip()
+            raise LaunchError(f"rank {rank} of {ranks} has failed:\n{story}")
         results = [folder / RESULT.format(rank) for rank in range(ranks)]
         if code or not all(path.exists() for path in results):
             raise LaunchError(f"the ranks ended with exit code {code}; what they printed says why")

@@ -63,9 +63,11 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     if is_new:  # torch was imported before the variables were set: a program of the user's own
         torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))
     check_launcher(launch)
-    if not launch.is_parallel:
+    is_without_horovod = launch.size == 1 and importlib.util.find_spec("horovod") is None  # in srun --pty, say
+    if not launch.is_parallel or is_without_horovod:
         return SoloWorld(_solo_device(), launch)
-    _check_host_name()
+    if launch.launcher == "horovodrun --gloo":
+        _check_host_name()
     check_controller(launch)
     return _start_horovod(launch, groups(launch))
 

@@ -115,6 +115,16 @@ def test_a_job_is_requeued_and_loses_nothing(cluster, uninterrupted, tmp_path):
 
 
 @pytest.mark.slurm
+def test_ranks_of_this_machine_in_a_shell_of_slurm(cluster):
+    """As in `srun --pty bash`, a step of one task."""
+    environ = {**environment(), **cluster.environ, "PATH": f"{BIN}{os.pathsep}{cluster.environ['PATH']}"}
+    command = ["srun", "-N1", "-n1", sys.executable, "-m", "hvdtrain", "-np", "2", "--version"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("hvdtrain 0.") == 2, done.stdout
+
+
+@pytest.mark.slurm
 def test_each_trial_of_a_sweep_is_a_task_of_an_array(cluster, tmp_path):
     """The job file gives each task a run of its own, `sweep` submits it and reads what has come of it."""
     given = {

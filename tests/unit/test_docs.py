@@ -30,6 +30,7 @@ GENERATED = {
     "{optimizer-settings}",
     "{recipe-settings}",
     "{verb-options}",
+    "{program-options}",
     "{messages}",
 }
 # Their blocks are one program each, which tests of their own run: on several ranks, too.

@@ -99,6 +99,7 @@ def test_public_names_are_on_the_page():
 def test_every_verb_has_its_options_on_the_page():
     asked = re.findall(r"\{verb-options\} (\w+)", (DOCS / "settings.md").read_text())
     assert asked == [*cli.VERBS]
+    assert re.findall(r"\{program-options\} (\w+)", (DOCS / "settings.md").read_text()) == ["supervise", "setup"]
 
 
 def test_every_recipe_module_has_its_settings_on_the_page():
@@ -129,6 +130,8 @@ def test_the_site_is_built_without_a_warning(tools, site):
     recipes = {name for recipe in RECIPES for name in known_flags(load_recipe(recipe))}
     for name in recipes | set(all_settings("optim.")):
         assert f"--{name.replace('_', '-')}" in settings
+    assert "--hosts-script" in settings
+    assert "--wheel-dir" in settings
     texts = {text for message in tools("messages_page").all_messages() for text in message.texts}
     assert [text for text in texts if " ".join(text.split()) not in messages] == []
 

@@ -379,3 +379,10 @@ def test_types_are_known():
     for verb in cli.VERBS.values():
         assert hints_of(verb.options)
     assert stat.S_ISFIFO  # the zoo's
+
+
+def test_a_run_is_written_where_every_library_can_write():
+    """Of a name in bytes that are no UTF-8, as in Latin-1, tokenizers can make none."""
+    with pytest.raises(ConfigError, match="not UTF-8") as caught:
+        cli.parse(["train", "lm", "--run-dir", os.fsdecode(b"l\xe4ufe")])
+    assert is_one_sentence(caught.value)

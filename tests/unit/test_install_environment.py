@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pip
@@ -14,7 +15,7 @@ from builds import check_lock, fake_mpi, make_environment, script
 
 import hvdtrain
 from hvdtrain.install import mpi, packages, steps
-from hvdtrain.install.__main__ import parse
+from hvdtrain.install.__main__ import install_into_environments, parse
 from hvdtrain.install.environment import Environment, plain_environ
 from hvdtrain.install.preflight import SetupError
 from hvdtrain.install.steps import Setup
@@ -230,3 +231,38 @@ def test_a_set_up_goes_on_where_nobody_reads_it():
     closed = ["sh", "-c", '"$@" >&-', "sh", *command]
     done = subprocess.run(closed, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "end\n")
+
+
+def test_a_torchvision_of_the_users_own_must_import(environment):
+    """As of `pip install hvdtrain[vision]`; what a set-up cannot mend it says, with the one that fits."""
+    packages.declare_operators(environment)  # none is installed
+    asked = 'case "$*" in *m.version*) echo 2.13.0;; *) echo "ImportError: other" >&2; exit 1;; esac'
+    script(environment.python, asked)
+    with pytest.raises(SetupError, match=r"torchvision 2\.13\.0 does not import beside torch 2\.13\.0.*\n.*==0\.28\.0"):
+        packages.declare_operators(environment)
+    assert {"torchvision", "transformers"} <= {*Setup(environment).imports}
+    before = Setup(environment).stamp()
+    script(environment.python, 'case "$*" in *m.version*torchvision) echo 0.28.0;; *) echo 2.13.0;; esac')
+    changed = {name for name, value in Setup(environment).stamp().items() if value != before[name]}
+    assert changed == {"torchvision"}  # installed later, it is looked at in the next set-up
+
+
+@pytest.mark.slow
+def test_pip_installs_into_the_environment_whatever_its_settings_say(tmp_path, monkeypatch):
+    """A pip.conf with `user = true` is the rule at some sites, PIP_TARGET is set by some modules."""
+    environment = Environment(tmp_path / "environment")
+    make_environment(environment.folder)
+    wheel = tmp_path / "one-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("one.py", "")
+        archive.writestr("one-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: one\nVersion: 1.0\n")
+        archive.writestr("one-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("one-1.0.dist-info/RECORD", "")
+    (tmp_path / "pip.conf").write_text("[install]\nuser = true\n[global]\nrequire-virtualenv = true\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "elsewhere"))
+    for name in ("PIP_USER", "PIP_REQUIRE_VIRTUALENV"):
+        monkeypatch.setenv(name, "1")
+    install_into_environments()
+    environment.pip("installing one", "install", "--no-index", "--no-deps", str(wheel))
+    assert environment.version_of("one") == "1.0"

@@ -1,13 +1,19 @@
 """Who started this process, threads, and devices."""
 
 import os
+import pwd
+import subprocess
+import sys
 import tempfile
 
 import pytest
 import torch
 
 from hvdtrain.errors import DataError, LaunchError
+from hvdtrain.process.job import command_of
 from hvdtrain.process.launch import Launch, detect_launch, give_home, prepare_process, threads_per_rank
+from hvdtrain.process.output import while_read
+from hvdtrain.process.session import on_this_machine
 from hvdtrain.world import SoloWorld, pick_device
 from hvdtrain.world.start import check_controller, check_launcher
 
@@ -45,10 +51,42 @@ from hvdtrain.world.start import check_controller, check_launcher
             {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
             Launch("mpiexec", 1, 2, 1, 2),
         ),
+        (  # whose daemons were started by srun, a task for each host
+            {
+                "SLURM_STEP_ID": "0",
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "PMI_RANK": "3",
+                "PMI_SIZE": "4",
+                "MPI_LOCALRANKID": "1",
+                "MPI_LOCALNRANKS": "2",
+            },
+            Launch("mpiexec", 3, 4, 1, 2),
+        ),
+        (  # srun gives its tasks PMI_RANK, too (--mpi=pmi2)
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "PMI_RANK": "1", "PMI_SIZE": "2"},
+            Launch("srun", 1, 2),
+        ),
     ],
 )
 def test_launchers_are_recognised(environ, expected):
     assert detect_launch(environ) == expected
+
+
+def test_a_shell_of_slurm_is_no_rank(monkeypatch):
+    """That of `srun --pty bash` is a step of one task; Open MPI would take that for all the slots that there are."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert on_this_machine() == {}
+    given = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert command_of(1, ["true"]) == ["true"]
+    assert on_this_machine()["PRTE_MCA_ras"] == "^slurm"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert on_this_machine()["OMPI_ALLOW_RUN_AS_ROOT"] == "1"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(LaunchError, match="this is rank 0 of 2 that srun has started"):
+        command_of(1, ["true"])
 
 
 def test_cores_are_shared_and_bound_ranks_keep_their_own(monkeypatch):
@@ -171,13 +209,35 @@ def test_what_is_set_for_another_launcher_is_told_before_horovod_starts(monkeypa
 
 
 def test_a_user_without_name_and_home_gets_one(monkeypatch, tmp_path):
-    """`docker run --user 54321` with HOME unset."""
+    """`docker run --user 54321` with HOME unset; a user with a name has his own (`env -i`)."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    environ = {}
+    environ = {"HOME": "/any"}
     give_home(environ)
-    assert environ == {}
-    monkeypatch.delenv("HOME")
+    assert environ == {"HOME": "/any"}
+    environ = {"HOME": ""}
+    give_home(environ)
+    assert environ == {"HOME": pwd.getpwuid(os.getuid()).pw_dir}
+    environ = {}
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     give_home(environ)
     assert environ == {"HOME": str(tmp_path / "hvdtrain-54321")}
     assert (tmp_path / "hvdtrain-54321").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_reader_that_leaves_ends_an_answer_without_a_traceback(size):
+    """`hvdtrain compare a b | head -1`; what another pipe has lost is an error as ever."""
+    code = "import sys; from hvdtrain.process.output import while_read; sys.exit(while_read(lambda: {}))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stdout, expected in ((writer, (0, "")), (subprocess.DEVNULL, (0, ""))):
+        command = [sys.executable, "-c", code.format(f"print('x' * {size}) or 0")]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == expected
+    os.close(writer)
+    with pytest.raises(BrokenPipeError):
+        while_read(lost)
+
+
+def lost():
+    raise BrokenPipeError

@@ -32,13 +32,13 @@ def check_launch(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def check_host_names(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
-    """Each host must find itself: Gloo ends in a segmentation fault otherwise, whoever started it."""
+    """Each host must find itself where Gloo carries the tensors: it ends in a segmentation fault otherwise."""
     hosts = sorted({facts.host for facts in ranks if not facts.host_resolves})
     if hosts:
-        status = error if ranks[0].launcher != "none" else warning
+        status = error if ranks[0].launcher == "horovodrun --gloo" else warning
         yield status(
             "host name",
-            f"{', '.join(hosts)} has no address for its own name: Horovod crashes at its start",
+            f"{', '.join(hosts)} has no address for its own name: under horovodrun --gloo Horovod crashes at its start",
             f"on it: echo '127.0.1.1 {hosts[0]}' | sudo tee -a /etc/hosts",
         )
 
@@ -121,7 +121,7 @@ def _contact_problem(facts: RankFacts, started: str) -> Finding | None:
 def _advice(facts: RankFacts) -> str:
     if not facts.horovod.version or facts.horovod.problem:
         return _REBUILD
-    if not facts.host_resolves:
+    if not facts.host_resolves and facts.launcher == "horovodrun --gloo":
         return "give the host an address, see 'host name'"
     return "start the same command with fewer ranks, then on one host, to find the one that fails"
 

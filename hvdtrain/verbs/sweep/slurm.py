@@ -75,7 +75,7 @@ def submit(sweep: SweepFolder, recipe: str, trials: Sequence[Trial], options: Sw
     ]
     try:
         with replaced_whole(script) as temporary:
-            temporary.write_text("\n".join(lines) + "\n")
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{script} cannot be written ({error.strerror}): choose another --run-dir") from error
     done = subprocess.run(
