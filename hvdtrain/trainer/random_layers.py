@@ -89,15 +89,25 @@ def _backward(
 
 def _multi_head_attention(self: SampleRandomness, *args: Any, **kwargs: Any) -> Any:
     """Run torch's own, whose inner calls find ours: a mode is off inside the function that it answers."""
-    with _replaced("dropout", self), _replaced("scaled_dot_product_attention", self):
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+    heads = int(kwargs["num_heads"] if "num_heads" in kwargs else args[4])
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(attention, (), args, kwargs)
+
+    def drop(weights: Tensor, p: float = 0.5) -> Tensor:
+        """Drop of weights, (n x heads, T, S), as they are where they are asked for."""
+        dropped = _dropout(self, weights.unflatten(0, (-1, heads)), p)
+        return dropout(weights, p) if dropped is NotImplemented else dropped.flatten(0, 1)
+
+    with _replaced("dropout", drop), _replaced("scaled_dot_product_attention", attend):
         return F.multi_head_attention_forward(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _replaced(name: str, mode: SampleRandomness) -> Iterator[None]:
+def _replaced(name: str, own: Callable[..., Any]) -> Iterator[None]:
     original = getattr(F, name)
-
-    setattr(F, name, lambda *args, **kwargs: mode.__torch_function__(original, (), args, kwargs))
+    setattr(F, name, own)
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hvdtrain.data.text.compressed import open_binary
+from hvdtrain.data.text.compressed import lines_of
 from hvdtrain.data.text.corpus import Document, how_to_convert
 from hvdtrain.data.text.records import kind_of, read_records
 from hvdtrain.errors import DataError
@@ -84,20 +84,19 @@ class PairReader:
         """Yield the lines of a table, each with where it stands: a pair, or what is wrong."""
         columns = (self.source_field or "1", self.target_field or "2")
         places = None if any(not name.isdecimal() for name in columns) else tuple(int(name) - 1 for name in columns)
-        with open_binary(document.path) as file:
-            for number, raw in enumerate(file, 1):
-                where = f"{document.path}, line {number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{where} is not UTF-8 text: {how_to_convert(raw)}") from error
-                cells = line.split("\t")
-                if number == 1 and self.source_field is None is self.target_field and (usual := _usual_columns(cells)):
-                    places = usual
-                elif places is None:
-                    places = _named_columns(document, cells, columns)
-                elif line.strip():
-                    yield where, _pair_of(cells, places)
+        for number, raw in enumerate(lines_of(document.path), 1):
+            where = f"{document.path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where} is not UTF-8 text: {how_to_convert(raw)}") from error
+            cells = line.split("\t")
+            if number == 1 and self.source_field is None is self.target_field and (usual := _usual_columns(cells)):
+                places = usual
+            elif places is None:
+                places = _named_columns(document, cells, columns)
+            elif line.strip():
+                yield where, _pair_of(cells, places)
 
     def _records(self, document: Document, kind: Any) -> Iterator[tuple[str, Pair | str]]:
         for where, raw in read_records(document.path, kind):
