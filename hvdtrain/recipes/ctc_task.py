@@ -47,7 +47,7 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     if recipe.eval.samples != 0:
         needs("jiwer", "the score of what is heard (--eval.samples)", "speech")
     import_transformers()
-    reader = PairReader(data.audio_field, data.text_field, data.on_error)
+    reader = PairReader(data.audio_field, data.text_field, data.on_error, ("--data.audio-field", "--data.text-field"))
     train, held_out = _splits(data, reader, say)
     source = data.tokenizer or recipe.model.path
     trust = recipe.model.trust_remote_code

@@ -23,7 +23,7 @@ def arguments(place, **more):
 
 
 def test_gone_on_with_on_another_number_of_ranks_and_used(hvdtrain, called, place):
-    """Trained on two ranks; from the middle of an epoch once more, by one; then written with, and exported both ways."""
+    """Trained on two ranks; from the middle of an epoch once more, by one; written with, and exported both ways."""
     given = arguments(place, lora_rank=2, lora_dropout=0.1)
     done = hvdtrain("train", "dpo", *given, "--run-dir", "run", launcher="mpirun", ranks=2, timeout=300)
     assert done.code == 0, done.text

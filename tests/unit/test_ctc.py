@@ -258,6 +258,9 @@ def test_tables_of_any_ends_of_lines_and_names(place):
     (place / "list.tsv").write_text("".join(rows), newline="")
     task = build(place, path=str(place / "list.tsv"), val_fraction=0.2)
     assert {clip.text for clip in task.train_data.clips} <= {f"ab c{n}" for n in range(0, 30, 2)}
+    (place / "list.jsonl").write_text('{"where": "clips/0.wav", "said": "ab"}\n')
+    with pytest.raises(DataError, match=r"the fields where, said: .* by --data\.audio-field and --data\.text-field"):
+        build(place, path=str(place / "list.jsonl"))
     (place / "list.tsv").write_text("".join([*rows, "~nosuchuser/1.wav\tab"]), newline="")
     with pytest.raises(DataError, match=r"nosuchuser/1\.wav cannot be read \(there is no such file\)"):
         build(place, path=str(place / "list.tsv"))

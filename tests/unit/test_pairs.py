@@ -70,6 +70,7 @@ def test_parquet(tmp_path):
         ("a.jsonl", '{"source": 3, "target": "b"}', "line 2 has something else than texts in its fields"),
         ("a.jsonl", '{"source": ', "line 2 is no JSON"),
         ("a.jsonl", '["a", "b"]', "line 2 is no record with fields"),
+        ("a.jsonl", '{"source": "\\ud83e", "target": "b"}', "line 2 has half a character"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_or_counted(tmp_path, name, line, problem):

@@ -41,11 +41,13 @@ class PairReader:
             known by its usual names, else the first column.
         target_field: likewise; None: by its usual names, else the second column.
         on_error: stop at what cannot be used, or leave it out.
+        flags: by which a person names the two fields.
     """
 
     source_field: str | None
     target_field: str | None
     on_error: Literal["stop", "skip"]
+    flags: tuple[str, str] = ("--data.source-field", "--data.target-field")
     num_skipped: int = 0
     skipped: list[str] = field(default_factory=list)
     """The first reasons why something was left out."""
@@ -94,7 +96,7 @@ class PairReader:
             if number == 1 and self.source_field is None is self.target_field and (usual := _usual_columns(cells)):
                 places = usual
             elif places is None:
-                places = _named_columns(document, cells, columns)
+                places = _named_columns(document, cells, columns, self.flags)
             elif line.strip():
                 yield where, _pair_of(cells, places)
 
@@ -119,7 +121,7 @@ class PairReader:
             names = next((pair for pair in _KNOWN if all(name in record for name in pair)), names)
         shown = ", ".join(map(str, record)) or "none"
         if None in names:
-            return f"has the fields {shown}: say which of them it is by --data.source-field and --data.target-field"
+            return f"has the fields {shown}: say which of them it is by {' and '.join(self.flags)}"
         missing = [name for name in names if name not in record]
         if missing:
             return f"has no field '{missing[0]}', but {shown}"
@@ -129,7 +131,9 @@ class PairReader:
         return _checked(source, target)
 
 
-def _named_columns(document: Document, cells: list[str], names: Sequence[str]) -> tuple[int, ...]:
+def _named_columns(
+    document: Document, cells: list[str], names: Sequence[str], flags: tuple[str, str]
+) -> tuple[int, ...]:
     """Return the places of columns that the first line names; numbers are counted from 1.
 
     Raises:
@@ -140,7 +144,7 @@ def _named_columns(document: Document, cells: list[str], names: Sequence[str]) -
         if not name.isdecimal() and name not in titles:
             raise DataError(
                 f"{document.path} has no column '{name}' in its first line, but {', '.join(titles)}: name another by"
-                " --data.source-field and --data.target-field, or count columns from 1"
+                f" {' and '.join(flags)}, or count columns from 1"
             )
     return tuple(int(name) - 1 if name.isdecimal() else titles.index(name) for name in names)
 
@@ -164,4 +168,8 @@ def _checked(source: str, target: str) -> Pair | str:
     source, target = source.strip(), target.strip()
     if not source or not target:
         return f"has an empty {'target' if source else 'source'}"
+    try:
+        f"{source}{target}".encode()
+    except UnicodeEncodeError:
+        return "has half a character (a surrogate of UTF-16 without its other half)"
     return source, target

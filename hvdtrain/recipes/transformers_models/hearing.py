@@ -92,8 +92,8 @@ def try_out(model: nn.Module, batch: Batch, loss: CtcLoss) -> tuple[CtcLoss, str
     if difference <= _TOLERANCE:
         return loss, ""
     return replace(loss, is_alone=True), (
-        "padding:    changes what this model hears, so that clips pass through it one at a time: it is no silence to it,"
-        " as where it normalises over time (feat_extract_norm = group)"
+        "padding:    changes what this model hears, so that clips pass through it one at a time, as where it normalises"
+        " over time (feat_extract_norm = group)"
     )
 
 
