@@ -1,4 +1,4 @@
-"""`verify` of adapters, preferences, translation and speech: every check passes on one rank and on two, with dropout."""
+"""`verify` of adapters, preferences, translation and speech: all checks pass on one rank and on two, with dropout."""
 
 import dataclasses
 
