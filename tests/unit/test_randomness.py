@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.models.private_torch import is_freshly_seeded
-from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness
+from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness, one_by_one
 
 CPU = torch.device("cpu")
 SPLITS = {"whole": [6], "uneven": [2, 3, 1], "single": [1] * 6}
@@ -231,3 +231,34 @@ def test_any_number_of_draws_tells_a_generator_from_one_that_was_just_seeded(dra
         torch.randint(2**20, (), generator=generator)
     assert is_freshly_seeded(generator, 2**62 + 5) == (draws == 0)
     assert not is_freshly_seeded(generator.manual_seed(1), 2)
+
+
+class Alone(nn.Module):
+    """Has samples pass one at a time where it is told to, and hands out attention's weights; a part is checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.4, batch_first=True)
+        self.linear = nn.Linear(16, 16)
+        self.is_alone = True
+
+    def forward(self, x):
+        return torch.cat([self.of(x[i : i + 1]) for i in one_by_one(len(x))]) if self.is_alone else self.of(x)
+
+    def of(self, x):
+        x = self.attention(x, x, x, need_weights=True)[0] * (1 + torch.rand([]))
+        return checkpoint(lambda y: F.dropout(self.linear(y), 0.5), x, use_reentrant=False)
+
+
+def test_samples_that_pass_one_at_a_time_draw_the_same():
+    torch.manual_seed(0)
+    model, x = Alone().double(), torch.randn(6, 5, 16).double()
+    whole, gradients = run(model, x, SPLITS["whole"], 1, 2)
+    assert not torch.allclose(whole, run(model, x, SPLITS["whole"], 1, 3)[0])
+    for model.is_alone in (True, False):
+        for sizes in SPLITS.values():
+            output, own = run(model, x, sizes, 1, 2)
+            assert (output - whole).abs().max() < 1e-12
+            for a, b in zip(own, gradients, strict=True):
+                assert (a - b).abs().max() < 1e-11
+    assert list(one_by_one(3)) == [0, 1, 2]  # outside of micro-batches
