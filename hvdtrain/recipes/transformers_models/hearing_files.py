@@ -63,7 +63,7 @@ def check_reads_back(tokenizer: Any, texts: Sequence[str]) -> None:
     if tried:
         raise DataError(
             "the tokenizer does not read back what CTC says, in which tokens are repeated and blanks stand between"
-            " them: it is none for CTC. Give --data.tokenizer one that is; without a model to begin with, none is needed"
+            " them: it is none for CTC. Give --data.tokenizer one that is; a new model needs none"
         )
 
 
