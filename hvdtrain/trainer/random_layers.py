@@ -97,7 +97,7 @@ def _multi_head_attention(self: SampleRandomness, *args: Any, **kwargs: Any) -> 
 
     def drop(weights: Tensor, p: float = 0.5) -> Tensor:
         """Drop of weights, (n x heads, T, S), as they are where they are asked for."""
-        dropped = _dropout(self, weights.unflatten(0, (-1, heads)), p)
+        dropped = _dropout(self, weights.view(-1, heads, *weights.shape[1:]), p)
         return dropout(weights, p) if dropped is NotImplemented else dropped.flatten(0, 1)
 
     with _replaced("dropout", drop), _replaced("scaled_dot_product_attention", attend):
