@@ -19,13 +19,14 @@ from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
-from hvdtrain.settings import NONE, nearest, to_dict
+from hvdtrain.settings import NONE, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
 from hvdtrain.settings.help import help_of
 from hvdtrain.settings.units import shortened
 from hvdtrain.settings.values import Source, Words, nested
+from hvdtrain.verbs.meant import BEFORE_THE_REST, is_recipe, meant_verb
 from hvdtrain.verbs.options import TrainOptions
-from hvdtrain.verbs.table import VERB_SYNONYMS, VERBS, Verb
+from hvdtrain.verbs.table import VERBS, Verb
 
 if TYPE_CHECKING:
     from hvdtrain.settings import OptimConfig
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     open_outputs()
     give_home()
+    if arguments[:1] == ["help"] and arguments[1:2] and arguments[1] in BEFORE_THE_REST:
+        arguments = [arguments[1], "--help"]
     if arguments[:1] == ["--version"]:
         sys.stdout.write(f"hvdtrain {__version__}\n")
         return 0
@@ -120,14 +123,16 @@ def parse(arguments: list[str]) -> Invocation | str:
         UsageError: the message names what is wrong, and the nearest right thing.
     """
     if arguments[:1] in (["--help"], ["-h"], ["help"]):
-        return _overview()
+        if len(arguments) == 1 or arguments[1].startswith("-"):
+            return _overview()
+        return parse([*(["train"] if is_recipe(arguments[1]) else []), *arguments[1:], "--help"])  # help train, help lm
     if arguments[:1] in (["--version"], ["-V"], ["version"]):
         return f"hvdtrain {__version__}\n"
     words, flags = _split(arguments)
     name = words[0] if words else "train"
     verb = VERBS.get(name)
     if verb is None:
-        raise ConfigError(f"there is no verb '{shortened(name)}'{_meant_verb(name)}; see {PROGRAM} --help")
+        raise ConfigError(f"there is no verb '{shortened(name)}'{meant_verb(name)}; see {PROGRAM} --help")
     following = words[1:] if verb.more else words[1:2] or (["lm"] if verb.has_recipe else [])
     if (len(words) > 2 and not verb.more) or (following and not verb.takes):
         word = words[2] if len(words) > 2 else words[1]
@@ -135,16 +140,6 @@ def parse(arguments: list[str]) -> Invocation | str:
     if verb.has_recipe:
         return _parse_recipe(name, following[0], flags)
     return _parse_plain(name, following, flags)
-
-
-def _meant_verb(name: str) -> str:
-    """Return which verb someone may mean, by its meaning or its letters."""
-    from hvdtrain.recipes import RECIPES
-
-    if name in RECIPES or name.endswith(".py"):
-        return f"; did you mean 'train {name}'?"
-    by_meaning = [verb for verb, words in VERB_SYNONYMS.items() if name.lower() in words.split()]
-    return f"; did you mean '{by_meaning[0]}'?" if by_meaning else nearest(name, VERBS)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,31 @@ class ByLength:
         if full > 1:
             batches = batches[permute(np.arange(full), full, seed, ~epoch)]  # no epoch has a number below 0
         return np.concatenate((batches.ravel(), samples[full * self._batch_size :]))
+
+
+# torch's samplers, which pass once over an order that they draw themselves -> what does so at any place of any epoch.
+_INSTEAD = {
+    "WeightedRandomSampler": "hvdtrain.Weighted(weights)",
+    "SequentialSampler": "hvdtrain.InOrder()",
+    "RandomSampler": "nothing, since a task is shuffled anyhow",
+    "SubsetRandomSampler": "nothing, and train_data=torch.utils.data.Subset(dataset, indices)",
+    "DistributedSampler": "nothing, since ranks are dealt their samples anyhow",
+    "BatchSampler": "nothing: --train.global-batch-size says how many samples a step takes",
+}
+
+
+def check_kind(sampler: Any) -> None:
+    """Raise DataError where `Task(sampler=...)` is no `Sampler`."""
+    if sampler is None or (not isinstance(sampler, type) and callable(getattr(sampler, "samples", None))):
+        return
+    if isinstance(sampler, type):
+        raise DataError(f"Task(sampler={sampler.__name__}) holds a class: make an object, {sampler.__name__}(...)")
+    kinds = [kind.__name__ for kind in type(sampler).__mro__]
+    instead = next((_INSTEAD[kind] for kind in kinds if kind in _INSTEAD), "a class with that method")
+    raise DataError(
+        f"Task(sampler=...) holds a {kinds[0]}, which has no method samples(positions, num_samples, seed, epoch): a"
+        f" sampler says what stands at any place of any epoch, so that a run goes on exactly. Give {instead}"
+    )
 
 
 def check_sampler(sampler: Sampler | None, num_samples: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
@@ -18,6 +20,9 @@ from hvdtrain.errors import DataError
 from hvdtrain.process.tracebacks import reading
 
 Collate = Callable[[list[Any]], Any]
+
+# Of a tuple that is meant as (inputs, targets).
+_MOST_COLUMNS = 8
 
 
 class MapSamples:
@@ -108,11 +113,7 @@ def as_dataset(data: Any, collate: Collate | None = None) -> Dataset:
     Raises:
         DataError: it is nothing that can be read.
     """
-    if isinstance(data, DataLoader):
-        raise DataError(
-            "a DataLoader decides itself which samples a batch holds: give the data set that it reads"
-            " (train_data=loader.dataset, collate=loader.collate_fn); ranks, order and workers are hvdtrain's"
-        )
+    _refuse_what_only_looks_like_data(data)
     if hasattr(data, "batch") and hasattr(data, "num_targets"):
         dataset: Dataset = data
         return dataset
@@ -124,3 +125,41 @@ def as_dataset(data: Any, collate: Collate | None = None) -> Dataset:
         f"{type(data).__name__} cannot be read as data: give a map-style data set (__getitem__ and __len__), one that"
         " can be iterated, or hvdtrain's own kind (batch, num_targets and __len__)"
     )
+
+
+def _refuse_what_only_looks_like_data(data: Any) -> None:
+    """Raise DataError where numbers from 0 on are not what samples are found by, though it can be asked for them."""
+    name = type(data).__name__
+    if isinstance(data, DataLoader):
+        raise DataError(
+            "a DataLoader decides itself which samples a batch holds: give the data set that it reads"
+            " (train_data=loader.dataset, collate=loader.collate_fn); ranks, order and workers are hvdtrain's"
+        )
+    if isinstance(data, type):
+        raise DataError(f"the class {data.__name__} is given as data: make an object of it, {data.__name__}(...)")
+    if isinstance(data, str | bytes | PurePath):
+        raise DataError(
+            f"{str(data)[:80]!r} is given as data: a path is not read here. Give a data set that reads it, or train"
+            " text and images in files by the recipes lm, hf and resnet"
+        )
+    if callable(getattr(data, "keys", None)):
+        raise DataError(
+            f"a {name} has its parts by name, and samples are found by number: give one of its parts, such as"
+            " data['train'], or a list of samples"
+        )
+    if isinstance(data, set | frozenset):
+        raise DataError(f"a {name} has no order, and every process would see another one: give sorted(data)")
+    if isinstance(data, tuple) and _are_columns(data):
+        raise DataError(
+            f"a tuple of {len(data)} arrays is {len(data)} samples: if each holds a value of all samples, write"
+            " hvdtrain.TensorSamples(x, y), of tensors"
+        )
+
+
+def _are_columns(data: tuple[Any, ...]) -> bool:
+    """Tell whether a tuple is a few arrays of one length, that is greater than their number."""
+    if not 2 <= len(data) <= _MOST_COLUMNS:
+        return False
+    if not all(isinstance(item, Tensor | np.ndarray) and item.ndim for item in data):
+        return False
+    return len({len(item) for item in data}) == 1 and len(data[0]) > len(data)

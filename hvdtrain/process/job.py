@@ -150,10 +150,14 @@ def _started(command: list[str], environ: dict[str, str], is_read: bool) -> subp
 
 
 def start_ranks(arguments: Sequence[str]) -> int:
-    """Run `hvdtrain` on ranks of this machine: how many is the first argument. Returns the exit code."""
+    """Run `hvdtrain` on ranks of this machine; returns the exit code.
+
+    How many is the first argument. Where `python` follows, what comes after it is a program of the user's own.
+    """
     try:
         ranks = count_of_ranks(arguments[0] if arguments else "")
-        return run_job(ranks, [sys.executable, "-m", "hvdtrain", *arguments[1:]])
+        is_own = len(arguments) > 2 and arguments[1] in ("python", "python3")
+        return run_job(ranks, [sys.executable, *(arguments[2:] if is_own else ("-m", "hvdtrain", *arguments[1:]))])
     except HvdtrainError as error:
         sys.stderr.write(f"hvdtrain: {error}\n")
         return error.exit_code

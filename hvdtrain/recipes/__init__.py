@@ -5,9 +5,11 @@ A user's own recipe is a Python file with a function `recipe` that does the same
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +52,7 @@ _SYNONYMS = {
     "mnist": "fashion-mnist digits mlp",
 }
 """What people call a recipe that has another name here."""
+_SETTINGS = (".toml", ".yaml", ".yml", ".json", ".cfg", ".ini")
 
 
 def load_recipe(name: str) -> Recipe:
@@ -60,6 +63,10 @@ def load_recipe(name: str) -> Recipe:
     """
     if name.endswith(".py"):
         return _from_file(Path(name))
+    if name.endswith(_SETTINGS):
+        raise ConfigError(
+            f"{shortened(name)} is a file of settings, and no recipe: train RECIPE --config FILE, and the file is TOML"
+        )
     if name not in RECIPES:
         by_meaning = [recipe for recipe, words in _SYNONYMS.items() if name.lower() in words.split()]
         hint = f"; did you mean '{by_meaning[0]}'?" if by_meaning else nearest(name, RECIPES)
@@ -70,6 +77,7 @@ def load_recipe(name: str) -> Recipe:
 
 def _from_file(path: Path) -> Recipe:
     check_path(str(path), "file", "the recipe file")
+    _check_has_recipe(path)
     name = f"hvdtrain_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -80,12 +88,29 @@ def _from_file(path: Path) -> Recipe:
         spec.loader.exec_module(module)
     function = getattr(module, "recipe", None)
     if not callable(function):
-        raise ConfigError(f"{path} defines no function 'recipe' that returns a hvdtrain.Recipe")
+        raise ConfigError(_says_no_recipe(path))
     with _in_a_sentence(path, "defines a function 'recipe' that fails"):
         recipe = function()
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"recipe() in {path} returned a {type(recipe).__name__}, not a hvdtrain.Recipe")
     return recipe
+
+
+def _check_has_recipe(path: Path) -> None:
+    """Raise ConfigError where a file does not even mention a recipe: to run a program to its end is not to load it."""
+    text = path.read_text(errors="replace")
+    if re.search(r"\brecipe\b|import \*", text):
+        return
+    with contextlib.suppress(SyntaxError, ValueError):  # to be told of when it is loaded
+        ast.parse(text)
+        raise ConfigError(_says_no_recipe(path))
+
+
+def _says_no_recipe(path: Path) -> str:
+    return (
+        f"{path} defines no function 'recipe' that returns a hvdtrain.Recipe; a program with a loop of its own is"
+        f" started by a launcher: horovodrun -np 2 python {path}, or hvdtrain -np 2 python {path}"
+    )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.table import own_class, owners, with_name
 from hvdtrain.settings import Config, OptimConfig, merge, nearest
+from hvdtrain.settings.common import full_name
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.paths import check_path
 from hvdtrain.settings.units import shortened
@@ -62,6 +63,18 @@ def changeable(names: Sequence[str], recipe: Config, source: Source) -> tuple[st
                 " --run-dir"
             )
     return tuple(given.replace("-", "_") for given in names)
+
+
+def in_sections(settings: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return a program's settings by section, where some are given by short or full names: `{"steps": 5}`."""
+    known = {name for name, _, _ in fields_of(recipe)}
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, last = full_name(name.replace("-", "_"), known).partition(".")
+        whole = value if isinstance(value, Mapping) or not last else {last: value}
+        before = result.get(section if last else name)
+        result[section if last else name] = {**before, **whole} if isinstance(before, Mapping) else whole
+    return result
 
 
 def read_toml(path: Path) -> dict[str, Any]:

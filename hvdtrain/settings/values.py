@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.settings.fields import alternatives, check_range, hints_of, is_optional, words_for
+from hvdtrain.settings.fields import alternatives, check_range, fields_of, hints_of, is_optional, words_for
 from hvdtrain.settings.paths import expanded
 from hvdtrain.settings.synonyms import advice, meant
 from hvdtrain.settings.units import shortened
@@ -42,18 +42,21 @@ class Source:
         """Return how messages call a setting."""
         return f"{self.file}: {setting}" if self.file else f"--{setting.replace('_', '-')}"
 
-    def unknown(self, setting: str, known: Iterable[str]) -> ConfigError:
-        """Return the error for a setting that there is not; names the one that is meant, or the nearest."""
+    def unknown(self, setting: str, known: Iterable[str], elsewhere: Iterable[str] = ()) -> ConfigError:
+        """Return the error for a setting that there is not; names the one that is meant, or the nearest of `known`.
+
+        What is meant may also be one of those `elsewhere`, in other sections.
+        """
         what = (
             f"{self.file}: there is no setting '{setting}'" if self.file else f"there is no flag '{self.name(setting)}'"
         )
-        return ConfigError(f"{shortened(what, 160)}{self._hint(setting, [*known])}")
+        return ConfigError(f"{shortened(what, 160)}{self._hint(setting, [*known], [*elsewhere])}")
 
-    def _hint(self, setting: str, known: list[str]) -> str:
+    def _hint(self, setting: str, known: list[str], elsewhere: list[str]) -> str:
         def written(name: str) -> str:
             return name if self.file else self.name(name)
 
-        found = meant(setting, known)
+        found = meant(setting, known) or meant(setting, elsewhere)
         if found:
             return f"; did you mean {' or '.join(repr(written(name)) for name in found)}?"
         if advice(setting):
@@ -125,7 +128,8 @@ def merge(config: T, values: Mapping[str, Any], source: str | Source = "the conf
     for given, value in values.items():
         key, name = given.replace("-", "_"), f"{prefix}{given}"
         if key not in hints:
-            raise source.unknown(name, [f"{prefix}{known}" for known in hints])
+            everywhere = [] if prefix else [setting for setting, _, _ in fields_of(config)]
+            raise source.unknown(name, [f"{prefix}{known}" for known in hints], everywhere)
         current = getattr(config, key)
         if not dataclasses.is_dataclass(current):
             changes[key] = convert(value, hints[key], source.name(name))

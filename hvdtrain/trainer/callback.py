@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError
@@ -106,6 +107,11 @@ def callback_components(job: Job) -> list[Component]:
         if isinstance(callback, type):
             raise ConfigError(
                 f"Task.callbacks holds the class {callback.__name__}: make an object, {callback.__name__}()"
+            )
+        if isinstance(callback, torch.optim.lr_scheduler.LRScheduler):
+            raise ConfigError(
+                f"Task.callbacks holds torch's {type(callback).__name__}, which would change nothing: the learning rate"
+                " is set before every step, as --optim.schedule says"
             )
         if not any(callable(getattr(callback, method, None)) for method in _METHODS):
             raise ConfigError(

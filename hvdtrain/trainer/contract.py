@@ -75,8 +75,10 @@ def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Opt
     """Return the optimizer.
 
     Raises:
-        ConfigError: it moves what is not the model's, which no checkpoint would hold.
+        ConfigError: it is none, or moves what is not the model's, which no checkpoint would hold.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"build_optimizer returned a {type(optimizer).__name__}: return a torch.optim.Optimizer")
     own = set(model.parameters())
     for parameter in owned_by(optimizer):
         if parameter not in own:
@@ -166,7 +168,10 @@ def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> 
     can_halve = all(_has_rows(tensor, rows) and tensor.layout == torch.strided for tensor in tensors_in(batch))
     half = map_tensors(lambda tensor: tensor[: -(-rows // 2)], batch) if can_halve else batch
     with _undisturbed(model), uncompiled():
+        had_none = not _have_gradients(model)
         once = _values(forward, half)
+        if had_none and _have_gradients(model):
+            raise ConfigError("loss_sums has called backward(): return the loss, and hvdtrain differentiates it")
         if once is _FAILED:
             return
         _check_kinds(task, model, once)
@@ -194,6 +199,10 @@ def _check_mean(name: str, once: float, twice: float) -> None:
             f"loss_sums returns a sum as '{name}' (the same samples twice give {twice:.6g}, once {once:.6g}), and the"
             " task says reduction='mean': return the mean over the batch's targets, or leave out reduction="
         )
+
+
+def _have_gradients(model: nn.Module) -> bool:
+    return any(parameter.grad is not None for parameter in model.parameters())
 
 
 def _values(forward: Forward, batch: Batch) -> Any:

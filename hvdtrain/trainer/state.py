@@ -232,6 +232,7 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
     options["bucket_bytes"] = comm.bucket_mib << 20
     options["offload"] = job.is_offloaded
+    options["warns_of_copies"] = False  # the order deals the samples out, and a data set may hold equal ones
     for component in components:
         options.update(component.wrap_options)
     optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)

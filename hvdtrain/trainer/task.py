@@ -43,8 +43,25 @@ def _check_kinds(part: Any) -> None:
             )
         if kind.startswith("Callable[") and not callable(value) and value is not None:
             raise ConfigError(f"{name}({item.name}=...) takes a function, not an object of type {type(value).__name__}")
+        if kind == "nn.Module":
+            _check_model(value)
+        if isinstance(value, type) and item.name == "build_optimizer":
+            raise ConfigError(
+                f"{name}(build_optimizer=...) takes a function of the settings and the model, not a class: write"
+                f" build_optimizer=lambda optim, model: {value.__name__}(model.parameters(), lr=optim.peak_lr)"
+            )
         if kind == "str" and not isinstance(value, str):
             raise ConfigError(f"{name}({item.name}={value!r}) must be a text")
+
+
+def _check_model(model: Any) -> None:
+    from torch import nn
+
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        raise ConfigError(f"Task(model=...) holds a class: make an object, {model.__name__}(...)")
+    raise ConfigError(f"Task(model=...) takes a torch.nn.Module, not an object of type {type(model).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +180,11 @@ class Task:
             DataError: they cannot be read.
             ConfigError: another field holds something else than it is for.
         """
+        from hvdtrain.data.samplers import check_kind
         from hvdtrain.data.users import as_dataset  # a recipe's settings are read before torch is there
 
         _check_kinds(self)
+        check_kind(self.sampler)
         # Frozen for whoever has a task; this is its making.
         object.__setattr__(self, "train_data", as_dataset(self.train_data, self.collate))
         object.__setattr__(self, "val_data", as_dataset(self.val_data, self.collate))

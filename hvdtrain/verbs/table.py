@@ -124,7 +124,7 @@ VERBS = {
 }
 
 VERB_SYNONYMS = {
-    "train": "run fit start resume continue finetune fine-tune pretrain learn go",
+    "train": "run fit start resume restore continue finetune fine-tune pretrain learn go",
     "verify": "test prove validate",
     "bench": "benchmark profile time measure speed",
     "plan": "scale predict-scaling estimate advise how-many",
@@ -136,5 +136,7 @@ VERB_SYNONYMS = {
     "watch": "monitor follow tail top dashboard progress live",
     "compare": "diff difference versus vs",
     "predict": "classify infer inference label recognise recognize transcribe asr",
+    "setup": "install build init bootstrap compile",
+    "supervise": "restart watchdog elastic keep-alive keepalive babysit auto-resume",
 }
 """What people call a verb that has another name here."""

@@ -15,7 +15,7 @@ import torch
 
 from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, UsageError
 from hvdtrain.recipes import load_recipe
-from hvdtrain.recipes.given import apply, changeable, read_toml
+from hvdtrain.recipes.given import apply, changeable, in_sections, read_toml
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.rundir.lock import Claim
@@ -60,7 +60,7 @@ def train(
 ) -> TrainResult:
     """Train a recipe to its last step: from the first, or from the newest checkpoint in `run_dir`. Collective.
 
-        result = hvdtrain.train("mnist", run_dir="runs/a", train={"epochs": 2}, optim={"peak_lr": 0.05})
+        result = hvdtrain.train("mnist", run_dir="runs/a", epochs=2, optim={"peak_lr": 0.05})
         print(result.metrics["val/accuracy"])
 
     Under horovodrun, mpirun or srun every rank calls it alike.
@@ -70,7 +70,8 @@ def train(
         run_dir: directory of this run; None for a new one under `runs/`.
         config: TOML file of settings; `settings` win over it.
         allow_config_change: settings, such as "optim.peak_lr", that may differ from those that the run was begun with.
-        **settings: a dictionary for each section, with the names of config.toml; values for the recipe's own fields.
+        **settings: a dictionary for each section, with the names of config.toml; values for the recipe's own fields,
+            and for the command line's short names, such as `steps=100`, `lr=0.1` or `data="text"`.
 
     Raises:
         ConfigError: a setting that does not exist, or settings that do not fit together.
@@ -86,7 +87,7 @@ def train(
     name = type(recipe).__name__.lower() if isinstance(recipe, Recipe) else str(recipe)
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     layers = [(read_toml(Path(config)), Source(str(config)))] if config is not None else []
-    chosen = apply(chosen, [*layers, (settings, Source("train()"))])
+    chosen = apply(chosen, [*layers, (in_sections(settings, chosen), Source("train()"))])
     allowed = changeable(allow_config_change, chosen, Source("train()"))
     request = Request(name, chosen, None if run_dir is None else Path(run_dir), False, allowed)
     return run(request, leaves=False)

@@ -61,6 +61,8 @@ class Averaging:
     rank's pieces, and their `grad` is its part of the mean: for the trainer, which clips and saves by them."""
     offload: bool = False
     """Keep the optimizer's state in host memory, and take it to the parameters' device a part at a time."""
+    warns_of_copies: bool = True
+    """Say so where all ranks compute the same gradient in the first steps: they read the same samples, then."""
 
     def __post_init__(self) -> None:
         for name in ("accum_steps", "bucket_bytes"):
@@ -263,6 +265,7 @@ def wrap_optimizer(
     world.num_wraps += 1
     prefix = f"gradients.{world.num_wraps}"
     codec = averaging.codec()
+    codec.meet(model)
     layout = sharding.layout(prefix, codec) if sharding else None
     wrapped._exchange = exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, codec, layout)
     world.claim_gradients(exchange)

@@ -6,6 +6,12 @@ import importlib
 from typing import Any
 
 _NOTHING = object()
+_PARTS = ("mpi", "gloo", "nccl", "cuda", "rocm", "ccl", "ddl")
+
+
+def built_with() -> frozenset[str]:
+    """Return what Horovod was built with, of mpi, gloo, nccl, cuda, rocm, ccl and ddl; nothing where it is missing."""
+    return frozenset(part for part in _PARTS if ask_horovod(f"{part}_built", otherwise=False))
 
 
 def ask_horovod(name: str, *arguments: Any, otherwise: Any = _NOTHING) -> Any:

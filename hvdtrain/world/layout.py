@@ -9,7 +9,8 @@ from torch import nn
 
 from hvdtrain.models.walk import are_same
 from hvdtrain.world.buckets import AdasumTensor, Bucket, in_buckets
-from hvdtrain.world.codec import Codec
+from hvdtrain.world.codec import AsTheyAre, Codec
+from hvdtrain.world.copies import CopyWatch
 from hvdtrain.world.filling import real
 from hvdtrain.world.question import Question
 from hvdtrain.world.sparse_rows import SparseRows
@@ -73,11 +74,14 @@ class Layout:
         self.order: list[str] = []
         """Names of parameters in the order in which backward finishes them; empty: the reverse of the model's."""
         self._has_new_order = False
+        is_watched = averaging.warns_of_copies and world.rank == 0 and type(codec) is AsTheyAre
+        is_plain = averaging.op == "average" and not averaging.gradient_as_bucket_view and not averaging.shard
+        self._copies = [CopyWatch(world, parameters)] if is_watched and is_plain else []
 
     @property
     def parts(self) -> Sequence[Travelling]:
         """Return all of them, in the order in which they are sent."""
-        return [*self.buckets, *self.sparse]
+        return [*self.buckets, *self.sparse, *(watch for watch in self._copies if not watch.is_over)]
 
     @property
     def is_under_way(self) -> bool:

@@ -17,6 +17,7 @@ from hvdtrain.errors import DivergedError, HvdtrainError
 from hvdtrain.models.elsewhere import kept_elsewhere
 from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
+from hvdtrain.world.build_info import built_with
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import load_in_place
@@ -36,6 +37,11 @@ class World(Collectives):
     num_wraps: int = 0
     """Optimizers that `wrap` was given: each one's collectives have names of their own."""
     _exchanges: Sequence[weakref.ref[GradientExchange]] = ()
+
+    @functools.cached_property
+    def built_with(self) -> frozenset[str]:
+        """What Horovod was built with: "mpi", "gloo", "nccl", "cuda" and so on; nothing where it is not installed."""
+        return built_with()
 
     @functools.cached_property
     def reads_at_once(self) -> bool:

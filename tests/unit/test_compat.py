@@ -78,6 +78,8 @@ def test_one_process(hvd):
     assert hvd.allgather_object(3) == [3]
     hvd.barrier()
     assert hvd.join() == 0
+    parts = ("mpi", "gloo", "nccl", "cuda", "rocm", "ccl", "ddl")
+    assert hvd.world().built_with == {part for part in parts if getattr(hvd, f"{part}_built")()}
 
 
 @pytest.mark.parametrize("call", REFUSED_CALLS.values(), ids=REFUSED_CALLS)

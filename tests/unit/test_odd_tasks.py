@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.utils import data as utils
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError
@@ -51,7 +52,7 @@ def squares(model, batch):
 
 def task(**fields):
     fields = {"train_data": Numbers(), "val_data": Numbers(), "loss_sums": squares, **fields}
-    return hvdtrain.Task(model=torch.nn.Linear(3, 1), **fields)
+    return hvdtrain.Task(**{"model": torch.nn.Linear(3, 1), **fields})
 
 
 class Odd(hvdtrain.Recipe):
@@ -82,11 +83,33 @@ def train(tmp_path, **fields):
         ({"loss_sums": 3}, "takes a function"),
         ({"collate": "pad"}, "takes a function"),
         ({"unit": 3}, "must be a text"),
+        ({"model": torch.nn.Linear}, r"model=\.\.\.\) holds a class: make an object, Linear\("),
+        ({"model": squares}, r"takes a torch\.nn\.Module, not an object of type function"),
+        ({"build_optimizer": torch.optim.Adam}, r"not a class: write build_optimizer=lambda optim, model: Adam\("),
     ],
 )
 def test_a_field_of_another_kind(fields, says):
     with pytest.raises(ConfigError, match=says):
         task(**fields)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "says"),
+    [
+        (utils.WeightedRandomSampler([1.0] * 16, 16), r"hvdtrain\.Weighted\(weights\)"),
+        (utils.SequentialSampler(range(16)), r"Give hvdtrain\.InOrder\(\)"),
+        (utils.RandomSampler(range(16)), "Give nothing, since a task is shuffled anyhow"),
+        (utils.SubsetRandomSampler(range(4)), "Subset"),
+        (utils.DistributedSampler(range(16), num_replicas=2, rank=0), "ranks are dealt their samples anyhow"),
+        (utils.BatchSampler(range(16), 4, drop_last=False), "global-batch-size"),
+        (range(16), r"a range, which has no method samples.* Give a class with that method"),
+        (hvdtrain.InOrder, r"holds a class: make an object, InOrder\("),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_sampler_is_told_what_is_instead(sampler, says):
+    with pytest.raises(DataError, match=says):
+        task(sampler=sampler)
 
 
 def test_parts_of_a_task_are_looked_at_too():
@@ -111,6 +134,27 @@ def test_a_sample_that_is_none_is_not_left_out_in_silence(tmp_path, kind, collat
 def test_samples_of_two_kinds(tmp_path):
     with pytest.raises(DataError, match=r"of type Tensor, sample 5 of type str|sample \d+ of type"):
         train(tmp_path, train_data=Numbers({5: "text"}))
+
+
+def test_an_optimizer_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"returned a NoneType: return a torch\.optim\.Optimizer"):
+        train(tmp_path, build_optimizer=lambda optim, model: None)
+
+
+def test_a_loss_that_is_differentiated_already(tmp_path):
+    def differentiated(model, batch):
+        loss = squares(model, batch)
+        loss["loss"].backward()
+        return loss
+
+    with pytest.raises(ConfigError, match=r"has called backward\(\): return the loss"):
+        train(tmp_path, loss_sums=differentiated)
+
+
+def test_a_scheduler_of_torch_is_no_callback(tmp_path):
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1), 2)
+    with pytest.raises(ConfigError, match=r"holds torch's StepLR, which would change nothing"):
+        train(tmp_path, callbacks=[scheduler])
 
 
 def test_a_complex_loss(tmp_path):

@@ -25,6 +25,8 @@ from hvdtrain.settings.fields import fields_of, hints_of, is_optional
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags
 from hvdtrain.settings.help import docs_of
 from hvdtrain.settings.values import Source, Words, nested
+from hvdtrain.verbs import meant
+from hvdtrain.verbs.meant import BEFORE_THE_REST
 from hvdtrain.verbs.table import VERB_SYNONYMS
 
 PACKAGE = Path(hvdtrain.__file__).parent
@@ -437,9 +439,12 @@ def test_synonyms_name_settings_that_exist():
     known |= {"train.ema", "data.workers"}  # of other rooms
     known |= {name for recipe in RECIPES for name in known_flags(load_recipe(recipe))}
     assert {*synonyms._SETTINGS} <= known
-    assert {*synonyms._ADVICE}.isdisjoint(synonyms._BY_NAME)
-    assert {*VERB_SYNONYMS} <= {*cli.VERBS}
-    assert not {word for words in VERB_SYNONYMS.values() for word in words.split()} & {*cli.VERBS}
+    told = [word for words in synonyms._ELSEWHERE for word in words.split()]
+    assert len({*told}) == len(told)
+    assert {*VERB_SYNONYMS} <= {*cli.VERBS, *BEFORE_THE_REST}
+    verbs = [word for words in VERB_SYNONYMS.values() for word in words.split()]
+    assert len({*verbs}) == len(verbs)
+    assert not {*verbs} & {*cli.VERBS, *BEFORE_THE_REST, *meant._ADVICE}
     assert {*recipes._SYNONYMS} <= {*RECIPES}
     named = [word for words in recipes._SYNONYMS.values() for word in words.split()]
     assert len({*named}) == len(named)

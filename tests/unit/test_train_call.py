@@ -14,6 +14,9 @@ import pytest
 import torch
 
 import hvdtrain
+from hvdtrain.process.job import start_ranks
+from hvdtrain.recipes import load_recipe
+from hvdtrain.recipes.given import in_sections
 from hvdtrain.rundir import checkpoint as one
 from hvdtrain.trainer import precision, saver
 
@@ -71,6 +74,24 @@ def test_it_returns_what_was_reached(tmp_path, capsys):
     assert again.metrics == result.metrics
 
 
+def test_short_and_full_names(tmp_path):
+    """`hvdtrain.train("lm", steps=100)`, as the command line has it, beside sections."""
+    given = {"steps": 4, "lr": 0.1, "optim": {"name": "sgd"}, "batch-size": 8, "seed": 3, "log.every": 2}
+    assert hvdtrain.train(RECIPE, run_dir=tmp_path / "run", **given).step == 4
+    settings = (tmp_path / "run" / "config.toml").read_text()
+    for line in ("steps = 4", "peak_lr = 0.1", 'name = "sgd"', "global_batch_size = 8", "seed = 3", "every = 2"):
+        assert line in settings.splitlines()
+    recipe = load_recipe("lm")
+    assert in_sections({"data": "text", "model": {"hidden_size": 8}, "workers": 1}, recipe) == {
+        "data": {"path": "text", "workers": 1},
+        "model": {"hidden_size": 8},
+    }
+    assert in_sections({"data": "images", "model": "resnet18"}, load_recipe("resnet")) == {
+        "data": {"root": "images"},
+        "model": {"name": "resnet18"},
+    }
+
+
 def test_a_file_of_settings_and_two_that_fix_the_batch(tmp_path):
     (tmp_path / "settings.toml").write_text("[train]\nsteps = 3\nmicro-batch-size = 2\n")
     result = hvdtrain.train(
@@ -94,6 +115,9 @@ def test_a_file_of_settings_and_two_that_fix_the_batch(tmp_path):
         ({"train": {"steps": -1}}, "greater than 0"),
         ({"train": 3}, "'train' is a section"),
         ({"config": "nowhere.toml"}, "nowhere.toml cannot be read"),
+        ({"learning_rate": 0.1}, r"there is no setting 'learning_rate'; did you mean 'optim.peak_lr'\?"),
+        ({"num_epochs": 3}, r"did you mean 'train.epochs'\?"),
+        ({"steps": -1}, r"train\.steps.* greater than 0"),
         ({"train": {"global_batch_size": 3, "micro_batch_size": 2}}, "divide"),
     ],
 )
@@ -258,3 +282,17 @@ def test_auto_is_written_down_as_what_it_came_to(monkeypatch, tmp_path, capfd, i
     monkeypatch.setattr(precision, "is_fast_in_bf16", lambda device: not is_fast)  # on another machine
     with pytest.raises(hvdtrain.UsageError, match=r"train\.precision"):
         hvdtrain.train(RECIPE, run_dir=tmp_path, train={"precision": "auto", "steps": 9})
+
+
+def test_np_starts_programs_of_ones_own(tmp_path, monkeypatch, capfd):
+    """`hvdtrain -np N python program.py`, as launchers do; what has no function `recipe` is not run by `train`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("import sys\nprint('ran', *sys.argv[1:])\nsys.exit(3)\n")
+    assert start_ranks(["1", "python", "own.py", "--lr", "3"]) == 3
+    assert capfd.readouterr().out == "ran --lr 3\n"
+    with pytest.raises(hvdtrain.ConfigError, match=r"own\.py defines no function 'recipe'.*hvdtrain -np 2 python own"):
+        load_recipe("own.py")
+    assert capfd.readouterr().out == ""
+    (tmp_path / "own.py").write_text("print(\n")
+    with pytest.raises(hvdtrain.ConfigError, match="is not Python"):
+        load_recipe("own.py")

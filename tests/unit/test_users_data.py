@@ -1,7 +1,9 @@
 """Data that users bring: torch's map-style data sets, and streams that go on where they were."""
 
 import io
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,6 +31,13 @@ def test_kinds_of_data():
     [
         (DataLoader(TensorDataset(torch.arange(3))), None, "train_data=loader.dataset"),
         (3, None, "int cannot be read as data"),
+        (TensorDataset, None, r"the class TensorDataset is given as data: make an object of it"),
+        ("photos", None, "'photos' is given as data: a path is not read here"),
+        (Path("photos"), None, "'photos' is given as data: a path is not read here"),
+        ({"train": [1], "test": [2]}, None, r"a dict has its parts by name.*data\['train'\]"),
+        ({"a", "b"}, None, r"a set has no order"),
+        ((torch.zeros(9, 3), torch.zeros(9)), None, r"a tuple of 2 arrays is 2 samples.*TensorSamples\(x, y\)"),
+        ((np.zeros((9, 3)), np.zeros(9)), None, r"a tuple of 2 arrays is 2 samples"),
     ],
 )
 def test_what_is_no_data_is_explained(data, collate, says):

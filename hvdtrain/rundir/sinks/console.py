@@ -8,10 +8,9 @@ import logging
 import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import TextIO
 
-from tqdm import tqdm
-
+from hvdtrain.rundir.sinks.bar import Bar
 from hvdtrain.rundir.sinks.sink import Metrics
 from hvdtrain.settings.units import duration
 
@@ -34,7 +33,7 @@ class Console:
     def __init__(self, is_terminal: bool, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._is_terminal = is_terminal
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         self._num_steps = 0
         self._last_line = float("-inf")
         self._waiting = b""
@@ -44,9 +43,7 @@ class Console:
         """Start showing progress from `step` to `num_steps`."""
         self._num_steps = num_steps
         if self._is_terminal:
-            self._bar = tqdm(
-                initial=step, total=num_steps, unit="step", dynamic_ncols=True, leave=False, file=self._stream
-            )
+            self._bar = Bar(step, num_steps, self._stream)
 
     def say(self, text: str) -> None:
         """Print a line, in one write: several ranks may share the terminal."""
