@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def find_clips(path: str, reader: PairReader) -> list[Clip]:
     heard = [document for document in documents if document.path.suffix.lower() in SUFFIXES]
     if not heard:
         clips = [
-            Clip(document.path.parent / Path(name).expanduser(), name, text)
+            Clip(document.path.parent / _at_home(name), name, text)
             for document in documents
             for name, text in reader.read([document])
         ]
@@ -71,16 +72,21 @@ def find_clips(path: str, reader: PairReader) -> list[Clip]:
     return found
 
 
+def _at_home(name: str) -> str:
+    """Return a path of a table with `~` replaced; where there is no such user it stays, and names no file."""
+    return os.path.expanduser(name)  # noqa: PTH111  pathlib raises there
+
+
 def _listed(folders: set[Path]) -> dict[Path, str]:
     """Return the texts of clips that files NAME.trans.txt list, as LibriSpeech has them: a clip's name and its text."""
     texts: dict[Path, str] = {}
     for folder in folders:
         heard = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
         for file in folder.glob(f"*{_LISTS}"):
-            for line in _text_of(file).splitlines():
-                name, _, text = line.partition(" ")
-                if name in heard:
-                    texts[heard[name]] = text
+            for line in _text_of(file).split("\n"):
+                parts = line.split(maxsplit=1)
+                if len(parts) == 2 and parts[0] in heard:
+                    texts[heard[parts[0]]] = parts[1]
     return texts
 
 

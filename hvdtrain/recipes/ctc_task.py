@@ -26,6 +26,7 @@ from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spr
 from hvdtrain.recipes.transformers_models.auto_classes import load_as, needs
 from hvdtrain.recipes.transformers_models.hearing import CtcLoss, small_wav2vec2, try_out, write_down
 from hvdtrain.recipes.transformers_models.hearing_files import (
+    check_reads_back,
     find_extractor,
     find_tokenizer,
     make_tokenizer,
@@ -35,6 +36,8 @@ from hvdtrain.recipes.transformers_models.loading import import_transformers
 from hvdtrain.trainer.task import CorpusEvaluation, Task
 
 KIND = "AutoModelForCTC"
+_READ_BACK = 16
+"""Texts that a tokenizer is tried on."""
 
 
 def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
@@ -44,7 +47,7 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     if recipe.eval.samples != 0:
         needs("jiwer", "the score of what is heard (--eval.samples)", "speech")
     import_transformers()
-    reader = PairReader(data.audio_field, data.text_field, data.on_error)
+    reader = PairReader(data.audio_field, data.text_field, data.on_error, ("--data.audio-field", "--data.text-field"))
     train, held_out = _splits(data, reader, say)
     source = data.tokenizer or recipe.model.path
     trust = recipe.model.trust_remote_code
@@ -67,6 +70,7 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
         loss, way = try_out(model, train_data.batch(shortest(train_data.lengths)), loss)
     _check_letters(about, tokenizer)
+    check_reads_back(tokenizer, [clip.text for clip in train_data.clips[:_READ_BACK]])
     seconds = [samples.lengths.sum() / rate for samples in (train_data, val_data)]
     lines = (
         f"data:       {data.path}: {len(train_data):,} clips of {_hours(seconds[0])}, {len(val_data):,} of"
@@ -171,6 +175,11 @@ class _Usable:
             tokens = list(self._tokenizer(clip.text)["input_ids"])
             # CTC needs a frame a token, and one between two that are alike.
             needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
+            if self._tokenizer.pad_token_id in tokens:
+                self._reader.pass_over(
+                    f"the text of the clip {clip.path} holds {self._tokenizer.pad_token}, which is CTC's blank"
+                )
+                continue
             frames = int(whole._get_feat_extract_output_lengths(torch.tensor(length)))
             if not tokens or frames < needed:
                 self._reader.pass_over(

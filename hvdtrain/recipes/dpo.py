@@ -4,7 +4,9 @@
     horovodrun -np 4 python -m hvdtrain train dpo --model.path DIR_OR_NAME --data.path pairs.jsonl --model.lora-rank 16
 
 The reference is the model as it is before the first step; its log-probabilities are computed once. With adapters
-(`--model.lora-rank`) that is the base model.
+(`--model.lora-rank`) that is the base model. A tiny Llama has learned which of two styles is preferred after 40 steps
+of 16 pairs, 6 seconds of processor time (AMD EPYC): of all held-out pairs the chosen answer has the larger reward, with
+adapters as with all weights (benchmarks/results/adapters.txt).
 """
 
 from __future__ import annotations

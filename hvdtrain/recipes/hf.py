@@ -2,9 +2,12 @@
 
     horovodrun -np 4 python -m hvdtrain train hf --model.path DIR_OR_NAME --data.path chats.jsonl
     horovodrun -np 4 python -m hvdtrain train hf --model.config config.json --data.tokenizer DIR --data.path text/
+    horovodrun -np 4 python -m hvdtrain train hf --model.path DIR_OR_NAME --data.path chats.jsonl --model.lora-rank 16
 
 Documents are packed to full length, and no document sees another one. `python -m hvdtrain export RUN_DIR` writes what
-`from_pretrained` loads.
+`from_pretrained` loads. With `--model.lora-rank` adapters alone are trained (arXiv:2106.09685): those of a tiny Llama,
+of rank 8, go from a held-out loss of 0.12179 to 0.09019 in 40 steps, 2 seconds of processor time (AMD EPYC), where all
+weights come to 0.10249 (benchmarks/results/adapters.txt).
 """
 
 from __future__ import annotations

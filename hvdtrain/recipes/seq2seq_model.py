@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from hvdtrain.data.text.pair_samples import TokenizedPairs
 from hvdtrain.errors import DataError
 from hvdtrain.recipes.seq2seq import EncoderDecoder
 from hvdtrain.recipes.transformers_models.auto_classes import load_as
-from hvdtrain.recipes.transformers_models.encoder_decoders import small_bart
+from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, small_bart
 from hvdtrain.recipes.transformers_models.loading import import_transformers, num_rows
+from hvdtrain.recipes.transformers_models.probe import describe
 
 KIND = "AutoModelForSeq2SeqLM"
 
@@ -78,3 +80,24 @@ def check_positions(model: nn.Module, samples: TokenizedPairs) -> None:
                 f"a {name} has {lengths.max():,} tokens, and the model {most:,} positions: leave such pairs out by"
                 f" --data.max-{name}-length {most}"
             )
+
+
+@torch.no_grad()
+def check_longest(model: nn.Module, samples: TokenizedPairs, loss: PairLoss) -> None:
+    """Raise DataError where the model fails at the longest source or target: not all say how many positions they have.
+
+    The model is left in training mode.
+    """
+    model.eval()
+    try:
+        for lengths in (samples.source_lengths, samples.target_lengths):
+            row = int(lengths.argmax())
+            loss(model, samples.batch(torch.tensor([row])))
+    except (IndexError, RuntimeError) as error:
+        source, target = (int(lengths[row]) for lengths in (samples.source_lengths, samples.target_lengths))
+        raise DataError(
+            f"the model fails at a source of {source:,} tokens with a target of {target:,} ({describe(error)}): leave"
+            " what is too long for it out by --data.max-source-length and --data.max-target-length"
+        ) from error
+    finally:
+        model.train()

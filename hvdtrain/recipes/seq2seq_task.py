@@ -24,7 +24,7 @@ from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.sources import position
 from hvdtrain.errors import DataError
 from hvdtrain.recipes.seq2seq import EncoderDecoder, PairsConfig
-from hvdtrain.recipes.seq2seq_model import check_positions, load_model
+from hvdtrain.recipes.seq2seq_model import check_longest, check_positions, load_model
 from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spread
 from hvdtrain.recipes.transformers_models.auto_classes import needs
 from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, translate, try_out
@@ -71,6 +71,8 @@ def build_task(recipe: EncoderDecoder, say: Callable[[str], None]) -> Task:
     loss, way = PairLoss(recipe.labels.smoothing), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
         loss, way = try_out(model, train.batch(shortest(train.source_lengths + train.target_lengths)), loss)
+        for samples in (train, held_out):
+            check_longest(model, samples, loss)
     lines = (
         f"data:       {data.path or 'numbers in digits and in words, English and German'}: {len(train):,} pairs,"
         f" {int(train.target_lengths.sum()):,} tokens to predict, {len(held_out):,} held out,"

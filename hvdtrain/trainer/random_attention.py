@@ -114,14 +114,13 @@ def one_by_one(seeds: list[int], query: Tensor, key: Tensor, value: Tensor, **mo
 def multi_head_attention(self: SampleRandomness, *args: Any, **kwargs: Any) -> Any:
     """Run torch's own, whose inner calls find ours: a mode is off inside the function that it answers."""
 
+    heads = int(kwargs["num_heads"] if "num_heads" in kwargs else args[4])
+
     def dropout(weights: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Drop `(n H, T, S)`, as weights that are asked for come, by sample."""
+        """Drop `(n x heads, T, S)`, as weights that are asked for come, by sample."""
         if not training or not p:
             return weights
-        n = self.num_samples
-        if weights.dim() != 3 or not n or len(weights) == n or len(weights) % n:
-            return _drop_weights(self, weights, p)
-        return _drop_weights(self, torch.unflatten(weights, 0, (n, -1)), p).view(weights.shape)
+        return _drop_weights(self, torch.unflatten(weights, 0, (-1, heads)), p).flatten(0, 1)
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         answer = attention(self, *args, **kwargs)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hvdtrain.models.private_torch import is_freshly_seeded
+from hvdtrain.models.private_torch import function_modes, is_freshly_seeded
 from hvdtrain.trainer.compiled_draws import OPERATORS, compiled_keys
 from hvdtrain.trainer.random_functions import FUNCTIONS
 from hvdtrain.trainer.random_layers import LAYERS
@@ -49,27 +49,40 @@ class SampleRandomness(TorchFunctionMode):
     def __init__(self, positions: Tensor, seed: int = 0) -> None:
         super().__init__()
         self._positions = positions
-        self.num_samples = len(positions)
         self._draws = torch.zeros((), dtype=torch.int64)
         self._source = torch.Generator().manual_seed(seed)
-        self._salts: dict[int, int] = {}
+        self._drawn: dict[int, tuple[int, Tensor]] = {}
+        """By the mark of a draw: its salt, and the positions that it was for."""
+        self._goes_by_rows = False
         self.own_draws: list[tuple[str, str]] | None = None
         """Names and results of functions that were given a generator; None: not noted."""
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
         """Do not count what is drawn within: the numbers drawn afterwards are those that would have come anyway."""
-        salts, source = dict(self._salts), self._source.get_state()
+        drawn, source = dict(self._drawn), self._source.get_state()
         try:
             yield
         finally:
-            self._salts = salts
+            self._drawn = drawn
             self._source.set_state(source)
+
+    def rows(self, count: int) -> Iterator[int]:
+        """Yield the rows of the micro-batch; meanwhile a tensor's samples are the one that stands there."""
+        positions, source = self._positions, self._source.get_state()
+        self._goes_by_rows = True
+        try:
+            for row in range(count):
+                self._source.set_state(source)  # the first draw of each is the first of them all
+                self._positions = positions[row : row + 1]
+                yield row
+        finally:
+            self._positions = positions
 
     @property
     def num_draws(self) -> int:
         """Return how many times numbers were drawn for samples."""
-        return len(self._salts)
+        return len(self._drawn)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,7 +108,7 @@ class SampleRandomness(TorchFunctionMode):
 
     def of_step(self, device: torch.device) -> Tensor:
         """Return one fp32 number in [0, 1), the same for all samples of the step: what no sample draws by itself."""
-        return (mix64(torch.tensor(self._salt())) >> 8 & 0xFFFFFF).float().mul(2.0**-24).to(device)
+        return (mix64(torch.tensor(self._draw()[0])) >> 8 & 0xFFFFFF).float().mul(2.0**-24).to(device)
 
     def fine(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Return fp64 numbers in [0, 1) of this shape, in steps of 2^-53; None if its first dimension is not `n`."""
@@ -114,7 +127,16 @@ class SampleRandomness(TorchFunctionMode):
         return seeds
 
     def _is_of_samples(self, shape: Sequence[int]) -> bool:
-        return len(shape) > 0 and shape[0] == len(self._positions) and 0 not in shape
+        if len(shape) == 0 or 0 in shape:
+            return False
+        return shape[0] == len(self._positions) or (self._goes_by_rows and shape[0] == 1 and self._is_drawn_again())
+
+    def _is_drawn_again(self) -> bool:
+        """Return whether the next draw is one of a single row, computed again after all rows have passed."""
+        state = torch.default_generator.get_state()
+        _, positions = self._drawn.get(_next_mark(), (0, self._positions))
+        torch.default_generator.set_state(state)
+        return len(positions) == 1
 
     def _keys(self, device: torch.device) -> Tensor:
         """Return int64 `(n,)`, a key for each sample, of the next draw.
@@ -127,18 +149,33 @@ class SampleRandomness(TorchFunctionMode):
 
     def next_keys(self, device: torch.device) -> Tensor:
         """Return the same, computed now."""
-        return mix64(self._positions.to(device, non_blocking=True) * GOLDEN + self._salt())
+        salt, positions = self._draw()
+        return mix64(positions.to(device, non_blocking=True) * GOLDEN + salt)
 
-    def _salt(self) -> int:
-        """Return the salt of this draw, the same in all micro-batches of all ranks.
+    def _draw(self) -> tuple[int, Tensor]:
+        """Return the salt of this draw, the same in all micro-batches of all ranks, and the positions it is for.
 
         A number from torch's own generator tells one draw from another. Activation checkpointing puts that generator
         back before it computes something again: the same number, and so the same salt.
         """
-        mark = int(torch.randint(2**62, (), device="cpu"))
-        if mark not in self._salts:
-            self._salts[mark] = int(torch.randint(2**62, (), generator=self._source))
-        return self._salts[mark]
+        mark = _next_mark()
+        if mark not in self._drawn:
+            self._drawn[mark] = int(torch.randint(2**62, (), generator=self._source)), self._positions
+        return self._drawn[mark]
+
+
+def _next_mark() -> int:
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def one_by_one(count: int) -> Iterator[int]:
+    """Yield the rows of a micro-batch, `0 .. count - 1`, for a model through which its samples pass one at a time.
+
+    Meanwhile a tensor whose first dimension is 1 is of that sample, which draws what it draws in any other micro-batch.
+    """
+    modes = (mode for mode in reversed(function_modes()) if isinstance(mode, SampleRandomness))
+    mode = next(modes, None)
+    return iter(range(count)) if mode is None else mode.rows(count)
 
 
 class MicroBatchRandomness:

@@ -85,12 +85,18 @@ def _weights_of(trained: Trained, is_merged: bool) -> tuple[dict[str, Tensor], N
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a regular file; what a link or a pipe leads to is not the model's.
+    """Copy a regular file, or a folder of such, as of several chat templates; what a link leads to is not the model's.
 
     Raises:
         DataError: it is something else.
     """
-    if not stat.S_ISREG(source.lstat().st_mode):
+    kind = source.lstat().st_mode
+    if stat.S_ISDIR(kind):
+        target.mkdir()
+        for path in source.iterdir():
+            _copy(path, target / path.name)
+        return
+    if not stat.S_ISREG(kind):
         raise DataError(f"{source} is no regular file: remove it, or put a copy of what it leads to in its place")
     shutil.copy(source, target)
 
@@ -137,7 +143,8 @@ def write_model(
         umask = os.umask(0)
         os.umask(umask)
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read
-            path.chmod(0o666 & ~umask)
+            if path.is_file():
+                path.chmod(0o666 & ~umask)
         if output.exists():
             shutil.rmtree(output)
         temporary.rename(output)

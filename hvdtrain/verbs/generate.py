@@ -1,4 +1,4 @@
-"""The verb `generate`: continues prompts with a trained language model, or translates (`translate.py`)."""
+"""The verb `generate`: continues prompts, translates (`translate.py`), or writes a clip down (`transcribe.py`)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hvdtrain.recipes.image_models import MODEL_TYPE
 from hvdtrain.rundir.trained import Trained, open_trained
 from hvdtrain.verbs.loading import CTC, SEQ2SEQ, auto_class_of
 from hvdtrain.verbs.options import GenerateOptions
+from hvdtrain.verbs.transcribe import transcribe_file
 from hvdtrain.verbs.translate import refuse_for_language_models, translate
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -63,7 +64,7 @@ def generate(options: GenerateOptions) -> int:
     if kind == SEQ2SEQ:
         return translate(options, trained)
     if kind == CTC:
-        raise DataError(f"{trained.source} writes down speech: python -m hvdtrain predict {options.run_dir} FILES...")
+        return transcribe_file(options, trained)
     refuse_for_language_models(options)
     temperature = 0.8 if options.temperature is None else options.temperature
     how = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)

@@ -235,7 +235,7 @@ class CompareOptions(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(Section):
-    """Continue prompts with a language model, or translate with an encoder-decoder: runs of lm, hf and seq2seq."""
+    """Continue prompts, translate, or write a clip of speech down: by runs of lm, hf, dpo, seq2seq and ctc."""
 
     run_dir: Path = setting(path="directory")
     """Directory of a run, or one that was exported."""
@@ -245,7 +245,8 @@ class GenerateOptions(Section):
     """Text to continue, or to translate; several are continued together. None: standard input, or the beginning of a
     document."""
     file: Path | None = setting(None, path="file")
-    """File whose lines are translated, each on a line of standard output; for an encoder-decoder."""
+    """File whose lines are translated, each on a line of standard output, by an encoder-decoder; or a clip of speech,
+    for a run of ctc."""
     beams: int | None = setting(None, above=0, maximum=1024)
     """Of the search for a translation. None: 4; 1 takes the likeliest token each time."""
     chat: bool = False

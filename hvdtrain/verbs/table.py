@@ -86,7 +86,7 @@ VERBS = {
         "hvdtrain.verbs.generate:generate",
         GenerateOptions,
         "run-dir",
-        "continue prompts with a trained language model, of a run or exported",
+        "continue prompts, translate or transcribe with a trained model, of a run or exported",
     ),
     "export": Verb(
         "hvdtrain.verbs.export:export",

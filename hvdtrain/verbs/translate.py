@@ -21,7 +21,7 @@ def translate(options: GenerateOptions, trained: Trained) -> int:
     """
     from hvdtrain.recipes.transformers_models.translating import Translator
 
-    _refuse_for_translations(options)
+    refuse_what_draws(options, "translates")
     texts = _texts(options)
     translator = Translator(trained)
     started = time.perf_counter()
@@ -52,10 +52,16 @@ def _texts(options: GenerateOptions) -> list[str]:
         raise ConfigError("there is nothing to translate: give --file, --prompt, or texts by standard input")
     else:
         whole = sys.stdin.read()
-    return [line.strip() for line in whole.removesuffix("\n").split("\n")]
+    return [line.strip() for line in whole.removesuffix("\n").split("\n")] if whole else []
 
 
-def _refuse_for_translations(options: GenerateOptions) -> None:
+def refuse_what_draws(options: GenerateOptions, what: str) -> None:
+    """Raise ConfigError where an option was given that only language models have.
+
+    Args:
+        options: as given.
+        what: the run does instead.
+    """
     given = {
         "--chat": options.chat,
         "--temperature": options.temperature is not None,
@@ -66,11 +72,11 @@ def _refuse_for_translations(options: GenerateOptions) -> None:
     }
     for flag, is_given in given.items():
         if is_given:
-            raise ConfigError(f"{flag} is for language models, and {options.run_dir} translates: leave it out")
+            raise ConfigError(f"{flag} is for language models, and {options.run_dir} {what}: leave it out")
 
 
 def refuse_for_language_models(options: GenerateOptions) -> None:
-    """Raise ConfigError where an option was given that only translations have."""
+    """Raise ConfigError where an option was given that language models do not have."""
     for flag, is_given in {"--file": options.file is not None, "--beams": options.beams is not None}.items():
         if is_given:
-            raise ConfigError(f"{flag} is for encoder-decoders, and {options.run_dir} is none: leave it out")
+            raise ConfigError(f"{flag} is for runs of seq2seq and ctc, and {options.run_dir} is none: leave it out")

@@ -60,5 +60,12 @@ def test_words_that_espeak_speaks_are_learned_and_written_down(called, tmp_path)
     done = called("predict", "run", "clips/00000.wav")
     assert done.code == 0, done.text
     assert done.out.startswith("clips/00000.wav ")
+    said = done.out.removeprefix("clips/00000.wav ").strip()
+    done = called("generate", "run", "--file", "clips/00000.wav")
+    assert (done.code, done.out.strip()) == (0, said), done.text
+    for wrong, message in (([], "give it a clip by --file"), (["--beams", "2"], "--beams is for encoder-decoders")):
+        done = called("generate", "run", *wrong)
+        assert done.code == 2, done.text
+        assert message in done.err
     done = called("export", "run", "--output", "out")
     assert "transformers.AutoModelForCTC.from_pretrained" in done.out

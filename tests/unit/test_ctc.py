@@ -13,6 +13,7 @@ from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.ctc import ClipsConfig, HearingConfig, HearingEvalConfig, ctc
 from hvdtrain.recipes.transformers_models.as_program import program_of
 from hvdtrain.recipes.transformers_models.hearing_files import make_tokenizer
+from hvdtrain.recipes.transformers_models.listening import Listener
 from hvdtrain.rundir.trained import open_trained
 
 transformers = import_transformers()
@@ -86,8 +87,11 @@ def test_the_loss_is_transformers_own_and_its_files_load(place, kind):
     one, other = model(given.input_values).logits, task.model(waves[:1, : lengths[0]]).logits
     assert torch.allclose(one, other, atol=1e-4)
     assert model.config.architectures == [type(task.model).__name__]
+    trained = open_trained(place, "latest")
+    heard = processor.batch_decode(one.argmax(-1))[0]  # as transformers decodes its greedy output
+    assert heard.strip()
+    assert Listener(trained).write_down(task.train_data.clips[0].path) == " ".join(heard.split())
     if kind == "HubertConfig":
-        trained = open_trained(place, "latest")
         program = program_of(trained, trained.weights, "AutoModelForCTC").module()
         longer = torch.randn(3, 12_345)
         assert torch.allclose(program(longer), model(longer).logits, atol=1e-4)
@@ -220,6 +224,46 @@ def test_letters_are_those_that_a_tokenizer_has(place):
     make_tokenizer(["xyz"]).save_pretrained(place / "others")
     with pytest.raises(DataError, match=r"the tokenizer does not have [\d,]+ of the texts' [\d,]+ characters; it has"):
         build(place, tokenizer=str(place / "others"))
+
+
+def test_a_tokenizer_that_keeps_repetitions_is_none_for_ctc(place):
+    inner = make_tokenizer(["ABCD abcd"])
+    plain = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=characters({**inner.get_vocab(), " ": len(inner)}), pad_token="<pad>", unk_token="<unk>"
+    )
+    plain.save_pretrained(place / "plain")
+    with pytest.raises(DataError, match="does not read back what CTC says"):
+        build(place, tokenizer=str(place / "plain"))
+
+
+def characters(vocab):
+    """Return a tokenizer of single characters, which knows nothing of CTC."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    one = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    one.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    one.decoder = decoders.Fuse()
+    return one
+
+
+def test_a_text_that_holds_the_blank_is_named(place):
+    (place / "clips" / "5.txt").write_text("a<pad>b")
+    with pytest.raises(DataError, match=r"5\.flac holds <pad>, which is CTC's blank"):
+        build(place)
+    assert "left out:   1 clips" in build(place, on_error="skip").description
+
+
+def test_tables_of_any_ends_of_lines_and_names(place):
+    rows = [f"clips/{n}.wav\tab c{n}\r" for n in range(0, 30, 2)]
+    (place / "list.tsv").write_text("".join(rows), newline="")
+    task = build(place, path=str(place / "list.tsv"), val_fraction=0.2)
+    assert {clip.text for clip in task.train_data.clips} <= {f"ab c{n}" for n in range(0, 30, 2)}
+    (place / "list.jsonl").write_text('{"where": "clips/0.wav", "said": "ab"}\n')
+    with pytest.raises(DataError, match=r"the fields where, said: .* by --data\.audio-field and --data\.text-field"):
+        build(place, path=str(place / "list.jsonl"))
+    (place / "list.tsv").write_text("".join([*rows, "~nosuchuser/1.wav\tab"]), newline="")
+    with pytest.raises(DataError, match=r"nosuchuser/1\.wav cannot be read \(there is no such file\)"):
+        build(place, path=str(place / "list.tsv"))
 
 
 def test_what_is_no_model_that_hears_is_told(place):

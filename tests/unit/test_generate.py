@@ -248,5 +248,8 @@ def test_an_export_copies_what_lies_there_and_nothing_else(tmp_path, kind):
         write_model(tmp_path / "model", model_weights(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     odd.unlink()
+    (tmp_path / "model" / "additional_chat_templates").mkdir()  # as transformers writes several
+    (tmp_path / "model" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ x }}")
     write_model(tmp_path / "model", model_weights(model), tmp_path / "out")
-    assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}) == 1
+    assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ x }}"

@@ -30,6 +30,8 @@ def test_tables(tmp_path):
     for number in ("0", "7"):
         with pytest.raises(DataError, match=f"has 3 columns, counted from 1, and none of number {number}"):
             read(file, number, "1")
+    file.write_bytes(b"a\tb\rc\td\r")  # as on old Macs
+    assert read(file)[0] == [("a", "b"), ("c", "d")]
     file.write_text('id\tSource\ttarget \r\n1\tHaus\thouse\r\n2\t"zwei"\ttwo\r\n')  # its titles are no pair
     assert read(file)[0] == [("Haus", "house"), ('"zwei"', "two")]
     assert read(file, "2", "3")[0][0] == ("Source", "target")
@@ -68,6 +70,7 @@ def test_parquet(tmp_path):
         ("a.jsonl", '{"source": 3, "target": "b"}', "line 2 has something else than texts in its fields"),
         ("a.jsonl", '{"source": ', "line 2 is no JSON"),
         ("a.jsonl", '["a", "b"]', "line 2 is no record with fields"),
+        ("a.jsonl", '{"source": "\\ud83e", "target": "b"}', "line 2 has half a character"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_or_counted(tmp_path, name, line, problem):

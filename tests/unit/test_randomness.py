@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.models.private_torch import is_freshly_seeded
 from hvdtrain.trainer import random_attention
-from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness
+from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness, one_by_one
 
 CPU = torch.device("cpu")
 SPLITS = {"whole": [6], "uneven": [2, 3, 1], "single": [1] * 6}
@@ -269,3 +269,34 @@ def test_attention_sample_by_sample_is_its_own_and_leaves_the_generator_alone():
     plain = torch.nn.functional.scaled_dot_product_attention(q.detach(), q.detach(), q.detach(), is_causal=True)
     assert torch.equal(before, torch.get_rng_state())
     torch.testing.assert_close(random_attention.one_by_one(seeds, q, q, q, is_causal=True), plain)
+
+
+class Alone(nn.Module):
+    """Has samples pass one at a time where it is told to, and hands out attention's weights; a part is checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.4, batch_first=True)
+        self.linear = nn.Linear(16, 16)
+        self.is_alone = True
+
+    def forward(self, x):
+        return torch.cat([self.of(x[i : i + 1]) for i in one_by_one(len(x))]) if self.is_alone else self.of(x)
+
+    def of(self, x):
+        x = self.attention(x, x, x, need_weights=True)[0] * (1 + torch.rand([]))
+        return checkpoint(lambda y: F.dropout(self.linear(y), 0.5), x, use_reentrant=False)
+
+
+def test_samples_that_pass_one_at_a_time_draw_the_same():
+    torch.manual_seed(0)
+    model, x = Alone().double(), torch.randn(6, 5, 16).double()
+    whole, gradients = run(model, x, SPLITS["whole"], 1, 2)
+    assert not torch.allclose(whole, run(model, x, SPLITS["whole"], 1, 3)[0])
+    for model.is_alone in (True, False):
+        for sizes in SPLITS.values():
+            output, own = run(model, x, sizes, 1, 2)
+            assert (output - whole).abs().max() < 1e-12
+            for a, b in zip(own, gradients, strict=True):
+                assert (a - b).abs().max() < 1e-11
+    assert list(one_by_one(3)) == [0, 1, 2]  # outside of micro-batches

@@ -10,6 +10,8 @@ from hugging import import_transformers
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.seq2seq import EncoderDecoderConfig, PairsConfig, TargetsConfig, TranslationEvalConfig, seq2seq
 from hvdtrain.recipes.transformers_models.encoder_decoders import PairLoss, try_out
+from hvdtrain.recipes.transformers_models.translating import Translator
+from hvdtrain.rundir.trained import open_trained
 
 transformers = import_transformers()
 pytestmark = pytest.mark.filterwarnings("default")
@@ -72,6 +74,10 @@ def test_the_loss_is_transformers_own_and_its_files_load(place, family):
     one = model.generate(**given, max_new_tokens=8, num_beams=1)
     other = task.model.generate(**given, max_new_tokens=8, num_beams=1, use_cache=True)
     assert torch.equal(one, other)
+    said = Translator(open_trained(place, "latest")).translate(["100 101", "7"], beams=3, longest=8)
+    given = tokenizer(["100 101", "7"], padding=True, return_tensors="pt")
+    made = model.generate(**given, max_new_tokens=8, num_beams=3, do_sample=False)
+    assert said == [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
     assert model.config.architectures == [type(task.model).__name__]
 
 

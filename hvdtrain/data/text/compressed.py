@@ -6,7 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -26,6 +26,17 @@ def open_binary(path: Path) -> BinaryIO:
     if suffix not in _OPENERS:
         return path.open("rb")
     return cast(BinaryIO, io.BufferedReader(_Checked(_OPENERS[suffix](path)), _BLOCK))
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, decompressed, without what ends them: a line feed, a carriage return, or both.
+
+    Raises:
+        DataError, OSError, EOFError: as `open_binary` does.
+    """
+    with open_binary(path) as file:
+        for raw in file:
+            yield from raw.removesuffix(b"\n").removesuffix(b"\r").split(b"\r")
 
 
 class _Checked(io.RawIOBase):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hvdtrain.data.text.compressed import open_binary
+from hvdtrain.data.text.compressed import lines_of
 from hvdtrain.data.text.corpus import Document, how_to_convert
 from hvdtrain.data.text.records import kind_of, read_records
 from hvdtrain.errors import DataError
@@ -41,11 +41,13 @@ class PairReader:
             known by its usual names, else the first column.
         target_field: likewise; None: by its usual names, else the second column.
         on_error: stop at what cannot be used, or leave it out.
+        flags: by which a person names the two fields.
     """
 
     source_field: str | None
     target_field: str | None
     on_error: Literal["stop", "skip"]
+    flags: tuple[str, str] = ("--data.source-field", "--data.target-field")
     num_skipped: int = 0
     skipped: list[str] = field(default_factory=list)
     """The first reasons why something was left out."""
@@ -84,20 +86,19 @@ class PairReader:
         """Yield the lines of a table, each with where it stands: a pair, or what is wrong."""
         columns = (self.source_field or "1", self.target_field or "2")
         places = None if any(not name.isdecimal() for name in columns) else tuple(int(name) - 1 for name in columns)
-        with open_binary(document.path) as file:
-            for number, raw in enumerate(file, 1):
-                where = f"{document.path}, line {number}"
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{where} is not UTF-8 text: {how_to_convert(raw)}") from error
-                cells = line.split("\t")
-                if number == 1 and self.source_field is None is self.target_field and (usual := _usual_columns(cells)):
-                    places = usual
-                elif places is None:
-                    places = _named_columns(document, cells, columns)
-                elif line.strip():
-                    yield where, _pair_of(cells, places)
+        for number, raw in enumerate(lines_of(document.path), 1):
+            where = f"{document.path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where} is not UTF-8 text: {how_to_convert(raw)}") from error
+            cells = line.split("\t")
+            if number == 1 and self.source_field is None is self.target_field and (usual := _usual_columns(cells)):
+                places = usual
+            elif places is None:
+                places = _named_columns(document, cells, columns, self.flags)
+            elif line.strip():
+                yield where, _pair_of(cells, places)
 
     def _records(self, document: Document, kind: Any) -> Iterator[tuple[str, Pair | str]]:
         for where, raw in read_records(document.path, kind):
@@ -120,7 +121,7 @@ class PairReader:
             names = next((pair for pair in _KNOWN if all(name in record for name in pair)), names)
         shown = ", ".join(map(str, record)) or "none"
         if None in names:
-            return f"has the fields {shown}: say which of them it is by --data.source-field and --data.target-field"
+            return f"has the fields {shown}: say which of them it is by {' and '.join(self.flags)}"
         missing = [name for name in names if name not in record]
         if missing:
             return f"has no field '{missing[0]}', but {shown}"
@@ -130,7 +131,9 @@ class PairReader:
         return _checked(source, target)
 
 
-def _named_columns(document: Document, cells: list[str], names: Sequence[str]) -> tuple[int, ...]:
+def _named_columns(
+    document: Document, cells: list[str], names: Sequence[str], flags: tuple[str, str]
+) -> tuple[int, ...]:
     """Return the places of columns that the first line names; numbers are counted from 1.
 
     Raises:
@@ -141,7 +144,7 @@ def _named_columns(document: Document, cells: list[str], names: Sequence[str]) -
         if not name.isdecimal() and name not in titles:
             raise DataError(
                 f"{document.path} has no column '{name}' in its first line, but {', '.join(titles)}: name another by"
-                " --data.source-field and --data.target-field, or count columns from 1"
+                f" {' and '.join(flags)}, or count columns from 1"
             )
     return tuple(int(name) - 1 if name.isdecimal() else titles.index(name) for name in names)
 
@@ -165,4 +168,8 @@ def _checked(source: str, target: str) -> Pair | str:
     source, target = source.strip(), target.strip()
     if not source or not target:
         return f"has an empty {'target' if source else 'source'}"
+    try:
+        f"{source}{target}".encode()
+    except UnicodeEncodeError:
+        return "has half a character (a surrogate of UTF-16 without its other half)"
     return source, target

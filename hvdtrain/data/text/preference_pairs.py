@@ -44,6 +44,8 @@ class PreferenceReader(DocumentReader):
         if any(len(written) != 1 for written in passages):
             raise DataError("the chat template leaves something out of earlier answers: let the last ones alone differ")
         whole = [dataclasses.replace(written[0], is_whole=True) for written in passages]
+        if whole[0].text == whole[1].text:
+            raise DataError("'chosen' and 'rejected' are the same, as the chat template writes them")
         if not all(passage.text and any(end > start for start, end in passage.spans) for passage in whole):
             raise DataError("'chosen' or 'rejected' is empty")
         return name, whole

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from hvdtrain.data.text.compressed import SUFFIXES, open_binary
+from hvdtrain.data.text.compressed import SUFFIXES, lines_of, open_binary
 from hvdtrain.data.text.corpus import how_to_convert
 from hvdtrain.errors import DataError
 from hvdtrain.settings.untrusted import parse_json
@@ -109,17 +109,13 @@ def read_records(path: Path, kind: Kind) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    number = 0
-    with open_binary(path) as file:
-        for raw in file:
-            for part in raw.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):  # no JSON holds one
-                number += 1
-                try:
-                    line = part.decode().strip().strip("\ufeff")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}, line {number} is not UTF-8 text: {how_to_convert(part)}") from error
-                if line:
-                    yield f"{path}, line {number}", line
+    for number, part in enumerate(lines_of(path), 1):  # no JSON holds a carriage return
+        try:
+            line = part.decode().strip().strip("\ufeff")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, line {number} is not UTF-8 text: {how_to_convert(part)}") from error
+        if line:
+            yield f"{path}, line {number}", line
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.recipes.transformers_models.loading import check_files, import_transformers, why
+from hvdtrain.recipes.transformers_models.loading import check_files, check_whole, import_transformers, why
 from hvdtrain.recipes.transformers_models.probe import describe
 from hvdtrain.rundir.trained import Trained
 
@@ -48,7 +48,9 @@ def load_as(
     try:
         if path is not None:
             check_files(path)
+            check_whole(path)
             model = auto.from_pretrained(path, ignore_mismatched_sizes=bool(changes), **changes, **how)
+            check_whole(path, model)
         else:
             settings = config
             if isinstance(config, Path):
@@ -90,8 +92,9 @@ def load_trained(trained: Trained, kind: str) -> nn.Module:
         model.tie_weights()
     except Exception as error:  # whatever a model's files make its code raise
         raise DataError(f"no model comes from {trained.source} ({describe(error)})") from error
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    lost = [name for name in missing if name not in tied]
+    known = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    known |= set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # such as positions that a formula gives
+    lost = [name for name in missing if name not in known]
     if lost or unknown:
         raise DataError(f"the weights of {trained.source} do not fit its config.json: {(lost + unknown)[0]}")
     if (trained.folder / "generation_config.json").exists():

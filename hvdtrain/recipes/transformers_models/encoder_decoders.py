@@ -14,6 +14,7 @@ from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.errors import ConfigError
 from hvdtrain.recipes.transformers_models.forward import run
 from hvdtrain.recipes.transformers_models.loading import import_transformers
+from hvdtrain.trainer.randomness import one_by_one
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Of `TokenizedPairs`."""
@@ -38,8 +39,10 @@ class PairLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the sum over the tokens of the targets, as "loss"."""
-        parts = _rows(batch) if self.is_alone and len(batch[0]) else [batch]
-        return {"loss": torch.stack([self._of(model, part) for part in parts]).sum()}
+        if not self.is_alone or not len(batch[0]):
+            return {"loss": self._of(model, batch)}
+        rows = _rows(batch)
+        return {"loss": torch.stack([self._of(model, rows[i]) for i in one_by_one(len(rows))]).sum()}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return logits, `(n, T, V)`, of samples that pass through the model together."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.errors import ConfigError
 from hvdtrain.recipes.transformers_models.loading import import_transformers
+from hvdtrain.trainer.randomness import one_by_one
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """Of `ClipSamples`."""
@@ -43,7 +44,7 @@ class CtcLoss:
         if not self.is_alone:
             is_sound = torch.arange(waves.shape[1], device=waves.device) < lengths[:, None]
             return whole(waves, attention_mask=is_sound.long()).logits, frames
-        rows = [whole(waves[i : i + 1, : int(length)]).logits[0] for i, length in enumerate(lengths)]
+        rows = [whole(waves[i : i + 1, : int(lengths[i])]).logits[0] for i in one_by_one(len(waves))]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), frames
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -91,8 +92,8 @@ def try_out(model: nn.Module, batch: Batch, loss: CtcLoss) -> tuple[CtcLoss, str
     if difference <= _TOLERANCE:
         return loss, ""
     return replace(loss, is_alone=True), (
-        "padding:    changes what this model hears, so that clips pass through it one at a time: it normalises over"
-        " time (feat_extract_norm = group)"
+        "padding:    changes what this model hears, so that clips pass through it one at a time, as where it normalises"
+        " over time (feat_extract_norm = group)"
     )
 
 

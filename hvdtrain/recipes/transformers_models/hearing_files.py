@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,31 @@ def make_tokenizer(texts: Iterable[str]) -> Any:
         return import_transformers().Wav2Vec2CTCTokenizer(
             str(path), pad_token=_PAD, unk_token=_UNKNOWN, word_delimiter_token=_SPACE, bos_token=None, eos_token=None
         )
+
+
+def check_reads_back(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Raise DataError where a tokenizer does not undo what CTC says: repeated tokens, and blanks between them.
+
+    Args:
+        tokenizer: whose padding token is the blank.
+        texts: some of the data.
+    """
+    tried = [(text, list(tokenizer(text)["input_ids"])) for text in texts]
+    tried = [(text, tokens) for text, tokens in tried if tokens and tokenizer.unk_token_id not in tokens]
+    blank = tokenizer.pad_token_id
+    for text, tokens in tried:
+        said = [part for token in tokens for part in (token, token, blank)]
+        if _bare(tokenizer.decode(said)) == _bare(text):
+            return
+    if tried:
+        raise DataError(
+            "the tokenizer does not read back what CTC says, in which tokens are repeated and blanks stand between"
+            " them: it is none for CTC. Give --data.tokenizer one that is; a new model needs none"
+        )
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split()).lower()
 
 
 def find_extractor(source: str | None) -> Any:

@@ -15,6 +15,7 @@ from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.interchange import indexed_files
 from hvdtrain.recipes.transformers_models.probe import describe
+from hvdtrain.rundir.trained import ADAPTER_CONFIG
 from hvdtrain.settings.untrusted import read_json
 
 
@@ -70,6 +71,17 @@ def check_files(source: str) -> None:
             raise DataError(f"{path} is a pipe, a device or a link to nothing: take it out of the model's directory")
 
 
+def check_whole(source: str, model: nn.Module | None = None) -> None:
+    """Raise DataError where adapters are no whole model: transformers would put them into their base in silence.
+
+    Args:
+        source: directory or name on the hub.
+        model: what came from it, if it was loaded.
+    """
+    if (Path(source) / ADAPTER_CONFIG).is_file() or hasattr(model, "peft_config"):
+        raise DataError(f"{source} holds adapters, not a whole model: export them with --merged, and begin with that")
+
+
 def why(error: Exception) -> str:
     """Return what a person should know of an error that a model's files have made."""
     if "trust_remote_code" in str(error):
@@ -100,7 +112,9 @@ def load_model(
     try:
         if path is not None:
             check_files(path)
+            check_whole(path)
             model = library.AutoModelForCausalLM.from_pretrained(path, **how)
+            check_whole(path, model)
         else:
             settings = library.AutoConfig.from_pretrained(config, **trust)
             torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from hvdtrain.errors import DataError
 from hvdtrain.recipes.transformers_models.auto_classes import load_trained
 from hvdtrain.recipes.transformers_models.encoder_decoders import translate
 from hvdtrain.recipes.transformers_models.loading import load_tokenizer
+from hvdtrain.recipes.transformers_models.probe import describe
 from hvdtrain.rundir.trained import Trained
 from hvdtrain.settings.untrusted import read_json
 
@@ -46,4 +47,8 @@ class Translator:
         if most is not None and given["input_ids"].shape[1] > most:
             raise DataError(f"a text has {given['input_ids'].shape[1]:,} tokens, and the model {most:,} positions")
         tokens, is_text = given["input_ids"].to(device), given["attention_mask"].to(device)
-        return translate(self._model, self._tokenizer, tokens, is_text, beams, longest)
+        try:
+            return translate(self._model, self._tokenizer, tokens, is_text, beams, longest)
+        except (IndexError, RuntimeError) as error:  # not all models say how many positions they have
+            count = given["input_ids"].shape[1]
+            raise DataError(f"the model fails at a text of {count:,} tokens ({describe(error)})") from error
