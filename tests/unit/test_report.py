@@ -228,6 +228,10 @@ def test_a_run_writes_its_report_for_one_percent_of_its_time(tmp_path):
     sink.write(100, {"val/loss": 1.0}, None)
     sink.close()
     assert not run.report.exists()
+    now[0] = 19 * FIRST_COST_S
+    sink.write(200, {"val/loss": 1.0}, "finished")
+    sink.close()  # too short a run even for the report of its end
+    assert not run.report.exists()
     now[0] = 99 * FIRST_COST_S
     sink.write(110, {"val/loss": 1.0}, None)
     assert not run.report.exists()
@@ -245,6 +249,37 @@ def test_a_run_writes_its_report_for_one_percent_of_its_time(tmp_path):
     sink.close()
     assert run.report.exists()
     assert said == []
+
+
+def test_a_run_of_a_minute_has_its_report_at_its_end(tmp_path):
+    pytest.importorskip("bokeh")
+    run, now = RunDirectory(make_run(tmp_path / "a", lines=20)), [0.0]
+    sink = ReportSink(run, str, clock=lambda: now[0])
+    sink.begin(0, 200)
+    now[0] = 21 * FIRST_COST_S
+    sink.write(200, {"val/loss": 1.0}, "finished")
+    sink.close()
+    assert run.report.exists()
+
+
+def test_a_run_without_evaluations_has_reports_after_saves(tmp_path):
+    pytest.importorskip("bokeh")
+    run, now = RunDirectory(make_run(tmp_path / "a", lines=20)), [0.0]
+    sink = ReportSink(run, str, clock=lambda: now[0])
+    sink.begin(0, 200)
+    now[0] = 101 * FIRST_COST_S
+    sink.write(100, {"train/loss": 1.0}, None)
+    assert not run.report.exists()
+    sink.write(110, {"train/loss": 1.0, "time/checkpoint_stall_s": 0.1}, None)
+    assert run.report.exists()
+    run.report.unlink()
+    now[0] += 1000
+    sink.write(120, {"val/loss": 1.0}, None)
+    assert run.report.exists()
+    run.report.unlink()
+    now[0] += 1000
+    sink.write(130, {"train/loss": 1.0, "time/checkpoint_stall_s": 0.1}, None)  # an evaluation will come
+    assert not run.report.exists()
 
 
 def test_a_report_that_fails_is_told_once(tmp_path):

@@ -146,7 +146,9 @@ def describe(metrics: Metrics) -> str:
     parts = []
     for name, value in metrics.items():
         group, _, short = name.partition("/")
-        if group == "throughput":
+        if name == "throughput/mfu":
+            parts.append(f"MFU {value:.1%}")
+        elif group == "throughput":
             parts.append(f"{value:,.0f} {short.removesuffix('_per_s')}/s")
         elif name == "train/lr":
             parts.append(f"lr {value:.2e}")

@@ -30,6 +30,7 @@ TITLES = {
     "val/accuracy": "Held-out accuracy",
     "throughput/tokens_per_s": "Tokens per second, all ranks",
     "throughput/samples_per_s": "Samples per second, all ranks",
+    "throughput/mfu": "MFU: the model's operations, as a share of the devices' peak",
     "time/step_s": "Seconds of a step",
     "time/checkpoint_stall_s": "Seconds that saves held training up",
     "train/loss_scale": "Loss scale",
