@@ -149,7 +149,8 @@ def describe(metrics: Metrics) -> str:
         if name == "throughput/mfu":
             parts.append(f"MFU {value:.1%}")
         elif group == "throughput":
-            parts.append(f"{value:,.0f} {short.removesuffix('_per_s')}/s")
+            number = f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
+            parts.append(f"{number} {short.removesuffix('_per_s')}/s")
         elif name == "train/lr":
             parts.append(f"lr {value:.2e}")
         elif name == "train/epoch":
