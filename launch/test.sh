@@ -47,8 +47,9 @@ lint() {
   mypy
 }
 
-# Say what each lane came to; the last line is their sum.
+# Say which tests failed, since other lanes' lines stand between, and what each lane came to; the last line is their sum.
 summarize() {
+  (cd "$logs" && grep -H -E '^(FAILED|ERROR) ' -- *) | sed 's/:/: /' || true
   awk '
     FNR == 1 { lane = FILENAME; sub(/.*\//, "", lane) }
     / in [0-9.]+s/ && /passed|failed|error|no tests ran|deselected/ {

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import os
 import shutil
 import threading
@@ -260,7 +261,7 @@ def test_an_odd_manifest_of_parts_is_passed_over(saved_twice, tmp_path, odd):
 
 def test_killed_at_any_instant_there_is_a_whole_checkpoint(tmp_path, monkeypatch):
     """The folder as it is at each flush and renaming of a save, by any rank, is what a kill there leaves behind."""
-    run, lock, found = tmp_path / "run", threading.Lock(), []
+    run, lock, found, names = tmp_path / "run", threading.Lock(), [], itertools.count()
     run_ranks(2, lambda world: trained_and_saved(world, run, settings(True), steps=1) and None)
     before = Checkpoints(run / "checkpoints").load_newest(print)
     fsync, rename, replace = os.fsync, os.rename, os.replace
@@ -269,7 +270,7 @@ def test_killed_at_any_instant_there_is_a_whole_checkpoint(tmp_path, monkeypatch
         def watched(*arguments, **named):
             result = action(*arguments, **named)
             with lock, contextlib.suppress(FileNotFoundError, shutil.Error):  # the other rank goes on meanwhile
-                place = tmp_path / f"killed-{len(found)}"
+                place = tmp_path / f"killed-{next(names)}"  # a copy that failed leaves its folder behind
                 shutil.copytree(run, place)
                 found.append(place)
             return result
