@@ -351,3 +351,20 @@ def test_what_is_compared_is_nothing_that_a_terminal_obeys(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert "?[2J gone" in said
+
+
+def test_of_many_runs_legends_are_folded_and_each_run_has_its_colour_once(tmp_path):
+    runs = [read_run(make_run(tmp_path / str(number), lines=10), str(number)) for number in range(8)]
+    few, many = page_of(runs[:2], ""), page_of(runs, "")
+    assert "what can be read off them" not in few
+    assert "16 curves, and what can be read off them" in many
+    boxes = re.findall(r"<label><input type='checkbox' name='run'.*?</label>", many)
+    assert len(boxes) == len({re.search(r"style='(.*?)'", box)[1] for box in boxes}) == 8
+
+
+def test_what_has_no_ratio_is_compared_in_words(tmp_path, capsys):
+    folders = [make_run(tmp_path / name, lines=5) for name in "ab"]
+    for folder, value in zip(folders, ("0.0", "0.5"), strict=True):
+        _append(folder, f'{{"step": 60, "train/loss": {value}}}\n')
+    assert answer("compare", *folders) == 0
+    assert "from step 60: 0 -> 0.5; one is zero or not finite at step 60" in capsys.readouterr().out

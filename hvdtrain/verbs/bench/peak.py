@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hvdtrain.models.linear import linear
 from hvdtrain.settings import Precision
 from hvdtrain.trainer.device_clock import finish
-from hvdtrain.trainer.flops import data_sheet_peak, is_part_of_card, product_type
+from hvdtrain.trainer.peaks import data_sheet_peak, is_part_of_card, product_type
 from hvdtrain.verbs.phase_clock import seconds_of
 
 
