@@ -355,9 +355,11 @@ def test_what_is_compared_is_nothing_that_a_terminal_obeys(tmp_path, capsys):
 
 def test_of_many_runs_legends_are_folded_and_each_run_has_its_colour_once(tmp_path):
     runs = [read_run(make_run(tmp_path / str(number), lines=10), str(number)) for number in range(8)]
+    for run in runs:  # one chart is enough
+        run.curves = {name: run.curves[name] for name in ("train/loss", "val/loss") if name in run.curves}
     few, many = page_of(runs[:2], ""), page_of(runs, "")
     assert "what can be read off them" not in few
-    assert "16 curves, and what can be read off them" in many
+    assert "8 curves, and what can be read off them" in many
     boxes = re.findall(r"<label><input type='checkbox' name='run'.*?</label>", many)
     assert len(boxes) == len({re.search(r"style='(.*?)'", box)[1] for box in boxes}) == 8
 
