@@ -359,7 +359,7 @@ def test_of_many_runs_legends_are_folded_and_each_run_has_its_colour_once(tmp_pa
         run.curves = {name: run.curves[name] for name in ("train/loss", "val/loss") if name in run.curves}
     few, many = page_of(runs[:2], ""), page_of(runs, "")
     assert "what can be read off them" not in few
-    assert "8 curves, and what can be read off them" in many
+    assert "16 curves, and what can be read off them" in many
     boxes = re.findall(r"<label><input type='checkbox' name='run'.*?</label>", many)
     assert len(boxes) == len({re.search(r"style='(.*?)'", box)[1] for box in boxes}) == 8
 
