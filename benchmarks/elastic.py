@@ -14,6 +14,7 @@ largest difference to that run's, of the largest weight.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import subprocess
@@ -212,6 +213,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--every", type=int, default=10, help="steps between saves")
     parser.add_argument("--pause", type=float, default=0.2, help="seconds that each step sleeps")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, no further row is begun")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--output", type=Path, help="also write the table here")
     given = parser.parse_args()
@@ -222,7 +224,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="elastic-") as name:
         folder = Path(name)
         samples, weights = undisturbed(Row(given, None, folder, "undisturbed"))  # type: ignore[arg-type]
+        deadline = time.monotonic() + 60 * given.minutes
         for title in given.rows:
+            if time.monotonic() > deadline:
+                lines.append(f"{title:44}not run, for want of time")
+                continue
             with Hosts(3, path=f"{BIN}:/usr/local/bin:/usr/bin:/bin") as hosts:
                 row = Row(given, hosts, folder, title)
                 try:
@@ -230,9 +236,10 @@ def main() -> int:
                     lines.append(row.line(samples, weights))
                 except (AssertionError, RuntimeError, TimeoutError) as error:
                     failed.append(f"{title}: {error}")
+                    lines.append(f"{title:44}FAILED: {str(error).splitlines()[0][:80]}")
                 finally:
                     row.run.kill()
-                print((lines + failed)[-1] if not failed else failed[-1], flush=True)
+                print((lines + failed)[-1] if not failed else failed[-1][-6000:], flush=True)
             if given.output:
                 given.output.write_text(table(given, lines))
     print(table(given, lines))

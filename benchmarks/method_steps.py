@@ -21,7 +21,7 @@ from hvdtrain.trainer import train_step
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import start_training
 from hvdtrain.verbs.plan.methods import Method, methods_of
-from hvdtrain.world import World, ask_with_gradients, init
+from hvdtrain.world import Asking, World, init
 
 STEPS, WARMUP = 7, 2
 
@@ -50,15 +50,17 @@ def seconds(world: World, recipe, method: Method) -> float:
     job = rehearse(config.build(lambda line: None), config, world, only_full_batches=True)
     training = start_training(job)
     times = []
+    asking = Asking(world, training.optimizer)
     warmup = method.period or WARMUP
     for i in range(warmup + (method.period or STEPS)):
         if i == warmup:
             world.barrier(f"begin.{method.name}")
         started = time.perf_counter()
-        agree = ask_with_gradients(world, training.optimizer, False, "stop")
+        asking.ask(False)
         train_step(job, training)
-        agree()
+        asking.answer()
         times.append(time.perf_counter() - started)
+    asking.close()
     kept = times[warmup:]
     own = statistics.mean(kept) if method.period else statistics.median(kept)
     return max(world.all_gather_object(own, f"seconds.{method.name}"))

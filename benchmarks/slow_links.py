@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -24,7 +28,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 from bare_loops import WINDOW  # noqa: E402
 
-RANK, WARMUP = 4, 20
+RANK, WARMUP = 8, 20
 NETWORKS = ("200mbit,1", "100mbit,5", "20mbit,20")
 
 
@@ -52,6 +56,11 @@ def methods(period: int, warmup: int, rank: int) -> dict[str, list[str]]:
         f"DiLoCo, {period} steps": [*local, "--comm.outer", "nesterov"],
         f"DiLoCo, {period} steps, bf16": [*local, "--comm.outer", "nesterov", "--comm.compression", "bf16"],
         f"DiLoCo, {period} steps, int8": [*local, "--comm.outer", "nesterov", "--comm.compression", "int8"],
+        f"DiLoCo, {period} steps, int8, 4 fragments": [
+            *local,
+            *("--comm.outer", "nesterov", "--comm.compression", "int8"),
+            *("--comm.fragments", "4", "--comm.overlap-steps", str(period // 8)),
+        ],
     }
 
 
@@ -126,7 +135,8 @@ def ddp(given: argparse.Namespace, hook: str, steps: int, folder: Path) -> float
 def losses(given: argparse.Namespace) -> list[str]:
     """Return the rows of the held-out losses."""
     rows = [f"held-out loss in nats a byte after {given.steps} steps on {given.hosts} ranks, seed by seed"]
-    chosen = methods(given.period, given.warmup, given.rank)
+    known = methods(given.period, given.warmup, given.rank)
+    chosen = {name: flags for name, flags in known.items() if wanted(given, name) or name == "every step"}
     found: dict[str, list[float]] = {name: [] for name in chosen}
     for seed in range(given.seeds):
         for name, flags in chosen.items():
@@ -136,35 +146,70 @@ def losses(given: argparse.Namespace) -> list[str]:
     plain = statistics.mean(found["every step"])
     for name, values in found.items():
         of_seeds = " ".join(f"{value:.4f}" for value in values)
-        rows.append(f"{name:28} {of_seeds}   mean {statistics.mean(values) / plain - 1:+.2%} of every step's")
+        rows.append(f"{name:38} {of_seeds}   mean {statistics.mean(values) / plain - 1:+.2%} of every step's")
     return rows
 
 
-def times(given: argparse.Namespace) -> list[str]:
-    """Return the rows of the times on each network."""
-    tokens = 16 * 128
-    chosen = methods(given.period, 0, given.rank)  # nothing is timed while it warms up
-    rows = []
-    for network in given.networks:
-        rate, delay = network.split(",")
-        run([given.cluster, "net", rate, delay])
-        rows += ["", f"{rate}, {delay} ms one way, {given.hosts} hosts: ms a step, tokens/s, DDP's time / this one's"]
-        seconds: dict[str, list[float]] = {name: [] for name in (*DDP, *chosen)}
-        for _ in range(given.repeats):
-            for name, values in seconds.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    if name in DDP:
-                        values.append(ddp(given, DDP[name], 4 * WINDOW, Path(folder)))
-                    else:
-                        flags = chosen[name]
-                        steps = (3 * given.period) if "local" in flags else 4 * WINDOW
-                        values.append(ours(given, flags, steps, Path(folder) / "run"))
-                print(f"{network} {name}: {1e3 * values[-1]:.0f} ms", file=sys.stderr, flush=True)
-        for name, values in seconds.items():
-            ratios = [a / b for a, b in zip(seconds["DDP, Gloo"], values, strict=True)]
-            middle = statistics.median(values)
-            rows.append(f"{name:28} {1e3 * middle:8.1f} {tokens / middle:10,.0f}   {machine.spread(ratios, 2)}")
-    return rows
+class Times:
+    """The rows of the times on each network, as far as they have been measured."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        known = methods(given.period, 0, given.rank)  # nothing is timed while it warms up
+        self.flags = {name: flags for name, flags in known.items() if wanted(given, name)}
+        self.names = [name for name in DDP if wanted(given, name)] + [*self.flags]
+        self.seconds: dict[str, dict[str, list[float]]] = {}
+        self.deadline = time.monotonic() + 60 * given.minutes
+        self.failed: list[str] = []
+
+    def measure(self, note: Callable[[], None]) -> None:
+        """Measure all methods, network by network; `note` is called after each one."""
+        given = self.given
+        for network in given.networks:
+            run([given.cluster, "net", *network.split(",")])
+            found = self.seconds[network] = {name: [] for name in self.names}
+            for _ in range(given.repeats):
+                for name, values in found.items():
+                    if time.monotonic() > self.deadline:
+                        return
+                    try:
+                        values.append(self.one(name))
+                        said = f"{1e3 * values[-1]:.0f} ms"
+                    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # others can be measured
+                        said = f"failed: {str(error)[-400:]}"
+                        self.failed.append(f"{network} {name}: failed")
+                    print(f"{network} {name}: {said}", file=sys.stderr, flush=True)
+                    note()
+
+    def one(self, name: str) -> float:
+        """Return the seconds of a step."""
+        given = self.given
+        with tempfile.TemporaryDirectory() as folder:
+            if name in DDP:
+                return ddp(given, DDP[name], 4 * WINDOW, Path(folder))
+            flags = self.flags[name]
+            steps = (3 * given.period) if "local" in flags else 4 * WINDOW
+            return ours(given, flags, steps, Path(folder) / "run")
+
+    def rows(self) -> list[str]:
+        """Return the lines of the table; what was not measured has none."""
+        rows, tokens = [], 16 * 128
+        for network, found in self.seconds.items():
+            rate, delay = network.split(",")
+            what = "ms a step, tokens/s, DDP's time / this one's"
+            rows += ["", f"{rate}, {delay} ms one way, {self.given.hosts} hosts: {what}"]
+            for name, values in ((name, values) for name, values in found.items() if values):
+                middle = statistics.median(values)
+                pairs = zip(found.get("DDP, Gloo", ()), values, strict=False)
+                ratios = [plain / own for plain, own in pairs]
+                ratio = machine.spread(ratios, 2) if ratios else ""
+                rows.append(f"{name:38} {1e3 * middle:8.1f} {tokens / middle:10,.0f}   {ratio}")
+        return [*rows, *self.failed]
+
+
+def wanted(given: argparse.Namespace, name: str) -> bool:
+    """Return whether a method is to be measured."""
+    return not given.only or any(fnmatchcase(name, pattern) for pattern in given.only)
 
 
 def main() -> None:
@@ -179,6 +224,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="0: times alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="rate and one-way delay in ms")
+    parser.add_argument("--only", nargs="+", help="methods whose names fit one of these patterns")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, no more times are measured")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     table = [
@@ -191,12 +238,19 @@ def main() -> None:
         table += losses(given)
     if given.cluster:
         given.cluster = str(Path(given.cluster).resolve())
+        timed = Times(given)
         run([given.cluster, "up", str(given.hosts), "--emu"])
         try:
-            table += times(given)
+            timed.measure(lambda: write(given, [*table, *timed.rows()]))
         finally:
             subprocess.run([given.cluster, "down"], check=False, capture_output=True)
+        table += timed.rows()
     print("\n".join(table))
+    write(given, table)
+
+
+def write(given: argparse.Namespace, table: list[str]) -> None:
+    """Write what there is so far."""
     if given.output:
         given.output.write_text("\n".join(table) + "\n")
 

@@ -32,16 +32,36 @@ from hvdtrain.trainer.state import start_training  # noqa: E402
 from hvdtrain.trainer.step import train_step  # noqa: E402
 from hvdtrain.world import World  # noqa: E402
 
-# A format, and the exact steps before it begins.
-FORMATS = ("none", "int8", "powersgd:4", "powersgd:4,20", "topk:0.01,20")
+# A format, the exact steps before it begins, and other settings of --comm.
+FORMATS = (
+    "none",
+    "int8",
+    "powersgd:4,20,compression_exact=none",
+    "powersgd:4,20",
+    "powersgd:8,20,compression_exact=none",
+    "powersgd:8,20",
+    "powersgd:16,20",
+    "topk:0.01,20",
+    "topk:0.1,20",
+)
 MODEL = {"model.num_layers": 1, "model.hidden_size": 64, "model.num_heads": 2, "data.sequence_length": 48}
+
+
+def number(text: str) -> float | str:
+    """Return a number where it is one."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text
 
 
 def trained(given: argparse.Namespace, text: str, seed: int) -> tuple[float, float]:
     """Return the held-out loss, nats a byte, and the bytes that a rank has handed over in a step."""
-    name, _, warmup = text.partition(",")
+    words = text.split(",")
+    name, *warmup = [word for word in words if "=" not in word]
     settings = {**MODEL, "comm.compression": name, "train.seed": seed, "train.steps": given.steps}
-    settings |= {"comm.compression_warmup_steps": int(warmup)} if warmup else {}
+    settings |= {"comm.compression_warmup_steps": int(warmup[0])} if warmup else {}
+    settings |= {f"comm.{key}": number(value) for key, _, value in (word.partition("=") for word in words) if value}
     settings |= {"train.precision": "fp32"}
     one_at_a_time = threading.Lock()  # the text is prepared once
 
@@ -53,7 +73,7 @@ def trained(given: argparse.Namespace, text: str, seed: int) -> tuple[float, flo
         training = start_training(job)
         for _ in range(given.steps):
             train_step(job, training)
-        handed = world.handed_bytes["gradients"] / given.steps
+        handed = (world.handed_bytes["gradients"] + world.handed_bytes["outer"]) / given.steps
         return evaluate(job, training)["val/loss"], handed
 
     return thread_world.run_ranks(given.ranks, work)[0]
@@ -66,7 +86,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument(
-        "--formats", nargs="+", default=FORMATS, help="each with the exact steps before it: topk:0.1,20"
+        "--formats",
+        nargs="+",
+        default=FORMATS,
+        help="each with the exact steps before it, and settings of --comm: topk:0.1,20,compression_exact=none",
     )
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -77,17 +100,19 @@ def main() -> None:
         f"decoder of {MODEL['model.num_layers']} layer x {MODEL['model.hidden_size']}, recipe lm's text and batch",
         "",
     ]
-    plain = 0.0
+    plain: list[float] = []
     for text in given.formats:
         found = [trained(given, text, seed) for seed in range(given.seeds)]
-        mean = statistics.mean(loss for loss, _ in found)
-        plain = plain or mean
+        plain = plain or [loss for loss, _ in found]
+        off = [loss / exact - 1 for (loss, _), exact in zip(found, plain, strict=True)]
         losses = " ".join(f"{loss:.4f}" for loss, _ in found)
-        rows.append(f"{text:16} {losses}   {mean / plain - 1:+.2%} of the first's   {found[0][1]:9,.0f} bytes a step")
+        of_seeds = " ".join(f"{share:+.2%}" for share in off)
+        middle = f"{statistics.mean(off):+.2%} of the first's ({of_seeds})"
+        rows.append(f"{text:38} {losses}   {middle}   {found[0][1]:9,.0f} bytes a step")
         print(rows[-1], file=sys.stderr, flush=True)
+        if given.output:  # a row is worth having when time is up
+            given.output.write_text("\n".join(rows) + "\n")
     print("\n".join(rows))
-    if given.output:
-        given.output.write_text("\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import shutil
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,14 +23,32 @@ def can_compile_for(device: torch.device) -> bool:
     return device.type == "cuda" and _has_tools() and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 
-def uncompiled() -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
     """Within, what has been given to the compiler runs as it was written.
 
     For modes that see every operator: the compiler passes over a function that it meets under one of them, says nothing
     and never looks at it again, so that a model which was once measured would train uncompiled ever after.
     """
-    context: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return context
+    given = torch.compile
+    with contextlib.ExitStack() as stack:
+
+        def run_as_written() -> None:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+        def compile_later(*args: Any, **kwargs: Any) -> Any:
+            torch.compile = given
+            run_as_written()
+            return given(*args, **kwargs)
+
+        if "torch._dynamo" in sys.modules:
+            run_as_written()
+        else:  # the compiler takes as long to load as torch itself: nothing has been given to it so far
+            torch.compile = compile_later
+        try:
+            yield
+        finally:
+            torch.compile = given
 
 
 def is_compiled(model: nn.Module) -> bool:

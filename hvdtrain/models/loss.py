@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvdtrain.models.compilation import can_compile_for
-from hvdtrain.models.private_torch import is_watched
+from hvdtrain.models.private_torch import constant_when_compiled, is_watched
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss_sum, (targets != IGNORE_INDEX).sum()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled
 def bytes_at_once(device: torch.device) -> int:
     """Return the bytes of logits in fp32 that may exist at a time: 256 MiB, of large GPUs a thirty-second part."""
     most = _BYTES

@@ -10,7 +10,7 @@ import struct
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ __all__ = [
     "backward_run",
     "compile_in_place",
     "computed_node",
+    "constant_when_compiled",
     "copy_all_",
     "divide_all_",
     "function_modes",
@@ -46,6 +47,8 @@ __all__ = [
     "without_modes",
     "zero_all_",
 ]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class LiveBytes(TorchDispatchMode):
@@ -128,6 +131,15 @@ def compile_in_place(module: nn.Module) -> None:
         module.compile()
     finally:
         del vars(module)["_call_impl"]
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """Have torch.compile take what a function returns for a constant: `torch.compiler.assume_constant_result`.
+
+    That one loads the compiler at once, which takes as long again as torch.
+    """
+    cast(Any, function)._dynamo_marked_constant = True
+    return function
 
 
 def on_compilation(begin: Callable[[], None], end: Callable[[], None]) -> None:

@@ -13,6 +13,12 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.is_floating_point() or parameter.is_complex()]
 
 
+def trainable_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the same parameters by the names that `named_parameters` gives them."""
+    own = set(trainable(model))
+    return {name: parameter for name, parameter in model.named_parameters() if parameter in own}
+
+
 def sparse_weights(model: nn.Module) -> set[int]:
     """Return the ids of the weights of embeddings with sparse gradients."""
     return {id(module.weight) for module in model.modules() if getattr(module, "sparse", False) is True}

@@ -4,14 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import _global_optimizer_post_hooks as _AFTER_EACH
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _BEFORE_EACH
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+
+def postpone_compiler() -> None:
+    """Have optimizers work without torch's compiler until something compiles.
+
+    torch keeps what it compiles away from these functions, and loads its compiler at their first call to do so: as
+    long again as torch itself takes, and sympy with it, in each rank, also where nothing is ever compiled.
+    """
+    for function in list(vars(torch.optim.Optimizer).values()):
+        if getattr(function, "__code__", None) is _KEPT_AWAY.__code__:
+            _call_directly(function)
+
+
+def _nothing() -> None:
+    """Be what torch puts its wrappers around: the code of each is the same for all functions."""
+
+
+_KEPT_AWAY: Any = _disable_dynamo(_nothing)
+_GRAD_SWITCHED: Any = _use_grad_for_differentiable(_nothing)
+_DIRECT = "__dynamo_disable"
+"""Where such a function keeps what it calls from its second call on."""
+
+
+def _call_directly(function: Any) -> None:
+    inner = function.__wrapped__
+
+    @functools.wraps(inner)
+    def direct(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return inner(*args, **kwargs)
+        if getattr(inner, _DIRECT, None) is direct:  # something compiles: from here on as torch does it
+            delattr(inner, _DIRECT)
+        return function(*args, **kwargs)
+
+    direct._torchdynamo_disable = True  # type: ignore[attr-defined]  # what is compiled stops here, as it did
+    if "torch._dynamo" not in sys.modules and not hasattr(inner, _DIRECT):
+        setattr(inner, _DIRECT, direct)
 
 
 def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
@@ -60,11 +100,14 @@ def without_step_hooks(optimizer: Any) -> Iterator[None]:
 def without_record(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return an optimizer class's `step` that does the same, and tells profilers of it only where one is at work.
 
-    The entry takes a small network as long as its norm. One that torch has not put its hooks on is returned as it is.
+    The entry takes a small network as long as its norm; nor is torch's compiler loaded to be told of what it does not
+    see. One that torch has not put its hooks on is returned as it is.
     """
     bare = getattr(step, "__wrapped__", None)
     if bare is None or not getattr(step, "hooked", False):
         return step
+    if getattr(bare, "__code__", None) is _GRAD_SWITCHED.__code__:
+        bare = _switching_grad(bare.__wrapped__)
 
     @functools.wraps(step)
     def leaner(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +122,16 @@ def without_record(step: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return leaner
+
+
+def _switching_grad(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `step` under which gradients are recorded only where the optimizer is to be differentiated through."""
+
+    def switched(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+            return step(optimizer, *args, **kwargs)
+
+    return switched
 
 
 def add_all_(tensors: list[Any], others: list[Any], alpha: float) -> None:

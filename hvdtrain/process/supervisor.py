@@ -105,7 +105,8 @@ class Supervisor:
                 self._pause(code, failures, 0.0 if is_known else self.pause_s)
                 self._wait_for_directory(run_dir)
                 if self._signals:
-                    return self._last_code(code)
+                    say("stopped on request before it was started again")
+                    return _STOPPED
 
     def _checked(self, code: int, run_dir: Path, has_progressed: bool) -> int:
         """Return the exit code, 1 where it says that a run has finished and the run's metrics do not.

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdtrain.settings.compression import EXACT, parse_compression
+from hvdtrain.errors import ConfigError
+from hvdtrain.settings.compression import EXACT, parse_compression, patterns_in
 from hvdtrain.settings.fields import Section, setting
 
 
@@ -26,6 +27,10 @@ class CommConfig(Section):
     compression_warmup_steps: int = setting(0, minimum=0, several_ranks=True)
     """int8, powersgd and topk send everything as it is in so many steps of a run (or averages, of --comm.sync local)
     before they begin."""
+    compression_exact: str = setting("auto", several_ranks=True)
+    """Parameters that int8, powersgd and topk send as they are, by patterns of their names, as in
+    "*embed*,lm_head.weight". auto: with powersgd the weights of embeddings and of the output layer; none: small ones
+    alone."""
     bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
     """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
     op: Literal["average", "adasum"] = setting("average", several_ranks=True)
@@ -44,20 +49,39 @@ class CommConfig(Section):
     """local: by what the mean update is multiplied. None: 1, or 0.7 with --comm.outer nesterov."""
     outer_momentum: float = setting(0.9, above=0, below=1, several_ranks=True)
     """local: the momentum of --comm.outer nesterov."""
+    fragments: int = setting(1, above=0, several_ranks=True)
+    """local: average the model in so many parts, each once in a period and at a step of its own (arXiv:2501.18512)."""
+    overlap_steps: int = setting(0, minimum=0, several_ranks=True)
+    """local: steps that an average may take to arrive, while training goes on."""
+    overlap_mix: float = setting(0.5, minimum=0, below=1, several_ranks=True)
+    """local: how much of a rank's own weights stays when an average arrives late: 0 none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_compression(self.compression)
+        patterns_in(self.compression_exact)
+        if self.sync == "local" and self.fragments > self.period:
+            raise ConfigError(
+                f"--comm.fragments {self.fragments} need as many steps of a period, and --comm.period is {self.period}"
+            )
+        if self.sync == "local" and self.overlap_steps >= self.period:
+            raise ConfigError(
+                f"--comm.overlap-steps {self.overlap_steps} must be less than --comm.period {self.period}: an average"
+                " arrives before the next one begins"
+            )
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what lays out buckets where there are none, and what belongs to local updates."""
         if parse_compression(self.compression)[0] in EXACT:
-            for name in ("compression_min_size", "compression_warmup_steps"):
+            for name in ("compression_min_size", "compression_warmup_steps", "compression_exact"):
                 yield name, "it is for --comm.compression int8, powersgd and topk"
         if self.op == "adasum":
             yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
         if self.sync != "local":
-            for name in ("period", "outer", "outer_lr", "outer_momentum"):
+            for name in ("period", "outer", "outer_lr", "outer_momentum", "fragments", "overlap_steps", "overlap_mix"):
                 yield name, "it belongs to --comm.sync local"
-        elif self.outer != "nesterov":
+            return
+        if self.outer != "nesterov":
             yield "outer_momentum", "it belongs to --comm.outer nesterov"
+        if not self.overlap_steps:
+            yield "overlap_mix", "it belongs to --comm.overlap-steps"

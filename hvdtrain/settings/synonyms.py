@@ -34,6 +34,7 @@ _SETTINGS = {
     "optim.eps": "epsilon adam_epsilon",
     "comm.compression": "fp16_allreduce compress gradient_compression wire_dtype powersgd topk powersgd_rank",
     "comm.compression_warmup_steps": "start_powersgd_iter compression_warmup",
+    "comm.compression_exact": "compression_exclude skip_compression exclude_from_compression",
     "comm.bucket_mib": "fusion_threshold bucket_cap_mb bucket_size",
     "comm.op": "adasum use_adasum reduction",
     "log.every": "log_every log_interval logging_steps log_steps print_freq print_every log_freq",

@@ -20,6 +20,7 @@ from hvdtrain.data.readers import read_samples
 from hvdtrain.data.stream import StreamSamples
 from hvdtrain.data.users import MapSamples
 from hvdtrain.errors import ConfigError, DataError, HvdtrainError
+from hvdtrain.models.compilation import uncompiled
 from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.task import Batch, Task
 
@@ -164,7 +165,7 @@ def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> 
     rows = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
     can_halve = all(_has_rows(tensor, rows) and tensor.layout == torch.strided for tensor in tensors_in(batch))
     half = map_tensors(lambda tensor: tensor[: -(-rows // 2)], batch) if can_halve else batch
-    with _undisturbed(model), torch.compiler.set_stance("force_eager"):
+    with _undisturbed(model), uncompiled():
         once = _values(forward, half)
         if once is _FAILED:
             return

@@ -7,13 +7,13 @@ last average and the update of rank i, `dW_i = W_i - W`,
 
 (local SGD, arXiv:1805.09767), or, with `--comm.outer nesterov`, a step of SGD with Nesterov's momentum along the mean
 update, as in DiLoCo (arXiv:2311.08105). What a rank's optimizer remembers stays its own. With plain SGD, a period of
-one step and outer_lr 1 this is what averaging gradients in every step gives.
+one step and outer_lr 1 this is what averaging gradients in every step gives. The formula is in `outer_updates.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,24 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
 from hvdtrain.settings import Config
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.component import Component
-from hvdtrain.trainer.model import wide_type
+from hvdtrain.trainer.outer_updates import OuterUpdates, Schedule, moved_by_name
 from hvdtrain.trainer.sharded import Sharded
 from hvdtrain.trainer.strategy import EveryStep, Strategy, model_tensors
-from hvdtrain.trainer.wire import about, in_parts, redistributed
-from hvdtrain.world import Codec, SoloWorld, World, WrappedOptimizer, codec_for
-from hvdtrain.world.filling import real
+from hvdtrain.trainer.wire import redistributed
+from hvdtrain.world import SoloWorld, World, WrappedOptimizer
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
     from hvdtrain.trainer.state import Training
 
 C = TypeVar("C", bound=Component)
-NESTEROV_LR = 0.7  # as DiLoCo's, arXiv:2311.08105, section 3.1
 
 
 def strategy_of(config: Config, size: int) -> Strategy:
@@ -64,16 +61,16 @@ def strategy_of(config: Config, size: int) -> Strategy:
             f"{setting} needs what all ranks share in each step, and with --comm.sync local they share nothing between"
             " two averages: leave one of them out"
         )
-    return LocalUpdates(config.comm.period)
+    return LocalUpdates(Schedule.of(config.comm))
 
 
 class LocalUpdates(Strategy):
-    """Ranks are equal after every `period`-th step, and drift apart between."""
+    """Ranks are equal at the end of each period, if all is averaged then, and drift apart between."""
 
     agrees = False
 
-    def __init__(self, period: int) -> None:
-        self._period = period
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
 
     def components(self, job: Job) -> list[Component]:
         """Return what is alike on all ranks, and what is each one's own."""
@@ -88,23 +85,22 @@ class LocalUpdates(Strategy):
         return alone.wrap(optimizer, model, accum_steps=options["accum_steps"], offload=options["offload"])
 
     def is_equal_after(self, step: int) -> bool:
-        """Return whether a period ends with this step, or training has not begun."""
-        return step % self._period == 0
+        """Return whether a period ends with this step in which all is averaged, or training has not begun."""
+        return step == 0 or (self._schedule.is_whole and step % self._schedule.period == 0)
 
     def agree(self, world: World, is_finite: Tensor) -> Tensor:
         """Return this rank's answer: a step that does not count for one rank may count for the others."""
         return is_finite
 
     def after_update(self, world: World, training: Training) -> None:
-        """At the end of a period, average the updates."""
-        if self.is_equal_after(training.step):
-            world.progress.enter("communication")
-            _part(training, OuterUpdates).step()
+        """Average the updates that it is time for."""
+        _part(training, OuterUpdates).after_step(training.step)
 
     def made_equal(self, world: World, training: Training) -> AbstractContextManager[None]:
         """Within a period, have the mean of the ranks' weights and buffers in the model for a while."""
         if self.is_equal_after(training.step):
             return contextlib.nullcontext()
+        _part(training, OuterUpdates).arrive()
         return _part(training, OwnProgress).averaged()
 
     def replicated_tensors(self, training: Training, with_optimizer: bool) -> dict[str, Tensor]:
@@ -118,87 +114,8 @@ class LocalUpdates(Strategy):
     def end(self, world: World, training: Training) -> None:
         """Leave every rank with the mean where the run ends within a period: it is what was evaluated and saved."""
         if not self.is_equal_after(training.step):
+            _part(training, OuterUpdates).arrive()
             _part(training, OwnProgress).average()
-
-
-class OuterUpdates(Component):
-    """The weights of the last average, and the step that is taken from them: alike on all ranks."""
-
-    name = "outer"
-
-    def __init__(self, job: Job) -> None:
-        comm = job.config.comm
-        is_nesterov = comm.outer == "nesterov"
-        self.codec: Codec = codec_for(comm)
-        self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
-        self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
-        self._momentum = comm.outer_momentum if is_nesterov else 0.0
-        self._training: Training | None = None
-        self._last: dict[str, Tensor] = {}
-        self._velocity: dict[str, Tensor] = {}
-        what = f"Nesterov's momentum {self._momentum:g}, " if is_nesterov else ""
-        steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
-        self.about = f"updates:    averaged {steps}, not gradients ({what}outer learning rate {self._lr:g})"
-        self.about += f"\n{wire}" if (wire := about(job, self.codec)) else ""
-
-    def attach(self, training: Training) -> None:
-        """See the optimizer."""
-        self._training = training
-
-    def begin(self, model: nn.Module) -> None:
-        """Begin with the weights as they are."""
-        moved = _moved(model, self._training)
-        self._last = {
-            name: parameter.detach().to(wide_type(parameter.dtype), copy=True) for name, parameter in moved.items()
-        }
-        if self._momentum:
-            self._velocity = {name: torch.zeros_like(last) for name, last in self._last.items()}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move from the last average by the mean of all ranks' updates, and put that into the model. Collective."""
-        assert self._training is not None
-        moved = _moved(self._training.model, self._training)
-        for dtype in dict.fromkeys(last.dtype for last in self._last.values()):
-            names = [name for name, last in self._last.items() if last.dtype == dtype]
-            updates = [moved[name].detach().to(dtype, copy=True).sub_(self._last[name]) for name in names]
-            self._average(dict(zip(names, updates, strict=True)), str(dtype))
-            for name, update in zip(names, updates, strict=True):
-                self._move(name, update)
-                moved[name].copy_(self._last[name])
-        self.codec.settle(False)
-
-    def _average(self, updates: Mapping[str, Tensor], kind: str) -> None:
-        """Turn updates of one type into their means over the ranks, sent in parts of whole tensors. Collective."""
-        waits: list[tuple[str, list[Tensor], Callable[[], Tensor]]] = []
-        for i, names in enumerate(in_parts(updates, self._chunk_bytes)):
-            part, numbers = f"{kind}.{i}", [real(updates[name]) for name in names]
-            self.codec.lay_out(part, [(name, item.shape) for name, item in zip(names, numbers, strict=True)])
-            flat = torch.cat([item.flatten() for item in numbers]).div_(self._world.size)
-            flat = flat.to(self.codec.buffer_type(flat.dtype))
-            waits.append((part, numbers, self.codec.start(self._world, "outer", part, flat)))
-        for part, numbers, wait in waits:
-            means = torch.split_with_sizes(wait(), [item.numel() for item in numbers])
-            self.codec.received(part, None)
-            for item, mean in zip(numbers, means, strict=True):
-                item.copy_(mean.view(item.shape))
-
-    def _move(self, name: str, update: Tensor) -> None:
-        if self._momentum:
-            velocity = self._velocity[name].mul_(self._momentum).add_(update)
-            update = update.add(velocity, alpha=self._momentum)
-        self._last[name].add_(update, alpha=self._lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights of the last average, and the momentum if there is any."""
-        return {"last": self._last, **({"velocity": self._velocity} if self._momentum else {})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved average."""
-        for name, last in self._last.items():
-            last.copy_(state["last"][name])
-        for name, velocity in self._velocity.items():
-            velocity.copy_(state["velocity"][name])
 
 
 class OwnProgress(Component):
@@ -221,7 +138,7 @@ class OwnProgress(Component):
         """Return what differs between ranks within a period: weights that the optimizer moves, and buffers."""
         assert self._training is not None
         model = self._training.model
-        frozen = dict(model.named_parameters()).keys() - _moved(model, self._training).keys()
+        frozen = dict(model.named_parameters()).keys() - moved_by_name(model, self._training).keys()
         return {name: tensor.detach() for name, tensor in model_tensors(model).items() if name not in frozen}
 
     @contextlib.contextmanager
@@ -241,7 +158,7 @@ class OwnProgress(Component):
     def average(self) -> None:
         """Put the ranks' mean into the model. Collective."""
         assert self._training is not None
-        weights = _moved(self._training.model, self._training)
+        weights = moved_by_name(self._training.model, self._training)
         self._job.world.average_tensors([weight.detach() for weight in weights.values()], "local.weights")
         buffers = self._training.component(ChangingBuffers)
         if buffers is not None:
@@ -254,13 +171,14 @@ class OwnProgress(Component):
         is_equal = self._strategy.is_equal_after(self._training.step)
         weights = {} if is_equal else self._kept if self._kept is not None else self._own()
         state = {"weights": weights, "optimizer": self._training.optimizer.state_dict()}
-        return {**state, "codec": self._outer.codec.state_dict()}
+        return {**state, "codec": [codec.state_dict() for codec in self._outer.codecs]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as this rank, or from the mean of all."""
         assert self._training is not None
         self._training.optimizer.load_state_dict(state["optimizer"])
-        self._outer.codec.load_state_dict(state["codec"])
+        for codec, own in zip(self._outer.codecs, _as_list(state["codec"]), strict=False):
+            codec.load_state_dict(own)
         own = self._own()
         with torch.no_grad():
             for name, tensor in state["weights"].items():
@@ -272,8 +190,20 @@ class OwnProgress(Component):
             f"WARNING: {len(states)} ranks have trained apart, and {self._job.world.size} go on: from the mean of"
             " their weights, with the optimizers' states of as many of them"
         )
-        codec = redistributed(self._job, self._outer.codec, [state["codec"] for state in states])
-        return {"weights": {}, "optimizer": states[rank % len(states)]["optimizer"], "codec": codec or {}}
+        of_ranks = [_as_list(state["codec"]) for state in states]
+        codecs: list[Any] = []
+        for fragment, codec in enumerate(self._outer.codecs):
+            own = [of_rank[fragment] for of_rank in of_ranks if fragment < len(of_rank)]
+            # What is said of one fragment holds for all.
+            is_first = not any(codecs)
+            codecs.append(redistributed(self._job, codec, own) if is_first else codec.merged(own, self._job.world.size))
+        kept = [codec or {} for codec in codecs]
+        return {"weights": {}, "optimizer": states[rank % len(states)]["optimizer"], "codec": kept}
+
+
+def _as_list(saved: Any) -> list[Any]:
+    """Return what the codec of each fragment has saved; before there were fragments, one codec saved its state."""
+    return saved if isinstance(saved, list) else [saved]
 
 
 def _part(training: Training, kind: type[C]) -> C:
@@ -281,12 +211,3 @@ def _part(training: Training, kind: type[C]) -> C:
     component = training.component(kind)
     assert component is not None
     return component
-
-
-def _moved(model: nn.Module, training: Training | None) -> dict[str, nn.Parameter]:
-    """Return the parameters that the optimizer moves, by name; before there is one, those that can be trained."""
-    named = dict(model.named_parameters())
-    if training is None:
-        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    own = set(owned_by(training.optimizer))
-    return {name: parameter for name, parameter in named.items() if parameter in own}

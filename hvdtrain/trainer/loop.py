@@ -25,7 +25,7 @@ from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
 from hvdtrain.trainer.stopwatch import Stopwatch, counts_of
 from hvdtrain.trainer.values import count_targets
-from hvdtrain.world import ask_with_gradients
+from hvdtrain.world import Asking
 
 
 @dataclass
@@ -75,14 +75,15 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         return evaluated
     with training, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
         run, log_due = _Run(job, training, stopwatch, saver, request), LogDue(job, training.step)
+        asking = Asking(job.world, training.optimizer)
         if training.is_evaluation_due:
             run.ended = ended
             evaluated = _evaluate_and_save(run, is_stop=False)
         training.is_unchecked = True
         while training.step < job.num_steps and not run.ended:
-            agree = ask_with_gradients(job.world, training.optimizer, request.reason is not None, "stop")
+            asking.ask(request.reason is not None)
             train_step(job, training)
-            is_stop = agree()
+            is_stop = asking.answer()
             run.ended = training.reason_to_end(job.world, is_evaluated=False)
             if training.step == job.num_steps or run.ended or log_due.after(training.step):
                 metrics = step_metrics(job, training, stopwatch)
@@ -91,6 +92,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
             else:
                 job.log.advance(training.step)
             evaluated = _evaluate_and_save(run, is_stop)
+        asking.close()
         saver.finish()
         job.world.progress.leave()
     if run.ended:

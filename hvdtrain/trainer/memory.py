@@ -27,7 +27,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.compilation import uncompiled
 from hvdtrain.models.private_torch import FakeTensorMode, LiveBytes
 from hvdtrain.optim.adamw import AdamWConfig
-from hvdtrain.optim.groups import trainable
+from hvdtrain.optim.groups import trainable, trainable_by_name
 from hvdtrain.optim.table import own_class
 from hvdtrain.settings import Config
 from hvdtrain.settings.units import in_units
@@ -129,7 +129,7 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
         kept, at_once = shares.most_of(of_each), shares.most_at_once(of_each)
     elif job.world.size > 1:
         gradients += _sent_bytes(job, all_trained)
-        gradients += _of_gradients(job, codec_for(job.config.comm).kept_bytes, all_trained)
+        gradients += _kept_bytes(job, all_trained)
     if job.is_offloaded:
         kept, host = at_once, kept
     kept += _component_bytes(job, model, mode)
@@ -158,11 +158,21 @@ def fake_micro_batch(job: Job, mode: FakeTensorMode) -> Any:
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
     """Return the bytes of all gradients as they are sent; `all_trained` as for `estimate`."""
-    codec = codec_for(job.config.comm)
+    codec = codec_for(job.config.comm, job.task.model)
 
-    def count(shape: torch.Size, dtype: torch.dtype) -> int:
+    def count(name: str, shape: torch.Size, dtype: torch.dtype) -> int:
         is_native = codec.is_native(job.world, dtype)
-        return shape.numel() * dtype.itemsize if is_native else codec.tensor_bytes(shape, dtype)
+        return shape.numel() * dtype.itemsize if is_native else codec.bytes_of(name, shape, dtype)
+
+    return _of_gradients(job, count, all_trained)
+
+
+def _kept_bytes(job: Job, all_trained: bool) -> int:
+    """Return what the codec remembers."""
+    codec = codec_for(job.config.comm, job.task.model)
+
+    def count(name: str, shape: torch.Size, dtype: torch.dtype) -> int:
+        return 0 if codec.is_exact(name) else codec.kept_bytes(shape, dtype)
 
     return _of_gradients(job, count, all_trained)
 
@@ -176,16 +186,16 @@ def _sent_bytes(job: Job, all_trained: bool) -> int:
     return min(whole, max(largest, job.config.comm.bucket_mib << 20))
 
 
-def _plain_bytes(shape: torch.Size, dtype: torch.dtype) -> int:
+def _plain_bytes(name: str, shape: torch.Size, dtype: torch.dtype) -> int:
     return shape.numel() * dtype.itemsize
 
 
-def _of_gradients(job: Job, count: Callable[[torch.Size, torch.dtype], int], all_trained: bool) -> int:
+def _of_gradients(job: Job, count: Callable[[str, torch.Size, torch.dtype], int], all_trained: bool) -> int:
     """Return the sum of what a codec counts for each gradient."""
     own = own_type(job.config.train.precision)
     return sum(
-        count(parameter.shape, own or parameter.dtype)
-        for parameter in trainable(job.task.model)
+        count(name, parameter.shape, own or parameter.dtype)
+        for name, parameter in trainable_by_name(job.task.model).items()
         if parameter.requires_grad or all_trained
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.optim.groups import trainable
+from hvdtrain.optim.groups import trainable_by_name
 from hvdtrain.settings import Config
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.strategy import EveryStep
@@ -43,7 +43,8 @@ class WireFormat(Component):
     @classmethod
     def of(cls, job: Job) -> WireFormat | None:
         """Return one with the codec that `--comm.compression` names, where gradients travel."""
-        return cls(job, codec_for(job.config.comm)) if isinstance(job.strategy, EveryStep) else None
+        is_sent = isinstance(job.strategy, EveryStep)
+        return cls(job, codec_for(job.config.comm, job.task.model)) if is_sent else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what this rank's codec remembers."""
@@ -60,7 +61,9 @@ class WireFormat(Component):
 
 def about(job: Job, codec: Codec) -> str:
     """Return a line about what is compressed, where something is and there are several ranks."""
-    return codec.about([p.shape for p in trainable(job.task.model)]) if job.world.size > 1 else ""
+    if job.world.size == 1:
+        return ""
+    return codec.about([(name, parameter.shape) for name, parameter in trainable_by_name(job.task.model).items()])
 
 
 def redistributed(job: Job, codec: Codec, states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

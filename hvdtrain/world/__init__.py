@@ -1,5 +1,6 @@
 """The ranks: who they are, what they exchange, how gradients are averaged. Horovod and MPI live in here only."""
 
+from hvdtrain.world.asking import Asking
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer
 from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
 from hvdtrain.world.buckets import in_buckets
@@ -12,7 +13,6 @@ from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.int8 import Int8
 from hvdtrain.world.plain_mpi import plain_sum
 from hvdtrain.world.powersgd import PowerSGD
-from hvdtrain.world.question import ask_with_gradients
 from hvdtrain.world.replicas import digest_of, keep_per_rank, per_rank_buffers
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.solo import SoloWorld
@@ -23,6 +23,7 @@ from hvdtrain.world.world import World
 
 __all__ = [
     "CODECS",
+    "Asking",
     "Averaging",
     "Cargo",
     "Codec",
@@ -38,7 +39,6 @@ __all__ = [
     "World",
     "WrappedOptimizer",
     "ask_horovod",
-    "ask_with_gradients",
     "begin_exchange",
     "codec_for",
     "codec_of",

@@ -263,6 +263,7 @@ def wrap_optimizer(
     world.num_wraps += 1
     prefix = f"gradients.{world.num_wraps}"
     codec = averaging.codec()
+    codec.meet(model)
     layout = sharding.layout(prefix, codec) if sharding else None
     wrapped._exchange = exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, codec, layout)
     world.claim_gradients(exchange)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -71,6 +71,20 @@ class Codec(ABC):
         wait = world.start_all_reduce_(self.encode(name, part), "sum", f"{prefix}.{name}")
         return lambda: self.decode(name, wait())
 
+    def meet(self, model: nn.Module) -> None:  # noqa: B027  most need not know
+        """Learn of the model whose gradients it will send, before any bucket is laid out; once more changes nothing.
+
+        Raises:
+            ConfigError: what it was told of parameters does not fit them.
+        """
+
+    def spare(self, names: Collection[str]) -> None:  # noqa: B027  most send all alike
+        """Send parameters of these names, and no others, as they are whatever their shapes."""
+
+    def is_exact(self, name: str) -> bool:
+        """Return whether the parameter of this name is sent as it is, whatever its shape."""
+        return False
+
     def lay_out(self, name: str, tensors: Sequence[tuple[str, torch.Size]]) -> None:  # noqa: B027  most need not know
         """Learn of which tensors, by name and shape, the bucket `name` is made, from its first number on.
 
@@ -109,6 +123,10 @@ class Codec(ABC):
         """Return the bytes that one rank hands over for a gradient of this shape and type."""
         return self.wire_bytes(shape.numel(), dtype)
 
+    def bytes_of(self, name: str, shape: torch.Size, dtype: torch.dtype) -> int:
+        """Return the bytes that one rank hands over for the gradient of the parameter of this name."""
+        return self.wire_bytes(shape.numel(), dtype) if self.is_exact(name) else self.tensor_bytes(shape, dtype)
+
     def kept_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Return the memory that it takes, besides what it sends, for a gradient of this shape and type."""
         return 0
@@ -117,8 +135,8 @@ class Codec(ABC):
         """Return the bytes that each of `size` ranks sends on its link where it hands over `handed`, in a ring."""
         return 2 * (size - 1) * handed // size
 
-    def about(self, shapes: Sequence[torch.Size]) -> str:
-        """Return a line for the person who starts a run with gradients of these shapes, if there is any to say."""
+    def about(self, tensors: Sequence[tuple[str, torch.Size]]) -> str:
+        """Return a line for the person who starts a run of these names and shapes of gradients, if any."""
         return ""
 
 

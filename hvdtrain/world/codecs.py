@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from hvdtrain.settings import CommConfig
 from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.world.codec import AsTheyAre, Bf16, Codec, Fp16
@@ -37,6 +39,18 @@ def codec_of(text: str, **options: Any) -> Codec:
     return CODECS[name](*([number] if number else []), **options)
 
 
-def codec_for(comm: CommConfig) -> Codec:
-    """Return a new codec as the settings ask for it."""
-    return codec_of(comm.compression, min_size=comm.compression_min_size, warmup_steps=comm.compression_warmup_steps)
+def codec_for(comm: CommConfig, model: nn.Module | None = None) -> Codec:
+    """Return a new codec as the settings ask for it, for the gradients of a model if one is given.
+
+    Raises:
+        ConfigError: `--comm.compression-exact` names parameters that the model does not have.
+    """
+    codec = codec_of(
+        comm.compression,
+        min_size=comm.compression_min_size,
+        warmup_steps=comm.compression_warmup_steps,
+        exact=comm.compression_exact,
+    )
+    if model is not None:
+        codec.meet(model)
+    return codec

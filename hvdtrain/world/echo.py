@@ -38,6 +38,8 @@ class Cargo:
 
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
+    exact: tuple[int, ...] = ()
+    """Places of the tensors that travel as they are whatever the codec would do with their shapes."""
 
     def buffer(self, codec: Codec, world: World) -> Tensor:
         """Return random gradients, and the shares of ranks that have them, as they lie in a bucket's buffer: `(n,)`."""
@@ -91,6 +93,7 @@ def begin_exchange(
     world: World, codec: Codec, prefix: str, cargoes: Sequence[Cargo], buffers: Sequence[Tensor]
 ) -> Callable[[], None]:
     """Put buckets on the wire as training does; returns what waits for their means and ends the step. Collective."""
+    codec.spare([f"{i}.{k}" for i, cargo in enumerate(cargoes) for k in cargo.exact])
     waits: list[tuple[str, Callable[[], Tensor]]] = []
     for i, (cargo, buffer) in enumerate(zip(cargoes, buffers, strict=True)):
         name = f"bucket.{i}"

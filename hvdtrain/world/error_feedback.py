@@ -18,15 +18,17 @@ What is remembered belongs to a tensor, by its name, whichever bucket it travels
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hvdtrain.settings.compression import AUTO
 from hvdtrain.settings.units import in_units
 from hvdtrain.world.codec import AsTheyAre, Codec
+from hvdtrain.world.exact import exact_names
 from hvdtrain.world.memory import Memory, merged
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Parts:
     pieces: Sequence[Piece]
     exact: Sequence[Tensor]
     """Views of the bucket's buffer, flat: small tensors, and what lies behind all tensors."""
+    spared: Sequence[Piece]
+    """The tensors among these."""
 
     def take_exact(self, flat: Tensor) -> None:
         """Put the sums, `(n,)`, of what travelled as it is in their place."""
@@ -79,15 +83,18 @@ class ErrorFeedback(Codec):
     Args:
         min_size: tensors of fewer numbers are sent as they are.
         warmup_steps: in so many steps of a training everything is sent as it is.
+        exact: parameters that are sent as they are, as `--comm.compression-exact` names them.
     """
 
     is_elementwise = False
     has_exact_tail = True
     is_approximate = True
 
-    def __init__(self, min_size: int = MIN_SIZE, warmup_steps: int = 0) -> None:
+    def __init__(self, min_size: int = MIN_SIZE, warmup_steps: int = 0, exact: str = AUTO) -> None:
         self.min_size = min_size
         self.warmup_steps = warmup_steps
+        self.exact = exact
+        self._exact_names: frozenset[str] = frozenset()
         self.errors = Memory()
         self._steps = 0
         """Settled ones, skipped ones among them."""
@@ -96,6 +103,8 @@ class ErrorFeedback(Codec):
         self._tensors: dict[str, Sequence[tuple[str, torch.Size]]] = {}
         self._under_way: dict[str, Round] = {}
         self._fresh: dict[str, tuple[Sequence[Piece], list[Tensor], Tensor]] = {}
+        self._owed: dict[str, Sequence[Piece]] = {}
+        """What is sent as it is now, and was not when something of it was remembered."""
 
     @abstractmethod
     def begin(self, world: World, name: str, parts: Parts) -> Round:
@@ -104,6 +113,18 @@ class ErrorFeedback(Codec):
     def compresses(self, shape: torch.Size) -> bool:
         """Return whether a tensor of this shape is compressed."""
         return shape.numel() >= self.min_size
+
+    def meet(self, model: nn.Module) -> None:
+        """Find out which parameters are sent as they are."""
+        self.spare(exact_names(model, self.name, self.exact))
+
+    def spare(self, names: Collection[str]) -> None:
+        """Send these as they are."""
+        self._exact_names = frozenset(names)
+
+    def is_exact(self, name: str) -> bool:
+        """Return whether it was named, or belongs to a vocabulary and the format spares those."""
+        return name in self._exact_names
 
     def keep_more(self, piece: Piece, is_good: bool | Tensor) -> None:
         """Keep what else belongs to a piece whose mean is there."""
@@ -126,7 +147,10 @@ class ErrorFeedback(Codec):
         if self._steps < self.warmup_steps:
             return world.start_all_reduce_(part, "sum", f"{prefix}.{name}")
         parts = self._parts(name, part)
-        for piece in parts.pieces:
+        owed = self._owed[name] = [
+            piece for piece in parts.spared if self.errors.get(piece.name, piece.whole) is not None
+        ]
+        for piece in (*parts.pieces, *owed):
             error = self.errors.get(piece.name, piece.whole)
             if error is not None:
                 piece.whole.add_(error)
@@ -146,18 +170,21 @@ class ErrorFeedback(Codec):
         tensors = self._tensors.get(name, [(name, part.shape)])
         lengths = [shape.numel() for _, shape in tensors]
         *views, tail = torch.split_with_sizes(part, [*lengths, len(part) - sum(lengths)])
-        pieces, exact = [], []
+        pieces, exact, spared = [], [], []
         for place, ((tensor, shape), view) in enumerate(zip(tensors, views, strict=True)):
-            if self.compresses(shape):
+            if self.compresses(shape) and not self.is_exact(tensor):
                 pieces.append(Piece(tensor, place, view.view(shape)))
             else:
                 exact.append(view)
-        return Parts(pieces, [*exact, tail])
+                spared.append(Piece(tensor, place, view.view(shape)))
+        return Parts(pieces, [*exact, tail], spared)
 
     def received(self, name: str, users: Tensor | None) -> None:
         """Remember what was not sent of the tensors that are used, if the mean is finite."""
         if name not in self._fresh:  # it was sent as it is
             return
+        for piece in self._owed.pop(name):
+            self.errors.put(piece.name, torch.zeros_like(piece.whole), users is None or users[piece.place] > 0)
         pieces, kept, is_finite = self._fresh.pop(name)
         for piece, error in zip(pieces, kept, strict=True):
             answer = is_finite if users is None else is_finite & (users[piece.place] > 0)
@@ -197,18 +224,21 @@ class ErrorFeedback(Codec):
         """Return the buffer, and what is remembered, before and after a step that is not settled."""
         return 3 * shape.numel() * self.buffer_type(dtype).itemsize if self.compresses(shape) else 0
 
-    def about(self, shapes: Sequence[torch.Size]) -> str:
-        """Say how much is compressed, from when on, and to how many bytes."""
-        small = [shape.numel() for shape in shapes if not self.compresses(shape)]
-        total = sum(shape.numel() for shape in shapes)
+    def about(self, tensors: Sequence[tuple[str, torch.Size]]) -> str:
+        """Say how much is compressed, from when on, to how many bytes, and what is spared by its name."""
+        spared = [shape for name, shape in tensors if self.is_exact(name) and self.compresses(shape)]
+        small = [shape.numel() for name, shape in tensors if self.is_exact(name) or not self.compresses(shape)]
+        share = 1 - sum(small) / max(1, sum(shape.numel() for _, shape in tensors))
         warmup = f", from step {self.warmup_steps + 1:,} on" if self.warmup_steps else ""
-        what = (
-            f"{len(shapes) - len(small)} of {len(shapes)} tensors, {1 - sum(small) / max(1, total):.1%} of the numbers"
-        )
-        sent, whole = (
-            in_units(sum(codec.tensor_bytes(shape, torch.float32) for shape in shapes)) for codec in (self, _EXACT)
-        )
-        return f"wire:       {self.name} for {what}{warmup}: {sent} instead of {whole}"
+        what = f"{len(tensors) - len(small)} of {len(tensors)} tensors, {share:.1%} of the numbers"
+        own = sum(self.bytes_of(name, shape, torch.float32) for name, shape in tensors)
+        whole = sum(_EXACT.tensor_bytes(shape, torch.float32) for _, shape in tensors)
+        line = f"wire:       {self.name} for {what}{warmup}: {in_units(own)} instead of {in_units(whole)}"
+        if not spared:
+            return line
+        bytes_spared = in_units(sum(_EXACT.tensor_bytes(shape, torch.float32) for shape in spared))
+        why = "of embeddings and the output layer, not compressed" if self.exact == AUTO else "not compressed"
+        return f"{line}, {bytes_spared} of it {why} (--comm.compression-exact {self.exact})"
 
 
 def flat(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvdtrain.world.error_feedback import MIN_SIZE, ErrorFeedback, Parts, Round, flat
+from hvdtrain.world.error_feedback import ErrorFeedback, Parts, Round, flat
 from hvdtrain.world.topk import in_order
 
 if TYPE_CHECKING:
@@ -31,12 +31,10 @@ class Int8(ErrorFeedback):
     Args:
         min_size: tensors of fewer numbers are sent as they are.
         warmup_steps: in so many steps of a training everything is sent as it is.
+        exact: parameters that are sent as they are, as `--comm.compression-exact` names them.
     """
 
     name = "int8"
-
-    def __init__(self, min_size: int = MIN_SIZE, warmup_steps: int = 0) -> None:
-        super().__init__(min_size, warmup_steps)
 
     def tensor_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Return the bytes of whole blocks and their scales, or of the tensor as it is."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hvdtrain.settings.compression import AUTO
 from hvdtrain.world.error_feedback import MIN_SIZE, ErrorFeedback, Parts, Piece, Round, flat
 from hvdtrain.world.memory import Memory
 
@@ -38,11 +39,20 @@ class PowerSGD(ErrorFeedback):
         rank: of the products.
         min_size: tensors of fewer numbers are sent as they are.
         warmup_steps: in so many steps of a training everything is sent as it is.
+        exact: parameters that are sent as they are, as `--comm.compression-exact` names them.
         min_saving: a matrix is sent as it is unless its factors have so many times fewer numbers.
     """
 
-    def __init__(self, rank: int, min_size: int = MIN_SIZE, warmup_steps: int = 0, *, min_saving: float = 1.0) -> None:
-        super().__init__(min_size, warmup_steps)
+    def __init__(
+        self,
+        rank: int,
+        min_size: int = MIN_SIZE,
+        warmup_steps: int = 0,
+        exact: str = AUTO,
+        *,
+        min_saving: float = 1.0,
+    ) -> None:
+        super().__init__(min_size, warmup_steps, exact)
         self.name = f"powersgd:{rank}"
         self._rank = rank
         self._min_saving = min_saving

@@ -13,6 +13,7 @@ import torch
 
 from hvdtrain.errors import LaunchError
 from hvdtrain.install.clone import setup_command
+from hvdtrain.optim.private_optimizer import postpone_compiler
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, detect_launch, prepare_process
 from hvdtrain.process.stop import end_without_launcher
 from hvdtrain.world.first_contact import contact_gpus
@@ -57,6 +58,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     _check_is_no_child()
     is_new = not any(name in os.environ for name in THREAD_VARIABLES)
     launch = prepare_process()
+    postpone_compiler()
     end_without_launcher()
     if is_new:  # torch was imported before the variables were set: a program of the user's own
         torch.set_num_threads(int(os.environ[THREAD_VARIABLES[0]]))

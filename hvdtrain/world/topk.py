@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hvdtrain.settings.compression import AUTO
 from hvdtrain.world.error_feedback import MIN_SIZE, ErrorFeedback, Parts, Round, flat
 
 if TYPE_CHECKING:
@@ -29,10 +30,11 @@ class TopK(ErrorFeedback):
         share: of the numbers of each tensor that is sent, above 0, at most 1; at least one of each tensor is.
         min_size: tensors of fewer numbers are sent as they are.
         warmup_steps: in so many steps of a training everything is sent as it is.
+        exact: parameters that are sent as they are, as `--comm.compression-exact` names them.
     """
 
-    def __init__(self, share: float, min_size: int = MIN_SIZE, warmup_steps: int = 0) -> None:
-        super().__init__(min_size, warmup_steps)
+    def __init__(self, share: float, min_size: int = MIN_SIZE, warmup_steps: int = 0, exact: str = AUTO) -> None:
+        super().__init__(min_size, warmup_steps, exact)
         self.name = f"topk:{share:g}"
         self._share = share
 

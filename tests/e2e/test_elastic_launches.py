@@ -56,7 +56,7 @@ def test_a_launcher_that_returns_0_too_early_is_not_believed(run, listed, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stage", ["a script that hangs", "too few", "a launcher without ranks"])
+@pytest.mark.parametrize("stage", ["a script that hangs", "too few", "a launcher without ranks", "a pause"])
 def test_a_signal_ends_it_at_every_stage(start, listed, tmp_path, stage, number):
     launcher = ["sh", "-c", "touch begun; trap 'exit 75' USR1; while :; do sleep 0.1; done", "{ranks}"]
     where = HERE
@@ -64,6 +64,8 @@ def test_a_signal_ends_it_at_every_stage(start, listed, tmp_path, stage, number)
         where = ["--hosts-script", "sh -c 'touch begun; sleep 600'", "--ssh", "true"]
     elif stage == "too few":
         where = ["--hosts-script", "sh -c 'echo a:1; touch begun'", "--ssh", "true", "--min-ranks", "2"]
+    elif stage == "a pause":
+        launcher, where = ["sh", "-c", "touch begun; exit 1", "{ranks}"], [*HERE, "--pause", "300"]
     process = start(*SUPERVISE, *where, "--", *launcher, "--run-dir", "run")
     until((tmp_path / "begun").exists, process)
     time.sleep(1.0)

@@ -338,6 +338,20 @@ class TestMembers:
         hosts.save(2)
         assert hosts.change(0.5) is None
 
+    def test_a_host_that_comes_and_goes_is_put_aside(self, job):
+        hosts = job("a:1\nb:1\n")
+        for _ in range(2):
+            hosts.list("a:1\nb:1\n")
+            hosts.place()
+            hosts.list("a:1\n")
+            assert "b is not listed any more" in hosts.change().reason
+            assert hosts.place() == {"a": 1}
+        hosts.list("a:1\nb:1\n")
+        assert "b has failed or left repeatedly: it is put aside for 300 s" in hosts.said
+        assert hosts.place() == {"a": 1}
+        hosts.save(3)
+        assert hosts.change(0.5) is None
+
     def test_hosts_that_leave_are_asked_to_save_if_they_answer(self, job):
         hosts = job("a:1\nb:1\nc:1\n")
         assert hosts.place() == {"a": 1, "b": 1, "c": 1}

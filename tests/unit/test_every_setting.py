@@ -57,6 +57,7 @@ SHARED = {
     "comm.compression": ("fp16", "bf16", "int8", "powersgd:2", "topk:0.1"),
     "comm.compression_min_size": (10, {"comm.compression": "int8"}),
     "comm.compression_warmup_steps": (3, {"comm.compression": "topk:0.1"}),
+    "comm.compression_exact": ("*weight", {"comm.compression": "int8"}),
     "comm.bucket_mib": 3,
     "comm.op": "adasum",
     "comm.sync": "local",
@@ -64,6 +65,9 @@ SHARED = {
     "comm.outer": ("nesterov", {"comm.sync": "local"}),
     "comm.outer_lr": (0.5, {"comm.sync": "local"}),
     "comm.outer_momentum": (0.5, {"comm.sync": "local", "comm.outer": "nesterov"}),
+    "comm.fragments": (2, {"comm.sync": "local"}),
+    "comm.overlap_steps": (2, {"comm.sync": "local"}),
+    "comm.overlap_mix": (0.1, {"comm.sync": "local", "comm.overlap_steps": 2}),
     "log.every": 2,
     "log.grad_norms": True,
     "log.tensorboard": True,
@@ -172,6 +176,7 @@ ONLY = {
     "data.ahead": {"plan"},
     **{name: {"said", "exchange"} for name in ("comm.compression", "comm.bucket_mib", "comm.op")},
     **{name: {"said", "exchange"} for name in ("comm.compression_min_size", "comm.compression_warmup_steps")},
+    "comm.compression_exact": {"said", "exchange"},
 }
 
 

@@ -134,6 +134,7 @@ WAYS = {
     "int8": {"compression": "int8"},
     "local": {"sync": "local", "period": 3},
     "local, int8, nesterov": {"sync": "local", "period": 2, "outer": "nesterov", "compression": "int8"},
+    "local, fragments": {"sync": "local", "period": 3, "fragments": 2, "overlap_steps": 1, "compression": "int8"},
 }
 
 

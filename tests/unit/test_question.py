@@ -6,7 +6,9 @@ from thread_world import run_ranks
 from torch import nn
 
 from hvdtrain.process.launch import Launch
-from hvdtrain.world import SoloWorld, ask_with_gradients
+from hvdtrain.world import Asking, SoloWorld
+from hvdtrain.world.asking import wanted_steps
+from hvdtrain.world.question import ask_with_gradients
 
 # Who says yes in each step.
 YES = [(), (0,), (1,), (), (0, 1)]
@@ -67,3 +69,77 @@ def test_a_step_that_averages_nothing_asks_afterwards():
 def test_one_process_asks_itself():
     heard, _, _ = answers(SoloWorld(torch.device("cpu"), Launch("none")))
     assert heard == [0 in yes for yes in YES]
+
+
+class Clock:
+    """Seconds that pass when somebody says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def asked_while_apart(world, clock, say_yes_at, latency_s, step_s=0.1, steps=60):
+    """Train apart in steps of so many seconds; returns after which steps all have heard a yes, and how long each took.
+
+    An answer is there `latency_s` after its question.
+    """
+    optimizer = SoloWorld(torch.device("cpu"), Launch("none")).wrap(
+        torch.optim.SGD([nn.Parameter(torch.ones(1))]), nn.Linear(1, 1)
+    )
+    begin = world.start_all_reduce
+
+    def slowly(tensor, op, name):
+        wait, there = begin(tensor, op, name), clock.now + latency_s
+
+        def wait_for():
+            clock.now = max(clock.now, there)
+            return wait()
+
+        return wait_for
+
+    world.start_all_reduce = slowly
+    asking, heard, took = Asking(world, optimizer, clock=clock), [], []
+    for step in range(steps):
+        began = clock.now
+        asking.ask(world.rank == 1 and step == say_yes_at)
+        clock.now += step_s
+        if asking.answer():
+            heard.append(step)
+        took.append(clock.now - began)
+    asking.close()
+    return heard, took, asking.steps, sum(name == "stop" for name in world.sent)
+
+
+@pytest.mark.parametrize("latency_s", [0.0, 0.35, 5.0])
+def test_ranks_that_train_apart_wait_for_no_answer_but_the_first_ones(latency_s):
+    """All hear it after the same step; no later than a second, or the message itself, after the next question."""
+
+    def work(world):
+        return asked_while_apart(world, Clock(), None, latency_s)
+
+    for heard, took, steps, asked in run_ranks(2, work):
+        assert not heard
+        assert steps in {0.0: (1,), 0.35: (5,), 5.0: (9, 10)}[latency_s]
+        waits = [seconds for seconds in took[20:] if seconds > 0.1 + 1e-9]
+        assert bool(waits) == (latency_s == 5.0)  # longer than a second is not hidden
+        assert asked == (60 if latency_s == 0 else pytest.approx(60 / steps, abs=4))
+
+
+def test_a_yes_is_heard_by_all_ranks_after_the_same_step():
+    for step in range(20, 32):
+        (heard, _, _, _), other = run_ranks(2, lambda world: asked_while_apart(world, Clock(), step, 0.35))  # noqa: B023
+        assert other[0] == heard
+        assert len(heard) <= 1
+        # Whoever is asked says yes for as long as it is asked; here it was, in one step only.
+        assert not heard or step <= heard[0] < step + 5
+
+
+def test_steps_that_hide_a_question():
+    assert wanted_steps(1, 0.1, 0.0, 0.1) == 1
+    assert wanted_steps(1, 0.1, 0.25, 0.35) == 5
+    assert wanted_steps(4, 0.1, 0.001, 0.4) == 4
+    assert wanted_steps(4, 3.0, 2.0, 9.0) == 1  # a step takes longer than an answer may be late
+    assert wanted_steps(1, 0.0, 0.1, 0.1) == 16

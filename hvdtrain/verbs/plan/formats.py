@@ -72,9 +72,9 @@ def measured_formats(
         buckets: of the gradients, with their shapes.
         networks: fitted, for fp32 and for fp16.
     """
-    cargoes = [Cargo(tuple(map(torch.Size, bucket.shapes)), getattr(torch, bucket.dtype)) for bucket in buckets]
     found = {}
     for name in names:
+        cargoes = [bucket.cargo(name) for bucket in buckets]
         computes = {}
         for size in _ECHOES:
             echo = EchoWorld(world.device, size, adds_bfloat16=world.adds_bfloat16)

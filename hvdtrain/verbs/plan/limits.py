@@ -8,7 +8,7 @@ from hvdtrain.optim.noise import steps_ratio
 from hvdtrain.verbs.plan.facts import Facts, compute_on, predict
 from hvdtrain.verbs.plan.network import Layout
 from hvdtrain.verbs.plan.rows import Row
-from hvdtrain.verbs.plan.step import Bucket
+from hvdtrain.verbs.plan.step import joined
 
 
 def limit_of(facts: Facts, row: Row) -> str:
@@ -44,8 +44,7 @@ def changes_of(facts: Facts, best: Row) -> tuple[tuple[str, float], ...]:
     changed: dict[str, Facts] = {}
     if facts.network is not None and best.workers > 1:
         if len(facts.buckets) > 1 and len({bucket.dtype for bucket in facts.buckets}) == 1:
-            shapes = tuple(shape for bucket in facts.buckets for shape in bucket.shapes)
-            one = [Bucket(1.0, sum(bucket.num_bytes for bucket in facts.buckets), shapes, facts.buckets[0].dtype)]
+            one = (joined(facts.buckets),)
             changed["one bucket (--comm.bucket-mib larger than the model)"] = replace(facts, buckets=one)
         if facts.network.outside_byte_s:
             quick = replace(facts.network, outside_byte_s=facts.network.outside_byte_s / 4)

@@ -13,6 +13,7 @@ from torch import nn
 
 from hvdtrain.process.launch import Launch
 from hvdtrain.settings import BatchPlan
+from hvdtrain.settings.compression import APPROXIMATE, AUTO, SPARING
 from hvdtrain.trainer import Job, Recipe, Task, train_step
 from hvdtrain.trainer.device_clock import finish
 from hvdtrain.trainer.rehearsal import rehearse
@@ -21,6 +22,7 @@ from hvdtrain.verbs.kit import spread
 from hvdtrain.verbs.phase_clock import PhaseClock
 from hvdtrain.verbs.plan.step import Bucket, Compute
 from hvdtrain.world import SoloWorld, codec_of, in_buckets
+from hvdtrain.world.exact import exact_names
 from hvdtrain.world.filling import real
 
 # A machine is unsteady when the middle half of its steps differs by more than this share; it is measured longer then.
@@ -96,6 +98,7 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int) -> list[Bucke
             shares[parameter].append((at - began) / max(last - began, 1e-9))
     for hook in hooks:
         hook.remove()
+    spared, formats = _spared(job, training)
     buckets = []
     for group in groups:
         ready = max(statistics.median(shares[parameter]) for parameter in group)
@@ -103,8 +106,18 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int) -> list[Bucke
         dtype, shapes = wholes[0].dtype, [tuple(whole.shape) for whole in wholes]
         count = sum(map(math.prod, shapes)) + len(group)
         as_they_are = codec_of("none").wire_bytes(count, dtype)
-        buckets.append(Bucket(min(1.0, ready), as_they_are, tuple(shapes), str(dtype).removeprefix("torch.")))
+        exact = tuple(place for place, parameter in enumerate(group) if parameter in spared)
+        kind = str(dtype).removeprefix("torch.")
+        buckets.append(Bucket(min(1.0, ready), as_they_are, tuple(shapes), kind, exact, formats))
     return sorted(buckets, key=lambda bucket: bucket.ready)
+
+
+def _spared(job: Job, training: Training) -> tuple[set[nn.Parameter], tuple[str, ...]]:
+    """Return the parameters that some formats send as they are, and these formats."""
+    exact = job.config.comm.compression_exact
+    formats = SPARING if exact == AUTO else APPROXIMATE
+    names = exact_names(training.model, formats[0], exact)
+    return {parameter for name, parameter in training.model.named_parameters() if name in names}, formats
 
 
 def whole_steps(job: Job, training: Training, *, warmup: int, steps: int) -> list[float]:

@@ -12,7 +12,7 @@ from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.verbs.plan.kinds import Layout, way_of
 from hvdtrain.verbs.plan.network import Network
 from hvdtrain.verbs.plan.step import Bucket, Send
-from hvdtrain.world import Cargo, Message, codec_of, messages_of
+from hvdtrain.world import Message, codec_of, messages_of
 
 FORMATS = ("none", "fp16", "bf16", "int8", "powersgd:4", "topk:0.01")
 """That are planned for, besides the recipe's own."""
@@ -128,7 +128,7 @@ def messages(bucket: Bucket, compression: str, min_size: int, ranks: int, adds_b
     name, _ = parse_compression(compression)
     if bucket.shapes:
         options = {} if name in EXACT else {"min_size": min_size}
-        cargo = Cargo(tuple(map(torch.Size, bucket.shapes)), getattr(torch, bucket.dtype))
+        cargo = bucket.cargo(compression)
         return tuple(messages_of(codec_of(compression, **options), cargo, ranks, adds_bfloat16=adds_bfloat16))
     if name == "none":
         return (Message("all_reduce", bucket.num_bytes, torch.float32),)

@@ -66,7 +66,8 @@ def _facts_of(values: dict[str, Any]) -> Facts:
 
 
 def _bucket_of(values: dict[str, Any]) -> Bucket:
-    return Bucket(**{**values, "shapes": tuple(map(tuple, values["shapes"]))})
+    exact = {name: tuple(values.get(name, ())) for name in ("exact", "exact_for")}
+    return Bucket(**{**values, "shapes": tuple(map(tuple, values["shapes"])), **exact})
 
 
 def _network_of(values: dict[str, Any] | None) -> Network | None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from hvdtrain.world import Cargo
+from hvdtrain.world.asking import MOST_SECONDS, MOST_STEPS
+
 
 @dataclass(frozen=True)
 class Compute:
@@ -36,6 +41,27 @@ class Bucket:
     shapes: tuple[tuple[int, ...], ...] = ()
     """Of the gradients, for formats whose bytes depend on them."""
     dtype: str = "float32"
+    exact: tuple[int, ...] = ()
+    """Places of the tensors that `--comm.compression-exact` means, or that belong to a vocabulary."""
+    exact_for: tuple[str, ...] = ()
+    """Formats that send these as they are."""
+
+    def cargo(self, compression: str) -> Cargo:
+        """Return its gradients as a format, `powersgd:4` and so on, is given them."""
+        exact = self.exact if compression.partition(":")[0] in self.exact_for else ()
+        return Cargo(tuple(map(torch.Size, self.shapes)), getattr(torch, self.dtype), exact)
+
+
+def joined(buckets: Sequence[Bucket]) -> Bucket:
+    """Return the gradients of buckets of one type as one bucket, which is ready when backward is over."""
+    shapes: list[tuple[int, ...]] = []
+    exact: list[int] = []
+    for bucket in buckets:
+        exact += [len(shapes) + place for place in bucket.exact]
+        shapes += bucket.shapes
+    num_bytes = sum(bucket.num_bytes for bucket in buckets)
+    first = buckets[0]
+    return Bucket(1.0, num_bytes, tuple(shapes), first.dtype, tuple(exact), first.exact_for)
 
 
 @dataclass(frozen=True)
@@ -119,13 +145,14 @@ def local_step_time(
         compute: as for `step_time`.
         sends: of an average: all wait for all of it.
         period: steps between two averages.
-        question_s: of the small all-reduce that asks in each step, beside it, whether any rank wants to stop.
+        question_s: of the small all-reduce that asks, beside some steps, whether any rank wants to stop.
         accum_steps: micro-batches of a step.
         codec_s: what the format itself computes for an average.
     """
     own = compute.total_s + (accum_steps - 1) * (compute.forward_s + compute.backward_s)
     every = sum(send.seconds for send in sends) / period
-    asks = max(0.0, question_s - own)
+    steps = min(MOST_STEPS, max(1, int(MOST_SECONDS / own)))
+    asks = max(0.0, question_s / steps - own)
     latency = sum(send.latency_s for send in sends) / period + asks
     exposed = every + asks
     return StepTime(own + exposed + codec_s / period, exposed, latency, exposed - latency)

@@ -1,0 +1,220 @@
+"""The step that ranks which train apart take together: what they have moved by, averaged whole or by fragments.
+
+With `--comm.fragments` the model is averaged in parts, each once in a period and at a step of its own, so that less
+travels at a time; with `--comm.overlap-steps` an average has so many steps to arrive, in which training goes on
+(Streaming DiLoCo, arXiv:2501.18512, algorithm 2). Fragment p of P begins to travel after the steps t > 0 with
+`(t - floor(p H / P)) mod H = 0`. When it is due, s steps later, with the update `dW_i` of rank i at step t,
+
+    V <- outer step from V along mean_i(dW_i)        V are the weights of the last average
+    W_i <- mix W_i + (1 - mix) V                     without an overlap: W_i <- V
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hvdtrain.models.walk import owned_by
+from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.model import wide_type
+from hvdtrain.trainer.wire import about, in_parts
+from hvdtrain.world import Codec, codec_for
+from hvdtrain.world.filling import real
+
+if TYPE_CHECKING:
+    from hvdtrain.settings import CommConfig
+    from hvdtrain.trainer.job import Job
+    from hvdtrain.trainer.state import Training
+
+NESTEROV_LR = 0.7  # as DiLoCo's, arXiv:2311.08105, section 3.1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """After which steps each fragment begins to travel, and after which its mean is taken."""
+
+    period: int
+    fragments: int
+    overlap_steps: int
+
+    @classmethod
+    def of(cls, comm: CommConfig) -> Schedule:
+        """Return the one that the settings ask for."""
+        return cls(comm.period, comm.fragments, comm.overlap_steps)
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether all of the model is averaged at once, so that ranks are equal at the end of each period."""
+        return self.fragments == 1 and self.overlap_steps == 0
+
+    def begins(self, step: int) -> list[int]:
+        """Return the fragments that begin to travel after `step` completed steps."""
+        offsets = [fragment * self.period // self.fragments for fragment in range(self.fragments)]
+        return [p for p, offset in enumerate(offsets) if step > 0 and (step - offset) % self.period == 0]
+
+    def ends(self, step: int) -> list[int]:
+        """Return those whose means are taken then."""
+        return self.begins(step - self.overlap_steps)
+
+
+class OuterUpdates(Component):
+    """The weights of the last average, and the step that is taken from them: alike on all ranks."""
+
+    name = "outer"
+
+    def __init__(self, job: Job) -> None:
+        comm = job.config.comm
+        is_nesterov = comm.outer == "nesterov"
+        self.schedule = Schedule.of(comm)
+        self.codecs: list[Codec] = [codec_for(comm, job.task.model) for _ in range(comm.fragments)]
+        """Of each fragment: its averages are steps of its own."""
+        self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
+        self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
+        self._momentum = comm.outer_momentum if is_nesterov else 0.0
+        self._mix = comm.overlap_mix if comm.overlap_steps else 0.0
+        self._training: Training | None = None
+        self._last: dict[str, Tensor] = {}
+        self._velocity: dict[str, Tensor] = {}
+        self._fragments: list[list[str]] = []
+        self._under_way: dict[int, Callable[[], dict[str, Tensor]]] = {}
+        self._means: dict[str, Tensor] = {}
+        """Those that have arrived before they are due."""
+        self.about = self._about(comm)
+        self.about += f"\n{wire}" if (wire := about(job, self.codecs[0])) else ""
+
+    def _about(self, comm: CommConfig) -> str:
+        what = f"Nesterov's momentum {self._momentum:g}, " if self._momentum else ""
+        steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
+        parts = f" in {comm.fragments} fragments" if comm.fragments > 1 else ""
+        late = f", taken {comm.overlap_steps} steps later, own weights x {self._mix:g}" if comm.overlap_steps else ""
+        return f"updates:    averaged {steps}{parts}{late}, not gradients ({what}outer learning rate {self._lr:g})"
+
+    def attach(self, training: Training) -> None:
+        """See the optimizer."""
+        self._training = training
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin with the weights as they are."""
+        moved = moved_by_name(model, self._training)
+        self._last = {
+            name: parameter.detach().to(wide_type(parameter.dtype), copy=True) for name, parameter in moved.items()
+        }
+        self._fragments = in_fragments({name: last.numel() for name, last in self._last.items()}, len(self.codecs))
+        if self._momentum:
+            self._velocity = {name: torch.zeros_like(last) for name, last in self._last.items()}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Send what is to be averaged after `step` completed steps, and take what is due. Collective."""
+        begins, ends = self.schedule.begins(step), self.schedule.ends(step)
+        if begins or ends:
+            self._world.progress.enter("communication")
+        for fragment in begins:
+            self._under_way[fragment] = self._send(fragment)
+        for fragment in ends:
+            self._take(fragment)
+
+    @torch.no_grad()
+    def arrive(self) -> None:
+        """Wait for what is under way, and keep it until it is due. Collective."""
+        for fragment in sorted(self._under_way):
+            self._means |= self._under_way.pop(fragment)()
+
+    def _send(self, fragment: int) -> Callable[[], dict[str, Tensor]]:
+        """Put a fragment's updates on the wire; returns what waits for their means. Collective."""
+        assert self._training is not None
+        moved = moved_by_name(self._training.model, self._training)
+        codec, means = self.codecs[fragment], dict[str, Tensor]()
+        waits: list[tuple[str, list[Tensor], Callable[[], Tensor]]] = []
+        own = [name for name in self._fragments[fragment] if name in moved]
+        for dtype in dict.fromkeys(self._last[name].dtype for name in own):
+            names = [name for name in own if self._last[name].dtype == dtype]
+            updates = {name: moved[name].detach().to(dtype, copy=True).sub_(self._last[name]) for name in names}
+            means |= updates
+            for i, some in enumerate(in_parts(updates, self._chunk_bytes)):
+                waits.append(self._start(codec, f"outer.{fragment}", f"{dtype}.{i}", some, updates))
+
+        def arrived() -> dict[str, Tensor]:
+            for part, numbers, wait in waits:
+                found = torch.split_with_sizes(wait(), [item.numel() for item in numbers])
+                codec.received(part, None)
+                for item, mean in zip(numbers, found, strict=True):
+                    item.copy_(mean.view(item.shape))
+            codec.settle(False)
+            return means
+
+        return arrived
+
+    def _start(
+        self, codec: Codec, prefix: str, part: str, names: Sequence[str], updates: Mapping[str, Tensor]
+    ) -> tuple[str, list[Tensor], Callable[[], Tensor]]:
+        """Send updates of one type together; returns the part's name, where the means belong, and what waits."""
+        numbers = [real(updates[name]) for name in names]
+        codec.lay_out(part, [(name, item.shape) for name, item in zip(names, numbers, strict=True)])
+        flat = torch.cat([item.flatten() for item in numbers]).div_(self._world.size)
+        flat = flat.to(codec.buffer_type(flat.dtype))
+        return part, numbers, codec.start(self._world, prefix, part, flat)
+
+    def _take(self, fragment: int) -> None:
+        """Move from the last average by the means, and put that into the model."""
+        assert self._training is not None
+        if fragment in self._under_way:
+            self._means |= self._under_way.pop(fragment)()
+        moved = moved_by_name(self._training.model, self._training)
+        for name in self._fragments[fragment]:
+            if name in self._means and name in moved:
+                self._move(name, self._means.pop(name))
+                last, own = self._last[name], moved[name]
+                own.copy_(last + self._mix * (own.to(last.dtype) - last) if self._mix else last)
+
+    def _move(self, name: str, update: Tensor) -> None:
+        if self._momentum:
+            velocity = self._velocity[name].mul_(self._momentum).add_(update)
+            update = update.add(velocity, alpha=self._momentum)
+        self._last[name].add_(update, alpha=self._lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of the last average, the momentum, and means that are not due yet; see `arrive`."""
+        assert not self._under_way
+        state = {"last": self._last, "velocity": self._velocity, "means": self._means}
+        return {name: tensors for name, tensors in state.items() if tensors or name == "last"}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved average."""
+        for name, last in self._last.items():
+            last.copy_(state["last"][name])
+        for name, velocity in self._velocity.items():
+            velocity.copy_(state["velocity"][name])
+        self._means = {
+            name: mean.to(self._last[name].device, self._last[name].dtype)
+            for name, mean in state.get("means", {}).items()
+            if name in self._last
+        }
+
+
+def in_fragments(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Return names in so many lists of neighbours, about equally large; one may be empty.
+
+    Args:
+        sizes: of tensors by name, in the model's order.
+        count: of the lists.
+    """
+    fragments: list[list[str]] = [[] for _ in range(count)]
+    total, before = max(1, sum(sizes.values())), 0
+    for name, size in sizes.items():
+        fragments[min(count - 1, count * (2 * before + size) // (2 * total))].append(name)
+        before += size
+    return fragments
+
+
+def moved_by_name(model: nn.Module, training: Training | None) -> dict[str, nn.Parameter]:
+    """Return the parameters that the optimizer moves, by name; before there is one, those that can be trained."""
+    named = dict(model.named_parameters())
+    if training is None:
+        return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    own = set(owned_by(training.optimizer))
+    return {name: parameter for name, parameter in named.items() if parameter in own}
