@@ -24,6 +24,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from hvdtrain.verbs.bench.flops import data_sheet_peak  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
@@ -32,7 +33,6 @@ from hvdtrain.recipes import load_recipe  # noqa: E402
 from hvdtrain.trainer import train_step  # noqa: E402
 from hvdtrain.trainer.rehearsal import rehearse  # noqa: E402
 from hvdtrain.trainer.state import start_training  # noqa: E402
-from hvdtrain.verbs.bench.flops import data_sheet_peak  # noqa: E402
 from hvdtrain.world import SoloWorld  # noqa: E402
 
 VOCAB, WARM_UP, WINDOWS, STEPS, MOST_ROWS = 50_304, 8, 4, 5, 40

@@ -16,6 +16,9 @@ class LogConfig(Section):
     """Steps between two lines of metrics; or 1epoch, or 30s for a line about every 30 seconds."""
     grad_norms: bool = setting(False, changeable=True)
     """Also log the norm of each layer's averaged gradient, before clipping."""
+    peak_tflops: float | None = setting(None, above=0, changeable=True)
+    """What a rank's device can do at most, in TFLOP/s of the type that is trained in: MFU is logged, a share of it.
+    None: what data sheets say of GPUs that are known, in 16 bits; of others MFU is not logged. `bench` measures it."""
     tensorboard: bool = setting(False, changeable=True)
     """Also write TensorBoard event files to RUN_DIR/tensorboard: metrics, settings, samples."""
     wandb: bool = setting(False, changeable=True)

@@ -70,6 +70,7 @@ _SETTINGS = {
     "log.tensorboard": "tb logger report_to use_tensorboard tensorboard_dir",
     "log.wandb": "use_wandb weights_and_biases report_to wandb_log log_wandb",
     "log.mlflow": "use_mlflow report_to",
+    "log.peak_tflops": "peak_flops peak_tflops gpu_peak_flops mfu log_mfu",
     "log.project": "wandb_project mlflow_experiment experiment experiment_name project_name",
     "eval.every": (
         "eval_interval eval_steps val_every val_check_interval eval_freq evaluation_strategy validate_every"

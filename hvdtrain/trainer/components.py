@@ -20,6 +20,7 @@ from hvdtrain.trainer.slow_ranks import SlowRanks
 from hvdtrain.trainer.spikes import Spikes
 from hvdtrain.trainer.stream_place import StreamPlace
 from hvdtrain.trainer.timeline import Timeline
+from hvdtrain.trainer.utilization import Utilization
 from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.trainer.wire import Traffic, WireFormat
 
@@ -31,6 +32,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     MetricWindow,
     SlowRanks.of,
     SlowNetwork.of,
+    Utilization.of,
     Spikes.of,
     NoiseScale.of,
     GradNorms.of,

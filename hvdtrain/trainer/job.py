@@ -41,6 +41,8 @@ class Job:
     """Settings that may differ from those of the checkpoint that the run goes on from."""
     strategy: Strategy = field(default_factory=EveryStep)
     """What ranks share, and when they are equal."""
+    flops_per_target: float | None = None
+    """Operations of a term of the loss, forward and backward; 0: nobody can tell. None: they were not counted."""
 
     def __post_init__(self) -> None:
         if self.config.train.precision == "auto":

@@ -114,11 +114,8 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
         all_trained: as if no parameter was frozen.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = fake_model(job, mode, all_trained)
     with mode:
-        model = _fake(job.task.model, job.world.device, own_type(job.config.train.precision))
-        for parameter in trainable(model) if all_trained else ():
-            parameter.requires_grad_(True)
-        prepare_blocks(model, _plain(job.config).model)
         weights = _bytes([*model.parameters(), *model.buffers()])
     activations, peak = _traced(job, model, mode)
     gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
@@ -137,6 +134,26 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
         kept, host = at_once, kept
     kept += _component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients, host)
+
+
+def fake_model(job: Job, mode: FakeTensorMode, all_trained: bool = False) -> nn.Module:
+    """Return a copy of the model as it is trained, without storage; `all_trained` as for `estimate`."""
+    with mode:
+        model = _fake(job.task.model, job.world.device, own_type(job.config.train.precision))
+        for parameter in trainable(model) if all_trained else ():
+            parameter.requires_grad_(True)
+        prepare_blocks(model, _plain(job.config).model)
+    return model
+
+
+def micro_batch_samples(job: Job) -> Tensor:
+    """Return the samples, int64 `(n,)`, of a micro-batch at the beginning."""
+    return job.order.global_batch(0)[: job.plan.micro_batch_size]
+
+
+def fake_micro_batch(job: Job, mode: FakeTensorMode) -> Any:
+    """Return it without storage."""
+    return map_tensors(mode.from_tensor, read_samples(job.task.train_data, micro_batch_samples(job)))
 
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
@@ -282,11 +299,10 @@ def _traced(job: Job, model: nn.Module, mode: FakeTensorMode) -> tuple[int | Non
 
     The peak is of all that lives in both passes but weights and inputs: gradients are part of it.
     """
-    samples = job.order.global_batch(0)[: job.plan.micro_batch_size]
     live = LiveBytes()
     activations = None
     with contextlib.suppress(Exception):  # whatever a user's model does that a fake tensor cannot
-        batch = map_tensors(mode.from_tensor, read_samples(job.task.train_data, samples))
+        batch = fake_micro_batch(job, mode)
         with uncompiled(), mode, live:
             sums = forward_batch(job, model, batch)
             activations = live.now

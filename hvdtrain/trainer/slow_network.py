@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.lasting import INTERVAL_S, Lasting
 from hvdtrain.trainer.rank_figures import RankFigures
-from hvdtrain.trainer.slow_ranks import INTERVAL_S, INTERVALS
 from hvdtrain.trainer.strategy import EveryStep
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _USUAL, _LEAST, _SLOWER, _MORE = 30, 5, 2.0, 0.1
 # Slow from the start: more of a step than this is waiting, and no more than this travels meanwhile, as on 1 Gbit/s.
 _SHARE, _BYTES_PER_S, _LEAST_BYTES = 0.3, 0.1e9, 1e6
+# What may last: a network that is slow, and one that has become slower.
+_SLOW, _BECOME, _WATCHED = 0, 1, 2
 
 
 class NetworkJudge:
@@ -34,7 +36,7 @@ class NetworkJudge:
         self._usual: deque[tuple[float, float]] = deque(maxlen=_USUAL)
         """Wait and own part of intervals."""
         self._is_first = True
-        self._in_a_row = {"slower": 0, "slow": 0}
+        self._lasting = Lasting()
         self._has_said_slow = False
 
     def add(self, ranks: Sequence[RankFigures], steps: int, num_bytes: float) -> str:
@@ -64,21 +66,19 @@ class NetworkJudge:
         # What was hidden behind computing is not in the wait: the true rate is lower still.
         rate = 2 * (size - 1) / size * num_bytes / max(wait, 1e-9)
         is_slow = wait >= _SHARE * step_s and rate < _BYTES_PER_S and num_bytes >= _LEAST_BYTES
-        self._in_a_row = {
-            "slower": self._in_a_row["slower"] + 1 if is_slower else 0,
-            "slow": self._in_a_row["slow"] + 1 if is_slow else 0,
-        }
+        found = self._lasting.add([what for what, is_so in ((_SLOW, is_slow), (_BECOME, is_slower)) if is_so], _WATCHED)
         if not is_slower:
             self._usual.append((wait, own))
-        if self._in_a_row["slower"] == INTERVALS:
+        if _BECOME in found:
             self._usual.clear()  # what is usual is learned anew
+            self._lasting.forget(_BECOME)
             self._has_said_slow = True
             return (
                 "the network between the hosts has become slower: the rank that waits least for it waits"
                 f" {wait:.3g} s of a step, {wait / max(usual, 1e-9):.3g} times as long as before ({usual:.2g} s), and"
                 " computing takes no longer. Likely cause: a link that has lost bandwidth, or other traffic on it"
             )
-        if self._in_a_row["slow"] == INTERVALS and not self._has_said_slow:
+        if _SLOW in found and not self._has_said_slow:
             self._has_said_slow = True
             return (
                 f"the network between the hosts is slow: all ranks wait for it {wait / step_s:.0%} of a step, and"

@@ -5,22 +5,22 @@ from __future__ import annotations
 import bisect
 import socket
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvdtrain.process.usage import HostCounts, host_counts
 from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.lasting import INTERVAL_S, Lasting
 from hvdtrain.trainer.rank_figures import RankFigures
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
     from hvdtrain.trainer.state import Training
 
-# Lines of metrics are put together until they are of so many seconds: shorter ones are noise.
-INTERVAL_S = 2.0
-# A rank is slow when it has been in so many intervals in a row. The first is left out: it has what happens once.
-INTERVALS = 5
-# And when the others wait for it during this share of a step.
+# Of a rank that lasts in being slow, the factors of so many intervals are remembered.
+_FACTORS = 20
+# A rank is slow in an interval when the others wait for it during this share of a step.
 _SHARE = 0.1
 # A cause is named when it explains this share of what the rank takes longer.
 _EXPLAINS = 0.5
@@ -34,7 +34,8 @@ class Slow(NamedTuple):
 
     rank: int
     factor: float
-    """Its own time over the others' median, their parts of the batch being equal; the median of the intervals."""
+    """Its own time over the others' median, their parts of the batch being equal; the median of the intervals in which
+    it was slow."""
     figures: RankFigures
     """Means of a step in the last interval."""
     others: RankFigures
@@ -53,8 +54,9 @@ class SlowJudge:
         self._sums: list[list[float]] = []
         self._steps = 0
         self._is_first = True
-        self._factors: dict[int, list[float]] = {}
-        """Of each rank that was slow in the last interval, its factors in the intervals in a row."""
+        self._lasting = Lasting()
+        self._factors: dict[int, deque[float]] = {}
+        """Of each rank that was slow lately, its factors in the intervals in which it was."""
         self._named: set[int] = set()
 
     def add(self, ranks: Sequence[RankFigures], steps: int) -> list[Slow]:
@@ -74,19 +76,22 @@ class SlowJudge:
         own = Medians([figures.own_s for figures in means])
         samples = Medians([figures.samples for figures in means])
         step_s = max(figures.step_s for figures in means)
-        factors: dict[int, list[float]] = {}
+        slow: dict[int, float] = {}
         for rank, figures in enumerate(means):
             # A rank with more samples has more to do.
             share = figures.samples / usual if (usual := samples.without(figures.samples)) else 1.0
             expected = own.without(figures.own_s) * max(1.0, share)
             is_waited_for = figures.own_s - expected >= _SHARE * step_s
             if expected > 0 and is_waited_for and figures.own_s >= self._factor * expected:
-                factors[rank] = [*self._factors.get(rank, []), figures.own_s / expected][-INTERVALS:]
-        self._factors = factors
-        found = [rank for rank, own_factors in factors.items() if len(own_factors) == INTERVALS]
+                slow[rank] = figures.own_s / expected
+        found = self._lasting.add(slow, len(means))
+        before, self._factors = self._factors, {}
+        for rank in self._lasting:
+            self._factors[rank] = before.get(rank, deque(maxlen=_FACTORS))
+            self._factors[rank].extend([slow[rank]] if rank in slow else [])
         new = [rank for rank in found if rank not in self._named]
         self._named.update(new)
-        return [Slow(rank, statistics.median(factors[rank]), means[rank], _others(means, rank)) for rank in new]
+        return [Slow(rank, statistics.median(self._factors[rank]), means[rank], _others(means, rank)) for rank in new]
 
 
 class Medians:

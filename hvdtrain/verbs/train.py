@@ -202,6 +202,10 @@ def _train(
     )
     log = MetricLog(console, sinks)
     job = _settle(request, task, world, run, log)
+    if _is_large(job) or job.config.log.peak_tflops is not None:  # running a model on fake tensors has its price
+        from hvdtrain.trainer.flops import with_flops  # and torch's counter, and its compiler, which others do not need
+
+        job = with_flops(job)
     world.together(lambda: _memory(job) if _is_large(job) and job.config.health.memory_check else None, "memory")
     handler = world.together(lambda: _open_log(run.rank_log(world.rank)), "log")
     heartbeat.log_to(run.rank_log(world.rank))

@@ -10,8 +10,8 @@ from digits import write_digits
 
 from hvdtrain.process.launch import Launch
 from hvdtrain.recipes import load_recipe
+from hvdtrain.trainer.peaks import data_sheet_peak, is_part_of_card
 from hvdtrain.verbs.bench import command, measure
-from hvdtrain.verbs.bench.flops import data_sheet_peak, is_part_of_card
 from hvdtrain.verbs.bench.measure import PARTS, variants
 from hvdtrain.verbs.bench.report import row_of, throughput_lines
 from hvdtrain.world import SoloWorld

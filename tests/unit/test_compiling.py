@@ -162,10 +162,10 @@ def test_what_was_measured_once_is_compiled_all_the_same(graphs, monkeypatch):
     from hvdtrain.models import loss as models_loss
     from hvdtrain.settings import Config, TrainConfig
     from hvdtrain.trainer import Task, train_step
+    from hvdtrain.trainer.flops import flops_per_step
     from hvdtrain.trainer.memory import estimate
     from hvdtrain.trainer.rehearsal import rehearse
     from hvdtrain.trainer.state import start_training
-    from hvdtrain.verbs.bench.flops import flops_per_step
 
     backend = counting(graphs)
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend, fullgraph=True))

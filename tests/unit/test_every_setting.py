@@ -140,6 +140,7 @@ ELSEWHERE = {
     **dict.fromkeys(("model.channels_last", "model.name", "model.zero_init_gamma"), "unit/test_image_models.py"),
     **dict.fromkeys(("labels.smoothing", "optim.patience"), "unit/test_large_batches.py"),
     "profile.ranks": "unit/test_timeline.py",
+    "log.peak_tflops": "unit/test_utilization.py",
     **dict.fromkeys(
         (
             *("data.max_source_length", "data.max_target_length", "data.source_field", "data.source_prefix"),

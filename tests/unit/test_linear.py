@@ -172,7 +172,7 @@ def test_who_takes_it():
 def test_its_operations_are_counted():
     from torch.utils.flop_counter import FlopCounterMode
 
-    from hvdtrain.verbs.bench import flops
+    from hvdtrain.trainer import flops
 
     assert flops  # it tells torch how
     with FlopCounterMode(display=False) as counter:

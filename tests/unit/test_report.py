@@ -228,6 +228,10 @@ def test_a_run_writes_its_report_for_one_percent_of_its_time(tmp_path):
     sink.write(100, {"val/loss": 1.0}, None)
     sink.close()
     assert not run.report.exists()
+    now[0] = 19 * FIRST_COST_S
+    sink.write(200, {"val/loss": 1.0}, "finished")
+    sink.close()  # too short a run even for the report of its end
+    assert not run.report.exists()
     now[0] = 99 * FIRST_COST_S
     sink.write(110, {"val/loss": 1.0}, None)
     assert not run.report.exists()
@@ -245,6 +249,37 @@ def test_a_run_writes_its_report_for_one_percent_of_its_time(tmp_path):
     sink.close()
     assert run.report.exists()
     assert said == []
+
+
+def test_a_run_of_a_minute_has_its_report_at_its_end(tmp_path):
+    pytest.importorskip("bokeh")
+    run, now = RunDirectory(make_run(tmp_path / "a", lines=20)), [0.0]
+    sink = ReportSink(run, str, clock=lambda: now[0])
+    sink.begin(0, 200)
+    now[0] = 21 * FIRST_COST_S
+    sink.write(200, {"val/loss": 1.0}, "finished")
+    sink.close()
+    assert run.report.exists()
+
+
+def test_a_run_without_evaluations_has_reports_after_saves(tmp_path):
+    pytest.importorskip("bokeh")
+    run, now = RunDirectory(make_run(tmp_path / "a", lines=20)), [0.0]
+    sink = ReportSink(run, str, clock=lambda: now[0])
+    sink.begin(0, 200)
+    now[0] = 101 * FIRST_COST_S
+    sink.write(100, {"train/loss": 1.0}, None)
+    assert not run.report.exists()
+    sink.write(110, {"train/loss": 1.0, "time/checkpoint_stall_s": 0.1}, None)
+    assert run.report.exists()
+    run.report.unlink()
+    now[0] += 1000
+    sink.write(120, {"val/loss": 1.0}, None)
+    assert run.report.exists()
+    run.report.unlink()
+    now[0] += 1000
+    sink.write(130, {"train/loss": 1.0, "time/checkpoint_stall_s": 0.1}, None)  # an evaluation will come
+    assert not run.report.exists()
 
 
 def test_a_report_that_fails_is_told_once(tmp_path):
@@ -316,3 +351,22 @@ def test_what_is_compared_is_nothing_that_a_terminal_obeys(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert "?[2J gone" in said
+
+
+def test_of_many_runs_legends_are_folded_and_each_run_has_its_colour_once(tmp_path):
+    runs = [read_run(make_run(tmp_path / str(number), lines=10), str(number)) for number in range(8)]
+    for run in runs:  # one chart is enough
+        run.curves = {name: run.curves[name] for name in ("train/loss", "val/loss") if name in run.curves}
+    few, many = page_of(runs[:2], ""), page_of(runs, "")
+    assert "what can be read off them" not in few
+    assert "16 curves, and what can be read off them" in many
+    boxes = re.findall(r"<label><input type='checkbox' name='run'.*?</label>", many)
+    assert len(boxes) == len({re.search(r"style='(.*?)'", box)[1] for box in boxes}) == 8
+
+
+def test_what_has_no_ratio_is_compared_in_words(tmp_path, capsys):
+    folders = [make_run(tmp_path / name, lines=5) for name in "ab"]
+    for folder, value in zip(folders, ("0.0", "0.5"), strict=True):
+        _append(folder, f'{{"step": 60, "train/loss": {value}}}\n')
+    assert answer("compare", *folders) == 0
+    assert "from step 60: 0 -> 0.5; one is zero or not finite at step 60" in capsys.readouterr().out

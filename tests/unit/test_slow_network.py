@@ -5,9 +5,9 @@ import random
 import pytest
 
 from hvdtrain.process.launch import Launch
+from hvdtrain.trainer.lasting import INTERVALS
 from hvdtrain.trainer.rank_figures import RankFigures
 from hvdtrain.trainer.slow_network import NetworkJudge
-from hvdtrain.trainer.slow_ranks import INTERVALS
 
 STEPS, BYTES = 20, 8e6
 

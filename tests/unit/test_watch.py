@@ -152,6 +152,15 @@ def test_whoever_trains_here_and_is_gone_is_noticed(tmp_path):
     assert "no line of metrics for 1h" in state_of(follower)[0]
 
 
+def test_a_run_that_is_taken_away_is_said(tmp_path):
+    run = Follower(make_run(tmp_path / "run"))
+    run.look()
+    assert run.troubles == []
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    run.look()
+    assert run.troubles == [f"{tmp_path / 'run'} is not there any more"]
+
+
 def test_what_holds_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="holds no run"):
         Follower(tmp_path)
@@ -253,13 +262,16 @@ def start(folder, *words, **options):
 
 def test_without_a_terminal_it_prints_lines_and_ends_with_the_run(tmp_path):
     """It imports no torch: it is to be there at once, and on a login node."""
-    process = start(make_run(tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    folder = make_run(tmp_path / "run")
+    whole = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(b"garbage\n" + whole)
+    process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     lines = out.splitlines()
     assert "lm on 2 ranks" in lines[0]
     assert any(line.startswith("step 2000/2000  ") for line in lines)
-    assert lines[-1] == "finished"
+    assert lines[-2:] == ["1 damaged line of metrics left out", "finished"]
     assert "\x1b" not in out
     assert "hvdtrain.verbs.watch.view" in err
     assert not [line for line in err.splitlines() if line.split("|")[-1].strip() in ("torch", "horovod", "bokeh")]

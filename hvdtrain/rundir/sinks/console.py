@@ -143,8 +143,11 @@ def describe(metrics: Metrics) -> str:
     parts = []
     for name, value in metrics.items():
         group, _, short = name.partition("/")
-        if group == "throughput":
-            parts.append(f"{value:,.0f} {short.removesuffix('_per_s')}/s")
+        if name == "throughput/mfu":
+            parts.append(f"MFU {value:.1%}")
+        elif group == "throughput":
+            number = f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3g}"
+            parts.append(f"{number} {short.removesuffix('_per_s')}/s")
         elif name == "train/lr":
             parts.append(f"lr {value:.2e}")
         elif name == "train/epoch":

@@ -8,9 +8,10 @@ import torch
 
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Recipe
+from hvdtrain.trainer.flops import flops_per_step
 from hvdtrain.trainer.precision import settle_precision
-from hvdtrain.verbs.bench.flops import flops_per_step, peak_flops
 from hvdtrain.verbs.bench.measure import Possible, Variant, are_measured_apart, memory_peak_bytes
+from hvdtrain.verbs.bench.peak import peak_flops
 from hvdtrain.verbs.bench.report import parts_table, row_of, throughput_lines, variants_table
 from hvdtrain.verbs.kit import Speaker, check_json_path, head_line, write_json
 from hvdtrain.verbs.options import BenchOptions

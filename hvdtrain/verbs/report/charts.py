@@ -30,6 +30,7 @@ TITLES = {
     "val/accuracy": "Held-out accuracy",
     "throughput/tokens_per_s": "Tokens per second, all ranks",
     "throughput/samples_per_s": "Samples per second, all ranks",
+    "throughput/mfu": "MFU: the model's operations, as a share of the devices' peak",
     "time/step_s": "Seconds of a step",
     "time/checkpoint_stall_s": "Seconds that saves held training up",
     "train/loss_scale": "Loss scale",
@@ -56,6 +57,8 @@ _FEW = 60
 _MANY, _STRETCHES = 400, 200
 _FAINT, _FAINTER, _CROWD = 0.35, 0.1, 4
 _USUAL = (1, 99)
+# Below this Bokeh writes numbers as 8.000e-4.
+_SMALL = 0.01
 _MOST_CHARTS, _MOST_CURVES = 24, 240
 
 
@@ -112,9 +115,14 @@ def style_of(line: Line, chart: Chart) -> tuple[str, str]:
     """Return a line's colour and dashes."""
     has_one_run = len({line.run for line in chart.lines}) == 1
     number = chart.lines.index(line) if has_one_run else line.run
-    dashes = _DASHES[number // len(COLOURS) % len(_DASHES)]
+    colour, dashes = look_of(number)
     is_held_out = line.metric == "val/loss" and number < len(COLOURS)
-    return COLOURS[number % len(COLOURS)], _HELD_OUT if is_held_out else dashes
+    return colour, _HELD_OUT if is_held_out else dashes
+
+
+def look_of(number: int) -> tuple[str, str]:
+    """Return the colour and dashes of a run by its number."""
+    return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
 
 
 def usual_range(chart: Chart) -> tuple[float, float] | None:
@@ -146,13 +154,15 @@ def draw(
 
 def _draw(chart: Chart, places: Sequence[Places], events: Sequence[Sequence[Event]], most: int) -> dict[str, Any]:
     from bokeh.embed import json_item
-    from bokeh.models import HoverTool
+    from bokeh.models import HoverTool, PrintfTickFormatter
 
     plot = base_figure("step")
     drawn = [renderer for line in chart.lines for renderer in _draw_line(plot, line, chart, places[line.run], most)]
     plot.add_tools(HoverTool(renderers=drawn, mode="mouse", **_tooltips("$name")))
     first_of_run = {line.run: line for line in reversed(chart.lines)}
     marked = {run: own for run, line in first_of_run.items() if (own := _on(line, events[run]))}
+    if (shown := usual_range(chart)) and 0 < max(map(abs, shown)) < _SMALL:
+        plot.yaxis.formatter = PrintfTickFormatter(format="%.4g")
     marks = [_draw_events(plot, first_of_run[run], places[run], own) for run, own in marked.items()]
     if marks:
         plot.add_tools(HoverTool(renderers=marks, mode="mouse", **_tooltips("@text")))

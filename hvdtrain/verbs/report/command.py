@@ -144,7 +144,5 @@ def _in_words(item: Divergence) -> str:
     if item.first_different is None:
         return f"the same at all {counted(item.num_common, 'common step')}"
     left, right = item.values
-    return (
-        f"from step {item.first_different:,}: {left:.7g} -> {right:.7g};"
-        f" at most {item.largest:.2%} apart, at step {item.largest_at:,}"
-    )
+    apart = f"at most {item.largest:.2%} apart, at" if math.isfinite(item.largest) else "one is zero or not finite at"
+    return f"from step {item.first_different:,}: {left:.7g} -> {right:.7g}; {apart} step {item.largest_at:,}"

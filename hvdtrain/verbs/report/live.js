@@ -22,7 +22,7 @@
   // The charts and what is chosen about them stay; all else in the page is what the new one has.
   const exchange = (next) => {
     const isKept = (part) => part.matches(".charts, fieldset, #trouble, noscript");
-    const open = new Set([...document.querySelectorAll("main details[open]")].map(keyOf));
+    const open = new Set([...document.querySelectorAll("main > details[open]")].map(keyOf));
     const main = document.querySelector("main");
     for (const part of [...main.children]) if (!isKept(part)) part.remove();
     let place = main.firstElementChild;
@@ -30,8 +30,12 @@
       if (isKept(part)) place = place?.nextElementSibling ?? null;
       else main.insertBefore(document.adoptNode(part), place);
     }
-    for (const part of main.querySelectorAll("details")) part.open = open.has(keyOf(part));
-    for (const caption of next.querySelectorAll("figcaption")) document.getElementById(caption.id).innerHTML = caption.innerHTML;
+    for (const part of main.querySelectorAll(":scope > details")) part.open = open.has(keyOf(part));
+    for (const caption of next.querySelectorAll("figcaption")) {
+      const own = document.getElementById(caption.id), isOpen = own.querySelector("details")?.open;
+      own.innerHTML = caption.innerHTML;
+      if (isOpen) own.querySelector("details").open = true;
+    }
     document.getElementById("settings").textContent = next.getElementById("settings").textContent;
   };
 

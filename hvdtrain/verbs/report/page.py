@@ -9,14 +9,14 @@ import numpy as np
 
 from hvdtrain import __version__
 from hvdtrain.verbs.kit import counted
-from hvdtrain.verbs.report.charts import MOST_POINTS, Chart, charts_of, draw, style_of, usual_range
+from hvdtrain.verbs.report.charts import MOST_POINTS, Chart, charts_of, draw, look_of, style_of, usual_range
 from hvdtrain.verbs.report.differences import differing, packed_environment
 from hvdtrain.verbs.report.events import KINDS, Event, events_of
 from hvdtrain.verbs.report.figures import plain
 from hvdtrain.verbs.report.rank_log import last_words, warnings
 from hvdtrain.verbs.report.runs import ReadRun
 from hvdtrain.verbs.report.series import Places
-from hvdtrain.verbs.report.shell import Figure, escape, figures_of, framed, legend
+from hvdtrain.verbs.report.shell import Figure, chip, escape, figures_of, framed, legend
 from hvdtrain.verbs.report.tables import events_table, fields_table, side_by_side, summary_table
 from hvdtrain.verbs.report.time_figures import time_figures
 
@@ -117,10 +117,7 @@ def _charts(
         "98 % of the values only: a spike may go beyond</label></fieldset>"
     )
     if len(runs) > 1:
-        boxes = "".join(
-            f"<label><input type='checkbox' name='run' value='{i}' checked>{escape(run.name)}</label>"
-            for i, run in enumerate(runs)
-        )
+        boxes = "".join(_box(i, run) for i, run in enumerate(runs))
         yield f"<fieldset><legend>Runs</legend>{boxes}</fieldset>"
     kinds = {event.kind for own in events for event in own}
     if kinds:
@@ -129,6 +126,12 @@ def _charts(
     yield from figures_of(figures)
     if num_left_out:
         yield f"<p class='soft'>{counted(num_left_out, 'more metric')} of these runs: see metrics.jsonl.</p>"
+
+
+def _box(number: int, run: ReadRun) -> str:
+    """Return what shows and hides a run, with the look of its curves."""
+    box = f"<input type='checkbox' name='run' value='{number}' checked>"
+    return f"<label>{box}{chip(*look_of(number))}{escape(run.name)}</label>"
 
 
 def _caption(chart: Chart) -> str:

@@ -18,6 +18,9 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
 )
 
+# A longer legend is folded: of many runs it would be most of the page.
+_MOST_UNFOLDED = 6
+
 
 class Figure(NamedTuple):
     """A chart of a page."""
@@ -94,10 +97,17 @@ def legend(items: Sequence[tuple[str, str, str]]) -> str:
     """Return a legend: of each curve its colour, its dashes as Bokeh names them, and HTML that says what it is."""
     rows = []
     for colour, dashes, said in items:
-        border = {"solid": "solid", "dashed": "dashed"}.get(dashes, "dotted")
-        chip = f"<span class='chip' style='border-top-style:{border};border-color:{colour}'></span>"
-        rows.append(f"<li>{chip}<span>{said}</span></li>")
-    return f"<ul>{''.join(rows)}</ul>"
+        rows.append(f"<li>{chip(colour, dashes)}<span>{said}</span></li>")
+    listed = f"<ul>{''.join(rows)}</ul>"
+    if len(items) <= _MOST_UNFOLDED:
+        return listed
+    return f"<details><summary>{len(items)} curves, and what can be read off them</summary>{listed}</details>"
+
+
+def chip(colour: str, dashes: str) -> str:
+    """Return the piece of a curve that stands for it in a legend."""
+    border = {"solid": "solid", "dashed": "dashed"}.get(dashes, "dotted")
+    return f"<span class='chip' style='border-top-style:{border};border-color:{colour}'></span>"
 
 
 @functools.cache

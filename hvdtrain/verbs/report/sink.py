@@ -15,10 +15,12 @@ from hvdtrain.verbs.report.shell import bokeh_source
 
 # The first report is taken to cost so much, with the import of Bokeh; of later ones it is known.
 FIRST_COST_S = 3.0
-SHARE = 0.01
-"""Of the time of a run, that its reports take at most."""
+SHARE, SHARE_AT_END = 0.01, 0.05
+"""Of the time of a run, that its reports take at most while it trains; and that of its end."""
 # Other ranks wait meanwhile. Of metrics beyond this, reading alone would take longer.
 _LONGEST_S, _MOST_BYTES = 10.0, 1 << 27
+# In a line that follows a save.
+_SAVED = "time/checkpoint_stall_s"
 
 
 def can_report() -> bool:
@@ -29,8 +31,9 @@ def can_report() -> bool:
 class ReportSink:
     """Writes `RUN_DIR/report.html` after evaluations, when the clock of training rests, and when a run has finished.
 
-    Reports take 1 % of the run's time at most: a run of a few minutes writes none. Neither does a stop on request:
-    whoever asked may not wait. What goes wrong is said, once, and costs the run nothing.
+    Where a run has no evaluations, after saves. These take 1 % of the run's time at most, the one at its end 5 %: a run
+    of a minute has one. A stop on request writes none: whoever asked may not wait. What goes wrong is said, once, and
+    costs the run nothing.
 
     Args:
         run: its directory.
@@ -42,31 +45,33 @@ class ReportSink:
         self, run: RunDirectory, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._run, self._say, self._clock = run, say, clock
-        self._since = clock()
+        self._began = self._since = clock()
         self._cost_s = FIRST_COST_S
-        self._has_finished = self._has_failed = False
+        self._has_finished = self._has_failed = self._has_evaluated = False
 
     def begin(self, step: int, num_steps: int) -> None:
         """Note when training begins."""
-        self._since = self._clock()
+        self._began = self._since = self._clock()
 
     def write(self, step: int, metrics: Metrics, event: str | None) -> None:
-        """Write the report where this is an evaluation, and enough time has passed since the last one."""
+        """Write the report at an evaluation, or behind a save, where enough time has passed since the last one."""
         self._has_finished = event == "finished"
-        if not event and any(name.startswith("val/") for name in metrics):
-            self._write_if_due()
+        is_evaluation = any(name.startswith("val/") for name in metrics)
+        self._has_evaluated = self._has_evaluated or is_evaluation
+        if not event and (is_evaluation or (_SAVED in metrics and not self._has_evaluated)):
+            self._write_within(SHARE * (self._clock() - self._since))
 
     def close(self) -> None:
         """Write the report of a run that has finished, with its last words."""
         if self._has_finished:
             self._has_finished = False
-            self._write_if_due()
+            self._write_within(SHARE_AT_END * (self._clock() - self._began))
 
-    def _write_if_due(self) -> None:
-        started = self._clock()
-        is_cheap = self._cost_s <= min(_LONGEST_S, SHARE * (started - self._since))
-        if self._has_failed or not is_cheap:
+    def _write_within(self, seconds: float) -> None:
+        """Write the report if it will take so long at most."""
+        if self._has_failed or self._cost_s > min(_LONGEST_S, seconds):
             return
+        started = self._clock()
         try:
             if self._run.metrics.stat().st_size > _MOST_BYTES:
                 return

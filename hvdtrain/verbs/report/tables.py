@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.settings.units import duration
+from hvdtrain.trainer.utilization import METRIC as MFU
 from hvdtrain.verbs.report.differences import written
 from hvdtrain.verbs.report.events import KINDS, Event
 from hvdtrain.verbs.report.runs import ReadRun
@@ -25,11 +26,11 @@ def _short(text: str) -> str:
 
 def summary_table(runs: Sequence[ReadRun], places: Sequence[Places]) -> str:
     """Return a table of what each run has reached, which can be sorted."""
-    speeds = sorted({name for run in runs for name in run.curves if name.startswith("throughput/")})
+    speeds = sorted({n for run in runs for n in run.curves if n.startswith("throughput/")}, reverse=True)
     scores = sorted({n for run in runs for n in run.curves if n.startswith("val/") and n != "val/loss"})[:4]
     heads = ["run", "steps", "state", "training loss, last", "held-out loss, last", "held-out loss, best", "at step"]
     heads += [f"held-out {name[4:].replace('_', ' ')}, last" for name in scores]
-    heads += [f"{name[11:].replace('_per_s', '').replace('_', ' ')}/s, median" for name in speeds]
+    heads += [_head_of(name) for name in speeds]
     heads += ["time in training", "ranks"]
     rows = []
     for run, place in zip(runs, places, strict=True):
@@ -45,6 +46,12 @@ def summary_table(runs: Sequence[ReadRun], places: Sequence[Places]) -> str:
         rows.append("".join(cells))
     head = "".join(f"<th scope='col'><button type='button'>{escape(name)}</button></th>" for name in heads)
     return _table(f"<tr>{head}</tr>", rows, "What the runs have reached")
+
+
+def _head_of(speed: str) -> str:
+    if speed == MFU:
+        return "MFU, median"
+    return f"{speed.partition('/')[2].replace('_per_s', '').replace('_', ' ')}/s, median"
 
 
 def side_by_side(names: Sequence[str], rows: Sequence[tuple[str, Sequence[Any]]]) -> str:

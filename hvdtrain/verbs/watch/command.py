@@ -58,6 +58,7 @@ def _draw(run: Follower, every: float) -> None:
 def _print(run: Follower, every: float) -> None:
     """Print what comes, a line each: events and evaluations all, lines of training at a humane pace."""
     printed_at, shown_state, num_events = float("-inf"), "", 0
+    troubles: list[str] = []
     is_first = True
     while True:
         run.look()
@@ -67,13 +68,11 @@ def _print(run: Follower, every: float) -> None:
         for event in [*run.events][-new:] if new else ():
             _write(event.text)
         num_events = run.num_events
-        for step, metrics in run.new_lines[-_FIRST_LINES:] if is_first else run.new_lines:
-            is_evaluation = any(name.startswith("val/") for name in metrics)
-            now = time.monotonic()
-            if is_first or is_evaluation or now - printed_at >= _SECONDS_BETWEEN_LINES:
-                printed_at = printed_at if is_evaluation else now
-                of = f"/{run.num_steps}" if run.num_steps else ""
-                _write(f"step {step}{of}  {describe(metrics)}")
+        printed_at = _print_lines(run, is_first, printed_at)
+        for trouble in run.troubles:
+            if trouble not in troubles:
+                _write(trouble)
+        troubles = run.troubles
         state, is_trouble = state_of(run)
         kind = state.partition(":")[0].partition(" for ")[0]
         if (is_trouble or run.is_finished or run.quiet_s is None) and kind != shown_state:
@@ -82,6 +81,20 @@ def _print(run: Follower, every: float) -> None:
         if run.is_finished:
             return
         time.sleep(every)
+
+
+def _print_lines(run: Follower, is_first: bool, printed_at: float) -> float:
+    """Print new lines of metrics; takes and returns when one of training was printed last."""
+    for step, metrics in run.new_lines[-_FIRST_LINES:] if is_first else run.new_lines:
+        if not describe(metrics):  # of other things than a person follows
+            continue
+        is_evaluation = any(name.startswith("val/") for name in metrics)
+        now = time.monotonic()
+        if is_first or is_evaluation or now - printed_at >= _SECONDS_BETWEEN_LINES:
+            printed_at = printed_at if is_evaluation else now
+            of = f"/{run.num_steps}" if run.num_steps else ""
+            _write(f"step {step}{of}  {describe(metrics)}")
+    return printed_at
 
 
 def _write(text: str) -> None:

@@ -155,6 +155,8 @@ class Follower:
         """Return what could not be read, in words."""
         tails = [self._metrics, *(log.tail for log in self.ranks)]
         found = [f"{tail.path.name} cannot be read ({tail.trouble})" for tail in tails if tail.trouble]
+        if not self.run.path.is_dir():
+            found.append(f"{self.run.path} is not there any more")
         if self.num_bad:
             found.append(f"{self.num_bad:,} damaged line{'s' * (self.num_bad != 1)} of metrics left out")
         return found
