@@ -113,7 +113,6 @@ def one_by_one(seeds: list[int], query: Tensor, key: Tensor, value: Tensor, **mo
 
 def multi_head_attention(self: SampleRandomness, *args: Any, **kwargs: Any) -> Any:
     """Run torch's own, whose inner calls find ours: a mode is off inside the function that it answers."""
-
     heads = int(kwargs["num_heads"] if "num_heads" in kwargs else args[4])
 
     def dropout(weights: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
