@@ -23,7 +23,8 @@ from hvdtrain.models.decoder import Decoder
 from hvdtrain.process.launch import Launch
 from hvdtrain.recipes.lm import lm
 from hvdtrain.trainer import Job, Task
-from hvdtrain.trainer.memory import RESERVE, Memory, estimate, wire_bytes, without_storage
+from hvdtrain.trainer.fakes import without_storage
+from hvdtrain.trainer.memory import RESERVE, Memory, estimate, wire_bytes
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.sharded_memory import sharded_shares
 from hvdtrain.world import SoloWorld

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from hvdtrain.models.compilation import uncompiled
 from hvdtrain.models.private_torch import FakeTensorMode
+from hvdtrain.trainer.fakes import fake_micro_batch, fake_model, micro_batch_samples
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.memory import fake_micro_batch, fake_model, micro_batch_samples
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.step import forward_batch, forward_sums
 from hvdtrain.trainer.utilization import peak_of

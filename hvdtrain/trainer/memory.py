@@ -12,31 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.data.nested import map_tensors
-from hvdtrain.data.readers import read_samples
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.compilation import uncompiled
 from hvdtrain.models.private_torch import FakeTensorMode, LiveBytes
-from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.optim.groups import trainable, trainable_by_name
-from hvdtrain.optim.table import own_class
-from hvdtrain.settings import Config
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer.bucket_order import gradients_are_views
 from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.components import build_components
+from hvdtrain.trainer.fakes import fake_micro_batch, fake_model, plain_settings
 from hvdtrain.trainer.free_memory import available, in_host_memory
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.model import own_type, prepare_blocks
+from hvdtrain.trainer.model import own_type
 from hvdtrain.trainer.sharded_memory import most_at_once, sharded_shares
 from hvdtrain.trainer.step import forward_batch
 from hvdtrain.world import codec_for
@@ -88,24 +83,6 @@ class Memory:
         return f"{in_units(self.total)} a rank: {', '.join(known)}{beside}"
 
 
-@contextlib.contextmanager
-def without_storage() -> Iterator[None]:
-    """Within, modules keep the shapes of their parameters alone, on torch's meta device."""
-    register = nn.Module.register_parameter
-
-    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), param.requires_grad)
-        register(self, name, param)
-
-    module: Any = nn.Module
-    module.register_parameter = register_empty
-    try:
-        yield
-    finally:
-        module.register_parameter = register
-
-
 def estimate(job: Job, all_trained: bool = False) -> Memory:
     """Return what a rank needs; model and optimizer are not touched, and no memory is allocated for them.
 
@@ -124,7 +101,7 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
     kept, host = sum(of_each.values()), 0
     at_once = most_at_once([parameter.nbytes for parameter in of_each], [*of_each.values()])
     if job.config.optim.shard and job.world.size > 1:
-        shares = sharded_shares(job, job.task.build_optimizer(_plain(job.config).optim, model), model)
+        shares = sharded_shares(job, job.task.build_optimizer(plain_settings(job.config).optim, model), model)
         gradients += shares.wire_bytes
         kept, at_once = shares.most_of(of_each), shares.most_at_once(of_each)
     elif job.world.size > 1:
@@ -134,26 +111,6 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
         kept, host = at_once, kept
     kept += _component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients, host)
-
-
-def fake_model(job: Job, mode: FakeTensorMode, all_trained: bool = False) -> nn.Module:
-    """Return a copy of the model as it is trained, without storage; `all_trained` as for `estimate`."""
-    with mode:
-        model = _fake(job.task.model, job.world.device, own_type(job.config.train.precision))
-        for parameter in trainable(model) if all_trained else ():
-            parameter.requires_grad_(True)
-        prepare_blocks(model, _plain(job.config).model)
-    return model
-
-
-def micro_batch_samples(job: Job) -> Tensor:
-    """Return the samples, int64 `(n,)`, of a micro-batch at the beginning."""
-    return job.order.global_batch(0)[: job.plan.micro_batch_size]
-
-
-def fake_micro_batch(job: Job, mode: FakeTensorMode) -> Any:
-    """Return it without storage."""
-    return map_tensors(mode.from_tensor, read_samples(job.task.train_data, micro_batch_samples(job)))
 
 
 def wire_bytes(job: Job, all_trained: bool = False) -> int:
@@ -242,26 +199,6 @@ def _check_host(job: Job, memory: Memory) -> None:
         )
 
 
-def _plain(config: Config) -> Config:
-    """Return the settings without what fake tensors cannot do, and what needs other ranks."""
-    model = dataclasses.replace(config.model, compile="none", sync_batch_norm=False)
-    optim = own_class(config.optim)
-    if isinstance(optim, AdamWConfig):
-        optim = dataclasses.replace(optim, kernel="loop")
-    return dataclasses.replace(config, model=model, optim=optim)
-
-
-def _fake(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """Return a copy whose parameters and buffers have no storage; real numbers of type `dtype`, if one is given."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        own = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        empty = torch.empty(tensor.shape, dtype=own, device=device)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
-
-
 def _optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
     """Return each parameter's state, from a step of it on parameters cut to at most three in each dimension."""
     small = {id(p): nn.Parameter(torch.ones([min(n, 3) for n in p.shape]), p.requires_grad) for p in model.parameters()}
@@ -270,7 +207,7 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
     cut = copy.deepcopy(model, memo)
     for parameter in cut.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    optimizer = job.task.build_optimizer(_plain(job.config).optim, cut)
+    optimizer = job.task.build_optimizer(plain_settings(job.config).optim, cut)
     optimizer.step()
     found: dict[nn.Parameter, int] = {}
     for cut_parameter, entries in optimizer.state.items():

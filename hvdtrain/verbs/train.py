@@ -25,7 +25,8 @@ from hvdtrain.settings import NONE, to_dict
 from hvdtrain.settings.units import duration
 from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Job, Recipe, Task, fit, settle
-from hvdtrain.trainer.memory import Memory, check_fits, estimate, without_storage
+from hvdtrain.trainer.fakes import without_storage
+from hvdtrain.trainer.memory import Memory, check_fits, estimate
 from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.verbs.greeting import details, greeting
 from hvdtrain.verbs.options import TrainOptions

@@ -21,7 +21,8 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CommConfig, Config, HealthConfig, ModelConfig, OptimConfig, TrainConfig
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Task, settle
-from hvdtrain.trainer.memory import Memory, check_fits, estimate, wire_bytes, without_storage
+from hvdtrain.trainer.fakes import without_storage
+from hvdtrain.trainer.memory import Memory, check_fits, estimate, wire_bytes
 from hvdtrain.trainer.model import own_type, prepare_blocks
 from hvdtrain.trainer.step import forward_sums
 from hvdtrain.world import SoloWorld
