@@ -18,7 +18,7 @@ from hvdtrain.trainer import Recipe, train_step
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.without_effect import without_effect
 
-OTHERS = {int: 7, float: 0.25, bool: True, type(None): 5}
+OTHERS = {int: 7, float: 0.25, bool: True, type(None): 5, str: "*weight"}
 
 
 def of_several_ranks():
