@@ -68,6 +68,8 @@ def test_an_exception_of_hvdtrains_own_keeps_its_whole_stack():
 
 def test_a_signal_while_a_file_is_read_is_no_error_of_it(tmp_path):
     file = tmp_path / "slow.py"
-    file.write_text("from hvdtrain.process.stop import StoppedEarly\nraise StoppedEarly('SIGTERM')\ndef recipe(): ...\n")
+    file.write_text(
+        "from hvdtrain.process.stop import StoppedEarly\nraise StoppedEarly('SIGTERM')\ndef recipe(): ...\n"
+    )
     with pytest.raises(StoppedEarly):
         load_recipe(str(file))
