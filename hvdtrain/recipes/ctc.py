@@ -5,9 +5,8 @@
 
 Clips are WAV, FLAC and what else soundfile reads, their texts beside them or in a table. Batches hold clips of about
 one length; held-out clips are written down by all ranks, and scored by jiwer. `predict RUN_DIR FILES...` writes speech
-down. Digits spoken by espeak-ng (benchmarks/spoken_words.py) take 1m23s on two ranks of a core each (AMD EPYC), to a
-word error rate of 0.19; one rank came to 0.29. In fp64 the two are one, step by step; in fp32 rounding grows, and 600
-steps are too few for them to meet (benchmarks/results/translation_speech.txt).
+down. Digits spoken by espeak-ng (benchmarks/spoken_words.py) take 2m23s on two ranks of a core each (AMD EPYC), to a
+word error rate of 0.016, and 2m25s on one, to 0.013 (benchmarks/results/translation_speech.txt).
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ class SpeechRecognition(Recipe):
 def ctc() -> SpeechRecognition:
     """Return settings for the small model on short clips; to fine-tune a large one, --optim.peak-lr 1e-4."""
     return SpeechRecognition(
-        train=TrainConfig(steps=600, global_batch_size=8),
+        train=TrainConfig(steps=1200, global_batch_size=8),
         optim=AdamWConfig(peak_lr=3e-3, warmup_fraction=0.1, weight_decay=0.01),
         eval=HearingEvalConfig(every=200),
         checkpoint=CheckpointConfig(every=200),
