@@ -240,6 +240,12 @@ def test_a_spike_in_a_run_is_found(at):
     assert alarms(pairs) == [("norm", at), ("loss", at + 10)]
 
 
+def test_the_highest_norm_of_real_healthy_runs_is_no_spike():
+    pairs = [(1 + 0.1 * math.sin(step), 3 + 0.05 * math.cos(step)) for step in range(300)]
+    pairs[200] = (6.6, 3.0)
+    assert alarms(pairs) == []
+
+
 def test_a_healthy_run_says_nothing(tmp_path):
     for seed in range(5):
         job = job_of(tmp_path / str(seed), "stop", bad=(), seed=seed, every=1)
