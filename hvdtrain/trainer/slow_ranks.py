@@ -144,8 +144,9 @@ def _of_the_computing(hosts: Sequence[Host], host: Host) -> str:
 def _of_the_waiting(own: RankFigures, others: RankFigures, host: Host) -> str:
     """Return the cause where a thread has no processor for long."""
     stolen = host.counts.stolen / max(1, host.counts.ticks)
-    if stolen >= _STOLEN:
-        return f"other virtual machines have its host's processors {stolen:.0%} of the time (steal)"
+    steal = f"other virtual machines have its host's processors {stolen:.0%} of the time (steal)"
+    if stolen >= max(_STOLEN, _EXPLAINS * (1 - own.cpu_s / own.own_s)):
+        return steal
     switches, usual = own.switches / own.step_s, others.switches / others.step_s
     if switches >= max(_MANY_SWITCHES, 2 * usual):
         return (
@@ -154,7 +155,7 @@ def _of_the_waiting(own: RankFigures, others: RankFigures, host: Host) -> str:
         )
     return (
         f"it computes for {max(0.0, own.cpu_s):.2g} s of a step only and sleeps for the rest, in the model, a callback"
-        " or the loss: a disk, a network or a lock"
+        " or the loss: a disk, a network or a lock" + (f"; besides, {steal}" if stolen >= _STOLEN else "")
     )
 
 
