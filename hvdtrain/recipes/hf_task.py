@@ -45,13 +45,8 @@ from hvdtrain.recipes.transformers_models.lora import (
 )
 from hvdtrain.recipes.transformers_models.probe import NOT_TRIED, Way, find_way
 from hvdtrain.settings import Precision
+from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.task import Evaluation, Task
-
-_SIXTEEN_BITS: dict[Precision, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "bf16-true": torch.bfloat16,
-}
 
 
 def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
@@ -200,8 +195,8 @@ def _prepare(data: DocumentsConfig, tokenizer: Any, say: Callable[[str], None]) 
 
 def _ways(precision: Precision) -> tuple[Layout, ...]:
     """Return how documents may be packed: by their bounds where a GPU computes attention in 16 bits."""
-    dtype = _SIXTEEN_BITS.get(precision)
-    if dtype is None or not torch.cuda.is_available():
+    dtype = product_type(precision)
+    if dtype.itemsize != 2 or not torch.cuda.is_available():
         return BY_POSITIONS, BY_MASKS
     return by_bounds(torch.device("cuda", torch.cuda.current_device()), dtype), BY_POSITIONS, BY_MASKS
 
