@@ -9,12 +9,13 @@ for your own loop, `world = hvdtrain.init()`, then `world.wrap(optimizer, model)
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
 
+# Without `typing`, and what that imports: `process.working_directory` comes first.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from hvdtrain.data.dataset import Dataset, TensorSamples
     from hvdtrain.data.draws import Draws
     from hvdtrain.data.samplers import InOrder, Shuffled, Weighted
@@ -118,6 +119,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    import importlib
+
     for module, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(module), name)

@@ -20,6 +20,8 @@ from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
 from hvdtrain.process.output import print_anything, while_read
 from hvdtrain.process.stop import StoppedEarly, end_on_signals
+from hvdtrain.process.stray import leave_to_rank_0, stray_hint
+from hvdtrain.process.working_directory import is_gone, search_last
 from hvdtrain.settings import NONE, to_dict
 from hvdtrain.settings.flags import COMMAND_LINE, known_flags, make_options, read_flags, settle_flags
 from hvdtrain.settings.help import help_of
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "python -m hvdtrain"
 _HELP_ALL = "--help-all"
-
 
 # A launcher ends the whole job when its first rank leaves: the others give rank 0 this long to say why.
 _SECONDS_FOR_RANK_0 = 5.0
@@ -73,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--version"]:
         sys.stdout.write(f"hvdtrain {__version__}\n")
         return 0
+    if is_process and is_gone():
+        sys.stderr.write("hvdtrain: the working directory has been deleted: cd to one that is there, then start again\n")
+        return 2
     if arguments[:1] == ["setup"]:  # before all that has to be installed first
         from hvdtrain.install.__main__ import main as set_up
 
@@ -88,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return start_ranks(arguments[1:])
     if is_process:
+        search_last()
         print_anything()
         end_on_signals()
     # A sweep computes nothing itself, and hands its environment on to ranks, each of which prepares itself.
@@ -111,7 +116,7 @@ def _run(arguments: list[str], launch: Launch) -> int:
     if invocation.recipe and invocation.options.print_config:
         return _answer(_toml(invocation.recipe), launch)
     if VERBS[invocation.verb].is_for_one and launch.rank != 0:
-        return 0
+        return leave_to_rank_0(launch)
     try:
         return invocation.run()
     except HvdtrainError as error:
@@ -259,8 +264,9 @@ def _toml(recipe: Recipe) -> str:
 
 def _answer(text: str, launch: Launch) -> int:
     """Print a text on rank 0."""
-    if launch.rank == 0:
-        sys.stdout.write(text)
+    if launch.rank != 0:
+        return leave_to_rank_0(launch)
+    sys.stdout.write(text)
     return 0
 
 
@@ -278,7 +284,7 @@ def _silent_unless(talks: bool) -> Iterator[None]:
 
 
 def _refuse(error: HvdtrainError, launch: Launch) -> int:
-    if launch.rank == 0:
+    if launch.rank == 0 or stray_hint(launch):
         sys.stderr.write(f"hvdtrain: {error}\n{error.stack}")
         sys.stderr.flush()
     return _leave(error.exit_code, launch)

@@ -2,11 +2,17 @@
 # Sourced by the scripts beside it: which environment is used, its programs first on PATH, Open MPI under root, and what
 # is handed on to ranks on other hosts.
 
+unset CDPATH     # with it, `cd` prints where it has gone
+unset PYTHONHOME # of another Python, as an environment's own `activate` does
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 environment=${VIRTUAL_ENV:-}
 # conda's base environment is active in every shell of many users, which is no request to install there.
 if [[ -z $environment && -n ${CONDA_PREFIX:-} && ${CONDA_DEFAULT_ENV:-base} != base ]]; then
   environment=$CONDA_PREFIX
+fi
+if [[ -n $environment && $environment != "$root"/.venv* && ! -e $environment/bin/python ]]; then
+  echo "the active environment, $environment, is not there any more: $root/.venv takes its place" >&2
+  environment=''
 fi
 environment=${environment:-$root/.venv}
 

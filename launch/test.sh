@@ -10,6 +10,7 @@
 #   --torch torch==2.12.1    another torch
 #   --python python3.13      another Python
 set -euo pipefail
+unset CDPATH # with it, `cd` prints where it has gone
 here=$(dirname "${BASH_SOURCE[0]}")
 fast='' other=''
 while (($#)); do

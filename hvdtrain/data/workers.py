@@ -31,8 +31,9 @@ from hvdtrain.process.launch import DATA_WORKER
 
 # By these a launcher tells a process that it is a rank.
 _LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HOROVOD_", "MPI_", "MV2_", "MPIR_", "HYDRA_", "I_MPI_", "SLURM_STEP")
+# Where the working directory comes first, as with `-c`, a `json.py` of the user's would be taken for Python's.
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]);"
+    "import sys; sys.path.remove('') if '' in sys.path else None; import json; sys.path[:] = json.loads(sys.argv[2]);"
     " from hvdtrain.data.worker import main; main(int(sys.argv[1]))"
 )
 _DUMP_S = 0.5

@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> Setup:
     """
     asked = make_parser().parse_args(arguments)
     return Setup(
-        environment=Environment(asked.environment or this_environment()),
+        environment=Environment((asked.environment or this_environment()).absolute()),
         root=asked.root or this_clone(),
         with_horovod=asked.only_horovod or not os.environ.get("HVDTRAIN_WITHOUT_HOROVOD"),
         only_horovod=asked.only_horovod,

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from hvdtrain.install.output import tell
 from hvdtrain.install.preflight import SetupError
 
 LAUNCHER_VARIABLES = ("HOROVOD_", "OMPI_COMM_", "PMIX_", "PMI_", "MPI_LOCAL", "HYDRA_")
+# A `types.py` or a `torch/` in the folder where a set-up is started is none of its business.
+_NOTHING_OF_THE_USERS = "import sys; sys.path[:] = filter(None, sys.path)\n"
 _ASK_VERSION = """
 import importlib.metadata as m, sys
 try: print(m.version(sys.argv[1]))
@@ -90,7 +93,7 @@ class Environment:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     cwd=cwd,
-                    env=environ,
+                    env=environ or safe_environ(),
                     timeout=timeout_s,
                 )
             except subprocess.TimeoutExpired:
@@ -104,7 +107,7 @@ class Environment:
 
     def ask(self, code: str, *arguments: str) -> str | None:
         """Return what Python `code` prints there, None if it fails."""
-        command = [str(self.python), "-c", code, *arguments]
+        command = [str(self.python), "-c", _NOTHING_OF_THE_USERS + code, *arguments]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
@@ -130,21 +133,29 @@ class Environment:
         Where it was is what its `activate` says.
         """
         activate = self.folder / "bin" / "activate"
-        match = re.search(r"VIRTUAL_ENV=['\"]?(/[^'\"\n]+)", activate.read_text()) if activate.exists() else None
-        if match is None or Path(match[1]) == self.folder:
+        text = os.fsdecode(activate.read_bytes()) if activate.exists() else ""
+        named = re.search(r"VIRTUAL_ENV=(['\"/].*)", text)
+        was = Path(shlex.split(named[1])[0]) if named else self.folder
+        if was == self.folder or (was.exists() and was.samefile(self.folder)):  # by another name, such as a link's
             return
-        say(f"this environment was made in {match[1]}: its scripts now name {self.folder}")
-        old, new = f"{match[1]}".encode(), str(self.folder).encode()
-        for file in [*(self.folder / "bin").iterdir(), self.folder / "pyvenv.cfg"]:
+        say(f"this environment was made in {was}: its scripts now name {self.folder}")
+        old, new = re.compile(re.escape(os.fsencode(was)) + rb"(?![\w.-])"), os.fsencode(self.folder)
+        # `activate` last: one that is cut short begins anew.
+        for file in sorted([*(self.folder / "bin").iterdir(), self.folder / "pyvenv.cfg"], key=activate.__eq__):
             if file.is_file() and not file.is_symlink():
                 content = file.read_bytes()
-                if old in content and b"\0" not in content:
-                    file.write_bytes(content.replace(old, new))
+                if old.search(content) and b"\0" not in content:
+                    file.write_bytes(old.sub(lambda match: new, content))
 
 
 def plain_environ() -> dict[str, str]:
     """Return this process's variables without what a launcher or Horovod may have left: such ranks see other ranks."""
     return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
+
+
+def safe_environ() -> dict[str, str]:
+    """Return this process's variables, and that Python shall find no module in the working directory (from 3.11 on)."""
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
 
 
 def say(text: str) -> None:

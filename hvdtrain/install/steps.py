@@ -101,7 +101,7 @@ class Setup:
         is_made = environment.python.exists()
         return {
             "root": str(self.root),
-            "folder": str(environment.folder),
+            "folder": os.path.realpath(environment.folder),
             "parts": " ".join(self.parts),
             "files": digest.hexdigest(),
             "mpi": mpi.chosen_mpi(environment) if self.with_horovod and is_made else None,

@@ -22,6 +22,11 @@ _LAUNCHERS = {
     *("horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "prun", "prted", "orted"),
     *("mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_proxy"),
 }
+# Of Slurm, PALS, ALPS, LSF, Flux and torch: what else may stand above a rank.
+_STARTERS = {
+    *("slurmstepd", "srun", "palsd", "apinit", "aprun", "jsrun", "jsmd", "flux-shell", "flux-broker"),
+    *("torchrun", "accelerate"),
+}
 _SHELLS = {"sh", "bash", "dash", "ksh", "zsh", "perl"}
 _MOST_ANCESTORS = 64
 
@@ -59,6 +64,13 @@ def find_launcher() -> Ancestor | None:
     """
     launchers = [ancestor for ancestor in _ancestors() if _is_launcher(ancestor.pid)]
     return launchers[-1] if launchers else None
+
+
+def is_launched() -> bool:
+    """Return whether anything that starts ranks is seen above this process; True where nothing can be seen."""
+    return this_process() is None or any(
+        _is_launcher(ancestor.pid) or _names(ancestor.pid) & _STARTERS for ancestor in _ancestors()
+    )
 
 
 @functools.cache
@@ -128,9 +140,8 @@ def _is_launcher(pid: int) -> bool:
 
     `horovodrun` is a script, and with MPI it becomes a shell that waits for its `mpirun`.
     """
-    try:
-        words = [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:3]]
-    except OSError:
+    words = _words(pid)
+    if not words:
         return False
     names = [word.rpartition("/")[2] for word in words]
     if names[0] in _LAUNCHERS:
@@ -139,6 +150,19 @@ def _is_launcher(pid: int) -> bool:
         return _waits_for_launcher("".join(words[2:]))
     is_script = names[0].startswith("python") or names[0] in _SHELLS
     return is_script and "".join(names[1:2]) in _LAUNCHERS
+
+
+def _words(pid: int) -> list[str]:
+    """Return the first words of a process's command line; none where it has ended."""
+    try:
+        return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:3]]
+    except OSError:
+        return []
+
+
+def _names(pid: int) -> set[str]:
+    """Return the names of a process's program and of the script that it may run: `slurmstepd: [7.0]` is slurmstepd."""
+    return {word.partition(":")[0].rpartition("/")[2] for word in _words(pid)[:2]}
 
 
 def _waits_for_launcher(command: str) -> bool:

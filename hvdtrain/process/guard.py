@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from hvdtrain.process.ancestors import Ancestor, this_process
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, marked_processes
+from hvdtrain.process.working_directory import module_command
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 # Ranks that notice by themselves are let alone; then all are asked; at last what is left is ended.
@@ -39,7 +40,7 @@ def guarding(mark: str, launcher: int, command: Sequence[str]) -> Iterator[None]
     guard = None
     with contextlib.suppress(OSError):  # a run without a guard is better than none
         guard = subprocess.Popen(
-            [sys.executable, "-m", "hvdtrain.process.guard", *words],
+            [*module_command("hvdtrain.process.guard"), *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -21,6 +21,8 @@ from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
 from hvdtrain.process.session import on_this_machine, session_folder
+from hvdtrain.process.stray import stray_hint
+from hvdtrain.process.working_directory import module_command
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MOST_RANKS = 4096
@@ -48,7 +50,7 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
     if launch.is_parallel and not (launch.launcher == "srun" and launch.size == 1):  # which a shell of srun --pty is
         raise LaunchError(
             f"this is rank {launch.rank} of {launch.size} that {launch.launcher} has started: start ranks once only,"
-            " from outside of them"
+            f" from outside of them{stray_hint(launch)}"
         )
     if ranks == 1:
         return list(program)
@@ -158,7 +160,8 @@ def start_ranks(arguments: Sequence[str]) -> int:
     try:
         ranks = count_of_ranks(arguments[0] if arguments else "")
         is_own = len(arguments) > 2 and arguments[1] in ("python", "python3")
-        return run_job(ranks, [sys.executable, *(arguments[2:] if is_own else ("-m", "hvdtrain", *arguments[1:]))])
+        program = [sys.executable, *arguments[2:]] if is_own else [*module_command("hvdtrain"), *arguments[1:]]
+        return run_job(ranks, program)
     except HvdtrainError as error:
         sys.stderr.write(f"hvdtrain: {error}\n")
         return error.exit_code

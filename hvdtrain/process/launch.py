@@ -44,14 +44,15 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     def number(*names: str, default: int = 0) -> int:
         return next((int(environ[name]) for name in names if environ.get(name, "").isdigit()), default)
 
-    if "HOROVOD_RANK" in environ:
-        return Launch(
-            "horovodrun --gloo",
-            number("HOROVOD_RANK"),
-            number("HOROVOD_SIZE", default=1),
-            number("HOROVOD_LOCAL_RANK"),
-            number("HOROVOD_LOCAL_SIZE", default=1),
-        )
+    of_gloo = Launch(
+        "horovodrun --gloo",
+        number("HOROVOD_RANK"),
+        number("HOROVOD_SIZE", default=1),
+        number("HOROVOD_LOCAL_RANK"),
+        number("HOROVOD_LOCAL_SIZE", default=1),
+    )
+    if "HOROVOD_RANK" in environ and "HOROVOD_GLOO_RENDEZVOUS_ADDR" in environ:
+        return of_gloo
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return Launch(
             "srun" if "SLURM_STEP_ID" in environ and "PMIX_RANK" not in environ else "mpirun",
@@ -79,6 +80,8 @@ def detect_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             number("MPI_LOCALRANKID", "PMI_LOCAL_RANK"),
             number("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", default=1),
         )
+    if "HOROVOD_RANK" in environ:  # without what goes with it, left behind: `world.start` refuses it
+        return of_gloo
     return _detect_torch_launcher(environ, number("RANK"), number("WORLD_SIZE", default=1))
 
 

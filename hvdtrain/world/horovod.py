@@ -21,6 +21,7 @@ from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
+from hvdtrain.process.stray import stray_hint
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.collectives import added_in_order
@@ -171,10 +172,12 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups}
     hvd.init(process_sets=list(sets.values()))
     if hvd.size() != launch.size:
+        hint = stray_hint(launch)
         raise LaunchError(
-            f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}: it was built for another"
-            f" MPI, or HOROVOD_CONTROLLER is set for another launcher. Run {setup_command()} with this MPI's mpicc and"
-            " mpirun first on PATH, and unset HOROVOD_CONTROLLER"
+            f"{launch.launcher} started {launch.size} ranks, but Horovod sees {hvd.size()}"
+            f"{hint + '; if one has, ' if hint else ': '}it was built for another MPI, or HOROVOD_CONTROLLER is set for"
+            f" another launcher. Run {setup_command()} with this MPI's mpicc and mpirun first on PATH, and unset"
+            " HOROVOD_CONTROLLER"
         )
     return HorovodWorld(launch, sets)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.process.called import CALL, FAILURE, RESULT, pickled
 from hvdtrain.process.job import MOST_RANKS, run_job
+from hvdtrain.process.working_directory import module_command
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def launch(
         (folder / "path.pickle").write_bytes(
             pickle.dumps([str(Path.cwd()) if entry == "" else entry for entry in sys.path])
         )
-        program = [sys.executable, "-m", "hvdtrain.process.called", name]
+        program = [*module_command("hvdtrain.process.called"), name]
         code = run_job(ranks, program, sys.stdout.write, timeout_s)
         failures = sorted(folder.glob(FAILURE.format("*")), key=lambda path: path.stat().st_mtime_ns)
         if failures:

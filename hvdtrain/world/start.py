@@ -16,6 +16,7 @@ from hvdtrain.install.clone import setup_command
 from hvdtrain.optim.private_optimizer import postpone_compiler
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, detect_launch, prepare_process
 from hvdtrain.process.stop import end_without_launcher
+from hvdtrain.process.stray import stray_hint
 from hvdtrain.world.first_contact import contact_gpus
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.world import World
@@ -105,6 +106,7 @@ def _start_horovod(launch: Launch, groups: Sequence[tuple[int, ...]]) -> World:
     if importlib.util.find_spec("horovod") is None:
         raise LaunchError(
             f"{launch.launcher} started {launch.size} ranks, but Horovod is not installed here: run {setup_command()}"
+            f"{stray_hint(launch)}"
         )
     try:
         from hvdtrain.world import horovod

@@ -117,17 +117,51 @@ def test_an_environment_that_cannot_be_written_is_told(tmp_path):
         pass
 
 
-def test_a_moved_environment_names_its_new_folder(environment, tmp_path):
-    bin_, old = environment.folder / "bin", "/home/me/old/.venv"
-    (bin_ / "activate").write_text(f"VIRTUAL_ENV='{old}'\nexport VIRTUAL_ENV\n")
-    (bin_ / "horovodrun").write_text(f"#!{old}/bin/python\nimport sys\n")
+@pytest.mark.parametrize(
+    ("old", "quoted"),  # as the venv of various Pythons writes it
+    [
+        ("/home/me/old/.venv", "'{}'"),
+        ("/home/me/old/.venv", '"{}"'),
+        ("/home/me/old/.venv", "{}"),
+        ("/home/mö/my old code/.venv", '"{}"'),
+    ],
+)
+def test_a_moved_environment_names_its_new_folder(environment, old, quoted):
+    bin_ = environment.folder / "bin"
+    (bin_ / "activate").write_text(f"VIRTUAL_ENV=$(cygpath x)\n export VIRTUAL_ENV={quoted.format(old)}\n")
+    (bin_ / "horovodrun").write_text(f"#!{old}/bin/python\nimport sys; '{old}2'\n")
     (bin_ / "cmake").write_bytes(b"\x7fELF\0" + old.encode())
     (environment.folder / "pyvenv.cfg").write_text(f"home = /usr/bin\ncommand = python3 -m venv {old}\n")
     environment.follow_move()
-    assert (bin_ / "horovodrun").read_text() == f"#!{bin_}/python\nimport sys\n"
-    assert f"VIRTUAL_ENV='{environment.folder}'" in (bin_ / "activate").read_text()
+    assert (bin_ / "horovodrun").read_text() == f"#!{bin_}/python\nimport sys; '{old}2'\n"
+    assert f"VIRTUAL_ENV={quoted.format(environment.folder)}" in (bin_ / "activate").read_text()
     assert old.encode() in (bin_ / "cmake").read_bytes()
     assert "old" not in (environment.folder / "pyvenv.cfg").read_text()
+
+
+def test_an_environment_seen_through_a_link_has_not_moved(environment, tmp_path, monkeypatch):
+    """A home that is a link, or a clone: whoever activates by one name and sets up by the other changes nothing."""
+    activate = environment.folder / "bin" / "activate"
+    activate.write_text(f"VIRTUAL_ENV={environment.folder}\n")
+    (tmp_path / "link").symlink_to(environment.folder)
+    linked = Environment(tmp_path / "link")
+    linked.follow_move()
+    assert activate.read_text() == f"VIRTUAL_ENV={environment.folder}\n"
+    environment.stamp.write_text(json.dumps(Setup(environment).stamp()))
+    assert Setup(linked).is_current()
+
+
+def test_what_lies_where_a_set_up_is_started_is_none_of_its_business(tmp_path, monkeypatch):
+    """`hvdtrain setup` beside a `types.py`, a `json.py` or a folder `pip` of the user's own."""
+    environment = Environment(tmp_path / "environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment.folder], check=True, timeout=60)
+    for name in ("types.py", "json.py", "pip.py", "importlib.py"):
+        (tmp_path / name).write_text("raise RuntimeError\n")
+    monkeypatch.chdir(tmp_path)
+    assert environment.ask("import json, types; print(json.dumps(1))") == "1"
+    assert environment.version_of("pip") is None
+    if sys.version_info >= (3, 11):
+        environment.run("a check", "-m", "json.tool", "--help")
 
 
 @pytest.mark.slow

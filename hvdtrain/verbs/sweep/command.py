@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from hvdtrain.errors import LaunchError, StopRequested
 from hvdtrain.process.launch import detect_launch
+from hvdtrain.process.stray import stray_hint
 from hvdtrain.rundir.lock import claim
 from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.options import SweepOptions
@@ -33,7 +34,7 @@ def sweep(grid: Grid, options: SweepOptions) -> int:
     if launch.is_parallel:
         raise LaunchError(
             f"sweep starts the ranks of its trials itself, and {launch.launcher} has started it: run it alone, with -np"
-            " 4 or with --launcher"
+            f" 4 or with --launcher{stray_hint(launch)}"
         )
     if options.sweep__optuna:
         check_optuna()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hvdtrain.errors import ConfigError, StopRequested
 from hvdtrain.process.job import run_job
 from hvdtrain.process.stop import StopRequest
+from hvdtrain.process.working_directory import module_command
 from hvdtrain.verbs.kit import write_line
 from hvdtrain.verbs.options import SweepOptions
 from hvdtrain.verbs.sweep.folder import SweepFolder, Trial
@@ -74,7 +75,7 @@ def _trials(grid: Grid, sweep: SweepFolder) -> Iterator[Trial]:
 def _train(
     recipe: str, sweep: SweepFolder, trial: Trial, options: SweepOptions, request: StopRequest, lines: deque[str]
 ) -> int:
-    command = [sys.executable, "-m", "hvdtrain", "train", recipe]
+    command = [*module_command("hvdtrain"), "train", recipe]
     command += ["--config", str(sweep.settings_file(trial)), "--run-dir", str(sweep.run_dir(trial))]
 
     def show(line: str) -> None:
