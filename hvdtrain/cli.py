@@ -186,7 +186,7 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
         recipe = dataclasses.replace(recipe, optim=_named_optimizer(flags, recipe))
         value = "A,B,..." if verb.has_grid else "VALUE"
         usage = f"usage: {PROGRAM} {name} {recipe_name} [--section.setting {value} ...]"
-        return f"{usage}\n\n{type(recipe).__doc__}\n{_help(verb, recipe, _HELP_ALL in flags)}\n"
+        return f"{usage}\n\n{type(recipe).__doc__ or ''}\n{_help(verb, recipe, _HELP_ALL in flags)}\n"
     of_verb = known_flags(verb.options)
     known = {**all_settings("optim."), **known_flags(recipe), **of_verb}
     _refuse_of_other_recipes(read_flags(flags), known, recipe_name)
@@ -287,10 +287,6 @@ def _refuse(error: HvdtrainError, launch: Launch) -> int:
     if launch.rank == 0 or stray_hint(launch):
         sys.stderr.write(f"hvdtrain: {error}\n{error.stack}")
         sys.stderr.flush()
-    return _leave(error.exit_code, launch)
-
-
-def _leave(code: int, launch: Launch) -> int:
-    if code and launch.rank != 0:
+    else:
         time.sleep(_SECONDS_FOR_RANK_0)
-    return code
+    return error.exit_code

@@ -87,7 +87,8 @@ class WheelCache:
         """Hold the entry `key` for this process alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{key}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # none on this file system: at worst one is built twice
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def find(self, key: str) -> Path | None:
@@ -107,7 +108,8 @@ class WheelCache:
             whole.mkdir()
             shutil.copy(wheel, whole)
             (whole / "sha256").write_text(sha256(wheel))
-            whole.rename(self.folder / key)
+            if not (self.folder / key).exists():
+                whole.rename(self.folder / key)
         return self.folder / key / wheel.name
 
     def drop(self, key: str) -> None:

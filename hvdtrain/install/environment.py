@@ -70,6 +70,8 @@ class Environment:
             except BlockingIOError:
                 say("another set-up of this environment is running; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:  # Lustre as it is mounted at many sites, some NFS
+                say(f"{self.folder} has no locks ({error.strerror}): let no other set-up of it run meanwhile")
             yield
 
     def run(

@@ -128,7 +128,25 @@ def test_fake_number_of_ranks(run):
     assert done.code == 1, done.text
     line = the(done, "error", "launcher")
     assert "mpirun started 4 ranks, but Horovod sees 1" in line
+    assert "no launcher is seen above this process" in line
+    assert "unset OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE; or start with" in line
     assert "launch/setup.sh" in line
+    assert "Traceback" not in done.text
+
+
+@pytest.mark.beside
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"PMI_RANK": "0", "PMI_SIZE": "4"}, "unset PMI_RANK PMI_SIZE; if one has"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}, "unset OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE;"),
+        ({"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4"}, "unset HOROVOD_RANK HOROVOD_SIZE"),
+    ],
+)
+def test_training_with_what_a_launcher_left_behind(run, variables, says):
+    done = run(sys.executable, "-m", "hvdtrain", "train", "lm", "--train.steps", "1", timeout=60, **variables)
+    assert done.code == 2, done.text
+    assert says in done.err
     assert "Traceback" not in done.text
 
 

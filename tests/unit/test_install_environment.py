@@ -1,6 +1,7 @@
 """The set-up of an environment: which torch and torchvision, which MPI, and when the last set-up still holds."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from builds import check_lock, fake_mpi, make_environment, script
 import hvdtrain
 from hvdtrain.install import mpi, packages, steps
 from hvdtrain.install.__main__ import install_into_environments, parse
+from hvdtrain.install.build import WheelCache
 from hvdtrain.install.environment import Environment, plain_environ
 from hvdtrain.install.preflight import SetupError
 from hvdtrain.install.steps import Setup
@@ -108,6 +110,23 @@ def test_an_mpi_of_the_environment_is_kept(environment, tmp_path, monkeypatch):
 
 def test_a_second_set_up_waits_for_the_first(environment):
     check_lock(environment.lock)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(environment, tmp_path, monkeypatch, capsys):
+    """Lustre without `-o flock`: "Function not implemented"."""
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with environment.lock():
+        pass
+    assert "has no locks (Function not implemented)" in capsys.readouterr().out
+    cache = WheelCache(tmp_path / "cache")
+    (tmp_path / "horovod.whl").write_bytes(b"a wheel")
+    with cache.lock("key"):
+        first = cache.store("key", tmp_path / "horovod.whl")
+        assert cache.store("key", tmp_path / "horovod.whl") == first == cache.find("key")  # another one was faster
 
 
 def test_an_environment_that_cannot_be_written_is_told(tmp_path):

@@ -27,6 +27,14 @@ from hvdtrain.world.start import check_controller, check_launcher
             {"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"},
             Launch("horovodrun --gloo", 3, 4, 1, 2),
         ),
+        (  # left behind, where mpirun has started this rank
+            {"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            Launch("mpirun", 1, 2),
+        ),
+        (  # whose ranks are told where the others are
+            {"HOROVOD_RANK": "3", "HOROVOD_GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "OMPI_COMM_WORLD_SIZE": "2"},
+            Launch("horovodrun --gloo", 3),
+        ),
         (
             {
                 "OMPI_COMM_WORLD_RANK": "5",

@@ -20,6 +20,7 @@ import torch
 
 import hvdtrain
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.stray import stray_hint
 from hvdtrain.world import visible_gpus
 from hvdtrain.world.inspect import HorovodBuild, horovod_build, mpi_library
 
@@ -55,6 +56,8 @@ class RankFacts:
     """Why mpi4py does not load; empty where it does, and where it is not installed."""
     horovod_size: int | None = None
     """Ranks that Horovod sees; None where it did not start."""
+    stray: str = ""
+    """Which variables to unset if no launcher has started this process; empty where one is seen."""
     contact_problem: str = ""
     """Why the ranks are not connected."""
     cores: tuple[int, ...]
@@ -122,6 +125,7 @@ def own_facts(launch: Launch, run_dir: Path) -> RankFacts:
         },
         horovod=build,
         mpi4py_problem=mpi.problem,
+        stray=stray_hint(launch).removeprefix("; "),
         cores=cores_of(0),
         launcher_cores=tuple(sorted({*cores_of(0), *cores_of(os.getppid())})),
         core_quota=_core_quota(),

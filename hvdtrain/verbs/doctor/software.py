@@ -132,7 +132,8 @@ def _singleton_remedy(facts: RankFacts) -> str:
     if facts.launcher == "horovodrun --gloo":
         return "unset HOROVOD_RANK HOROVOD_SIZE if they were left by hand, and start with horovodrun --gloo"
     build = "" if "MPI" in facts.horovod.features else "; this Horovod was built without MPI"
-    return f"start with the mpirun of the MPI that Horovod was built with, or rebuild: {_REBUILD}{build}"
+    stray = f"{facts.stray}; or " if facts.stray else ""
+    return f"{stray}start with the mpirun of the MPI that Horovod was built with, or rebuild: {_REBUILD}{build}"
 
 
 def _differences(ranks: Sequence[RankFacts]) -> Iterator[tuple[str, str | None, str, str | None]]:
