@@ -16,6 +16,11 @@ if [[ -n $environment && $environment != "$root"/.venv* && ! -e $environment/bin
 fi
 environment=${environment:-$root/.venv}
 
+if [[ -n ${TMPDIR:-} && ! -d $TMPDIR ]]; then # Open MPI does not start with it
+  echo "TMPDIR=$TMPDIR is no directory: /tmp takes its place" >&2
+  unset TMPDIR
+fi
+
 # Open MPI does not start without HOME, which `env -i`, services and users without a name (docker run --user N) lack.
 if [[ -z ${HOME:-} ]]; then
   HOME=$(getent passwd "$(id -u)" | cut -d: -f6) || true

@@ -274,8 +274,7 @@ def _logged(step: str, arguments: list[str], environment: dict[str, str] | None 
     log = log_file(step)
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as file:
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+        done = subprocess.run([sys.executable, *arguments], stdout=file, stderr=subprocess.STDOUT, env=environment)
     if done.returncode != 0:
         raise explain_failure(f"Horovod's {step}", log.read_text(errors="replace"), log)
 

@@ -244,6 +244,37 @@ def test_every_page_is_reached():
     assert {page for page in pages.PAGES if DOCS in page.parents} - reached == {DOCS / "index.md"}
 
 
+NEWCOMERS_ASK = [
+    ("DataLoader", "train_data=loader.dataset"),
+    ("augmentation", "__getitem__"),
+    ("my curve", "metrics.jsonl"),
+    ("W&B", "--log.wandb"),
+    ("once an epoch", "--eval.every 1epoch"),
+    ("plain state dict", "model.safetensors"),
+    ("loss be a sum", 'reduction="mean"'),
+    ("torchrun", "horovodrun -np"),
+    ("clip", "--train.max-grad-norm"),
+    ("GAN", "own-loop.md#a-gan"),
+    ("LoRA", "--model.lora-rank"),
+    ('"batch" in their names', "concepts.md#batch-arithmetic"),
+    ("advantages", "benchmarks/results"),
+    ("drawbacks", "benchmarks/results"),
+    ("How many workers", "plan.md"),
+    ("unstable", "benchmarks/results"),
+    ("CPUs", "benchmarks/results"),
+]
+
+
+@pytest.mark.parametrize(("asked", "answered"), NEWCOMERS_ASK)
+def test_what_newcomers_ask_has_a_heading_and_an_answer(asked, answered):
+    """One click from the index, which has the page; a second one to the heading."""
+    text = (DOCS / "faq.md").read_text()
+    sections = dict(re.findall(r"^### (.+)\n((?:(?!^#).*\n)+)", text, re.MULTILINE))
+    found = [body for heading, body in sections.items() if asked in heading]
+    assert len(found) == 1, [*sections]
+    assert answered in found[0]
+
+
 def test_pictures_are_drawn_from_results(monkeypatch):
     """To draw them anew: python docs/tools/pictures.py."""
     monkeypatch.setattr(sys, "path", [str(DOCS / "tools"), *sys.path])
