@@ -22,6 +22,8 @@ from hvdtrain.install.preflight import SetupError
 LAUNCHER_VARIABLES = ("HOROVOD_", "OMPI_COMM_", "PMIX_", "PMI_", "MPI_LOCAL", "HYDRA_")
 # A `types.py` or a `torch/` in the folder where a set-up is started is none of its business.
 _NOTHING_OF_THE_USERS = "import sys; sys.path[:] = filter(None, sys.path)\n"
+# Descriptors of the locks that are held: what a set-up has started keeps them where the set-up itself is killed.
+held_locks: list[int] = []
 _ASK_VERSION = """
 import importlib.metadata as m, sys
 try: print(m.version(sys.argv[1]))
@@ -72,7 +74,11 @@ class Environment:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:  # Lustre as it is mounted at many sites, some NFS
                 say(f"{self.folder} has no locks ({error.strerror}): let no other set-up of it run meanwhile")
-            yield
+            held_locks.append(file.fileno())
+            try:
+                yield
+            finally:
+                held_locks.remove(file.fileno())
 
     def run(
         self,
@@ -82,8 +88,12 @@ class Environment:
         cwd: Path | None = None,
         environ: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
+        keeps_lock: bool = True,
     ) -> None:
-        """Run `program`, by default the environment's Python; raise `SetupError` if it fails. Output goes to a log."""
+        """Run `program`, by default the environment's Python; raise `SetupError` if it fails. Output goes to a log.
+
+        `keeps_lock`: no other set-up shall begin before it has ended, even if this one is killed.
+        """
         log = self.folder / "hvdtrain-logs" / f"{re.sub(r'[^a-z0-9]+', '-', what.lower())}.log"
         log.parent.mkdir(exist_ok=True)
         command = [program or str(self.python), *arguments]
@@ -97,6 +107,7 @@ class Environment:
                     cwd=cwd,
                     env=environ or safe_environ(),
                     timeout=timeout_s,
+                    pass_fds=held_locks if keeps_lock else (),
                 )
             except subprocess.TimeoutExpired:
                 raise SetupError(f"{what} did not end within {timeout_s:.0f} s.", f"see {log}") from None

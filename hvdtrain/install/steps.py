@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain.install import mpi, packages, preflight
-from hvdtrain.install.environment import Environment, plain_environ, say
+from hvdtrain.install.environment import Environment, held_locks, plain_environ, say
 
 PACKAGE = Path(__file__).parent
 SELF_CHECK_TIMEOUT_S = 180
@@ -147,7 +147,8 @@ class Setup:
         command += ["--wheel-dir", str(self.wheel_dir)] if self.wheel_dir else []
         # This very hvdtrain, wherever the user is: `-m` looks in the working directory first, unless it is told not to.
         environ = {**os.environ, "PYTHONSAFEPATH": ""}
-        done = subprocess.run(command, cwd=PACKAGE.parents[1], env=environ, stdin=subprocess.DEVNULL, check=False)
+        where = PACKAGE.parents[1]
+        done = subprocess.run(command, cwd=where, env=environ, stdin=subprocess.DEVNULL, pass_fds=held_locks)
         if done.returncode != 0:
             sys.exit(done.returncode)  # it has said why
 
@@ -184,4 +185,5 @@ def self_check(environment: Environment) -> None:
     horovodrun = str(environment.folder / "bin" / "horovodrun")
     environ = plain_environ()
     what = "The check with two ranks"
-    environment.run(what, *ranks, program=horovodrun, environ=environ, timeout_s=SELF_CHECK_TIMEOUT_S)
+    limit_s = SELF_CHECK_TIMEOUT_S
+    environment.run(what, *ranks, program=horovodrun, environ=environ, timeout_s=limit_s, keeps_lock=False)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -110,6 +111,36 @@ def test_an_mpi_of_the_environment_is_kept(environment, tmp_path, monkeypatch):
 
 def test_a_second_set_up_waits_for_the_first(environment):
     check_lock(environment.lock)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from hvdtrain.install.environment import Environment
+environment = Environment(Path(sys.argv[1]))
+with environment.lock():
+    print("locked", flush=True)
+    environment.run("pip", "-c", "import time; time.sleep(3)", program=sys.executable, keeps_lock=sys.argv[2] == "keeps")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keeps", ["keeps", "lets go"])
+def test_what_a_killed_set_up_has_started_keeps_others_out(tmp_path, keeps):
+    """Its pip still writes into the environment."""
+    environment = Environment(tmp_path)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), keeps]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        log = tmp_path / "hvdtrain-logs" / "pip.log"
+        deadline = time.monotonic() + 30
+        while not log.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        first.kill()
+    start = time.monotonic()
+    with environment.lock():
+        assert (time.monotonic() - start > 1) is (keeps == "keeps")
 
 
 def test_a_file_system_without_locks_is_no_obstacle(environment, tmp_path, monkeypatch, capsys):

@@ -100,3 +100,42 @@ def test_the_mpijob_hands_them_on(tmp_path):
     libraries = {name: SET[name] for name in SET if name.startswith(("NCCL", "HOROVOD", "UCX", "CUDA"))}
     done = subprocess.run([*container["command"], script], env={**path, **libraries}, capture_output=True, text=True)
     assert handed_on(done.stdout.split()) == {"PATH", *libraries}
+
+
+def sourced(tmp_path, **variables):
+    """Return what environment.sh, found by a relative path, has come to, and what it said."""
+    told = 'set -euo pipefail; . launch/environment.sh; printf "%s\\n" "$root" "$environment" "${PYTHONHOME-}" "${TMPDIR-}"'
+    done = subprocess.run(
+        ["bash", "-c", told],
+        cwd=LAUNCH.parent,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_variables_that_lead_astray_are_left_aside(tmp_path):
+    root = str(LAUNCH.parent)
+    plain = [root, f"{root}/.venv", "", ""]
+    assert sourced(tmp_path) == (plain, "")
+    assert sourced(tmp_path, CDPATH=f".:{tmp_path}", PYTHONHOME="/opt/other") == (plain, "")
+    told, said = sourced(tmp_path, TMPDIR=str(tmp_path / "none"))
+    assert (told, said) == (plain, f"TMPDIR={tmp_path}/none is no directory: /tmp takes its place\n")
+    assert sourced(tmp_path, TMPDIR=str(tmp_path))[0][3] == str(tmp_path)
+
+
+@pytest.mark.parametrize("variables", [("VIRTUAL_ENV",), ("CONDA_PREFIX", "CONDA_DEFAULT_ENV")])
+def test_an_active_environment_that_was_moved_is_not_made_anew(tmp_path, variables):
+    """As in a shell where it was activated before the clone got another name."""
+    active = {name: str(tmp_path / "env") for name in variables}
+    (told, said), root = sourced(tmp_path, **active), str(LAUNCH.parent)
+    assert told[1] == f"{root}/.venv"
+    assert said == f"the active environment, {tmp_path}/env, is not there any more: {root}/.venv takes its place\n"
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "bin" / "python").touch()
+    told, said = sourced(tmp_path, **active)
+    assert (told[1], said) == (f"{tmp_path}/env", "")
+    assert sourced(tmp_path, VIRTUAL_ENV=f"{root}/.venv-new") == ([root, f"{root}/.venv-new", "", ""], "")
