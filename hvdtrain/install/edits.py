@@ -20,14 +20,14 @@ class Edit:
     def apply(self, source: Path) -> None:
         """Change the file below `source`; raise `SetupError` if it is not the file that this edit was written for."""
         file = source / self.path
-        text = file.read_text() if file.is_file() else ""
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         if text.count(self.old) != 1:
             raise SetupError(
                 f"{self.path} of Horovod holds {self.old!r} {text.count(self.old)} times instead of once"
                 f" ({self.reason}).",
                 "use Horovod 0.28.1, whose sources hvdtrain/install/edits.py was written for",
             )
-        file.write_text(text.replace(self.old, self.new))
+        file.write_text(text.replace(self.old, self.new), encoding="utf-8")
 
 
 def edits(cxx_standard: int, mpi_folders: tuple[str, ...]) -> tuple[Edit, ...]:
