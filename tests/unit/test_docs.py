@@ -242,6 +242,8 @@ def test_every_page_is_reached():
         (DOCS / f"{name}.md").resolve() for name in re.findall(r"^[\w/-]+$", (DOCS / "index.md").read_text(), re.M)
     }
     assert {page for page in pages.PAGES if DOCS in page.parents} - reached == {DOCS / "index.md"}
+    # By links as well: what makes the site's sidebar is a block of code to whoever reads the pages where they lie.
+    assert {(DOCS / target).resolve() for _, target in pages.links_of(DOCS / "index.md")} == reached
 
 
 NEWCOMERS_ASK = [
