@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,22 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"hvdtrain {__version__}\n")
         return 0
     if is_process and is_gone():
-        sys.stderr.write("hvdtrain: the working directory has been deleted: cd to one that is there, then start again\n")
+        sys.stderr.write("hvdtrain: the working directory has been deleted: cd to one that is there first\n")
         return 2
-    if arguments[:1] == ["setup"]:  # before all that has to be installed first
-        from hvdtrain.install.__main__ import main as set_up
-
-        return set_up(arguments[1:])
-    if arguments[:1] == ["supervise"]:  # starts ranks, and is none: it needs neither torch nor Horovod
-        from hvdtrain.process.supervise import main as supervise
-
-        return supervise(arguments[1:])
     if arguments[:1] in (["-np"], ["--np"]) and arguments[2:3] == ["sweep"]:  # it starts the ranks of each trial
         arguments = [*arguments[2:], "--np", arguments[1]]
-    if arguments[:1] in (["-np"], ["--np"]):
-        from hvdtrain.process.job import start_ranks
-
-        return start_ranks(arguments[1:])
+    if arguments[:1] in (["setup"], ["supervise"], ["-np"], ["--np"]):
+        return _other_program(arguments[0])(arguments[1:])
     if is_process:
         search_last()
         print_anything()
@@ -103,6 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.rank == 0:
             sys.stderr.write(f"hvdtrain: {stop.reason}\n")
         return stop.exit_code
+
+
+def _other_program(name: str) -> Callable[[list[str]], int]:
+    """Return what answers for words that are no verbs: it starts ranks and is none, and needs no torch or Horovod."""
+    if name == "setup":  # which comes before all that has to be installed first
+        from hvdtrain.install.__main__ import main as set_up
+
+        return set_up
+    if name == "supervise":
+        from hvdtrain.process.supervise import main as supervise
+
+        return supervise
+    from hvdtrain.process.job import start_ranks
+
+    return start_ranks
 
 
 def _run(arguments: list[str], launch: Launch) -> int:

@@ -73,6 +73,15 @@ def is_launched() -> bool:
     )
 
 
+def given_to_launcher() -> set[str]:
+    """Return the names of the variables that this process's launcher was started with; none where it is not seen."""
+    launcher = find_launcher()
+    with contextlib.suppress(OSError):
+        entries = Path(f"/proc/{launcher.pid}/environ").read_bytes().split(b"\0") if launcher else []
+        return {os.fsdecode(entry.partition(b"=")[0]) for entry in entries}
+    return set()
+
+
 @functools.cache
 def own_launcher() -> Ancestor | None:
     """Return the launcher that was there when this was first asked: one that is lost is no ancestor any more."""

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from hvdtrain.process.ancestors import is_launched
+from hvdtrain.process.ancestors import given_to_launcher, is_launched
 from hvdtrain.process.launch import Launch
 
 _SIGNS = {
@@ -21,6 +21,10 @@ _SIGNS = {
     "torchrun": ("RANK", "WORLD_SIZE"),
     "accelerate launch": ("RANK", "WORLD_SIZE"),
 }
+# What horovodrun --gloo gives each rank a value of its own; one that it was started with takes the place of all of them.
+_OF_GLOO = {
+    f"HOROVOD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "HOSTNAME")
+}
 
 
 def stray_hint(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
@@ -28,14 +32,22 @@ def stray_hint(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
 
     "" where a launcher is seen above this process, or nothing calls it a rank.
     """
+    if before := set_before_gloo(launch):
+        return f"; {before} was set before horovodrun --gloo was started: unset it there"
     if not launch.is_parallel or is_launched():
         return ""
     names = " ".join(name for name in _SIGNS[launch.launcher] if name in environ)
     return f"; no launcher is seen above this process: if none has started it, unset {names}"
 
 
+def set_before_gloo(launch: Launch) -> str:
+    """Return which variables horovodrun --gloo was started with that are alike on all its ranks now; "" if none."""
+    is_gloo = launch.launcher == "horovodrun --gloo"
+    return " ".join(sorted(_OF_GLOO & given_to_launcher())) if is_gloo else ""
+
+
 def leave_to_rank_0(launch: Launch) -> int:
-    """Say nothing where rank 0 answers; where there may be no rank 0, say why this one does not. Returns an exit code."""
+    """Say nothing where rank 0 answers; where there may be none, say why this one does not. Returns an exit code."""
     hint = stray_hint(launch)
     if hint:
         sys.stderr.write(f"hvdtrain: rank 0 answers, and this is rank {launch.rank} of {launch.size}{hint}\n")

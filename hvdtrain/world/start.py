@@ -16,7 +16,7 @@ from hvdtrain.install.clone import setup_command
 from hvdtrain.optim.private_optimizer import postpone_compiler
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, detect_launch, prepare_process
 from hvdtrain.process.stop import end_without_launcher
-from hvdtrain.process.stray import stray_hint
+from hvdtrain.process.stray import set_before_gloo, stray_hint
 from hvdtrain.world.first_contact import contact_gpus
 from hvdtrain.world.solo import SoloWorld
 from hvdtrain.world.world import World
@@ -147,6 +147,11 @@ def check_controller(launch: Launch) -> None:
         raise LaunchError(
             "HOROVOD_RANK is set, but no horovodrun --gloo has started this process: unset HOROVOD_RANK HOROVOD_SIZE"
             " HOROVOD_CONTROLLER, which were left by hand or by another job"
+        )
+    if before := set_before_gloo(launch):
+        raise LaunchError(
+            f"{before} was set already where horovodrun --gloo was started, which then gives it to all ranks alike:"
+            f" unset {before} there"
         )
     for name in ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS"):
         if launch.launcher == "mpirun" and os.environ.get(name, "").lower() == "gloo":

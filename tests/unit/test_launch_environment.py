@@ -104,9 +104,9 @@ def test_the_mpijob_hands_them_on(tmp_path):
 
 def sourced(tmp_path, **variables):
     """Return what environment.sh, found by a relative path, has come to, and what it said."""
-    told = 'set -euo pipefail; . launch/environment.sh; printf "%s\\n" "$root" "$environment" "${PYTHONHOME-}" "${TMPDIR-}"'
+    told = '. launch/environment.sh; printf "%s\\n" "$root" "$environment" "${PYTHONHOME-}" "${TMPDIR-}"'
     done = subprocess.run(
-        ["bash", "-c", told],
+        ["bash", "-euc", told],
         cwd=LAUNCH.parent,
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **variables},
         capture_output=True,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import hvdtrain
 from hvdtrain.process.working_directory import module_command, search_last
 
 CODE = Path(hvdtrain.__file__).parents[1]
-LIBRARIES = {"torch", "numpy", "rich", "safetensors", "tokenizers", "tomli_w", "tqdm", "transformers", "datasets", "horovod"}
+LIBRARIES = ("torch", "numpy", "rich", "safetensors", "tokenizers", "tomli_w", "tqdm", "transformers", "horovod")
+# Those of other systems aside, which are asked for where they are not.
+NAMES = {name for name in {*sys.stdlib_module_names, *LIBRARIES} - {"distutils"} if find_spec(name)}
 RECIPE = """
 import hvdtrain, torch
 from own_module import LENGTH
@@ -19,9 +22,8 @@ from own_module import LENGTH
 class Sum(hvdtrain.Recipe):
     def build(self, say):
         x = torch.randn(LENGTH, 4)
-        return hvdtrain.Task(
-            model=torch.nn.Linear(4, 1), train_data=torch.utils.data.TensorDataset(x, x.sum(1)), loss_sums=sums
-        )
+        data = torch.utils.data.TensorDataset(x, x.sum(1))
+        return hvdtrain.Task(model=torch.nn.Linear(4, 1), train_data=data, val_data=data, loss_sums=sums)
 
 def sums(model, batch):
     return {"loss": (model(batch[0]).squeeze(1) - batch[1]).square().sum()}
@@ -50,7 +52,7 @@ def test_python_m_looks_there_last(tmp_path):
     (tmp_path / "own.py").write_text("import sys; print(*sys.modules)")
     loaded = {*run(sys.executable, "-m", "own", cwd=tmp_path).stdout.split()}
     assert "random" not in loaded
-    folder = hide(tmp_path / "work", (sys.stdlib_module_names | LIBRARIES) - loaded - {"__future__"})
+    folder = hide(tmp_path / "work", NAMES - loaded - {"__future__"})
     done = run(sys.executable, "-m", "hvdtrain", "--help", cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage: " in done.stdout
@@ -58,8 +60,9 @@ def test_python_m_looks_there_last(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks there first for what -m names")
-def test_ranks_and_workers_look_there_last_and_find_the_users_modules(tmp_path):
-    folder = hide(tmp_path / "work", sys.stdlib_module_names | LIBRARIES)
+def test_ranks_and_workers_look_there_last_and_find_the_users_modules(tmp_path, monkeypatch):
+    folder = hide(tmp_path / "work", NAMES)
+    monkeypatch.chdir(folder)
     (folder / "own_module.py").write_text("LENGTH = 8\n")
     (folder / "mine.py").write_text(RECIPE)
     words = ["train", "mine.py", "--data.workers", "1", "--run-dir", "run"]
