@@ -16,7 +16,7 @@ if [[ -n $environment && $environment != "$root"/.venv* && ! -e $environment/bin
 fi
 environment=${environment:-$root/.venv}
 
-if [[ -n ${TMPDIR:-} && ! -d $TMPDIR ]]; then # Open MPI does not start with it
+if [[ -n ${TMPDIR:-} && ! -d $TMPDIR ]]; then # Python takes another one then, programs that it starts do not
   echo "TMPDIR=$TMPDIR is no directory: /tmp takes its place" >&2
   unset TMPDIR
 fi
