@@ -13,7 +13,8 @@
 # Tried: Spack of January 2026 (1.2.0.dev0) with spack-packages of July 2026: the repository,
 # `spack audit packages`, and `spack spec hvdtrain ^openmpi`, which
 # takes py-torch 2.12.1, Python 3.13 and Open MPI 5.0.10. Never tried: `spack install`, and the
-# line for GPUs. What it runs was run by hand, with PyPI's torch and MPICH.
+# line for GPUs. What it runs was run by hand, with PyPI's torch and MPICH. Of `spack style` its
+# tools (black, isort, flake8) with Spack's lines of 99, not the command itself.
 """Data-parallel training of PyTorch models with Horovod."""
 
 from spack.package import *
