@@ -31,6 +31,11 @@ if [[ -z ${HOME:-} ]]; then
   export HOME
 fi
 
+# It keeps what it has found out about hosts in HOME, and ends with a traceback where it cannot.
+# shellcheck disable=SC2034
+horovodrun=(horovodrun)
+[[ -w $HOME/.horovod || -w $HOME && ! -e $HOME/.horovod ]] || horovodrun+=(--disable-cache)
+
 export PATH="$environment/bin:$PATH"
 if [[ $(id -u) == 0 ]]; then # containers, as a rule; Open MPI refuses root otherwise
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

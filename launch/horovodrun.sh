@@ -30,7 +30,7 @@ for entry in ${hosts//,/ }; do
   [[ $entry == *:* ]] && ranks=$((ranks + ${entry##*:})) || ranks=$((ranks + 1))
 done
 
-command=(horovodrun "$controller" -np "$ranks" -H "$hosts" "${network[@]}" python -m hvdtrain "$@" --run-dir "$run_dir")
+command=("${horovodrun[@]}" "$controller" -np "$ranks" -H "$hosts" "${network[@]}" python -m hvdtrain "$@" --run-dir "$run_dir")
 
 printf '+'
 printf ' %q' "${command[@]}"

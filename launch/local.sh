@@ -40,7 +40,7 @@ stop() {
   signal=KILL
 }
 
-command=(horovodrun -np "$ranks" python -m hvdtrain "$@")
+command=("${horovodrun[@]}" -np "$ranks" python -m hvdtrain "$@")
 printf '+'
 printf ' %q' "${command[@]}"
 printf '\n'

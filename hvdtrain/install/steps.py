@@ -181,7 +181,8 @@ def install_hvdtrain(environment: Environment, root: Path) -> None:
 def self_check(environment: Environment) -> None:
     """Run one all-reduce on two ranks with the command that users will use."""
     say("checking two ranks")
-    ranks = ["-np", "2", str(environment.python), str(PACKAGE / "selfcheck.py")]
+    # Without its cache, whose folder is HOME: that may be anything.
+    ranks = ["--disable-cache", "-np", "2", str(environment.python), str(PACKAGE / "selfcheck.py")]
     horovodrun = str(environment.folder / "bin" / "horovodrun")
     environ = plain_environ()
     what = "The check with two ranks"

@@ -11,12 +11,14 @@ from typing import Any
 
 from hvdtrain.process.launch import prepare_process
 from hvdtrain.process.stop import end_without_launcher
+from hvdtrain.process.working_directory import search_last
 
 CALL, RESULT, FAILURE = "call.pickle", "result-{}.pickle", "failure-{}.txt"
 
 
 def main() -> int:
     """Call the function in the folder's file; leave its result, or its traceback, there."""
+    search_last()
     launch = prepare_process()  # before torch starts
     end_without_launcher()
     folder = Path(sys.argv[1])

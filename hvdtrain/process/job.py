@@ -20,9 +20,9 @@ from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
-from hvdtrain.process.session import on_this_machine, session_folder
+from hvdtrain.process.session import horovodrun_options, on_this_machine, session_folder
 from hvdtrain.process.stray import stray_hint
-from hvdtrain.process.working_directory import module_command
+from hvdtrain.process.working_directory import for_launcher, module_command
 
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MOST_RANKS = 4096
@@ -60,7 +60,7 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
         raise LaunchError(
             f"{ranks} ranks need Horovod, which is not installed beside {sys.executable}: run hvdtrain setup"
         )
-    return [horovodrun, "-np", str(ranks), *program]
+    return [horovodrun, *horovodrun_options(), "-np", str(ranks), *program]
 
 
 def run_job(
@@ -91,9 +91,10 @@ def run_job(
     """
     mark = uuid.uuid4().hex
     command = [*starter, *program] if starter is not None else command_of(ranks, program)
-    with session_folder() as for_launcher:
+    with session_folder() as session:
         here = on_this_machine() if starter is None else {}
-        environ = {**for_launcher, **here, **os.environ, MARK: mark, **as_owner(), **path_to(sys.executable)}
+        safe = for_launcher(program)
+        environ = {**session, **here, **os.environ, MARK: mark, **as_owner(), **path_to(sys.executable), **safe}
         process = _started(command, environ, is_read=output is not None)
         try:
             with _passing_signals_on(mark, process.pid if command == [*program] else None):

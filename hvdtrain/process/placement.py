@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hvdtrain.errors import ConfigError, LaunchError
 from hvdtrain.process.hosts import HOSTFILES, HOSTS, RANKS, option, whole_number
+from hvdtrain.process.session import horovodrun_options
 
 LAUNCHERS = ("horovodrun", "mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra")
 PLACES = ("{ranks}", "{hosts}", "{host_names}", "{num_hosts}")
@@ -110,7 +111,7 @@ def placed(command: Sequence[str], placement: Placement) -> list[str]:
         words[start:end] = ["-H", hosts]
         return words
     if training_words(words) == words:
-        return [_horovodrun(), "-np", str(placement.ranks), "-H", hosts, *words]
+        return [_horovodrun(), *horovodrun_options(), "-np", str(placement.ranks), "-H", hosts, *words]
     raise ConfigError(
         f"where do the ranks and hosts belong in '{' '.join(words[:4])} ...'? Write {{ranks}} and {{hosts}} there, or"
         " begin the command with horovodrun, mpirun, or python -m hvdtrain"

@@ -1,4 +1,4 @@
-"""The folder in which Open MPI's launcher keeps what its processes share. Standard library only."""
+"""What launchers keep in folders: Open MPI's session, horovodrun's cache. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Open MPI 5 and 4 would count the tasks of Slurm's job as this machine's slots (one, after `srun --pty bash`), and
 # start their daemon by srun.
@@ -34,3 +35,13 @@ def on_this_machine() -> dict[str, str]:
     """Return the variables by which `mpirun` starts ranks on this machine alone: as root, and in Slurm's jobs, too."""
     as_root = _ROOT if os.geteuid() == 0 else {}  # in containers and cron, as a rule
     return as_root | _HERE if "SLURM_JOB_ID" in os.environ else as_root
+
+
+def horovodrun_options() -> list[str]:
+    """Return what `horovodrun` is told where it cannot keep what it has found out about hosts, in `~/.horovod`.
+
+    It ends with a traceback there, as for a user whose HOME is another one's (`docker run --user N`).
+    """
+    folder = Path(os.path.expanduser("~")) / ".horovod"  # noqa: PTH111 - pathlib raises where there is no such user
+    place = folder if folder.exists() else folder.parent
+    return [] if os.access(place, os.W_OK | os.X_OK) else ["--disable-cache"]

@@ -21,7 +21,7 @@ _SIGNS = {
     "torchrun": ("RANK", "WORLD_SIZE"),
     "accelerate launch": ("RANK", "WORLD_SIZE"),
 }
-# What horovodrun --gloo gives each rank a value of its own; one that it was started with takes the place of all of them.
+# What horovodrun --gloo gives each rank a value of its own; one that it was started with takes the place of them all.
 _OF_GLOO = {
     f"HOROVOD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "HOSTNAME")
 }

@@ -13,7 +13,7 @@ from hvdtrain.errors import DataError, LaunchError
 from hvdtrain.process.job import command_of
 from hvdtrain.process.launch import Launch, detect_launch, give_home, prepare_process, threads_per_rank
 from hvdtrain.process.output import while_read
-from hvdtrain.process.session import on_this_machine
+from hvdtrain.process.session import horovodrun_options, on_this_machine
 from hvdtrain.world import SoloWorld, pick_device
 from hvdtrain.world.start import check_controller, check_launcher
 
@@ -230,6 +230,18 @@ def test_a_user_without_name_and_home_gets_one(monkeypatch, tmp_path):
     give_home(environ)
     assert environ == {"HOME": str(tmp_path / "hvdtrain-54321")}
     assert (tmp_path / "hvdtrain-54321").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("home", "options"),
+    [("mine", []), ("with a cache", []), ("nowhere", ["--disable-cache"]), ("file", ["--disable-cache"])],
+)
+def test_horovodrun_needs_no_home_to_write_to(tmp_path, monkeypatch, home, options):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "with a cache" / ".horovod").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    assert horovodrun_options() == options
 
 
 @pytest.mark.parametrize("size", [10, 100_000])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hvdtrain
-from hvdtrain.process.working_directory import module_command, search_last
+from hvdtrain.process.working_directory import for_launcher, module_command, search_last
 
 CODE = Path(hvdtrain.__file__).parents[1]
 LIBRARIES = ("torch", "numpy", "rich", "safetensors", "tokenizers", "tomli_w", "tqdm", "transformers", "horovod")
@@ -72,6 +72,20 @@ def test_ranks_and_workers_look_there_last_and_find_the_users_modules(tmp_path, 
     done = run(*module_command("hvdtrain"), *words, cwd=folder, PYTHONSAFEPATH="1")
     assert done.returncode == 2
     assert "No module named 'own_module'" in done.stderr
+
+
+def test_what_is_meant_for_a_launcher_ends_with_its_ranks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    given = for_launcher(module_command("hvdtrain"))
+    assert bool(given) is (sys.version_info >= (3, 11))
+    assert for_launcher([sys.executable, "own.py"]) == {}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "path", ["/library"])
+    search_last()
+    assert sys.path == ["/library", str(tmp_path)]
+    assert not {*given} & {*os.environ}
 
 
 @pytest.mark.parametrize("first", ["", "{here}", "/somewhere/bin"])
