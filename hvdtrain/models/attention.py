@@ -105,14 +105,16 @@ def _backward(
     parts = _Parts(query, key, value, attn_mask, is_causal, scale)
     dq = _like_tokens(query, query.shape[-1])
     dk, dv = torch.zeros_like(parts.keys), torch.zeros_like(parts.values)
+    kept = 0.0  # the first sum begins anew
     for block in parts.blocks():
         seen = slice(0, block.num_keys)
         above = gradient[:, :, block.rows].reshape(*block.queries.shape[:2], -1)
-        dv[:, seen].baddbmm_(block.weights.transpose(1, 2), above)
+        dv[:, seen].baddbmm_(block.weights.transpose(1, 2), above, beta=kept)
         change = torch.bmm(above, parts.values[:, seen].transpose(1, 2))
         change = softmax_gradient(change, block.weights)
         dq[:, :, block.rows] = torch.bmm(change, parts.keys[:, seen]).mul_(parts.scale).view(*block.shape, -1)
-        dk[:, seen].baddbmm_(change.transpose(1, 2), block.queries, alpha=parts.scale)
+        dk[:, seen].baddbmm_(change.transpose(1, 2), block.queries, beta=kept, alpha=parts.scale)
+        kept = 1.0
     return dq, dk.view_as(key), dv.view_as(value)
 
 
