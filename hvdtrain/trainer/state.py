@@ -17,6 +17,7 @@ from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.models.compilation import is_compiled
 from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights
+from hvdtrain.optim.orthogonal import multiply_in_bf16
 from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import owned
@@ -253,6 +254,8 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     for component in components:
         options.update(component.wrap_options)
     optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
+    if job.config.train.precision in ("bf16", "bf16-true"):
+        multiply_in_bf16(optimizer)
     return job.strategy.wrap(job.world, optimizer, model, **options)
 
 
