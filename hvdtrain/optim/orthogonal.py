@@ -33,11 +33,12 @@ class Muon(torch.optim.Optimizer):
         momentum: of the exponential mean of gradients, which looks ahead (Nesterov).
     """
 
+    _on_cpus = torch.float32  # of the class: torch's copies of an optimizer keep no attributes
+
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._on_cpus = torch.float32
 
     def multiply_in(self, dtype: torch.dtype) -> None:
         """Have updates made orthogonal by products in this type on CPUs."""
