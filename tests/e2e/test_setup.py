@@ -126,13 +126,18 @@ finished = pytest.mark.skipif(
 )
 
 
-@finished
-def test_a_second_run_takes_seconds_and_changes_nothing(monkeypatch):
-    stamp = environment_of_this_test() / "hvdtrain-setup.json"
-    # Anything else is a set-up of the environment that runs these tests, and maybe others at this moment.
-    monkeypatch.setenv("PATH", f"{stamp.parent / 'bin'}:{os.environ['PATH']}")
-    if not parse(["--root", str(ROOT), "--environment", str(stamp.parent)]).is_current():
+@pytest.fixture
+def current(monkeypatch):
+    """The last set-up holds; anything else would be one of the environment that runs these tests, and maybe others."""
+    environment = environment_of_this_test()
+    monkeypatch.setenv("PATH", f"{environment / 'bin'}:{os.environ['PATH']}")
+    if not parse(["--root", str(ROOT), "--environment", str(environment)]).is_current():
         pytest.skip("the last launch/setup.sh was that of another clone, or of other files: run it first")
+
+
+@finished
+def test_a_second_run_takes_seconds_and_changes_nothing(current):
+    stamp = environment_of_this_test() / "hvdtrain-setup.json"
     before = stamp.stat().st_mtime_ns
     start = time.monotonic()
     done = subprocess.run([ROOT / "launch" / "setup.sh"], capture_output=True, text=True, timeout=120)
@@ -150,7 +155,7 @@ def test_what_a_set_up_installs_imports_plainly():
 
 
 @finished
-def test_local_prints_the_plain_command_and_runs_it():
+def test_local_prints_the_plain_command_and_runs_it(current):
     command = [ROOT / "launch" / "local.sh", "1", "--help"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[0] == "+ horovodrun -np 1 python -m hvdtrain --help"
@@ -182,7 +187,7 @@ def is_running(process_id):
 
 @finished
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_local_lets_every_rank_save_when_it_is_asked_to_stop(tmp_path, number):
+def test_local_lets_every_rank_save_when_it_is_asked_to_stop(tmp_path, number, current):
     (tmp_path / "hvdtrain").mkdir()
     (tmp_path / "hvdtrain" / "__init__.py").touch()
     (tmp_path / "hvdtrain" / "__main__.py").write_text(STOPPABLE)
