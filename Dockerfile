@@ -54,13 +54,14 @@ RUN apt-get update && \
     > /etc/ssh/ssh_config.d/hvdtrain.conf
 COPY --from=build /opt/hvdtrain /opt/hvdtrain
 COPY hvdtrain /opt/hvdtrain/hvdtrain
-# Caches go to /tmp: the root may be read-only (docker run --read-only --tmpfs /tmp).
+# Caches go to /tmp, that of horovodrun (~/.horovod) too: the root may be read-only (docker run --read-only --tmpfs /tmp).
 ENV PATH=/opt/hvdtrain/.venv/bin:$PATH VIRTUAL_ENV=/opt/hvdtrain/.venv HVDTRAIN_WITHOUT_TESTS=1 \
     HOME=/home/hvdtrain XDG_CACHE_HOME=/tmp/cache TORCHINDUCTOR_CACHE_DIR=/tmp/cache/inductor
 # The sshd of a worker (launch/mpijob.yaml), as this user; its keys come from outside, by a mount at ~/.ssh.
 RUN printf '%s\n' 'Port 2222' 'HostKey /home/hvdtrain/.ssh/id_rsa' 'PidFile /home/hvdtrain/sshd.pid' 'UsePAM no' \
     'StrictModes no' 'PasswordAuthentication no' "SetEnv PATH=$PATH" > /home/hvdtrain/.sshd_config && \
-    mkdir -p /home/hvdtrain/.ssh /workspace && chown -R hvdtrain: /home/hvdtrain /workspace && \
+    mkdir -p /home/hvdtrain/.ssh /workspace && ln -s /tmp /home/hvdtrain/.horovod && \
+    chown -R hvdtrain: /home/hvdtrain /workspace && \
     chmod 1777 /home/hvdtrain /workspace # for docker run --user N, any N
 USER hvdtrain
 WORKDIR /workspace

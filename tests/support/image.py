@@ -97,7 +97,7 @@ _READ_ONLY = """
 mount --bind "$1" "$1"
 mount -o remount,ro,bind "$1"
 mount -t tmpfs none "$1/tmp"
-for path in proc dev sys; do mount --rbind "/$path" "$1/$path"; done
+for path in proc dev sys etc/hosts; do mount --rbind "/$path" "$1/$path"; done
 hostname localhost
 exec chroot --userspec=12345:12345 "$1" env -i --chdir=/workspace "${@:2}"
 """
