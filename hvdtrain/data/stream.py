@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ ENDLESS = 1 << 48
 # So many batches may be read ahead of the step whose state is saved.
 _SNAPSHOTS = 256
 _PLAIN = (bool, int, float, str, bytes, Tensor, type(None))
+# Where Python's own iterators are from, such as `map`, `zip`, `itertools.chain`, open files and `csv.reader`.
+_ITERATORS = ("builtins", "itertools", "_io", "_csv")
+_OVER = object()
 
 
 @dataclass
@@ -62,6 +66,7 @@ class StreamSamples:
         self._own: tuple[Generator, ...] | None = None
         self._collate = collate
         self._samples: Iterator[Any] | None = None
+        self._has_begun = False
         self._place = _Place()
         self._snapshots: deque[_Place] = deque(maxlen=_SNAPSHOTS)
 
@@ -151,11 +156,22 @@ class StreamSamples:
         except StopIteration:
             self._check_end()
             self._end_pass()
-            sample = next(self._samples)
+            sample = next(self._samples, _OVER)
+            if sample is _OVER:
+                raise self._passed() from None
         place.position += 1
         return sample
 
+    def _passed(self) -> DataError:
+        return DataError(
+            f"the stream {type(self.stream).__name__} comes once, and is needed again, from its beginning: give a class"
+            " whose method __iter__ begins anew each time, such as one that calls your generator function, or a list"
+        )
+
     def _begin(self) -> Iterator[Any]:
+        if self._has_begun and _comes_once(self.stream):
+            raise self._passed()
+        self._has_begun = True
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(self._place.passes)
         return iter(self.stream)
@@ -170,6 +186,13 @@ class StreamSamples:
         if came == 0 or len(self) != ENDLESS:
             says = f", but its length is {len(self)}" if len(self) != ENDLESS else ""
             raise DataError(f"the stream {type(self.stream).__name__} has ended after {came} samples{says}")
+
+
+def _comes_once(stream: Any) -> bool:
+    """Tell whether an iterable is a generator or another iterator of Python's own: what has passed is gone."""
+    return inspect.isgenerator(stream) or (
+        isinstance(stream, Iterator) and type(stream).__module__ in _ITERATORS and not hasattr(stream, "load_state_dict")
+    )
 
 
 def _check_plain(state: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Data that users bring: torch's map-style data sets, and streams that go on where they were."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,50 @@ class iter_of:  # noqa: N801
 def test_streams_that_end_elsewhere_are_explained(stream, says):
     with pytest.raises(DataError, match=says):
         values(as_dataset(stream), [0, 1, 2, 3])
+
+
+def yielded():
+    yield from ((i, torch.rand(())) for i in range(5))
+
+
+class Itself:
+    """An iterator of one's own that does not begin anew."""
+
+    def __init__(self):
+        self.left = list(range(5))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop(0), torch.rand(())
+
+
+ONCE = {
+    "a generator": yielded,
+    "an expression": lambda: (pair for pair in yielded()),
+    "a list's iterator": lambda: iter([*yielded()]),
+    "zip": lambda: zip(range(5), torch.rand(5), strict=True),
+    "map": lambda: map(lambda i: (i, torch.rand(())), range(5)),
+    "itertools": lambda: itertools.chain(yielded()),
+    "one's own": Itself,
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_what_comes_once_is_read_once_and_no_more_in_silence(kind):
+    data = as_dataset(ONCE[kind]())
+    assert values(data, [0, 1, 2])[0] == [0, 1, 2]
+    assert values(data, [3, 4])[0] == [3, 4]
+    with pytest.raises(DataError, match="comes once, and is needed again, from its beginning: give a class"):
+        values(data, [5])
+    if kind != "one's own":
+        data = as_dataset(ONCE[kind]())
+        values(data, [2])
+        with pytest.raises(DataError, match="comes once"):  # what came before is gone
+            values(data, [0])
 
 
 @pytest.mark.parametrize("stream", [Endless, lambda: Counting(7), lambda: iter_of(7)])
