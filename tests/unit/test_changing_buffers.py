@@ -98,7 +98,9 @@ def test_one_that_begins_to_change_late_is_noticed_and_averaged():
 def trained(world, goes_along):
     """Take steps with a normalisation; returns what was begun and waited for in the last one, and all buffers."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double()
-    world.broadcast_state(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
     buffers = ChangingBuffers(types.SimpleNamespace(world=world, log=None))
     if goes_along:
