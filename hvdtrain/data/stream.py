@@ -54,8 +54,8 @@ class StreamSamples:
 
     Args:
         stream: can be iterated, alike on every rank and every time. Where it has `state_dict` and `load_state_dict`, a
-            resumed run takes its state back; else as many samples as were seen are read and dropped. Where it has
-            `set_epoch`, that is called with the number of each pass.
+            resumed run takes its state back; else, or where that state is known not to hold all, as many samples as
+            were seen are read and dropped. Where it has `set_epoch`, that is called with the number of each pass.
         collate: makes a batch of a list of samples.
     """
 
@@ -67,6 +67,7 @@ class StreamSamples:
         self._collate = collate
         self._samples: Iterator[Any] | None = None
         self._has_begun = False
+        self._has_state = _says_where_it_is(stream)
         self._place = _Place()
         self._snapshots: deque[_Place] = deque(maxlen=_SNAPSHOTS)
 
@@ -107,7 +108,7 @@ class StreamSamples:
 
     def check_state(self) -> None:
         """Raise DataError where the stream's own state is nothing that a checkpoint can hold."""
-        if hasattr(self.stream, "state_dict"):
+        if self._has_state:
             _check_plain(self.stream.state_dict(), type(self.stream).__name__)
 
     def state_at(self, position: int) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class StreamSamples:
             self._samples = iter(self.stream)
 
     def _observed(self) -> _Place:
-        own = copy.deepcopy(self.stream.state_dict()) if hasattr(self.stream, "state_dict") else None
+        own = copy.deepcopy(self.stream.state_dict()) if self._has_state else None
         return dataclasses.replace(self._place, stream=own)
 
     def _reach(self, position: int, seed: int) -> None:
@@ -186,6 +187,22 @@ class StreamSamples:
         if came == 0 or len(self) != ENDLESS:
             says = f", but its length is {len(self)}" if len(self) != ENDLESS else ""
             raise DataError(f"the stream {type(self.stream).__name__} has ended after {came} samples{says}")
+
+
+def _says_where_it_is(stream: Any) -> bool:
+    """Tell whether a stream goes on exactly from a state of its own.
+
+    Those of the library `datasets` leave out what a shuffle buffer holds: these samples would not come.
+    """
+    if not hasattr(stream, "state_dict") or not hasattr(stream, "load_state_dict"):
+        return False
+    parts = [getattr(stream, "_ex_iterable", None)]
+    for part in parts:  # grows meanwhile
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return False
+        parts += [getattr(part, "ex_iterable", None)] if hasattr(part, "ex_iterable") else []
+        parts += getattr(part, "ex_iterables", [])
+    return True
 
 
 def _comes_once(stream: Any) -> bool:
