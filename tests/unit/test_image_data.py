@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvdtrain.data import image_decoding, image_files
+from hvdtrain.data import image_decoding, image_files, image_samples
 from hvdtrain.data.draws import Draws
 from hvdtrain.data.image_files import find_images
 from hvdtrain.data.image_samples import MEAN, STD, UNREAD, ImageSamples, SyntheticImages, normalised
@@ -375,3 +375,20 @@ def test_colours_of_a_palette_that_are_transparent_are_seen_without_a_word(tmp_p
     with (tmp_path / "x.png").open("rb") as file:
         seen = np.asarray(image_decoding.in_rgb(image_decoding.open_image(file))).astype(int)
     assert np.abs(seen - np.asarray(marked())).mean() < 30
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (3, 2000), (2000, 30)])
+@pytest.mark.parametrize("settings", [{"is_training": False}, {}, {"augment": "padded-crop"}, {"augment": "none"}])
+def test_images_of_every_shape_take_the_memory_of_a_small_one(tmp_path, size, settings):
+    """A line of one pixel's width, made as high as others, would be gigabytes long."""
+    write_images(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        Image.fromarray(pixels).save(tmp_path / split / "cat" / "0.png")
+    data = samples_of(tmp_path, image_size=64, **settings)
+    image = read(data, [0])[0][0]
+    assert image.shape == (3, 64, 64)
+    cut = image_samples.not_too_long(Image.fromarray(pixels))
+    assert max(cut.size) <= 32 * min(cut.size)
+    middle = pixels[size[1] // 2, size[0] // 2]
+    assert np.array_equal(np.asarray(cut)[cut.height // 2, cut.width // 2], middle)
