@@ -135,7 +135,7 @@ def reducescatter(
     here, word, kind = world(), word_of(op), name and f"reducescatter.{name}"
     if word not in ("mean", "sum"):
         raise UsageError("reducescatter can be asked for Sum and Average")
-    each, more = divmod(len(tensor), here.size)
+    each, more = divmod(len(detached(tensor)), here.size)
     lengths = [each + (rank < more) for rank in range(here.size)]
 
     def scatter(value: Tensor) -> Tensor:
