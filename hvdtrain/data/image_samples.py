@@ -24,8 +24,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNREAD = -100
 """Label of an image that could not be read; torch's cross entropy passes over it."""
 _POOL = 64
-# An image that is so many times as long as it is wide is cut to that, in the middle, before it is made larger: a line of
-# one pixel's width would become gigabytes.
+# An image that is so many times as long as it is wide is cut to that, in the middle, before it is made larger: a line
+# of one pixel's width would become gigabytes.
 _LONGEST = 32
 
 Transform = Callable[[Any], Tensor]

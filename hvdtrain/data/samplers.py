@@ -184,8 +184,7 @@ def drawn_by(
             f"samples() of the sampler {name} returned the samples {found.min()} to {found.max()}, and there are those"
             f" from 0 to {num_samples - 1}"
         )
-    found = found.astype(np.int64, copy=False)
-    return found if found.flags.writeable else found.copy()
+    return np.array(found, dtype=np.int64)  # in one piece, and nobody else's
 
 
 def check_sampler(sampler: Sampler | None, num_samples: int) -> None:

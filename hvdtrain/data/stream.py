@@ -74,10 +74,13 @@ class StreamSamples:
     @property
     def is_endless(self) -> bool:
         """Return whether the stream does not say how many samples it has."""
-        return not hasattr(self.stream, "__len__")
+        return len(self) == ENDLESS
 
     def __len__(self) -> int:
-        return len(self.stream) if hasattr(self.stream, "__len__") else ENDLESS
+        try:
+            return len(self.stream)
+        except (TypeError, NotImplementedError):  # torch's ChainDataset has a length where all its parts have one
+            return ENDLESS
 
     def batch(self, indices: Tensor, draws: Draws | None = None) -> Any:
         """Return the collated samples `indices`, int64 `(n,)`, ascending; only those that follow are quick to reach.
@@ -127,6 +130,7 @@ class StreamSamples:
         self._place = _Place(**state)
         self._snapshots.clear()
         if self._place.stream is not None:
+            self._set_epoch()  # by which some streams know whether a state is of this pass
             self.stream.load_state_dict(copy.deepcopy(self._place.stream))
             self._samples = iter(self.stream)
 
@@ -173,9 +177,12 @@ class StreamSamples:
         if self._has_begun and _comes_once(self.stream):
             raise self._passed()
         self._has_begun = True
+        self._set_epoch()
+        return iter(self.stream)
+
+    def _set_epoch(self) -> None:
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(self._place.passes)
-        return iter(self.stream)
 
     def _end_pass(self) -> None:
         self._place.passes += 1
@@ -207,9 +214,8 @@ def _says_where_it_is(stream: Any) -> bool:
 
 def _comes_once(stream: Any) -> bool:
     """Tell whether an iterable is a generator or another iterator of Python's own: what has passed is gone."""
-    return inspect.isgenerator(stream) or (
-        isinstance(stream, Iterator) and type(stream).__module__ in _ITERATORS and not hasattr(stream, "load_state_dict")
-    )
+    is_pythons = isinstance(stream, Iterator) and type(stream).__module__ in _ITERATORS
+    return inspect.isgenerator(stream) or is_pythons
 
 
 def _check_plain(state: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether a function of a user's takes the arguments that it will be given: found before a run begins, not within it."""
+"""Whether a function of a user's takes the arguments that it will be given: found before a run begins."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class RunView:
         for name, value in figures.items():
             self.figures[f"callback/{name}"] = as_figure(value, name)
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str = "") -> None:
         """End the run after this step, as if it were its last: it is evaluated and saved, and the exit code is 0.
 
         One rank that asks for it is enough.

@@ -103,8 +103,8 @@ def _crowded(job: Job) -> Iterator[str]:
     workers, cores = job.reading.workers, threads_per_rank(max(1, job.world.local_size))
     if workers > max(_FEW_WORKERS, cores) and not getattr(job.task.train_data, "is_sequential", False):
         yield (
-            f"reading:    {workers} --data.workers are more than this rank's share of the host's cores, {cores}: they take"
-            " turns with each other, with training and with the other ranks, and no more is read than by as many"
+            f"reading:    {workers} --data.workers are more than this rank's share of the host's cores, {cores}: they"
+            " take turns with each other, with training and with the other ranks, and no more is read than by as many"
         )
 
 

@@ -1,5 +1,7 @@
 """Gradient buckets: a pure function of the parameters."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -25,7 +27,7 @@ def test_what_is_finished_last_leaves_in_ever_smaller_parts(monkeypatch):
     assert all(a is b for a, b in zip(flat, reversed(parameters), strict=True))
     of_each = [sum(p.nbytes for p in bucket) for bucket in found[1:]]  # of the first: what backward begins with
     assert of_each[-1] <= 40
-    assert all(before <= 4 * after for before, after in zip(of_each, of_each[1:], strict=False))
+    assert all(before <= 4 * after for before, after in itertools.pairwise(of_each))
     assert len(of_each) == 4
     few = [Parameter(torch.zeros(n)) for n in (10, 10, 10, 10)]
     assert [len(bucket) for bucket in buckets.in_buckets(few, 800)] == [1, 3]  # little enough as it is

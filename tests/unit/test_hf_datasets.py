@@ -1,5 +1,7 @@
 """Data sets of the library `datasets`: in memory, from disk, and streams, given to `Task` as they are."""
 
+import gc
+
 import pytest
 import torch
 
@@ -13,6 +15,13 @@ from hvdtrain.trainer import Task, fit, settle
 from hvdtrain.world import SoloWorld
 
 datasets = pytest.importorskip("datasets")
+
+@pytest.fixture(autouse=True)
+def without_threads_of_streams():
+    """End the library's threads of streams that nobody reads any more."""
+    yield
+    gc.collect()
+
 
 SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
 ROWS = [[float(i), float(i % 5), float(i % 3)] for i in range(30)]
@@ -38,7 +47,8 @@ def shuffled(folder):
 
 
 def mixed(folder):
-    return datasets.interleave_datasets([shuffled(folder), stream(folder)], stopping_strategy="all_exhausted")
+    both = datasets.interleave_datasets([shuffled(folder), stream(folder)], stopping_strategy="all_exhausted")
+    return both.with_format("torch")
 
 
 def loss(model, batch):

@@ -354,6 +354,7 @@ def test_an_image_is_seen_upright(tmp_path, ending, orientation):
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\xff" * 40])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow says so
 def test_a_damaged_exif_costs_no_image(tmp_path, exif):
     marked().save(tmp_path / "x.jpg", exif=exif)
     with (tmp_path / "x.jpg").open("rb") as file:

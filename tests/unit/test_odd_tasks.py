@@ -134,7 +134,9 @@ def test_a_function_of_other_arguments_is_told_before_it_is_called(name):
     def other(a, b, c, d, e):
         """Take more than any is given."""
 
-    with pytest.raises(ConfigError, match=rf"Task\({name}=\.\.\.\) is called with . arguments? \(.*other\(a, b, c, d, e\)"):
+    with pytest.raises(
+        ConfigError, match=rf"Task\({name}=\.\.\.\) is called with . arguments? \(.*other\(a, b, c, d, e\)"
+    ):
         task(**{name: other})
     task(**{name: lambda *arguments: None})
 
@@ -189,7 +191,9 @@ def test_a_sampler_that_answers_something_else(tmp_path, answer, says):
 
 def test_a_sampler_of_other_arguments():
     sampler = Arity("samples", lambda positions: positions)
-    with pytest.raises(DataError, match=r"cannot be called: write def samples\(self, positions, num_samples, seed, epoch\)"):
+    with pytest.raises(
+        DataError, match=r"cannot be called: write def samples\(self, positions, num_samples, seed, epoch\)"
+    ):
         task(sampler=sampler)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, TensorDataset
 from users_data import Augmented, Counting, Endless
 
 from hvdtrain.data.dataset import TensorSamples
@@ -97,6 +97,9 @@ def test_a_stream_that_ends_begins_again():
     assert first[0] == [0, 1]
     assert first[1] != values(data, [0, 1])[1]  # an earlier place is found again
     assert values(data, [0, 1], epoch=1) == first
+    chained = as_dataset(ChainDataset([Counting(2), Counting(1)]))  # knows its length from theirs
+    assert len(chained) == 3
+    assert len(as_dataset(ChainDataset([OfIterations(2)]))) == ENDLESS  # has a length that nobody knows
     endless = as_dataset(iter_of(3))
     assert len(endless) == ENDLESS
     assert values(endless, [2, 3, 4, 5, 6])[0] == [2, 0, 1, 2, 0]
@@ -110,6 +113,10 @@ class iter_of:  # noqa: N801
 
     def __iter__(self):
         return iter((i, torch.rand(())) for i in range(self.size))
+
+
+class OfIterations(iter_of, IterableDataset):
+    """The same as torch has it."""
 
 
 @pytest.mark.parametrize(
@@ -148,7 +155,7 @@ ONCE = {
     "an expression": lambda: (pair for pair in yielded()),
     "a list's iterator": lambda: iter([*yielded()]),
     "zip": lambda: zip(range(5), torch.rand(5), strict=True),
-    "map": lambda: map(lambda i: (i, torch.rand(())), range(5)),
+    "map": lambda: map(tuple, zip(range(5), torch.rand(5), strict=True)),
     "itertools": lambda: itertools.chain(yielded()),
     "one's own": Itself,
 }

@@ -189,9 +189,7 @@ def _below(
     return sorted(found, key=lambda document: document.name)
 
 
-def _names(
-    folder: str, prefix: str, above: tuple[tuple[int, int], ...], lost: Callable[[str], None]
-) -> Iterator[str]:
+def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...], lost: Callable[[str], None]) -> Iterator[str]:
     """Yield the paths of files below `folder`.
 
     Args:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from hvdtrain.data.config import TextConfig, TokenType, cache_dir
+from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.windows import Shard
-from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.errors import DataError
 
 FORMAT_VERSION = 4
