@@ -243,6 +243,11 @@ def test_a_scheduler_of_torch_is_no_callback(tmp_path):
         train(tmp_path, callbacks=[scheduler])
 
 
+def test_a_model_in_which_nothing_learns(tmp_path):
+    with pytest.raises(ConfigError, match="no parameter of the model learns: all have requires_grad=False"):
+        train(tmp_path, model=torch.nn.Linear(3, 1).requires_grad_(False))
+
+
 def test_a_complex_loss(tmp_path):
     with pytest.raises(ConfigError, match=r"a complex number as 'loss': return a real one"):
         train(tmp_path, loss_sums=lambda model, batch: {"loss": model(batch).sum() * 1j})
