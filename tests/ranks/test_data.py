@@ -60,7 +60,7 @@ CASES = {
     "samples": (Vectors, {}),
     "workers": (Vectors, {"workers": 1}),
     "weighted": (Vectors, {"sampler": Weighted(range(30))}),
-    "curriculum, without the rest": (Vectors, {"sampler": EasyFirst(Vectors().x.norm(dim=1)), "drop_last": True}),
+    "curriculum, without the rest": (Vectors, {"sampler": EasyFirst(Vectors().x.norm(dim=1).numpy()), "drop_last": True}),
     "in order": (Vectors, {"sampler": InOrder()}),
     "stream": (lambda: Endless(vectors=True), {}),
 }
