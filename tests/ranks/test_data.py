@@ -56,11 +56,12 @@ class EasyFirst:
         return self.ranked[positions]
 
 
+NORMS = Vectors().x.norm(dim=1).numpy()
 CASES = {
     "samples": (Vectors, {}),
     "workers": (Vectors, {"workers": 1}),
     "weighted": (Vectors, {"sampler": Weighted(range(30))}),
-    "curriculum, without the rest": (Vectors, {"sampler": EasyFirst(Vectors().x.norm(dim=1).numpy()), "drop_last": True}),
+    "curriculum, without the rest": (Vectors, {"sampler": EasyFirst(NORMS), "drop_last": True}),
     "in order": (Vectors, {"sampler": InOrder()}),
     "stream": (lambda: Endless(vectors=True), {}),
 }
