@@ -16,6 +16,7 @@ from hvdtrain.world import SoloWorld
 
 datasets = pytest.importorskip("datasets")
 
+
 @pytest.fixture(autouse=True)
 def without_threads_of_streams():
     """End the library's threads of streams that nobody reads any more."""
