@@ -85,13 +85,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def products(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Return what each of these linear layers makes of `x`.
 
-    Where kernels for GPUs are compiled, and the layers are torch's own without bias, by one product: a larger one keeps
-    a GPU busier, `x` is read once, and its gradient is summed inside the product. The weights stay parameters of their
-    own; putting them together is part of the cast that autocast makes anyway.
+    On GPUs, where the layers are torch's own without bias, by one product: a larger one keeps a GPU busier, `x` is cast
+    and read once, and its gradient is summed inside the product. The weights stay parameters of their own; to put them
+    together takes a pass over them, which a compiler makes part of the cast that autocast makes anyway.
     """
-    if x.is_cuda and torch.compiler.is_compiling() and all(_is_plain(layer) for layer in layers):
+    if _gains_by_one(x) and all(map(_is_plain, layers)) and len({_kind_of(layer.weight) for layer in layers}) == 1:
         return _by_one_product(x, layers)
     return [layer(x) for layer in layers]
+
+
+def _gains_by_one(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _kind_of(weight: Any) -> tuple[torch.dtype, torch.device]:
+    return weight.dtype, weight.device
 
 
 def _is_plain(layer: nn.Module) -> bool:

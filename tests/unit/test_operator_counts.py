@@ -1,0 +1,288 @@
+"""What a step asks of a GPU, counted without one: operators of blocks and loss, of an update, and looks at its numbers.
+
+Blocks run on tensors of a GPU that have no storage, so that the ways for GPUs are taken; what is compiled is looked at
+between torch's autograd and its kernels.
+"""
+
+import contextlib
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from thread_world import ThreadWorld, run_ranks
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hvdtrain.data.dataset import TensorSamples
+from hvdtrain.models import linear, loss
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.decoder import Decoder, rotary_tables
+from hvdtrain.models.private_torch import FakeTensorMode
+from hvdtrain.settings import Config, HealthConfig, LogConfig, OptimConfig, TrainConfig
+from hvdtrain.trainer import Task, train_step
+from hvdtrain.trainer import step as step_module
+from hvdtrain.trainer.fakes import _fake
+from hvdtrain.trainer.rehearsal import rehearse
+from hvdtrain.trainer.state import start_training
+
+pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own are none of ours
+aten = torch.ops.aten
+GPU = torch.device("cuda", 0)
+DECODER = DecoderConfig(num_layers=2, hidden_size=64, num_heads=4, num_kv_heads=2, feed_forward_size=96)
+CASTS = ("_to_copy", "convert_element_type", "copy_")
+
+
+def is_view(func):
+    """Return whether an operator computes nothing."""
+    aliases = [result.alias_info for result in func._schema.returns]
+    is_alias = any(alias is not None and not alias.is_write for alias in aliases)
+    return is_alias or func in (aten._unsafe_view.default, aten.detach.default)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name, those aside that compute nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.overloadpacket.__name__] += not is_view(func)
+        return func(*args, **(kwargs or {}))
+
+
+def casts(names):
+    return sum(names[name] for name in CASTS)
+
+
+@contextlib.contextmanager
+def bf16_of_a_gpu():
+    """Autocast as it is on a GPU; `torch.autocast` itself takes none where there is none."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def test_operators_of_a_block_on_a_gpu_that_is_not_compiled():
+    """Forward and backward. Before products were joined: 119, 30 of them casts."""
+    with FakeTensorMode(allow_non_fake_inputs=True), bf16_of_a_gpu():
+        model = _fake(Decoder(DECODER, 300), GPU, None)
+        x = torch.empty(2, 32, 64, device=GPU, requires_grad=True)
+        rope = rotary_tables(torch.arange(32, device=GPU), DECODER.head_size, 10_000.0, like=x)
+        with Operators() as forward:
+            y = model.model.layers[0](x, rope)
+        with Operators() as backward:
+            y.backward(torch.empty_like(y))
+    print(forward.names, backward.names)
+    assert (forward.names["mm"], backward.names["mm"]) == (4, 8)
+    assert casts(forward.names) + casts(backward.names) <= 20
+    assert sum(forward.names.values()) + sum(backward.names.values()) <= 80
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compile a function up to its kernels; yields that, and the operators of each piece, forward and backward."""
+    found = []
+
+    def note(module, inputs):
+        names = Counter()
+        for node in module.graph.nodes:
+            if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+                names[node.target.overloadpacket.__name__] += not is_view(node.target)
+        found.append(names)
+        return module.forward
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    monkeypatch.setattr(linear, "_gains_by_one", lambda x: True)
+    torch._dynamo.reset()
+    yield lambda function: torch.compile(function, backend=backend, fullgraph=True), found
+    torch._dynamo.reset()
+
+
+def test_operators_of_a_compiled_block(compiled):
+    """The products are joined, those of backward, too: each block has four forward and eight backward, no more."""
+    compile_it, found = compiled
+    model = Decoder(DECODER, 300)
+    block = compile_it(model.model.layers[0])
+    x = torch.randn(2, 32, 64, requires_grad=True)
+    rope = rotary_tables(torch.arange(32), DECODER.head_size, 10_000.0, like=x)
+    with torch.autocast("cpu", torch.bfloat16):
+        block(x, rope).sum().backward()
+    forward, backward = found
+    print(forward, backward)
+    assert (forward["mm"], backward["mm"]) == (4, 8)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert getattr(model.model.layers[0].self_attn, name).weight.grad.abs().sum() > 0
+
+
+def test_operators_of_a_chunk_of_the_loss(monkeypatch):
+    """Three products; inputs and weight are cast once, and the first chunk is added to nothing."""
+
+    def without_count(logits, wanted, dtype, scale):
+        with torch.utils._python_dispatch._disable_current_modes():
+            return loss.terms(logits, wanted, dtype, scale)
+
+    monkeypatch.setattr(loss, "_terms_for", lambda hidden: without_count)
+    hidden, weight = torch.randn(2, 32, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    found = []
+    for chunk in (64, 32, 16):
+        with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+            loss.chunked_loss(hidden, weight, torch.zeros(2, 32, dtype=torch.int64), chunk)
+        found.append(operators.names)
+    assert [names["mm"] for names in found] == [3, 6, 12]
+    assert found[2] - found[1] == Counter({name: 2 * count for name, count in (found[1] - found[0]).items()})
+    each = found[1] - found[0]
+    assert sum(each.values()) <= 3 + 3  # the products, and to add the loss and the gradients of hidden and weight
+    assert found[0]["zeros_like"] == 0
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_the_loss_goes_over_the_logits_as_seldom_as_it_can(scale):
+    """Inductor, which makes the kernels, finds the largest logit and the sum of powers from it in one pass."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes import post_grad
+
+    with FakeTensorMode():
+        logits = torch.empty(64, 3000, dtype=torch.bfloat16, device=GPU)
+        wanted = torch.empty(64, dtype=torch.int64, device=GPU)
+        trace = make_fx(
+            lambda *given: loss.fusable_terms(*given, torch.float32, scale), decomposition_table=select_decomp_table()
+        )
+        traced = trace(logits, wanted)
+    post_grad.lazy_init()
+    post_grad.pass_patterns[1].apply(traced.graph)
+    names = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
+    assert sum(count for name, count in names.items() if "prepare_softmax_online" in name) == 1
+    assert not any("amax" in name for name in names)
+
+
+class AskedLater(ThreadWorld):
+    """Ranks on what cannot be looked at without waiting, as GPUs are."""
+
+    reads_at_once = False
+
+
+def training_of(world, num_layers=2, accum_steps=1, model=None, **sections):
+    world.__class__ = AskedLater
+    tokens = torch.randint(50, (64, 9), generator=torch.Generator().manual_seed(0))
+    data = TensorSamples(tokens[:, :-1].clone(), tokens[:, 1:].clone())
+    decoder = DecoderConfig(num_layers=num_layers, hidden_size=32, num_heads=2, loss_chunk=8)
+    task = Task(
+        model=model or Decoder(decoder, 50),
+        train_data=data,
+        val_data=data,
+        loss_sums=lambda model, batch: {"loss": model(*batch)},
+        unit="tokens",
+    )
+    train = {"steps": 9, "global_batch_size": 8, "accum_steps": accum_steps, **sections.pop("train", {})}
+    job = rehearse(task, Config(train=TrainConfig(**train), **sections), world)
+    return job, start_training(job)
+
+
+def test_an_update_takes_no_more_operators_for_more_weights(monkeypatch):
+    """Norm, clipping, AdamW and all that is noted of a step: a few kernels each for all weights."""
+    update = step_module.update
+    found = {}
+
+    def counted(job, training, step):
+        with Operators() as operators:
+            update(job, training, step)
+        found[len(list(training.model.parameters()))] = operators.names
+
+    monkeypatch.setattr(step_module, "update", counted)
+    for num_layers in (1, 4):
+
+        def work(world, num_layers=num_layers):
+            job, training = training_of(world, num_layers)
+            for _ in range(3):
+                train_step(job, training)
+
+        run_ranks(1, work)
+    few, many = (found[key] for key in sorted(found))
+    print(few)
+    assert few == many
+    assert sum(few.values()) <= 40
+
+
+def test_gradients_are_put_into_a_bucket_by_a_few_operators():
+    from hvdtrain.world.filling import fill_at_once
+
+    wire = torch.zeros(30 * 8)
+    views, gradients = list(wire.split(8)), [torch.randn(8) for _ in range(30)]
+    for given, count in ((gradients, 2), (views, 1), ([None, *gradients[1:]], 3)):
+        with Operators() as operators:
+            fill_at_once(views, given, 2)
+        assert sum(operators.names.values()) == count
+
+
+class Looks(TorchDispatchMode):
+    """Notes operators that tell the host what is in a tensor, for which it waits for a GPU."""
+
+    KINDS = (
+        aten._local_scalar_dense.default,
+        aten.nonzero.default,
+        aten.equal.default,
+        aten.is_nonzero.default,
+        aten.masked_select.default,
+        aten._unique2.default,
+        aten.repeat_interleave.Tensor,
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.KINDS:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Normalised(nn.Module):
+    """With running statistics, and numbers that samples draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm, self.drop = nn.Embedding(50, 8), nn.BatchNorm1d(8), nn.Dropout(0.2)
+
+    def forward(self, tokens, targets):
+        x = self.norm(self.table(tokens).transpose(1, 2)).transpose(1, 2)
+        return F.cross_entropy(F.linear(self.drop(x), self.table.weight).flatten(0, 1), targets.flatten()).mul(8.0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"accum_steps": 2},
+        {"train": {"precision": "fp16"}},
+        {"train": {"precision": "bf16", "ema": 0.9}},
+        {"health": HealthConfig(spikes="skip", noise_scale=True), "log": LogConfig(grad_norms=True)},
+        {"optim": OptimConfig(shard=True)},
+        {"optim": OptimConfig(name="sgd")},
+        {"model": Normalised()},
+    ],
+    ids=["as it is", "accumulation", "fp16", "bf16, average", "what is watched", "shard", "sgd", "statistics"],
+)
+def test_a_step_looks_at_no_number_of_the_device(given):
+    def work(world):
+        job, training = training_of(world, **given)
+        for _ in range(3):
+            train_step(job, training)
+        with Looks() as looks:
+            train_step(job, training)
+        return looks.found
+
+    assert run_ranks(2, work) == [[], []]
