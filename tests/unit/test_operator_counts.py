@@ -24,10 +24,14 @@ from hvdtrain.models.decoder import Decoder, rotary_tables
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.settings import Config, HealthConfig, LogConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, train_step
+from hvdtrain.trainer import evaluation
 from hvdtrain.trainer import step as step_module
+from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.fakes import _fake
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import start_training
+from hvdtrain.world.batch_norm import SyncBatchNorm, _sums_of_moments
+from hvdtrain.world.question import Question
 
 pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own are none of ours
 aten = torch.ops.aten
@@ -276,7 +280,9 @@ class Normalised(nn.Module):
     ],
     ids=["as it is", "accumulation", "fp16", "bf16, average", "what is watched", "shard", "sgd", "statistics"],
 )
-def test_a_step_looks_at_no_number_of_the_device(given):
+def test_a_step_looks_at_no_number_of_the_device(given, monkeypatch):
+    monkeypatch.setattr(Question, "read", lambda *_: None)  # gradients on a GPU carry none
+
     def work(world):
         job, training = training_of(world, **given)
         for _ in range(3):
@@ -286,3 +292,31 @@ def test_a_step_looks_at_no_number_of_the_device(given):
         return looks.found
 
     assert run_ranks(2, work) == [[], []]
+
+
+def test_synchronised_statistics_look_at_no_number():
+    """By the ways that GPUs take; on CPUs a look is cheaper."""
+    x = torch.randn(6, 3, 4)
+
+    def work(world):
+        layer = SyncBatchNorm(nn.BatchNorm1d(3), world, "layer")
+        with Looks() as looks:
+            sums = _sums_of_moments(x, [0, 2], 24)
+            total = world.all_reduce(sums, "sum", "sums")
+            layer._track_unseen(total[:3] / total[-1], total[3:6] / total[-1], total[-1])
+        return looks.found
+
+    assert run_ranks(2, work) == [[], []]
+
+
+def test_evaluation_agrees_on_a_stop_every_16_batches(monkeypatch):
+    asked = []
+
+    def work(world):
+        job, training = training_of(world, train={"global_batch_size": 2})
+        evaluate(job, training)
+
+    ask = evaluation._ask_to_stop
+    monkeypatch.setattr(evaluation, "_ask_to_stop", lambda world, *more: asked.append(world.rank) or ask(world, *more))
+    run_ranks(2, work)
+    assert len(asked) == 2 * 2  # 64 samples are 32 batches of one on each of two ranks
