@@ -95,6 +95,13 @@ def test_operators_of_a_block_on_a_gpu_that_is_not_compiled():
     assert sum(forward.names.values()) + sum(backward.names.values()) <= 80
 
 
+def test_weights_are_not_put_together_to_write_a_token():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Operators() as operators:
+        layers = [_fake(nn.Linear(8, size, bias=False), GPU, None) for size in (8, 4, 4)]
+        linear.products(torch.empty(1, 1, 8, device=GPU), *layers)
+    assert (operators.names["mm"], operators.names["cat"]) == (3, 0)
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """Compile a function up to its kernels; yields that, and the operators of each piece, forward and backward."""
