@@ -1,0 +1,200 @@
+"""Kernels that torch's compiler makes of a block and of the loss for a GPU, and what they pass over: counted without one.
+
+    python benchmarks/gpu_kernels.py --output benchmarks/results/gpu_kernels.txt
+
+A block of lm-124m in bf16, 16 x 1024 tokens, forward and backward, and a chunk of the loss go through torch's compiler
+as far as to the kernels that it would write for an H100: no GPU and no Triton is there, nothing is computed. A byte
+counts once for each kernel that reads or writes it; the times are those bytes at the memory's rate, so no kernel that
+passes over memory is faster. Products and attention are others' kernels, and limited by what they compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+import machine  # noqa: E402
+import torch  # noqa: E402
+import torch._inductor.scheduler  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+from torch._inductor.compile_fx import _recursive_post_grad_passes  # noqa: E402
+from torch._inductor.decomposition import select_decomp_table  # noqa: E402
+from torch._inductor.graph import GraphLowering  # noqa: E402
+from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode  # noqa: E402
+from torch._inductor.virtualized import V  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+
+from hvdtrain.models import linear, loss  # noqa: E402
+from hvdtrain.models.decoder import Decoder, rotary_tables  # noqa: E402
+from hvdtrain.models.private_torch import FakeTensorMode  # noqa: E402
+from hvdtrain.recipes import load_recipe  # noqa: E402
+
+GPU = torch.device("cuda", 0)
+BATCH, LENGTH, VOCAB = 16, 1024, 50_304
+BYTES_PER_S = 3.35e12  # of an H100 SXM's memory, by its data sheet
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65_536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    total_memory=80 << 30,
+    gcnArchName="",
+    shared_memory_per_block_optin=227 << 10,
+)
+
+
+class Kernel(NamedTuple):
+    """One that is launched."""
+
+    name: str
+    is_others: bool
+    """A product or attention, from a library."""
+    num_bytes: int
+    """That it reads and writes."""
+
+
+@contextlib.contextmanager
+def as_if_on_a_gpu() -> Iterator[None]:
+    """Have the compiler believe that it writes for an H100."""
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (torch.cuda, "get_device_properties", lambda device=None: H100),
+            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch._inductor.scheduler, "has_triton", lambda: True),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+def kernels_of(traced: torch.fx.GraphModule, inputs: Sequence[Tensor], mode: FakeTensorMode) -> list[Kernel]:
+    """Return the kernels for what was traced with these tensors of a GPU, which have no storage."""
+    with as_if_on_a_gpu(), V.set_fake_mode(mode), torch.no_grad():
+        _recursive_post_grad_passes(traced, is_inference=False)
+        graph = GraphLowering(traced, example_inputs=inputs)
+        with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
+            graph.run(*inputs)
+            graph.init_wrapper_code()
+            graph._update_scheduler()
+            return [
+                Kernel(_name(node), isinstance(node, ExternKernelSchedulerNode), node.get_read_write_buffers_sizes())
+                for node in graph.scheduler.nodes
+                if not isinstance(node, NopKernelSchedulerNode) and node.get_read_write_buffers_sizes()
+            ]
+
+
+def _name(node: Any) -> str:
+    if isinstance(node, ExternKernelSchedulerNode):
+        return str(getattr(node.node, "python_kernel_name", None) or getattr(node.node, "op_overload", "library"))
+    origins = {str(origin.target) for part in node.get_nodes() for origin in part.node.get_origins()}
+    return " ".join(sorted(origin.replace("aten.", "").partition(".")[0] for origin in origins))
+
+
+def on_gpu(module: torch.fx.GraphModule) -> list[Kernel]:
+    """Return the kernels for a graph of the CPU's, the same on a GPU."""
+    mode = FakeTensorMode()
+    with mode:
+        values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+        inputs = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=GPU) for v in values]
+        traced = make_fx(module)(*inputs)
+    return kernels_of(traced, inputs, mode)
+
+
+def block_kernels(joined: bool) -> tuple[list[Kernel], list[Kernel]]:
+    """Return the kernels of a compiled block, forward and backward."""
+    found: list[list[Kernel]] = []
+
+    def note(module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        found.append(on_gpu(module))
+        outputs = next(iter(reversed(module.graph.nodes))).args[0]
+
+        def nothing(*given: Any) -> list[Any]:
+            """Return what has the right shapes."""
+            values = [None if node is None else node.meta["val"] for node in outputs]
+            return [None if v is None else torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for v in values]
+
+        return nothing
+
+    shape: Any = load_recipe("lm-124m").model
+    block = Decoder(shape, 8).model.layers[0]
+    x = torch.empty(BATCH, LENGTH, shape.hidden_size, requires_grad=True)
+    rope = rotary_tables(torch.arange(LENGTH), shape.head_size, shape.rope_theta, like=x)
+    backend = aot_autograd(
+        fw_compiler=note,
+        bw_compiler=note,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    with mock.patch.object(linear, "_gains_by_one", lambda x: joined), torch.autocast("cpu", torch.bfloat16):
+        torch.compile(block, backend=backend, fullgraph=True)(x, rope).sum().backward()
+    forward, backward = found
+    return forward, backward
+
+
+def loss_kernels(terms: Callable[..., Any]) -> list[Kernel]:
+    """Return the kernels for half of the logits, as a GPU of 80 GB takes them."""
+    mode = FakeTensorMode()
+    with mode:
+        logits = torch.empty(BATCH * LENGTH // 2, VOCAB, dtype=torch.bfloat16, device=GPU)
+        wanted = torch.empty(len(logits), dtype=torch.int64, device=GPU)
+        trace = make_fx(lambda *given: terms(*given, torch.float32, 1.0), decomposition_table=select_decomp_table())
+        return kernels_of(trace(logits, wanted), [logits, wanted], mode)
+
+
+def by_logsumexp(logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+    """Do as `fusable_terms` did before."""
+    values = logits.to(dtype)
+    is_target = wanted != loss.IGNORE_INDEX
+    columns = wanted.where(is_target, 0)[:, None]
+    log_sums = values.logsumexp(-1, keepdim=True)
+    summed = (log_sums - values.gather(-1, columns))[:, 0].where(is_target, 0).sum()
+    is_wanted = torch.arange(values.shape[-1], device=values.device) == columns
+    gradient = ((values - log_sums).exp() - is_wanted.to(dtype)) * (is_target[:, None] * scale)
+    return summed, gradient.to(logits.dtype)
+
+
+def rows_of(title: str, kernels: Sequence[Kernel]) -> list[str]:
+    """Return lines of a table."""
+    own = [kernel for kernel in kernels if not kernel.is_others]
+    num_bytes = sum(kernel.num_bytes for kernel in own)
+    head = (
+        f"{title}: {len(kernels) - len(own)} products and attentions, {len(own)} other kernels, which pass over"
+        f" {num_bytes / 1e6:,.0f} MB: {num_bytes / BYTES_PER_S * 1e3:.3f} ms"
+    )
+    return [head, *(f"  {kernel.num_bytes / 1e6:8.1f} MB  {kernel.name[:110]}" for kernel in kernels), ""]
+
+
+def main() -> None:
+    """Count, print and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    lines = [machine.describe(), "", "counted, not measured: no GPU was there", ""]
+    for name, joined in (("products apart", False), ("products joined, as it is", True)):
+        forward, backward = block_kernels(joined)
+        lines += rows_of(f"a block, {name}, forward", forward) + rows_of(f"a block, {name}, backward", backward)
+    lines += rows_of("half of the loss by logsumexp, as it was", loss_kernels(by_logsumexp))
+    lines += rows_of("half of the loss, as it is", loss_kernels(loss.fusable_terms))
+    print("\n".join(lines))
+    if given.output:
+        given.output.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
