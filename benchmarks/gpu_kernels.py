@@ -115,8 +115,16 @@ def on_gpu(module: torch.fx.GraphModule) -> list[Kernel]:
     return kernels_of(traced, inputs, mode)
 
 
-def block_kernels(joined: bool) -> tuple[list[Kernel], list[Kernel]]:
-    """Return the kernels of a compiled block, forward and backward."""
+def block_kernels(
+    joined: bool = True, residual: torch.dtype = torch.float32, blocks: int = 1
+) -> tuple[list[Kernel], list[Kernel]]:
+    """Return the kernels of a compiled block, forward and backward.
+
+    Args:
+        joined: as blocks are on GPUs; else by a product for each weight.
+        residual: type of what is added from block to block.
+        blocks: compiled as one.
+    """
     found: list[list[Kernel]] = []
 
     def note(module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -131,8 +139,8 @@ def block_kernels(joined: bool) -> tuple[list[Kernel], list[Kernel]]:
         return nothing
 
     shape: Any = load_recipe("lm-124m").model
-    block = Decoder(shape, 8).model.layers[0]
-    x = torch.empty(BATCH, LENGTH, shape.hidden_size, requires_grad=True)
+    layers = Decoder(shape, 8).model.layers[:blocks]
+    x = torch.empty(BATCH, LENGTH, shape.hidden_size, dtype=residual, requires_grad=True)
     rope = rotary_tables(torch.arange(LENGTH), shape.head_size, shape.rope_theta, like=x)
     backend = aot_autograd(
         fw_compiler=note,
@@ -141,8 +149,14 @@ def block_kernels(joined: bool) -> tuple[list[Kernel], list[Kernel]]:
         partition_fn=min_cut_rematerialization_partition,
     )
     torch._dynamo.reset()
+
+    def compute(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        for block in layers:
+            x = block(x, rope)
+        return x
+
     with mock.patch.object(linear, "_gains_by_one", lambda x: joined), torch.autocast("cpu", torch.bfloat16):
-        torch.compile(block, backend=backend, fullgraph=True)(x, rope).sum().backward()
+        torch.compile(compute, backend=backend, fullgraph=True)(x, rope).sum().backward()
     forward, backward = found
     return forward, backward
 
@@ -154,7 +168,8 @@ def loss_kernels(terms: Callable[..., Any]) -> list[Kernel]:
         logits = torch.empty(BATCH * LENGTH // 2, VOCAB, dtype=torch.bfloat16, device=GPU)
         wanted = torch.empty(len(logits), dtype=torch.int64, device=GPU)
         trace = make_fx(lambda *given: terms(*given, torch.float32, 1.0), decomposition_table=select_decomp_table())
-        return kernels_of(trace(logits, wanted), [logits, wanted], mode)
+        traced = trace(logits, wanted)
+    return kernels_of(traced, [logits, wanted], mode)
 
 
 def by_logsumexp(logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
@@ -186,8 +201,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     lines = [machine.describe(), "", "counted, not measured: no GPU was there", ""]
-    for name, joined in (("products apart", False), ("products joined, as it is", True)):
-        forward, backward = block_kernels(joined)
+    ways: dict[str, dict[str, Any]] = {
+        "products apart": {"joined": False},
+        "products joined, as it is": {},
+        "bfloat16 added from block to block": {"residual": torch.bfloat16},
+        "two compiled as one": {"blocks": 2},
+    }
+    for name, way in ways.items():
+        forward, backward = block_kernels(**way)
         lines += rows_of(f"a block, {name}, forward", forward) + rows_of(f"a block, {name}, backward", backward)
     lines += rows_of("half of the loss by logsumexp, as it was", loss_kernels(by_logsumexp))
     lines += rows_of("half of the loss, as it is", loss_kernels(loss.fusable_terms))
