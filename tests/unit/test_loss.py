@@ -73,7 +73,7 @@ def test_what_is_fused_on_gpus_is_the_same(dtype, scale):
             assert own_gradient is gradient is None
         else:
             assert own_gradient.dtype == dtype
-            torch.testing.assert_close(own_gradient, gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+            torch.testing.assert_close(own_gradient, gradient, rtol=6 * torch.finfo(dtype).eps, atol=1e-7)
     torch._dynamo.reset()
 
 
@@ -103,7 +103,7 @@ def test_a_weight_is_cast_once(monkeypatch):
 
     with torch.autocast("cpu", torch.bfloat16), Casts():
         chunked_loss(hidden, weight, targets, 2)
-    assert casts == [torch.float32]
+    assert casts.count(torch.float32) == 1  # and the first chunk's gradient to fp32
 
 
 def test_without_gradients_none_is_computed():
