@@ -3,7 +3,7 @@
     python benchmarks/gpu_kernels.py --output benchmarks/results/gpu_kernels.txt
 
 A block of lm-124m in bf16, 16 x 1024 tokens, forward and backward, and a chunk of the loss go through torch's compiler
-as far as to the kernels that it would write for an H100: no GPU and no Triton is there, nothing is computed. A byte
+as far as to the kernels that it would have Triton write: no GPU and no Triton is there, nothing is computed. A byte
 counts once for each kernel that reads or writes it; the times are those bytes at the memory's rate, so no kernel that
 passes over memory is faster. Products and attention are others' kernels, and limited by what they compute.
 """
@@ -11,11 +11,10 @@ passes over memory is faster. Products and attention are others' kernels, and li
 from __future__ import annotations
 
 import argparse
-import contextlib
+import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,11 +23,13 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 import machine  # noqa: E402
 import torch  # noqa: E402
-import torch._inductor.scheduler  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
+from torch._functorch._aot_autograd.utils import make_boxed_func  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
+from torch._inductor import config  # noqa: E402
 from torch._inductor.compile_fx import _recursive_post_grad_passes  # noqa: E402
+from torch._inductor.debug import DebugContext  # noqa: E402
 from torch._inductor.decomposition import select_decomp_table  # noqa: E402
 from torch._inductor.graph import GraphLowering  # noqa: E402
 from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode  # noqa: E402
@@ -40,23 +41,8 @@ from hvdtrain.models.decoder import Decoder, rotary_tables  # noqa: E402
 from hvdtrain.models.private_torch import FakeTensorMode  # noqa: E402
 from hvdtrain.recipes import load_recipe  # noqa: E402
 
-GPU = torch.device("cuda", 0)
 BATCH, LENGTH, VOCAB = 16, 1024, 50_304
 BYTES_PER_S = 3.35e12  # of an H100 SXM's memory, by its data sheet
-H100 = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    regs_per_multiprocessor=65_536,
-    max_threads_per_multi_processor=2048,
-    max_threads_per_block=1024,
-    warp_size=32,
-    total_memory=80 << 30,
-    gcnArchName="",
-    shared_memory_per_block_optin=227 << 10,
-)
-
 
 class Kernel(NamedTuple):
     """One that is launched."""
@@ -68,23 +54,9 @@ class Kernel(NamedTuple):
     """That it reads and writes."""
 
 
-@contextlib.contextmanager
-def as_if_on_a_gpu() -> Iterator[None]:
-    """Have the compiler believe that it writes for an H100."""
-    with contextlib.ExitStack() as stack:
-        for target, name, value in (
-            (torch.cuda, "get_device_properties", lambda device=None: H100),
-            (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
-            (torch.cuda, "current_device", lambda: 0),
-            (torch._inductor.scheduler, "has_triton", lambda: True),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
-        yield
-
-
 def kernels_of(traced: torch.fx.GraphModule, inputs: Sequence[Tensor], mode: FakeTensorMode) -> list[Kernel]:
-    """Return the kernels for what was traced with these tensors of a GPU, which have no storage."""
-    with as_if_on_a_gpu(), V.set_fake_mode(mode), torch.no_grad():
+    """Return the kernels for what was traced with these tensors, which have no storage."""
+    with config.patch(cpu_backend="triton", force_pointwise_cat=True), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()), torch.no_grad():
         _recursive_post_grad_passes(traced, is_inference=False)
         graph = GraphLowering(traced, example_inputs=inputs)
         with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
@@ -98,6 +70,51 @@ def kernels_of(traced: torch.fx.GraphModule, inputs: Sequence[Tensor], mode: Fak
             ]
 
 
+@torch.library.custom_op("gpu_kernels::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Stand for a GPU's attention, whose kernels are a library's."""
+    raise NotImplementedError
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("gpu_kernels::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stand for its backward pass."""
+    raise NotImplementedError
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = _attention_backward(grad, *ctx.saved_tensors)
+    return found
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Tensor:
+    """Compute causal attention, as far as a compiler sees of it."""
+    kind = torch.get_autocast_dtype("cpu")
+    out: Tensor = _attention(q.to(kind), k.to(kind), v.to(kind))[0]
+    return out
+
+
 def _name(node: Any) -> str:
     if isinstance(node, ExternKernelSchedulerNode):
         return str(getattr(node.node, "python_kernel_name", None) or getattr(node.node, "op_overload", "library"))
@@ -105,12 +122,12 @@ def _name(node: Any) -> str:
     return " ".join(sorted(origin.replace("aten.", "").partition(".")[0] for origin in origins))
 
 
-def on_gpu(module: torch.fx.GraphModule) -> list[Kernel]:
-    """Return the kernels for a graph of the CPU's, the same on a GPU."""
+def kernels_of_part(module: torch.fx.GraphModule) -> list[Kernel]:
+    """Return the kernels for a graph, forward or backward."""
     mode = FakeTensorMode()
     with mode:
         values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-        inputs = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=GPU) for v in values]
+        inputs = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for v in values]
         traced = make_fx(module)(*inputs)
     return kernels_of(traced, inputs, mode)
 
@@ -125,10 +142,10 @@ def block_kernels(
         residual: type of what is added from block to block.
         blocks: compiled as one.
     """
-    found: list[list[Kernel]] = []
+    found: list[torch.fx.GraphModule] = []
 
     def note(module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        found.append(on_gpu(module))
+        found.append(copy.deepcopy(module))
         outputs = next(iter(reversed(module.graph.nodes))).args[0]
 
         def nothing(*given: Any) -> list[Any]:
@@ -136,7 +153,7 @@ def block_kernels(
             values = [None if node is None else node.meta["val"] for node in outputs]
             return [None if v is None else torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for v in values]
 
-        return nothing
+        return make_boxed_func(nothing)
 
     shape: Any = load_recipe("lm-124m").model
     layers = Decoder(shape, 8).model.layers[:blocks]
@@ -155,9 +172,13 @@ def block_kernels(
             x = block(x, rope)
         return x
 
-    with mock.patch.object(linear, "_gains_by_one", lambda x: joined), torch.autocast("cpu", torch.bfloat16):
+    patches = (
+        mock.patch.object(linear, "_gains_by_one", lambda x: joined),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
+    )
+    with patches[0], patches[1], torch.autocast("cpu", torch.bfloat16):
         torch.compile(compute, backend=backend, fullgraph=True)(x, rope).sum().backward()
-    forward, backward = found
+    forward, backward = map(kernels_of_part, found)
     return forward, backward
 
 
@@ -165,8 +186,8 @@ def loss_kernels(terms: Callable[..., Any]) -> list[Kernel]:
     """Return the kernels for half of the logits, as a GPU of 80 GB takes them."""
     mode = FakeTensorMode()
     with mode:
-        logits = torch.empty(BATCH * LENGTH // 2, VOCAB, dtype=torch.bfloat16, device=GPU)
-        wanted = torch.empty(len(logits), dtype=torch.int64, device=GPU)
+        logits = torch.empty(BATCH * LENGTH // 2, VOCAB, dtype=torch.bfloat16)
+        wanted = torch.empty(len(logits), dtype=torch.int64)
         trace = make_fx(lambda *given: terms(*given, torch.float32, 1.0), decomposition_table=select_decomp_table())
         traced = trace(logits, wanted)
     return kernels_of(traced, [logits, wanted], mode)
