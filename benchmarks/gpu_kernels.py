@@ -1,11 +1,12 @@
-"""Kernels that torch's compiler makes of a block and of the loss for a GPU, and what they pass over: counted without one.
+"""Kernels that torch's compiler makes of a block for a GPU, and what they pass over: counted without one.
 
     python benchmarks/gpu_kernels.py --output benchmarks/results/gpu_kernels.txt
 
-A block of lm-124m in bf16, 16 x 1024 tokens, forward and backward, and a chunk of the loss go through torch's compiler
-as far as to the kernels that it would have Triton write: no GPU and no Triton is there, nothing is computed. A byte
-counts once for each kernel that reads or writes it; the times are those bytes at the memory's rate, so no kernel that
-passes over memory is faster. Products and attention are others' kernels, and limited by what they compute.
+A block of lm-124m in bf16, 16 x 1024 tokens, forward and backward, goes through torch's compiler as far as to the
+kernels that it would have Triton write: no GPU and no Triton is there, nothing is computed. What is put together is so
+in the kernel that uses it, as on GPUs; else the compiler decides as for CPUs, so that a kernel more or less is possible.
+A byte counts once for each kernel that reads or writes it; the times are those bytes at the rate of an H100's memory,
+so no kernel is faster. Products and attention are a library's, and limited by what they compute.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedu
 from torch._inductor.virtualized import V  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
-from hvdtrain.models import linear, loss  # noqa: E402
+from hvdtrain.models import linear  # noqa: E402
 from hvdtrain.models.decoder import Decoder, rotary_tables  # noqa: E402
 from hvdtrain.models.private_torch import FakeTensorMode  # noqa: E402
 from hvdtrain.recipes import load_recipe  # noqa: E402
 
-BATCH, LENGTH, VOCAB = 16, 1024, 50_304
+BATCH, LENGTH = 16, 1024
 BYTES_PER_S = 3.35e12  # of an H100 SXM's memory, by its data sheet
+
 
 class Kernel(NamedTuple):
     """One that is launched."""
@@ -56,7 +58,12 @@ class Kernel(NamedTuple):
 
 def kernels_of(traced: torch.fx.GraphModule, inputs: Sequence[Tensor], mode: FakeTensorMode) -> list[Kernel]:
     """Return the kernels for what was traced with these tensors, which have no storage."""
-    with config.patch(cpu_backend="triton", force_pointwise_cat=True), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()), torch.no_grad():
+    with (
+        config.patch(cpu_backend="triton", force_pointwise_cat=True),
+        V.set_fake_mode(mode),
+        V.set_debug_handler(DebugContext()),
+        torch.no_grad(),
+    ):
         _recursive_post_grad_passes(traced, is_inference=False)
         graph = GraphLowering(traced, example_inputs=inputs)
         with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
@@ -90,9 +97,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -182,29 +187,6 @@ def block_kernels(
     return forward, backward
 
 
-def loss_kernels(terms: Callable[..., Any]) -> list[Kernel]:
-    """Return the kernels for half of the logits, as a GPU of 80 GB takes them."""
-    mode = FakeTensorMode()
-    with mode:
-        logits = torch.empty(BATCH * LENGTH // 2, VOCAB, dtype=torch.bfloat16)
-        wanted = torch.empty(len(logits), dtype=torch.int64)
-        trace = make_fx(lambda *given: terms(*given, torch.float32, 1.0), decomposition_table=select_decomp_table())
-        traced = trace(logits, wanted)
-    return kernels_of(traced, [logits, wanted], mode)
-
-
-def by_logsumexp(logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
-    """Do as `fusable_terms` did before."""
-    values = logits.to(dtype)
-    is_target = wanted != loss.IGNORE_INDEX
-    columns = wanted.where(is_target, 0)[:, None]
-    log_sums = values.logsumexp(-1, keepdim=True)
-    summed = (log_sums - values.gather(-1, columns))[:, 0].where(is_target, 0).sum()
-    is_wanted = torch.arange(values.shape[-1], device=values.device) == columns
-    gradient = ((values - log_sums).exp() - is_wanted.to(dtype)) * (is_target[:, None] * scale)
-    return summed, gradient.to(logits.dtype)
-
-
 def rows_of(title: str, kernels: Sequence[Kernel]) -> list[str]:
     """Return lines of a table."""
     own = [kernel for kernel in kernels if not kernel.is_others]
@@ -231,8 +213,6 @@ def main() -> None:
     for name, way in ways.items():
         forward, backward = block_kernels(**way)
         lines += rows_of(f"a block, {name}, forward", forward) + rows_of(f"a block, {name}, backward", backward)
-    lines += rows_of("half of the loss by logsumexp, as it was", loss_kernels(by_logsumexp))
-    lines += rows_of("half of the loss, as it is", loss_kernels(loss.fusable_terms))
     print("\n".join(lines))
     if given.output:
         given.output.write_text("\n".join(lines).rstrip() + "\n")

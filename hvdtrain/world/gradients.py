@@ -80,9 +80,7 @@ def _could_move(gradient: Tensor) -> bool:
 
 
 @torch.no_grad()
-def move(
-    parameters: Sequence[nn.Parameter], views: Sequence[Tensor], places: Sequence[int], memory: Memory
-) -> bool:
+def move(parameters: Sequence[nn.Parameter], views: Sequence[Tensor], places: Sequence[int], memory: Memory) -> bool:
     """Copy gradients into their parts of the buffer, and make these the gradients; returns whether one is left.
 
     Left is what something else holds, which must go on to see what becomes of it.

@@ -23,8 +23,7 @@ from hvdtrain.models.decoder import Decoder, rotary_tables
 from hvdtrain.models.elementwise import RMSNorm
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.settings import Config, HealthConfig, LogConfig, OptimConfig, TrainConfig
-from hvdtrain.trainer import Task, train_step
-from hvdtrain.trainer import evaluation
+from hvdtrain.trainer import Task, evaluation, train_step
 from hvdtrain.trainer import step as step_module
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.fakes import _fake
