@@ -4,8 +4,7 @@
 
 A block of lm-124m in bf16, 16 x 1024 tokens, forward and backward, goes through torch's compiler as far as to the
 kernels that it would have Triton write: no GPU and no Triton is there, nothing is computed. What is put together is so
-in the kernel that uses it, as on GPUs; else the compiler decides as for CPUs, so that a kernel more or less is possible.
-A byte counts once for each kernel that reads or writes it; the times are those bytes at the rate of an H100's memory,
+in the kernel that uses it, as on GPUs; else the compiler decides as for CPUs: a kernel more or less is possible. A byte counts once for each kernel that reads or writes it; the times are those bytes at the rate of an H100's memory,
 so no kernel is faster. Products and attention are a library's, and limited by what they compute.
 """
 
@@ -58,12 +57,8 @@ class Kernel(NamedTuple):
 
 def kernels_of(traced: torch.fx.GraphModule, inputs: Sequence[Tensor], mode: FakeTensorMode) -> list[Kernel]:
     """Return the kernels for what was traced with these tensors, which have no storage."""
-    with (
-        config.patch(cpu_backend="triton", force_pointwise_cat=True),
-        V.set_fake_mode(mode),
-        V.set_debug_handler(DebugContext()),
-        torch.no_grad(),
-    ):
+    as_for_gpus = config.patch(cpu_backend="triton", force_pointwise_cat=True)
+    with as_for_gpus, V.set_fake_mode(mode), V.set_debug_handler(DebugContext()), torch.no_grad():
         _recursive_post_grad_passes(traced, is_inference=False)
         graph = GraphLowering(traced, example_inputs=inputs)
         with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
@@ -178,7 +173,7 @@ def block_kernels(
         return x
 
     patches = (
-        mock.patch.object(linear, "_gains_by_one", lambda x: joined),
+        mock.patch.object(linear, "_gains_by_one", return_value=joined),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
     )
     with patches[0], patches[1], torch.autocast("cpu", torch.bfloat16):

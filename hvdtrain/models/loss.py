@@ -138,7 +138,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _terms_for(hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return what computes a chunk's loss and gradient: on GPUs a compiled kernel, or what the compiler at work fuses."""
+    """Return what computes a chunk's loss and gradient: on GPUs a compiled kernel, or what one at work fuses."""
     if torch.compiler.is_compiling():
         return fusable_terms if hidden.is_cuda else terms
     return fused_terms if can_compile_for(hidden.device) else terms

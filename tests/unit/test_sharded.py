@@ -174,7 +174,7 @@ def test_the_loss_scale_moves_alike_whichever_rank_has_the_part_that_overflows()
     def work(world):
         data = TensorSamples(X, Y)
         task = Task(model=Overflowing(), train_data=data, val_data=data, loss_sums=loss_sums)
-        job, training, metrics = trained(world, settings(True, train={"precision": "fp16"}), task)
+        _, training, metrics = trained(world, settings(True, train={"precision": "fp16"}), task)
         assert metrics["train/skipped_steps"] == 1
         return len(owned_by(training.optimizer)), training.component(LossScaler).scale
 
