@@ -4,7 +4,8 @@
 
 A block of lm-124m in bf16, 16 x 1024 tokens, forward and backward, goes through torch's compiler as far as to the
 kernels that it would have Triton write: no GPU and no Triton is there, nothing is computed. What is put together is so
-in the kernel that uses it, as on GPUs; else the compiler decides as for CPUs: a kernel more or less is possible. A byte counts once for each kernel that reads or writes it; the times are those bytes at the rate of an H100's memory,
+in the kernel that uses it, as on GPUs; else the compiler decides as for CPUs: a kernel more or less is possible.
+A byte counts once for each kernel that reads or writes it; the times are those bytes at the rate of an H100's memory,
 so no kernel is faster. Products and attention are a library's, and limited by what they compute.
 """
 
@@ -167,13 +168,16 @@ def block_kernels(
     )
     torch._dynamo.reset()
 
+    def decide(x: Tensor) -> bool:
+        return joined
+
     def compute(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         for block in layers:
             x = block(x, rope)
         return x
 
     patches = (
-        mock.patch.object(linear, "_gains_by_one", return_value=joined),
+        mock.patch.object(linear, "_gains_by_one", decide),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
     )
     with patches[0], patches[1], torch.autocast("cpu", torch.bfloat16):
