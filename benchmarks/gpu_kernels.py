@@ -212,6 +212,8 @@ def main() -> None:
     for name, way in ways.items():
         forward, backward = block_kernels(**way)
         lines += rows_of(f"a block, {name}, forward", forward) + rows_of(f"a block, {name}, backward", backward)
+        own = sum(kernel.num_bytes for kernel in (*forward, *backward) if not kernel.is_others) / way.get("blocks", 1)
+        lines[-1:] = [f"twelve blocks, {name}: {12 * own / BYTES_PER_S * 1e3:.2f} ms in what passes over memory", ""]
     print("\n".join(lines))
     if given.output:
         given.output.write_text("\n".join(lines).rstrip() + "\n")
