@@ -77,6 +77,19 @@ def test_what_is_fused_on_gpus_is_the_same(dtype, scale):
     torch._dynamo.reset()
 
 
+def test_infinities_among_logits():
+    """One that rules a token out is one; one that does not leaves a loss that is not finite, and the step is skipped."""
+    logits, wanted = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    logits[:, 7] = -torch.inf
+    loss, gradient = terms(logits.clone(), wanted, torch.float32, 1.0)
+    own_loss, own_gradient = fusable_terms(logits, wanted, torch.float32, 1.0)
+    assert loss.isfinite()
+    torch.testing.assert_close(own_loss, loss)
+    torch.testing.assert_close(own_gradient, gradient)
+    logits[1, 5] = torch.inf
+    assert not any(way(logits.clone(), wanted, torch.float32, 1.0)[0].isfinite() for way in (terms, fusable_terms))
+
+
 def test_kernels_that_cannot_be_compiled_are_said_once_and_done_without(monkeypatch, caplog):
     def broken(*arguments, **more):
         raise RuntimeError("no C compiler")
