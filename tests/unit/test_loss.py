@@ -78,7 +78,7 @@ def test_what_is_fused_on_gpus_is_the_same(dtype, scale):
 
 
 def test_infinities_among_logits():
-    """One that rules a token out is one; one that does not leaves a loss that is not finite, and the step is skipped."""
+    """One may rule a token out; another leaves a loss that is not finite, whose step is skipped."""
     logits, wanted = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
     logits[:, 7] = -torch.inf
     loss, gradient = terms(logits.clone(), wanted, torch.float32, 1.0)
