@@ -151,10 +151,10 @@ class Bucket:
         """
         waiting = gradients.waiting(self.parameters, self._views)
         if waiting and self.is_sent:
-            return gradients.let_go(self.parameters, self._views, self._marks, waiting, Memory(self.neighbours()))
+            return gradients.let_go(self.parameters, self._views, self._marks, waiting, Memory(self.neighbours))
         if waiting:
             self._leave_to_holders()
-            return gradients.move(self.parameters, self._views, waiting, Memory(self.neighbours()))
+            return gradients.move(self.parameters, self._views, waiting, Memory(self.neighbours))
         return False
 
     def send(self) -> None:
@@ -207,7 +207,7 @@ class Bucket:
             self.question.read(self._users)
         self._codec.received(self.name, self._users)
         self._waits, self._marks, self.ready = [], [], 0
-        memory = Memory(self.neighbours())
+        memory = Memory(self.neighbours)
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             is_free, dtype = memory.can_be_replaced(parameter), self._forms[i][0]
             gradient = parameter.grad

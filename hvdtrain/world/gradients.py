@@ -8,7 +8,7 @@ as all of it is there, and those of backward are freed: at most about one bucket
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,10 @@ class Memory:
     What a product of joined weights has for a gradient is one tensor, of which each parameter's `.grad` is a part.
 
     Args:
-        parameters: whose gradients may lie together; they are looked at once, and where it matters.
+        parameters: returns those whose gradients may lie together; they are looked at once, and where it matters.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
         self._parameters = parameters
         self._counts: Counter[int] | None = None
 
@@ -53,7 +53,7 @@ class Memory:
             return True
         place = parameter.grad.untyped_storage().data_ptr()
         if self._counts is None:
-            there = (other.grad for other in self._parameters)
+            there = (other.grad for other in self._parameters())
             dense = (own for own in there if own is not None and own.layout == torch.strided)
             self._counts = Counter(own.untyped_storage().data_ptr() for own in dense)
         together = self._counts[place]
