@@ -243,12 +243,6 @@ def _fault_edits(common: str, operations: str, pool: str) -> tuple[Edit, ...]:
             "    throw std::logic_error(std::string(op_name) +\n",
             _FAULTS,
         ),
-        Edit(  # the one operation of NCCL's without it: a lost peer was not found, and the host waited for the GPU
-            f"{operations}/nccl_operations.cc",
-            "  return gpu_op_context_.FinalizeGPUQueue(entries);\n",
-            "  return gpu_op_context_.FinalizeGPUQueue(entries, true, nccl_op_context_.error_check_callback_);\n",
-            _FAULTS,
-        ),
         Edit(
             f"{common}/operations.cc",
             "shutdown:\n  // Finalize all contexts\n",
