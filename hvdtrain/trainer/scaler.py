@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler  # of torch.amp, where torch 2.12 does not say that it exports it
 
 from hvdtrain.optim.private_optimizer import tell_scaler
 from hvdtrain.trainer.component import Component, Step
@@ -22,7 +23,7 @@ class LossScaler(Component):
     name = "loss_scaler"
 
     def __init__(self, device: torch.device) -> None:
-        self._scaler = torch.amp.GradScaler(device.type)
+        self._scaler = GradScaler(device.type)
         self._one = torch.ones((), device=device)
 
     @classmethod
