@@ -84,6 +84,14 @@ def by_the_paper(job, steps):
                 batch = job.task.train_data.batch(samples[positions])
                 (losses(worker, batch)["loss"] * size / len(samples)).backward()
             optimizer.step()
+        if t <= comm.sync_warmup_steps:  # local SGD of a period of 1: arXiv:1808.07217, algorithm 1
+            with torch.no_grad():
+                for parameter, *of_workers in zip(*(m.parameters() for m in (outer, *workers)), strict=True):
+                    mean = torch.stack(of_workers).mean(0)
+                    for each in (parameter, *of_workers):
+                        each.copy_(mean)
+            continue
+        t -= comm.sync_warmup_steps
         for p, own in enumerate(fragments):
             offset = p * comm.period // comm.fragments
             if (t - offset) % comm.period == 0:
@@ -110,6 +118,8 @@ def by_the_paper(job, steps):
         {"overlap_steps": 0},
         {"fragments": 1, "overlap_steps": 2, "overlap_mix": 0.0},
         {"fragments": 3, "overlap_steps": 4, "outer_lr": 0.5},
+        {"outer": "nesterov", "sync_warmup_steps": 4},
+        {"fragments": 1, "overlap_steps": 0, "outer_lr": 0.5, "sync_warmup_steps": 5},
     ],
     ids=str,
 )
@@ -200,6 +210,20 @@ def test_each_fragment_travels_once_in_a_period():
     assert begun[:5] == [(2, 1), (5, 2), (7, 3), (10, 0), (12, 1)]
     assert [(step - 3, p) for step in range(34) for p in schedule.ends(step)] == begun
     assert [Schedule(5, 1, 0).begins(step) for step in (0, 5, 7)] == [[], [0], []]
+
+
+def test_periods_begin_after_the_warm_up():
+    schedule = Schedule(5, 2, 3, warmup_steps=4)
+    assert [(step, schedule.begins(step)) for step in range(12) if schedule.begins(step)] == [
+        *((step, [0, 1]) for step in (1, 2, 3, 4)),
+        *((6, [1]), (9, [0]), (11, [1])),
+    ]
+    assert [(step, schedule.ends(step)) for step in range(13) if schedule.ends(step)] == [
+        *((step, [0, 1]) for step in (1, 2, 3, 4)),
+        *((9, [1]), (12, [0])),
+    ]
+    assert [step for step in range(13) if schedule.is_equal_after(step)] == [0, 1, 2, 3, 4]
+    assert [step for step in range(13) if Schedule(5, 1, 0, 2).is_equal_after(step)] == [0, 1, 2, 7, 12]
 
 
 @pytest.mark.parametrize(
