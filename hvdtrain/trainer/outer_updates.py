@@ -108,7 +108,9 @@ class OuterUpdates(Component):
         parts = f" in {comm.fragments} fragments" if comm.fragments > 1 else ""
         late = f", taken {comm.overlap_steps} steps later, own weights x {self._mix:g}" if comm.overlap_steps else ""
         first = f", in each of the first {comm.sync_warmup_steps:,} steps" if comm.sync_warmup_steps else ""
-        return f"updates:    averaged {steps}{parts}{late}{first}, not gradients ({what}outer learning rate {self._lr:g})"
+        return (
+            f"updates:    averaged {steps}{parts}{late}{first}, not gradients ({what}outer learning rate {self._lr:g})"
+        )
 
     def attach(self, training: Training) -> None:
         """See the optimizer."""

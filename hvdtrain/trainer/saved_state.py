@@ -105,9 +105,7 @@ def read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str,
     return state
 
 
-def handed_out(
-    world: World, components: Sequence[Component], found: dict[str, Any] | None
-) -> dict[str, Any] | None:
+def handed_out(world: World, components: Sequence[Component], found: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return what rank 0 has read, on every rank; of what ranks have for themselves, each its own. Collective.
 
     The states of other ranks, which may be as large as the model each, come one after the other and are let go. Where
@@ -120,6 +118,8 @@ def handed_out(
         has_each = [name for name in own & saved.keys() if isinstance(saved[name], list)]
         apart = {name: saved.pop(name) for name in sorted(has_each) if len(saved[name]) == world.size}
     state, names = world.broadcast_object((found, list(apart)), "resume.state")
+    if state is None:
+        return None
     for name in names:
         kept: list[Any] = [None] * world.size
         for rank in range(world.size):

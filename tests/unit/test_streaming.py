@@ -62,7 +62,16 @@ def trained(job, steps, at_each_step=lambda training: None):
     return training
 
 
-def by_the_paper(job, steps):
+@torch.no_grad()
+def put_mean_into(outer, workers):
+    """What local SGD of a period of 1 does: arXiv:1808.07217, algorithm 1."""
+    for parameter, *of_workers in zip(*(model.parameters() for model in (outer, *workers)), strict=True):
+        mean = torch.stack(of_workers).mean(0)
+        for each in (parameter, *of_workers):
+            each.copy_(mean)
+
+
+def by_the_paper(job, steps):  # noqa: C901  as it is written there
     """Algorithm 2 of arXiv:2501.18512, all workers in one process; returns the workers and the outer weights."""
     comm, order, size = job.config.comm, job.order, job.world.size
     outer = copy.deepcopy(job.task.model).double()
@@ -84,12 +93,8 @@ def by_the_paper(job, steps):
                 batch = job.task.train_data.batch(samples[positions])
                 (losses(worker, batch)["loss"] * size / len(samples)).backward()
             optimizer.step()
-        if t <= comm.sync_warmup_steps:  # local SGD of a period of 1: arXiv:1808.07217, algorithm 1
-            with torch.no_grad():
-                for parameter, *of_workers in zip(*(m.parameters() for m in (outer, *workers)), strict=True):
-                    mean = torch.stack(of_workers).mean(0)
-                    for each in (parameter, *of_workers):
-                        each.copy_(mean)
+        if t <= comm.sync_warmup_steps:
+            put_mean_into(outer, workers)
             continue
         t -= comm.sync_warmup_steps
         for p, own in enumerate(fragments):

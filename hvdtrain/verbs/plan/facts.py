@@ -114,9 +114,7 @@ def predict_by(facts: Facts, workers: int, method: Method) -> StepTime:
     codec_s, accum_steps = own.computes(workers), facts.accum_steps
     if method.period is None or facts.network is None or workers == 1:
         sends = _sends(facts, method, layout, facts.buckets)
-        return step_time(
-            compute, sends, interference=facts.interference, accum_steps=accum_steps, codec_s=codec_s
-        )
+        return step_time(compute, sends, interference=facts.interference, accum_steps=accum_steps, codec_s=codec_s)
     return local_step_time(
         compute,
         [_sends(facts, method, layout, buckets) for buckets in cut(facts.buckets, method.fragments)],

@@ -1,4 +1,4 @@
-"""Ranks that average rarely: what they send, whole or by fragments, and the mean time of their steps. Pure functions."""
+"""Ranks that average rarely: what they send, whole or by fragments, and their mean step. Pure functions."""
 
 from __future__ import annotations
 

@@ -68,9 +68,9 @@ def _methods(answer: Answer) -> Iterator[str]:
     if not rows:
         return
     yield ""
-    width = max(27, *(len(row.method) for row in rows))
+    width, head = max(27, *(len(row.method) for row in rows)), f"on {counted(answer.changed_workers, 'worker')}"
     yield (
-        f"{'on ' + counted(answer.changed_workers, 'worker'):{width + 1}} {'ms a step':>16} {answer.facts.unit + '/s':>12}"
+        f"{head:{width + 1}} {'ms a step':>16} {answer.facts.unit + '/s':>12}"
         f" {'times':>6} {'sends a step':>13} {'loss, measured':>15}"
     )
     for row in rows:
@@ -127,8 +127,8 @@ def _describe_communication(facts: Facts, network: Network) -> Iterator[str]:
         yield f"            plain MPI takes {seconds * 1e3:.4g} ms for {size / 1e6:.4g} MB over all ranks"
     if abs(math.log(facts.pace)) > _NOTED:
         yield (
-            f"            in a step of all ranks it takes {facts.pace:.2f} times what single all-reduces tell; predictions"
-            " have that factor, and wider intervals"
+            f"            in a step of all ranks it takes {facts.pace:.2f} times what single all-reduces tell;"
+            " predictions have that factor, and wider intervals"
         )
     if facts.interference:
         yield f"            {facts.interference:.0%} of the communication that is hidden slows computing down"
