@@ -36,17 +36,14 @@ NETWORKS = ("200mbit,1", "100mbit,5", "20mbit,20")
 DDP = {"DDP, Gloo": "", "DDP, Gloo, fp16 hook": "fp16", "DDP, Gloo, PowerSGD hook": "powersgd"}
 
 
-def methods(period: int, warmup: int, rank: int) -> dict[str, list[str]]:
-    """Return hvdtrain's flags for each method.
-
-    Args:
-        period: steps between two averages of local updates.
-        warmup: exact steps before PowerSGD and top-k begin.
-        rank: of PowerSGD.
-    """
+def methods(given: argparse.Namespace, warmup: int) -> dict[str, list[str]]:
+    """Return hvdtrain's flags for each method; `warmup` exact steps come before PowerSGD and top-k."""
+    period, rank = given.period, given.rank
     warm = ["--comm.compression-warmup-steps", str(warmup)]
     local = ["--comm.sync", "local", "--comm.period", str(period)]
+    also = dict(text.split("=", 1) for text in given.also)
     return {
+        **{name: flags.split() for name, flags in also.items()},
         "every step": [],
         "every step, bf16": ["--comm.compression", "bf16"],
         "every step, int8": ["--comm.compression", "int8"],
@@ -62,6 +59,11 @@ def methods(period: int, warmup: int, rank: int) -> dict[str, list[str]]:
             *("--comm.fragments", "4", "--comm.overlap-steps", str(-(-period // 8))),
         ],
     }
+
+
+def period_of(flags: list[str]) -> int:
+    """Return the steps between two averages of local updates, 0 where gradients are averaged in each."""
+    return int(flags[flags.index("--comm.period") + 1]) if "local" in flags else 0
 
 
 def shape(given: argparse.Namespace) -> list[str]:
@@ -108,7 +110,7 @@ def ours(given: argparse.Namespace, flags: list[str], steps: int, folder: Path) 
     launch = ["horovodrun", "--mpi", "--disable-cache", "--network-interfaces", "eth0", "-np", str(given.hosts)]
     launch += ["--mpi-args=--mca btl_tcp_flags 1", "-H", where, sys.executable]
     train = ["-m", "hvdtrain", "train", "lm", "--run-dir", str(folder), "--train.steps", str(steps)]
-    train += ["--log.every", str(given.period if "local" in flags else WINDOW), "--eval.every", "none"]
+    train += ["--log.every", str(period_of(flags) or WINDOW), "--eval.every", "none"]
     train += [*shape(given), *flags]
     run([given.cluster, "exec", "node1", *variables({}), *launch, *train])
     times = [line["time/step_s"] for line in lines_of(folder) if "time/step_s" in line]
@@ -143,8 +145,8 @@ def ddp(given: argparse.Namespace, hook: str, steps: int, folder: Path) -> float
 def losses(given: argparse.Namespace) -> list[str]:
     """Return the rows of the held-out losses."""
     rows = [f"held-out loss in nats a byte after {given.steps} steps on {given.hosts} ranks, seed by seed"]
-    known = methods(given.period, given.warmup, given.rank)
-    chosen = {name: flags for name, flags in known.items() if wanted(given, name) or name == "every step"}
+    known = methods(given, given.warmup)
+    chosen = {"every step": [], **{name: flags for name, flags in known.items() if wanted(given, name)}}
     found: dict[str, list[float]] = {name: [] for name in chosen}
     for seed in range(given.seeds):
         for name, flags in chosen.items():
@@ -163,7 +165,7 @@ class Times:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        known = methods(given.period, 0, given.rank)  # nothing is timed while it warms up
+        known = methods(given, 0)  # nothing is timed while it warms up
         self.flags = {name: flags for name, flags in known.items() if wanted(given, name)}
         self.names = [name for name in DDP if wanted(given, name)] + [*self.flags]
         self.seconds: dict[str, dict[str, list[float]]] = {}
@@ -196,7 +198,7 @@ class Times:
             if name in DDP:
                 return ddp(given, DDP[name], given.windows * WINDOW, Path(folder))
             flags = self.flags[name]
-            steps = (3 * given.period) if "local" in flags else given.windows * WINDOW
+            steps = 3 * period_of(flags) or given.windows * WINDOW
             return ours(given, flags, steps, Path(folder) / "run")
 
     def rows(self) -> list[str]:
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help=f"of {WINDOW} steps, of methods that average in each")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="rate and one-way delay in ms")
     parser.add_argument("--only", nargs="+", help="methods whose names fit one of these patterns")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=FLAGS", help="more methods, by train's flags")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, no more times are measured")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
