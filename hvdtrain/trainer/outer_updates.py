@@ -137,6 +137,10 @@ class OuterUpdates(Component):
         for fragment in ends:
             self._take(fragment, self.schedule.warms_up(step))
 
+    def before_looking(self, training: Training) -> None:
+        """Wait for what is under way: the state is about to be compared, and has no place for it."""
+        self.arrive()
+
     @torch.no_grad()
     def arrive(self) -> None:
         """Wait for what is under way, and keep it until it is due. Collective."""

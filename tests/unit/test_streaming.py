@@ -14,8 +14,8 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
-from hvdtrain.settings import CommConfig, Config, TrainConfig
-from hvdtrain.trainer import Task, settle, train_step
+from hvdtrain.settings import CheckpointConfig, CommConfig, Config, EvalConfig, HealthConfig, TrainConfig
+from hvdtrain.trainer import Task, fit, settle, train_step
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.outer_updates import OuterUpdates, Schedule, in_fragments
 from hvdtrain.trainer.saver import Saver
@@ -165,6 +165,27 @@ def test_looking_changes_nothing_and_a_run_goes_on_bitwise_from_every_step(tmp_p
     for step in range(4, 10) if not comm else (5, 7):
         for one, other in zip(whole, run_ranks(2, cut(step)), strict=True):
             assert gap(one, other) == 0
+
+
+@pytest.mark.parametrize("comm", [{}, {"fragments": 1}, {"fragments": 4, "overlap_steps": 0}], ids=str)
+def test_a_run_saves_evaluates_and_compares_replicas_while_averages_are_under_way(tmp_path, comm):
+    """The loop itself, with what is on by default: it compares replicas before each save."""
+
+    def work(world):
+        job = job_of(world, tmp_path / "looked", **comm)
+        config = dataclasses.replace(
+            job.config,
+            checkpoint=CheckpointConfig(every=3, keep_last=None),
+            eval=EvalConfig(every=4),
+            health=HealthConfig(replica_check_every=1),
+        )
+        looked = settle(job.task, config, world, job.run, MetricLog(None, []))
+        fit(looked)
+        plain = trained(job_of(world, tmp_path / "plain", **comm), STEPS)
+        plain.strategy.end(world, plain)
+        return gap(weights(looked.task.model), weights(plain.model))
+
+    assert run_ranks(2, work) == [0, 0]
 
 
 def test_ranks_end_alike(tmp_path):
