@@ -1,7 +1,7 @@
 """Causal attention on CPUs: torch's own kernel against what else torch's operations make of it, one thread.
 
     nice -n -20 python benchmarks/attention.py --output benchmarks/results/attention.txt
-    nice -n -20 python benchmarks/attention.py --precision bf16
+    nice -n -20 python benchmarks/attention.py --precision bf16 --output benchmarks/results/attention_bf16.txt
 
 Forward and backward, as a decoder calls it: heads lie beside each other in each token. The candidates take turns. What
 is measured is processor time, which counts less of what else runs on the machine than the clock does.
@@ -9,6 +9,7 @@ is measured is processor time, which counts less of what else runs on the machin
 - torch: `scaled_dot_product_attention`, which takes 32 queries of one head at a time (64 from 192 tokens on).
 - torch, copied: the same, of heads that were copied together before.
 - whole: products of all queries with all keys, by `torch.bmm` and autograd.
+- hvdtrain: what the trainer puts in torch's place in bf16 where the CPU multiplies it (hvdtrain/models/attention.py).
 - blocks of N: N queries of all heads at a time with the keys that they see, by `torch.bmm`; the weights are computed
   again in the backward pass.
 """
@@ -31,10 +32,14 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
 import machine  # noqa: E402
 
+from hvdtrain.models.attention import use_onednn_attention  # noqa: E402
 from hvdtrain.process.launch import prepare_process  # noqa: E402
 
 # Samples, tokens, heads of queries, heads of keys, numbers a head.
-SHAPES = ((8, 128, 4, 4, 64), (16, 128, 4, 4, 64), (16, 128, 8, 2, 32), (16, 256, 8, 8, 32), (4, 512, 4, 4, 64))
+SHAPES = (
+    *((8, 128, 4, 4, 64), (16, 128, 4, 4, 64), (16, 128, 8, 2, 32), (16, 256, 8, 8, 32), (4, 512, 4, 4, 64)),
+    (1, 2048, 4, 4, 64),
+)
 
 
 def hidden(first: int, last: int, like: Tensor) -> Tensor:
@@ -99,6 +104,13 @@ class Blocks(torch.autograd.Function):
 
 def torchs(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return torch's own."""
+    use_onednn_attention(False)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return hvdtrain's."""
+    use_onednn_attention(True)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
 
 
@@ -123,6 +135,7 @@ def in_blocks(size: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 CANDIDATES: dict[str, Callable[..., Tensor]] = {
     "torch": torchs,
     "torch, copied": copied,
+    "hvdtrain": ours,
     "whole": whole,
     **{f"blocks of {size}": partial(in_blocks, size) for size in (32, 64, 128)},
 }
@@ -141,12 +154,13 @@ def measure(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> list[st
         return torch.autograd.grad(attention(*inputs), inputs, gradient)
 
     absolute, relative = (1e-4, 1e-4) if dtype == torch.float32 else (0.3, 0.1)
-    for attention in CANDIDATES.values():
+    candidates = {name: it for name, it in CANDIDATES.items() if it is not ours or dtype == torch.bfloat16}
+    for attention in candidates.values():
         torch.testing.assert_close(work(attention), work(torchs), atol=absolute, rtol=relative)
-    forward = machine.take_turns([partial(attention, *inputs) for attention in CANDIDATES.values()], repeats)
-    both = machine.take_turns([partial(work, attention) for attention in CANDIDATES.values()], repeats)
+    forward = machine.take_turns([partial(attention, *inputs) for attention in candidates.values()], repeats)
+    both = machine.take_turns([partial(work, attention) for attention in candidates.values()], repeats)
     rows = [f"{samples} x {tokens} tokens, {heads} heads of {width}, {kv_heads} of keys and values"]
-    for name, ahead, taken in zip(CANDIDATES, forward, both, strict=True):
+    for name, ahead, taken in zip(candidates, forward, both, strict=True):
         ratios = [a / b for a, b in zip(taken, both[0], strict=True)]
         times = (machine.spread([1e3 * s for s in measured], 1) for measured in (ahead, taken))
         rows.append(f"{name:20} {' '.join(f'{cell:>22}' for cell in (*times, machine.spread(ratios, 2)))}")

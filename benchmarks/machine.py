@@ -18,8 +18,11 @@ def describe() -> str:
     """Return command, date, versions and machine, one a line."""
     import torch
 
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = models[0].partition(":")[2].strip() if models else platform.machine()
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    told = {name.strip(): value.strip() for name, _, value in reversed(lines)}
+    cpu = told.get("model name", platform.machine())
+    if "cpu family" in told:  # of one name there are several generations
+        cpu += f" (family {told['cpu family']}, model {told['model']})"
     gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
     try:
         horovod = importlib.metadata.version("horovod")

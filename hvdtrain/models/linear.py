@@ -1,7 +1,8 @@
 """Linear layers whose matrix products are oneDNN's, on CPUs where MKL is slow.
 
 torch computes fp32 products on x86 by MKL, which leaves AVX-512 unused on processors that are not Intel's: on an AMD
-EPYC that has it, oneDNN, which torch brings along too, is twice as fast (benchmarks/results/linear.txt). On one that
+EPYC that has it, oneDNN, which torch brings along too, is twice as fast (benchmarks/results/linear.txt), or as fast
+on a generation that takes it in two halves (benchmarks/results/linear_family25.txt). On one that
 has AVX2 alone MKL is the faster one (benchmarks/results/linear_avx2.txt). Products in 16 bits are oneDNN's anyway.
 """
 

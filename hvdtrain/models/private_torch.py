@@ -1,6 +1,6 @@
-"""Every use of what torch does not promise to keep, here and for optimizers in `optim/`: seen in torch 2.13.
+"""Every use of what torch does not promise to keep, here, in `private_attention.py` and for optimizers in `optim/`.
 
-Who changes torch's version looks here first. Nothing else in hvdtrain reaches into torch's private names.
+Seen in torch 2.13: who changes its version looks here first. Nothing else reaches into torch's private names.
 """
 
 from __future__ import annotations

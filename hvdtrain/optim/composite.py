@@ -21,6 +21,11 @@ class Composite(torch.optim.Optimizer):
         self._parts = list(parts)
         self._num_groups = [len(part.param_groups) for part in parts]
 
+    @property
+    def parts(self) -> Sequence[torch.optim.Optimizer]:
+        """Return the optimizers."""
+        return self._parts
+
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take a step with each, on this optimizer's groups and state: loading replaces them."""
         loss = closure() if closure is not None else None

@@ -22,7 +22,8 @@ class Muon(torch.optim.Optimizer):
 
     `torch.optim.Muon` takes matrix by matrix and computes in bfloat16, which most CPUs have to imitate: there it takes
     several times as long as forward and backward. Here matrices of one shape are one batch of products, in bfloat16 on
-    GPUs and in fp32 on CPUs, whatever the CPU, so that ranks on unlike hosts stay equal; fp64 is kept.
+    GPUs and, on CPUs, where the training is in it (`multiply_in`), else in fp32: whatever the CPU, so that ranks on
+    unlike hosts stay equal. fp64 is kept.
 
     Args:
         params: matrices, `(M, N)` each.
@@ -32,10 +33,16 @@ class Muon(torch.optim.Optimizer):
         momentum: of the exponential mean of gradients, which looks ahead (Nesterov).
     """
 
+    _on_cpus = torch.float32  # of the class: torch's copies of an optimizer keep no attributes
+
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """Have updates made orthogonal by products in this type on CPUs."""
+        self._on_cpus = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -58,23 +65,31 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter][_NAME] = torch.zeros_like(parameter)
         means = [self.state[parameter][_NAME] for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        updates = orthogonal(torch.stack(torch._foreach_lerp(gradients, means, momentum)))
+        looking_ahead = torch.stack(torch._foreach_lerp(gradients, means, momentum))
+        updates = orthogonal(looking_ahead, torch.bfloat16 if looking_ahead.is_cuda else self._on_cpus)
         scale = 0.2 * max(parameters[0].shape) ** 0.5
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
         torch._foreach_add_(parameters, list(updates.to(parameters[0].dtype)), alpha=-lr * scale)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def multiply_in_bf16(optimizer: torch.optim.Optimizer) -> None:
+    """Have Muon, if it is or has one, multiply in bfloat16 on CPUs, too: for trainings that do."""
+    for part in getattr(optimizer, "parts", [optimizer]):
+        if isinstance(part, Muon):
+            part.multiply_in(torch.bfloat16)
+
+
+def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return about `U V^T` of each matrix `U S V^T`, `(K, M, N)`: its singular values lie between about 0.5 and 1.5.
 
     By iterations of a polynomial of fifth degree, `X <- a X + (b X X^T + c (X X^T)^2) X`, which needs products only
-    (Jordan et al. 2024). Rows are the shorter side in it.
+    (Jordan et al. 2024). Rows are the shorter side in it. Products are in this type; fp64 is kept.
     """
     a, b, c = _COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     if x.dtype != torch.float64:
-        x = x.bfloat16() if x.is_cuda else x.float()
+        x = x.to(dtype)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=_SMALLEST_NORM)  # no value is above 1 now
     for _ in range(_ITERATIONS):
         square = x @ x.mT

@@ -217,8 +217,8 @@ class ModelConfig(Section):
     """torch.compile: the whole model, or each block (part of an nn.ModuleList), whose gradients then leave earlier.
     auto: the blocks, on GPUs since the A100 where Triton and a C compiler are there; nothing elsewhere."""
     linear: Literal["auto", "torch", "onednn"] = setting("auto", changeable=True)
-    """Library of linear layers' fp32 products on CPUs. auto: oneDNN on CPUs with AVX-512 that are not Intel's, where it
-    is faster, else torch's own choice."""
+    """Library of products on CPUs, of linear layers in fp32 and of attention in bf16. auto: oneDNN where it is faster:
+    for linear layers on CPUs with AVX-512 that are not Intel's, for attention on those that multiply bf16."""
     checkpoint_blocks: bool = setting(False, changeable=True)
     """Compute each block's activations again in the backward pass instead of keeping them: less memory, more time."""
 
@@ -258,5 +258,5 @@ class Config:
             section = getattr(self, item.name)
             if isinstance(section, Section):
                 yield from ((f"{item.name}.{name}", reason) for name, reason in section.unused())
-        if self.model.linear == "onednn" and self.train.precision not in ("fp32", "auto"):
-            yield "model.linear", f"oneDNN takes products in fp32, and --train.precision is {self.train.precision}"
+        if self.model.linear == "onednn" and self.train.precision not in ("fp32", "auto", "bf16", "bf16-true"):
+            yield "model.linear", f"it is about fp32 and bf16, and --train.precision is {self.train.precision}"

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.attention import use_onednn_attention
 from hvdtrain.models.linear import takes_onednn, use_onednn
 from hvdtrain.models.private_torch import apply_to_tensors, compile_in_place, is_saved_buffer
 from hvdtrain.settings import Config, ModelConfig, Precision
 from hvdtrain.trainer.compiling import blocks_of, note_compilations, what_is_compiled
+from hvdtrain.trainer.precision import takes_onednn_attention
 from hvdtrain.world import World, has_synchronized_layers, synchronize_batch_norm
 
 _TYPES: dict[Precision, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
@@ -44,6 +46,7 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
         if not has_synchronized_layers(model):
             raise ConfigError("--model.sync-batch-norm has no effect: the model has no batch normalisation")
     model = _converted(model.to(world.device), own_type(config.train.precision))
+    use_onednn_attention(takes_onednn_attention(settings.linear, world.device))
     if takes_onednn(settings.linear, world.device):
         use_onednn(model)
     elif settings.linear == "onednn":

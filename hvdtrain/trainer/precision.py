@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from hvdtrain.models.linear import Library
+from hvdtrain.models.private_attention import can_be_replaced
 from hvdtrain.process.processor import cpuinfo, words_of
 from hvdtrain.settings import Config, Precision, TrainConfig
 from hvdtrain.world import World
@@ -39,6 +41,11 @@ def is_fast_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and has_products(torch.bfloat16) and multiplies_bf16(words_of(cpuinfo(), "flags"))
+
+
+def takes_onednn_attention(library: Library, device: torch.device) -> bool:
+    """Return whether attention in bfloat16 on this device shall be computed by oneDNN's products."""
+    return library != "torch" and device.type == "cpu" and is_fast_in_bf16(device) and can_be_replaced()
 
 
 def multiplies_bf16(flags: Set[str]) -> bool:

@@ -17,6 +17,7 @@ from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.models.compilation import is_compiled
 from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights
+from hvdtrain.optim.orthogonal import multiply_in_bf16
 from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import owned
@@ -247,12 +248,14 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
 def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> WrappedOptimizer:
     comm = job.config.comm
     options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
-    options["bucket_bytes"] = comm.bucket_mib << 20
+    options["bucket_bytes"] = job.bucket_bytes
     options["offload"] = job.is_offloaded
     options["warns_of_copies"] = False  # the order deals the samples out, and a data set may hold equal ones
     for component in components:
         options.update(component.wrap_options)
     optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
+    if job.config.train.precision in ("bf16", "bf16-true"):
+        multiply_in_bf16(optimizer)
     return job.strategy.wrap(job.world, optimizer, model, **options)
 
 

@@ -15,6 +15,7 @@ from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.compiling import what_is_compiled
 from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
+from hvdtrain.trainer.precision import takes_onednn_attention
 from hvdtrain.trainer.without_effect import without_effect
 from hvdtrain.world import codec_for
 
@@ -30,7 +31,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
         f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
         f"{', deterministic' if config.train.deterministic else ''}{_compiled(job)}"
-        f"{', linear layers by oneDNN' if _takes_onednn(job) else ''}",
+        f"{_by_onednn(job)}",
         *([choice] if choice else []),
         *(f"{line}" for line in task.description.splitlines()),
         f"model:      {type(task.model).__name__}, {parameters:,} parameters{frozen}",
@@ -95,5 +96,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _takes_onednn(job: Job) -> bool:
-    return job.config.train.precision == "fp32" and takes_onednn(job.config.model.linear, job.world.device)
+def _by_onednn(job: Job) -> str:
+    library, device, precision = job.config.model.linear, job.world.device, job.config.train.precision
+    if precision == "fp32" and takes_onednn(library, device):
+        return ", linear layers by oneDNN"
+    return ", attention by oneDNN" if precision.startswith("bf16") and takes_onednn_attention(library, device) else ""

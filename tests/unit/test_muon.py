@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hvdtrain.optim.orthogonal import Muon, orthogonal
+from hvdtrain.optim.composite import Composite
+from hvdtrain.optim.orthogonal import Muon, multiply_in_bf16, orthogonal
 
 SHAPES = [(24, 24), (48, 24), (24, 48), (24, 24), (1, 5), (48, 24)]
 
@@ -28,7 +29,7 @@ def test_update_has_the_singular_vectors_of_the_matrix(shape: tuple[int, int]) -
     # Nearly singular matrices would need more iterations.
     values = torch.linspace(1.0, 0.2, min(shape), dtype=torch.float64)
     matrix = left @ torch.diag(values) @ right
-    update = orthogonal(matrix[None])[0]
+    update = orthogonal(matrix[None], torch.float32)[0]
     values = left.T @ update @ right.T
     assert torch.allclose(values, torch.diag(values.diagonal()), atol=1e-9)
     assert values.diagonal().min() > 0.5
@@ -65,3 +66,18 @@ def test_an_update_does_not_depend_on_the_matrices_beside_it() -> None:
         Muon([parameter], lr=1e-2).step()
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("is_composite", [False, True])
+def test_trainings_in_bfloat16_make_updates_orthogonal_in_it(is_composite: bool) -> None:
+    whole, fast = parameters(torch.float32), parameters(torch.float32)
+    for own in (whole, fast):
+        muon: torch.optim.Optimizer = Muon(own, lr=1e-2)
+        optimizer = Composite(muon.param_groups, [muon]) if is_composite else muon
+        if own is fast:
+            multiply_in_bf16(optimizer)
+        give_gradients(own, 0)
+        optimizer.step()
+    for mine, other, start in zip(fast, whole, parameters(torch.float32), strict=True):
+        assert not torch.equal(mine, other)
+        assert (mine - other).norm() < 0.03 * (other - start).norm()
