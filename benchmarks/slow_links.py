@@ -123,7 +123,7 @@ def ddp(given: argparse.Namespace, hook: str, steps: int, folder: Path) -> float
     model = {"layers": given.layers, "hidden_size": given.hidden, "heads": given.hidden // 32}
     description = {**model, "intermediate_size": None, "length": LENGTH, "batch": given.batch // given.hosts}
     description |= {"ranks": given.hosts, "runner": "ddp"}
-    description |= {"precision": "fp32", "compile": False, "hook": hook, "hook_rank": given.rank}
+    description |= {"precision": "fp32", "compile": "none", "hook": hook, "hook_rank": given.rank}
     description |= {"steps": steps, "times": str(times)}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "bare_loops.py"), json.dumps(description)]
     ranks = []
