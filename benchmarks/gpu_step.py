@@ -55,6 +55,14 @@ def recipe_of(given: argparse.Namespace, folder: Path) -> Any:
     )
 
 
+def is_kernel(event: Any) -> bool:
+    """Return whether a row of the profiler's is a kernel's, not a name under which torch has entered some of them.
+
+    Not to be told by the name: the kernel of torch's fused optimizers has "Optimizer" in it, as their entry has.
+    """
+    return bool(event.device_type == DeviceType.CUDA) and not event.is_user_annotation
+
+
 def main() -> None:
     """Measure, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,11 +98,7 @@ def main() -> None:
     flops = tokens * (6 * parameters + 12 * shape.num_layers * shape.hidden_size * recipe.data.sequence_length)
     peak = data_sheet_peak(torch.cuda.get_device_name(0), torch.bfloat16)
     share = f", {flops / step / peak:.1%} of the data sheet's peak" if peak else ""
-    kernels = [
-        event
-        for event in profiled.key_averages()
-        if event.device_type == DeviceType.CUDA and "#" not in event.key and "Optimizer" not in event.key
-    ]
+    kernels = [event for event in profiled.key_averages() if is_kernel(event)]
     kernels.sort(key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in kernels)
     lines = [

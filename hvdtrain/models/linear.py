@@ -86,18 +86,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def products(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Return what each of these linear layers makes of `x`.
 
-    Where kernels for GPUs are compiled, and the layers are torch's own without bias, by one product: a larger one keeps
-    a GPU busier, `x` is read once, and its gradient is summed inside the product. The weights stay parameters of their
-    own; putting them together is part of the cast that autocast makes anyway.
+    In training on GPUs, where the layers are torch's own without bias, by one product: a larger one keeps a GPU busier,
+    `x` is cast and read once, and its gradient is summed inside the product. The weights stay parameters of their own;
+    to put them together takes a pass over them, which a compiler makes part of the cast that autocast makes anyway.
     """
-    if x.is_cuda and torch.compiler.is_compiling() and all(_is_plain(layer) for layer in layers):
+    first: Any = layers[0]
+    if _gains_by_one(x) and all(_is_plain(layer) and _is_like(layer, first) for layer in layers):
         return _by_one_product(x, layers)
     return [layer(x) for layer in layers]
 
 
+def _gains_by_one(x: Tensor) -> bool:
+    """Return whether it pays to put weights together: not for the few tokens that are written at a time."""
+    return x.is_cuda and (torch.compiler.is_compiling() or torch.is_grad_enabled())
+
+
 def _is_plain(layer: nn.Module) -> bool:
     is_own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and layer.bias is None
-    return is_own and not (layer._forward_hooks or layer._forward_pre_hooks)
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return is_own and not any(hooks)
+
+
+def _is_like(layer: Any, other: Any) -> bool:
+    return bool(layer.weight.dtype == other.weight.dtype and layer.weight.device == other.weight.device)
 
 
 def _by_one_product(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:

@@ -96,16 +96,16 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         needs_any = needs_hidden or needs_weight
-        weight_dtype, weight = weight.dtype, _as_multiplied(weight)
+        weight_dtype, weight, inputs = weight.dtype, _as_multiplied(weight), _as_multiplied(hidden)
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=loss.dtype) if needs_weight else None
+        grad_weight: Tensor | None = None
         if hidden.is_cuda and len(hidden):  # chunks alike, for which kernels are chosen and compiled once
             chunk = -(-len(hidden) // -(-len(hidden) // chunk))
-        compute = fused_terms if not torch.compiler.is_compiling() and can_compile_for(hidden.device) else terms
+        compute = _terms_for(hidden)
         ctx.scale = 1.0
         for start in range(0, len(hidden), chunk):
-            part, wanted = hidden[start : start + chunk], targets[start : start + chunk]
+            part, wanted = inputs[start : start + chunk], targets[start : start + chunk]
             logits = linear(part, weight)  # in the type of autocast, where there is one
             dtype = logits.dtype
             ctx.scale = _FP16_SCALE if dtype == torch.float16 else 1.0
@@ -116,8 +116,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 continue
             if grad_hidden is not None:
                 grad_hidden[start : start + chunk] = linear(gradient, weight.to(dtype).T)
-            if grad_weight is not None:
-                grad_weight += linear(gradient.T, part.to(dtype).T)
+            if needs_weight:
+                product = linear(gradient.T, part.to(dtype).T)
+                # In the wider type; the first needs no zeros to be added to.
+                grad_weight = product.to(loss.dtype) if grad_weight is None else grad_weight.add_(product)
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=loss.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_dtype
         return loss
@@ -133,12 +137,19 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
-def _as_multiplied(weight: Tensor) -> Tensor:
-    """Return the weight in the type that autocast would give it in each product anew."""
-    kind = weight.device.type
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return weight.detach().to(torch.get_autocast_dtype(kind))
-    return weight
+def _terms_for(hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Return what computes a chunk's loss and gradient: on GPUs a compiled kernel, or what one at work fuses."""
+    if torch.compiler.is_compiling():
+        return fusable_terms if hidden.is_cuda else terms
+    return fused_terms if can_compile_for(hidden.device) else terms
+
+
+def _as_multiplied(tensor: Tensor) -> Tensor:
+    """Return a tensor in the type that autocast would give it in each product anew."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return tensor.detach().to(torch.get_autocast_dtype(kind))
+    return tensor
 
 
 def terms(logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float | None) -> tuple[Tensor, Tensor | None]:
@@ -168,17 +179,21 @@ def fusable_terms(
 ) -> tuple[Tensor, Tensor | None]:
     """Do what `terms` does by operators on whole rows alone, none of which writes to a given place.
 
-    A compiler makes two kernels of them: one reads the logits and has the sums, one has the gradient in their type.
+    A compiler makes one kernel of them, which goes over the logits twice: once for their sums, once for the gradient.
+    By `logsumexp`, torch's would go over them three times: what that does about infinities hides the largest logit and
+    the sum from it, which it finds together ("online softmax", arXiv:1805.02867) where they are written so.
     """
     own, values = logits.dtype, logits.to(dtype)
     is_target = wanted != IGNORE_INDEX
     columns = wanted.where(is_target, 0)[:, None]
-    log_sums = values.logsumexp(-1, keepdim=True)
-    loss = (log_sums - values.gather(-1, columns))[:, 0].where(is_target, 0).sum()
+    largest = values.amax(-1, keepdim=True)
+    powers = (values - largest).exp()
+    total = powers.sum(-1, keepdim=True)
+    loss = (total.log() + largest - values.gather(-1, columns))[:, 0].where(is_target, 0).sum()
     if scale is None:
         return loss, None
     is_wanted = torch.arange(values.shape[-1], device=values.device) == columns
-    gradient = ((values - log_sums).exp() - is_wanted.to(dtype)) * (is_target[:, None] * scale)
+    gradient = (powers * total.reciprocal() - is_wanted.to(dtype)) * (is_target[:, None] * scale)
     return loss, gradient.to(own)
 
 

@@ -263,14 +263,17 @@ def _least_holders() -> tuple[int, int]:
 _HOLDERS, _REFERENCES = _least_holders()
 
 
-def is_held_by_others(parameter: Tensor) -> bool:
-    """Return whether anybody but a parameter has its gradient, or memory of it: a list, or a flat buffer."""
+def is_held_by_others(parameter: Tensor, lying_together: int = 1) -> bool:
+    """Return whether anybody but a parameter has its gradient, or memory of it: a list, or a flat buffer.
+
+    `lying_together` gradients of parameters are known to lie in the same memory.
+    """
     gradient = parameter.grad
     if gradient is None:
         return False
     holders = holders_of(gradient)
     del gradient
-    return holders > _HOLDERS or _references_to(parameter) > _REFERENCES
+    return holders >= _HOLDERS + lying_together or _references_to(parameter) > _REFERENCES
 
 
 def version_of(tensor: Tensor) -> int:

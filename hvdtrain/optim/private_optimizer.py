@@ -72,6 +72,17 @@ def skipping_where(optimizer: Any, is_skipped: Tensor) -> Iterator[None]:
         del optimizer.found_inf
 
 
+def tell_scaler(scaler: Any, optimizer: torch.optim.Optimizer, is_infinite: Tensor) -> None:
+    """Have the next `update` of a `torch.amp.GradScaler` go by this, bool, a scalar, instead of what it has looked at.
+
+    It looks at the gradients of the optimizer that it is given: where ranks have a part each, each would move its own
+    factor, and one whose part is empty has nothing to go by.
+    """
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    found.clear()
+    found[is_infinite.device] = is_infinite.float()
+
+
 def hook_before_step(optimizer: torch.optim.Optimizer, hook: Callable[..., Any]) -> None:
     """Register a hook before `step` that runs before all that are registered already."""
     handle = optimizer.register_step_pre_hook(hook)

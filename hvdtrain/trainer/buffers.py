@@ -62,7 +62,7 @@ class ChangingBuffers(Component):
         buffers = dict(model.named_buffers())
         kept = {name: self._kept[name] for name in names if name in self._kept and name in buffers}
         for name, before in kept.items():
-            if step.is_finite.is_cuda:  # asking would mean to wait
+            if not self._world.reads_at_once:
                 buffers[name].copy_(torch.where(step.is_finite, buffers[name], before))
             elif not step.is_finite:
                 buffers[name].copy_(before)

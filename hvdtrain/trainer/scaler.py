@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hvdtrain.optim.private_optimizer import tell_scaler
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
 
@@ -45,7 +46,8 @@ class LossScaler(Component):
         self._scaler.unscale_(training.optimizer)
 
     def after_update(self, training: Training, step: Step) -> None:
-        """Move the factor."""
+        """Move the factor, on all ranks alike: by the norm, not by the gradients that this rank happens to have."""
+        tell_scaler(self._scaler, training.optimizer, ~step.grad_norm.isfinite())
         self._scaler.update()
 
     def metrics(self, training: Training) -> dict[str, float]:

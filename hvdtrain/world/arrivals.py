@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
     from hvdtrain.world.layout import Layout
 
+# More weights than these are seldom joined. What a user holds stays held.
+_TRIES = 6
+
 
 class Arrivals:
     """Follows the backward passes of one exchange, where that is asked for.
@@ -33,8 +36,9 @@ class Arrivals:
         """Parameters in the order in which backward has last added to them; None: not noted, or no longer."""
         self._complete: dict[Bucket, int] = {}
         """How many of a bucket's parameters this pass has finished."""
-        self._held: Bucket | None = None
-        """It has taken in all but what autograd has held, which is free when the next gradient arrives."""
+        self._held: dict[Bucket, int] = {}
+        """They have taken in all but what autograd has held, which is free when the next gradient arrives, or those of
+        the weights that were joined with theirs have; how often that is still tried."""
 
     @staticmethod
     def of(averaging: Averaging, parameters: Iterable[nn.Parameter]) -> Arrivals | None:
@@ -49,13 +53,15 @@ class Arrivals:
             self.finished[parameter] = None
         if not self._takes_in:
             return
-        held, self._held = self._held, None
-        if held is not None and held.takes_in and held.parameters[0].device == parameter.device:
-            held.take_in()
+        for held, tries in [*self._held.items()]:
+            if held.takes_in and held.parameters[0].device == parameter.device and held.take_in() and tries > 1:
+                self._held[held] = tries - 1
+            else:
+                del self._held[held]
         if count == expected and bucket.takes_in:
             arrived = self._complete[bucket] = self._complete.get(bucket, 0) + 1
             if arrived == bucket.num_learning and bucket.take_in():
-                self._held = bucket
+                self._held[bucket] = _TRIES
 
     def end_pass(self, buckets: Iterable[Bucket]) -> None:
         """Take in what is left of a pass after which nothing is sent."""
@@ -67,7 +73,7 @@ class Arrivals:
     def forget(self) -> None:
         """Begin a pass."""
         self._complete.clear()
-        self._held = None
+        self._held.clear()
 
     def agree(self, layout: Layout) -> Arrivals | None:
         """Take rank 0's order for all, once it has had a backward pass; returns who goes on to follow. Collective."""

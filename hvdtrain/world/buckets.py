@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from hvdtrain.models.private_torch import holders_of
 from hvdtrain.world import gradients
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import fill, lies_densely, like, real
-from hvdtrain.world.gradients import Mark, can_be_replaced, has_changed, mark_of
+from hvdtrain.world.gradients import Mark, Memory, has_changed, mark_of
 from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Bucket:
         """Travels with the gradients, if there is one."""
         self.ready = 0
         """How many of the parameters have their whole gradient."""
+        self.neighbours: Callable[[], Iterable[nn.Parameter]] | None = None
+        """Returns the parameters whose gradients may lie in the memory of these; None: these alone."""
         self._codec = codec
         self._world = world
         self._waits: list[tuple[Tensor, Callable[[], Tensor]]] = []
@@ -124,6 +126,9 @@ class Bucket:
         if holders_of(self._wire) > self._holders + own:
             self._allocate()
 
+    def _memory(self) -> Memory:
+        return Memory(self.neighbours or (lambda: self.parameters))
+
     @property
     def num_learning(self) -> int:
         """Return how many of the parameters get a gradient."""
@@ -149,10 +154,10 @@ class Bucket:
         """
         waiting = gradients.waiting(self.parameters, self._views)
         if waiting and self.is_sent:
-            return gradients.let_go(self.parameters, self._views, self._marks, waiting)
+            return gradients.let_go(self.parameters, self._views, self._marks, waiting, self._memory())
         if waiting:
             self._leave_to_holders()
-            return gradients.move(self.parameters, self._views, waiting)
+            return gradients.move(self.parameters, self._views, waiting, self._memory())
         return False
 
     def send(self) -> None:
@@ -205,8 +210,9 @@ class Bucket:
             self.question.read(self._users)
         self._codec.received(self.name, self._users)
         self._waits, self._marks, self.ready = [], [], 0
+        memory = self._memory()
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
-            is_free, dtype = can_be_replaced(parameter), self._forms[i][0]
+            is_free, dtype = memory.can_be_replaced(parameter), self._forms[i][0]
             gradient = parameter.grad
             if gradient is None and not self._users[i]:  # asked only where it is in doubt: on a GPU it waits
                 continue

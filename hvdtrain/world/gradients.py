@@ -7,7 +7,8 @@ as all of it is there, and those of backward are freed: at most about one bucket
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,34 @@ def has_changed(gradient: Tensor, mark: Mark) -> bool:
     return gradient is not mark[0] or version_of(gradient) != mark[1]
 
 
-def can_be_replaced(parameter: nn.Parameter) -> bool:
-    """Return whether another tensor may become the gradient: a user's list or flat buffer must see the mean."""
-    return parameter.grad is None or (parameter.grad.is_contiguous() and not is_held_by_others(parameter))
+class Memory:
+    """Tells whether gradients have their memory to themselves, or with gradients of other parameters alone.
+
+    What a product of joined weights has for a gradient is one tensor, of which each parameter's `.grad` is a part.
+
+    Args:
+        parameters: returns those whose gradients may lie together; they are looked at once, and where it matters.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[nn.Parameter]]) -> None:
+        self._parameters = parameters
+        self._counts: Counter[int] | None = None
+
+    def can_be_replaced(self, parameter: nn.Parameter) -> bool:
+        """Return whether another tensor may become the gradient: a user's list or flat buffer must see the mean."""
+        if parameter.grad is None:
+            return True
+        if not parameter.grad.is_contiguous():
+            return False
+        if not is_held_by_others(parameter):
+            return True
+        place = parameter.grad.untyped_storage().data_ptr()
+        if self._counts is None:
+            there = (other.grad for other in self._parameters())
+            dense = (own for own in there if own is not None and own.layout == torch.strided)
+            self._counts = Counter(own.untyped_storage().data_ptr() for own in dense)
+        together = self._counts[place]
+        return together > 1 and not is_held_by_others(parameter, together)
 
 
 def waiting(parameters: Sequence[nn.Parameter], views: Sequence[Tensor]) -> list[int]:
@@ -54,12 +80,12 @@ def _could_move(gradient: Tensor) -> bool:
 
 
 @torch.no_grad()
-def move(parameters: Sequence[nn.Parameter], views: Sequence[Tensor], places: Sequence[int]) -> bool:
+def move(parameters: Sequence[nn.Parameter], views: Sequence[Tensor], places: Sequence[int], memory: Memory) -> bool:
     """Copy gradients into their parts of the buffer, and make these the gradients; returns whether one is left.
 
     Left is what something else holds, which must go on to see what becomes of it.
     """
-    free = [place for place in places if can_be_replaced(parameters[place])]
+    free = [place for place in places if memory.can_be_replaced(parameters[place])]
     if free:
         sources = [real(_gradient(parameters[place]).detach()) for place in free]
         copy_all_([views[place] for place in free], sources)
@@ -70,7 +96,11 @@ def move(parameters: Sequence[nn.Parameter], views: Sequence[Tensor], places: Se
 
 
 def let_go(
-    parameters: Sequence[nn.Parameter], views: Sequence[Tensor], marks: list[Mark | None], places: Sequence[int]
+    parameters: Sequence[nn.Parameter],
+    views: Sequence[Tensor],
+    marks: list[Mark | None],
+    places: Sequence[int],
+    memory: Memory,
 ) -> bool:
     """Do the same where the buffer has the numbers already, and is on the wire; what was changed stays, to be seen."""
     left = False
@@ -80,7 +110,7 @@ def let_go(
             left = True
             continue
         marks[place] = mark = None  # which holds it
-        if can_be_replaced(parameter):
+        if memory.can_be_replaced(parameter):
             parameter.grad = _as_gradient(parameter, views[place])
         else:
             left = True

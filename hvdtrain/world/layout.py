@@ -130,6 +130,7 @@ class Layout:
             self._codec.lay_out(name, [(self.name(p), real(p.detach()).shape) for p in group])
             as_views = self._averaging.gradient_as_bucket_view and not is_adasum
             bucket = kind(self._prefix, name, group, self._codec, self._world, has_square, as_views)
+            bucket.neighbours = self._parameters
             if not self.buckets and not is_adasum and group[0].device.type == "cpu":
                 bucket.question, self.question.is_carried = self.question, True
             self.buckets.append(bucket)

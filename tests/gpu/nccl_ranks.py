@@ -121,10 +121,24 @@ def own_streams(world):
             assert bool((got == 2.0 * i * world.size).all()), i
 
 
-def wide(world, accum_steps, as_views):
+class Joined(nn.Module):
+    """Layers whose weights are put together for one product: each gradient is a part of the product's."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        both = nn.functional.linear(x, torch.cat([layer.weight for layer in self.layers]))
+        return both.unflatten(-1, (len(self.layers), -1)).sum(-2)
+
+
+def wide(world, accum_steps, as_views, joins):
     """Train a network whose gradients fill many buckets; return its weights and the peak, in bytes a parameter."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(16))).to(world.device)
+    layers = [nn.Linear(2048, 2048, bias=False) for _ in range(16)]
+    groups = [Joined(*layers[i : i + 2]) for i in range(0, 16, 2)] if joins else layers
+    model = nn.Sequential(*groups).to(world.device)
     optimizer = world.wrap(
         torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
         model,
@@ -149,14 +163,14 @@ def wide(world, accum_steps, as_views):
 
 def gradient_views(world):
     """Gradients in the buckets: the same weights, in about 16 bytes a parameter instead of 20."""
-    for accum_steps in (1, 2):
-        plain, in_20 = wide(world, accum_steps, False)
+    for accum_steps, joins in ((1, False), (1, True), (2, False)):
+        plain, in_20 = wide(world, accum_steps, False, joins)
         plain = [parameter.cpu() for parameter in plain]
-        views, in_16 = wide(world, accum_steps, True)
+        views, in_16 = wide(world, accum_steps, True, joins)
         same = [torch.equal(a, b.cpu()) for a, b in zip(plain, views, strict=True)]
         del views
         assert all(same), same  # of two ranks' sums no order of the buckets changes a bit
-        assert in_16 < in_20 - 2.5, (accum_steps, in_16, in_20)
+        assert in_16 < in_20 - 2.5, (accum_steps, joins, in_16, in_20)
 
 
 CHECKS = (all_reduces, gathers, broadcasts, optimizers, gradient_views, sparse_gradients, many_in_flight, own_streams)

@@ -35,6 +35,49 @@ def test_the_fused_loss_is_the_plain_one():
         assert (one - other).norm() < 0.02 * other.norm()
 
 
+def test_the_loss_is_one_kernel_that_goes_over_the_logits_twice():
+    from torch._inductor.utils import run_and_get_code
+
+    from hvdtrain.models.loss import fusable_terms
+
+    logits, wanted = torch.randn(512, 50_304, device=GPU, dtype=torch.bfloat16), torch.arange(512, device=GPU)
+    kernel = torch.compile(fusable_terms, fullgraph=True)
+    _, (code, *_) = run_and_get_code(kernel, logits, wanted, torch.float32, 1.0)
+    assert "online_softmax" in code
+    assert code.count(".run(") <= 3  # the gradient and each row's loss; their sum
+
+
+def test_products_of_a_block_are_joined_compiled_or_not():
+    """Four products forward and eight backward, and the gradients of products that are not."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from hvdtrain.models import linear
+    from hvdtrain.models.config import DecoderConfig
+    from hvdtrain.models.decoder import Decoder
+
+    config = DecoderConfig(num_layers=1, hidden_size=512, num_heads=8, num_kv_heads=2)
+    tokens, found, products = torch.randint(100, (4, 256), device=GPU), [], []
+    joins = linear._gains_by_one
+    for way in ("apart", "joined", "compiled"):
+        model = Decoder(config, 100, seed=0).to(GPU)
+        if way == "compiled":
+            model.model.layers[0].compile(fullgraph=True)
+        linear._gains_by_one = (lambda x: False) if way == "apart" else joins
+        try:
+            for _ in range(2):
+                model.zero_grad()
+                with profile(activities=[ProfilerActivity.CPU]) as seen, torch.autocast("cuda", torch.bfloat16):
+                    model.model(tokens).float().square().mean().backward()
+        finally:
+            linear._gains_by_one = joins
+        products.append(sum(event.count for event in seen.key_averages() if event.key == "aten::mm"))
+        found.append([parameter.grad for parameter in model.model.parameters()])
+    assert products[:2] == [21, 12]
+    assert products[2] in (0, 12)  # a compiled block may call cuBLAS past torch's dispatcher
+    for other in found[1:]:
+        assert all((a - b).norm() < 0.03 * a.norm() for a, b in zip(found[0], other, strict=True))
+
+
 def test_a_mask_with_grouped_queries_keeps_no_products():
     from hvdtrain.models.config import DecoderConfig
     from hvdtrain.models.decoder import Decoder

@@ -9,11 +9,13 @@ import torch
 from digits import write_digits
 
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.progress import Progress
 from hvdtrain.recipes import load_recipe
 from hvdtrain.trainer.peaks import data_sheet_peak, is_part_of_card
 from hvdtrain.verbs.bench import command, measure
 from hvdtrain.verbs.bench.measure import PARTS, variants
 from hvdtrain.verbs.bench.report import row_of, throughput_lines
+from hvdtrain.verbs.phase_clock import PhaseClock
 from hvdtrain.world import SoloWorld
 
 
@@ -60,7 +62,14 @@ def test_variants_on_a_gpu_are_built_measured_and_freed_one_by_one(monkeypatch, 
     recipe = load_recipe("mnist")
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, root=str(tmp_path)))
     world = SoloWorld(torch.device("cpu"), Launch("none"))
-    alive, most = [], 0
+    alive, most, clocks = [], 0, []
+    seconds = measure.Variant._seconds
+
+    def noted(variant, steps, progress):
+        clocks.append((type(progress), found := seconds(variant, steps, progress)))
+        return found
+
+    monkeypatch.setattr(measure.Variant, "_seconds", noted)
 
     class Watched(measure.Possible):
         def __iter__(self):
@@ -75,6 +84,10 @@ def test_variants_on_a_gpu_are_built_measured_and_freed_one_by_one(monkeypatch, 
     assert len(built) > 2
     assert most == 1
     assert all(len(variant.steps_s) == len(variant.parts_s) == 2 for variant in built)
+    # What waits for the GPU at each part is not in the time of a step: that is taken without, the parts afterwards.
+    assert [kind for kind, _ in clocks] == [Progress, PhaseClock] * (len(clocks) // 2)
+    whole = [found for kind, found in clocks if kind is Progress]
+    assert {second for variant in built for second in variant.steps_s} <= set(whole)
     assert flops > 0
     assert memory > 0
 

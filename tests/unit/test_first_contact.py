@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from thread_world import ThreadWorld, run_ranks
 
 from hvdtrain.errors import LaunchError
+from hvdtrain.world import start
 from hvdtrain.world.first_contact import contact_gpus
 
 HANGS = """
@@ -66,3 +68,19 @@ def test_a_wrong_sum_is_an_error_of_the_launch():
             contact_gpus(world)
 
     run_ranks(2, work)
+
+
+def test_ranks_meet_as_soon_as_each_has_its_gpu(monkeypatch):
+    """Before anything else is done there: NCCL takes its memory before anybody asks how much is left."""
+    worlds, calls = {}, {}
+
+    def work(world):
+        here = threading.get_ident()
+        worlds[here], calls[here] = world, []
+        return start.init().device.index, calls[here]
+
+    monkeypatch.setattr(start, "connect", lambda groups: worlds[threading.get_ident()])
+    monkeypatch.setattr(start, "visible_gpus", lambda: ("GPU-a", "GPU-b"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls[threading.get_ident()].append(device.index))
+    monkeypatch.setattr(start, "contact_gpus", lambda world: calls[threading.get_ident()].append("contact"))
+    assert run_ranks(2, work) == [(0, [0, "contact"]), (1, [1, "contact"])]

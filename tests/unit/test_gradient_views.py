@@ -127,6 +127,56 @@ def test_gradients_are_there_once(accum_steps):
     assert all(peak < sent + 3.5 for peak in mine), mine
 
 
+class Joined(nn.Module):
+    """Weights that are put together for one product, whose gradient is one tensor: each `.grad` is a part of it."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+        self.layers = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(12))
+
+    def forward(self, x):
+        for start in range(0, 12, self.times):
+            weights = [layer.weight for layer in self.layers[start : start + self.times]]
+            x = nn.functional.linear(x, torch.cat(weights)).unflatten(-1, (-1, 64)).mean(-2)
+        return x
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("in_bucket", [1, 2, 12])
+def test_gradients_of_joined_weights_move_too(times, in_bucket):
+    """Also where a bucket ends between them; what a user holds of them stays."""
+    size, joined = 64 * 64 * 4, Joined(times)
+
+    def work(world, keeps=False, **options):
+        model = copy.deepcopy(joined)
+        x = torch.randn(2, 64, generator=torch.Generator().manual_seed(world.rank))
+        optimizer = world.wrap(
+            torch.optim.SGD(model.parameters(), lr=0.1), model, bucket_bytes=in_bucket * size, **options
+        )
+        peaks, held = [], []
+        for _ in range(3):
+            optimizer.zero_grad()
+            with LiveBytes() as live:
+                model(x).square().mean().backward()
+            peaks.append(live.peak / size)
+            parts = {layer.weight.grad.untyped_storage().data_ptr() for layer in model.layers}
+            if keeps:
+                held.append((model.layers[4].weight.grad, model.layers[4].weight.grad.clone()))
+            optimizer.step()
+        return max(peaks[1:]), len(parts), [p.detach() for p in model.parameters()], held
+
+    plain, views = run_ranks(2, work)[0], run_ranks(2, lambda world: work(world, **VIEWS))[0]
+    assert all(map(torch.equal, plain[2], views[2]))
+    assert all(torch.equal(a, b) for a, b in run_ranks(2, lambda world: work(world, True, **VIEWS))[0][3])
+    buckets = -(-12 // in_bucket)
+    assert plain[1] == views[1] == buckets  # they are parts of the buffers, not of the products' gradients
+    sent = 12 + buckets * 0.01  # ThreadWorld's copies, and each bucket's counts
+    assert plain[0] > sent + 12 - 0.1
+    if in_bucket < 12:  # ThreadWorld adds up a whole bucket at a time
+        assert views[0] < sent + in_bucket + times + 2.5
+
+
 def test_a_gradient_that_is_changed_on_the_wire_is_refused():
     def work(world):
         model = Deep()

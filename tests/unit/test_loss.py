@@ -73,8 +73,21 @@ def test_what_is_fused_on_gpus_is_the_same(dtype, scale):
             assert own_gradient is gradient is None
         else:
             assert own_gradient.dtype == dtype
-            torch.testing.assert_close(own_gradient, gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+            torch.testing.assert_close(own_gradient, gradient, rtol=6 * torch.finfo(dtype).eps, atol=1e-7)
     torch._dynamo.reset()
+
+
+def test_infinities_among_logits():
+    """One may rule a token out; another leaves a loss that is not finite, whose step is skipped."""
+    logits, wanted = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    logits[:, 7] = -torch.inf
+    loss, gradient = terms(logits.clone(), wanted, torch.float32, 1.0)
+    own_loss, own_gradient = fusable_terms(logits, wanted, torch.float32, 1.0)
+    assert loss.isfinite()
+    torch.testing.assert_close(own_loss, loss)
+    torch.testing.assert_close(own_gradient, gradient)
+    logits[1, 5] = torch.inf
+    assert not any(way(logits.clone(), wanted, torch.float32, 1.0)[0].isfinite() for way in (terms, fusable_terms))
 
 
 def test_kernels_that_cannot_be_compiled_are_said_once_and_done_without(monkeypatch, caplog):
@@ -103,7 +116,7 @@ def test_a_weight_is_cast_once(monkeypatch):
 
     with torch.autocast("cpu", torch.bfloat16), Casts():
         chunked_loss(hidden, weight, targets, 2)
-    assert casts == [torch.float32]
+    assert casts.count(torch.float32) == 1  # and the first chunk's gradient to fp32
 
 
 def test_without_gradients_none_is_computed():

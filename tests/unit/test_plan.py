@@ -16,7 +16,7 @@ from hvdtrain.optim.noise import NoiseScale, Norms, agreement, noise_of_training
 from hvdtrain.rundir.manifest import Manifest, encode_manifest
 from hvdtrain.settings.compression import EXACT
 from hvdtrain.verbs.plan import comparison, costs
-from hvdtrain.verbs.plan.all_reduce import groups_of
+from hvdtrain.verbs.plan.all_reduce import groups_of, sizes_for
 from hvdtrain.verbs.plan.answer import answer, worker_counts
 from hvdtrain.verbs.plan.facts import Facts, compute_on
 from hvdtrain.verbs.plan.local import cut, local_step_time
@@ -460,6 +460,15 @@ def test_ranks_of_a_host_share_it():
     straggling = facts(together=Compute(0.09, 0.18, 0.03))  # one rank a host, and one of the hosts is slow
     assert compute_on(straggling, Layout(1, 1)) == straggling.alone
     assert compute_on(straggling, Layout(8, 8)) == straggling.together
+
+
+def test_all_reduces_are_measured_up_to_the_size_of_the_largest_bucket():
+    """A tied embedding may be 147 MiB, and buckets for GPUs 400: half of that says nothing of a fast network."""
+    for largest in (3 << 20, 25 << 20, 147 << 20, 400 << 20):
+        sizes = sizes_for([1 << 20, largest, 2 << 20])
+        assert sizes[-1] == largest
+        assert len(sizes) > 3
+        assert all(0 < size <= largest for size in sizes)
 
 
 def test_groups():

@@ -7,6 +7,7 @@ from torch import nn
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import divisions
 from hvdtrain.optim.table import OPTIMIZERS, settings_class
 from hvdtrain.optim.torch_class import _torch_optimizers
@@ -16,6 +17,7 @@ from hvdtrain.trainer.ema import WeightAverage
 from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.memory import estimate
 from hvdtrain.trainer.rehearsal import rehearse
+from hvdtrain.trainer.scaler import LossScaler
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.unfreezing import GradualUnfreezing
 from hvdtrain.world.pieces import cut_for
@@ -146,6 +148,39 @@ def test_other_types(precision, compression):
     comm = CommConfig(compression=compression)
     difference, *_ = both(2, lambda shard: settings(shard, train=train, comm=comm))
     assert difference < (1e-2 if precision == "bf16-true" else 1e-5)
+
+
+class Overflowing(nn.Module):
+    """So few weights that some ranks have none; the second step's gradient of one of them is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.calls = nn.Linear(18, 1), nn.Linear(1, 1), 0
+
+    def forward(self, x):
+        self.calls += 1
+        weight = self.last.weight * 1
+        if self.calls == 2:
+            weight.register_hook(lambda gradient: gradient * torch.inf)
+        return nn.functional.linear(self.first(x.flatten(1)), weight, self.last.bias)
+
+
+def test_the_loss_scale_moves_alike_whichever_rank_has_the_part_that_overflows():
+    """Each would go by its own part; who has none would have nothing to go by."""
+
+    def loss_sums(model, batch):
+        return {"loss": (model(batch[0]) - batch[1]).square().sum() * 1e-3}
+
+    def work(world):
+        data = TensorSamples(X, Y)
+        task = Task(model=Overflowing(), train_data=data, val_data=data, loss_sums=loss_sums)
+        _, training, metrics = trained(world, settings(True, train={"precision": "fp16"}), task)
+        assert metrics["train/skipped_steps"] == 1
+        return len(owned_by(training.optimizer)), training.component(LossScaler).scale
+
+    pieces, scales = zip(*run_ranks(4, work), strict=True)
+    assert 0 in pieces
+    assert set(scales) == {2.0**15}
 
 
 class AskedLater(ThreadWorld):
