@@ -17,6 +17,7 @@ from hvdtrain.compat.reductions import (
     allreduce,
     allreduce_async,
     allreduce_async_,
+    detached,
 )
 
 
@@ -94,7 +95,7 @@ def grouped_allgather_async(
     tensors: Sequence[Tensor], name: str | None = None, process_set: Any = global_process_set
 ) -> Handle:
     """Return a handle of a `grouped_allgather`, which has been waited for. Collective."""
-    return finished(grouped_allgather([tensor.detach() for tensor in tensors], name, process_set))
+    return finished(grouped_allgather([detached(tensor) for tensor in tensors], name, process_set))
 
 
 def grouped_reducescatter(
@@ -121,5 +122,5 @@ def grouped_reducescatter_async(
 ) -> Handle:
     """Return a handle of a `grouped_reducescatter`, which has been waited for. Collective."""
     more = (op, process_set, prescale_factor, postscale_factor)
-    parts = _each_named([tensor.detach() for tensor in tensors], name)
+    parts = _each_named([detached(tensor) for tensor in tensors], name)
     return finished([reducescatter(tensor, part, Compression.none, *more) for tensor, part in parts])

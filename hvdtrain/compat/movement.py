@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from hvdtrain.compat.place import check_process_set, global_process_set, world
-from hvdtrain.compat.reductions import Average, Compression, Compressor, Handle, differentiable, into, scaled, word_of
+from hvdtrain.compat.reductions import (
+    Average,
+    Compression,
+    Compressor,
+    Handle,
+    detached,
+    differentiable,
+    into,
+    scaled,
+    word_of,
+)
 from hvdtrain.errors import UsageError
 
 
@@ -31,7 +41,7 @@ def allgather(tensor: Tensor, name: str | None = None, process_set: Any = global
 
 def allgather_async(tensor: Tensor, name: str | None = None, process_set: Any = global_process_set) -> Handle:
     """Return a handle of an `allgather`, which has been waited for. Collective."""
-    return finished(allgather(tensor.detach(), name, process_set))
+    return finished(allgather(detached(tensor), name, process_set))
 
 
 def finished(result: Any) -> Handle:
@@ -62,7 +72,7 @@ def broadcast_async(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: Any = global_process_set
 ) -> Handle:
     """Return a handle of a `broadcast`, which has been waited for. Collective."""
-    return finished(broadcast(tensor.detach(), root_rank, name, process_set))
+    return finished(broadcast(detached(tensor), root_rank, name, process_set))
 
 
 def broadcast_async_(
@@ -92,6 +102,7 @@ def alltoall(tensor: Tensor, splits: Any = None, name: str | None = None, proces
         return differentiable(
             tensor, lambda value: here.all_to_all(value, kind), lambda gradient: here.all_to_all(gradient, back)
         )
+    detached(tensor)
     if tensor.requires_grad and torch.is_grad_enabled():
         raise UsageError("alltoall with splits has no derivative here: give equal parts, or tensor.detach()")
     counts = [int(count) for count in splits]
@@ -107,7 +118,7 @@ def alltoall_async(
     tensor: Tensor, splits: Any = None, name: str | None = None, process_set: Any = global_process_set
 ) -> Handle:
     """Return a handle of an `alltoall`, which has been waited for. Collective."""
-    return finished(alltoall(tensor.detach(), splits, name, process_set))
+    return finished(alltoall(detached(tensor), splits, name, process_set))
 
 
 def reducescatter(
@@ -124,7 +135,7 @@ def reducescatter(
     here, word, kind = world(), word_of(op), name and f"reducescatter.{name}"
     if word not in ("mean", "sum"):
         raise UsageError("reducescatter can be asked for Sum and Average")
-    each, more = divmod(len(tensor), here.size)
+    each, more = divmod(len(detached(tensor)), here.size)
     lengths = [each + (rank < more) for rank in range(here.size)]
 
     def scatter(value: Tensor) -> Tensor:
@@ -152,7 +163,7 @@ def reducescatter_async(
 ) -> Handle:
     """Return a handle of a `reducescatter`, which has been waited for. Collective."""
     return finished(
-        reducescatter(tensor.detach(), name, Compression.none, op, process_set, prescale_factor, postscale_factor)
+        reducescatter(detached(tensor), name, Compression.none, op, process_set, prescale_factor, postscale_factor)
     )
 
 

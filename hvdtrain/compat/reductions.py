@@ -103,6 +103,20 @@ def word_of(op: int | None, average: bool | None = None) -> ReduceOp | Literal["
     return _WORDS[op]
 
 
+def detached(tensor: Any) -> Tensor:
+    """Return the tensor without its history.
+
+    Raises:
+        UsageError: it is no tensor.
+    """
+    if not isinstance(tensor, Tensor):
+        raise UsageError(
+            f"Horovod's collectives take tensors, not an object of type {type(tensor).__name__}: give"
+            " torch.tensor(value), and .item() gives the number back"
+        )
+    return tensor.detach()
+
+
 class _Differentiable(torch.autograd.Function):
     """A collective whose derivative is another one."""
 
@@ -124,8 +138,9 @@ def differentiable(
     tensor: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor] | None
 ) -> Tensor:
     """Return `forward(tensor)`, whose derivative is `backward`; None: it has none, and backward says so."""
+    own = detached(tensor)
     if not tensor.requires_grad or not torch.is_grad_enabled():
-        return forward(tensor.detach())
+        return forward(own)
     return cast(Tensor, _Differentiable.apply(tensor, forward, backward))  # type: ignore[no-untyped-call]
 
 
@@ -183,7 +198,7 @@ def allreduce_async(
 ) -> Handle:
     """Begin an `allreduce`. Collective."""
     check_process_set(process_set)
-    own = scaled(tensor.detach(), prescale_factor)
+    own = scaled(detached(tensor), prescale_factor)
     wait = _start_reduction(own, word_of(op, average), name and f"allreduce.{name}")
     return Handle(lambda: scaled(wait(), postscale_factor))
 
@@ -232,7 +247,7 @@ def sparse_allreduce_async(tensor: Tensor, name: str, op: int, process_set: Any 
     word = word_of(op)
     if word not in ("sum", "mean"):
         raise UsageError("a sparse tensor can be reduced by Sum and Average")
-    own = tensor.coalesce()
+    own = detached(tensor).coalesce()
     rows = world().all_gather(own.indices().t().contiguous(), f"sparse.{name}.rows")
     values = world().all_gather(own.values(), f"sparse.{name}.values")
     values = values / world().size if word == "mean" else values

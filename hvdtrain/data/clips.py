@@ -48,7 +48,7 @@ def find_clips(path: str, reader: PairReader) -> list[Clip]:
     Raises:
         DataError: there are none, or one has no text and is not to be passed over.
     """
-    documents = find_documents(path)
+    documents = find_documents(path, lambda lost: reader.pass_over(f"the clip {lost} is a link to what is not there"))
     heard = [document for document in documents if document.path.suffix.lower() in SUFFIXES]
     if not heard:
         clips = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdtrain.data.image_decoding import in_rgb, open_image
 from hvdtrain.data.images_config import ImagesConfig
+from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of files that are taken for images, as torchvision does."""
 _TRAIN, _HELD_OUT = "train", ("val", "valid", "validation", "test")
+# Kinds of other files that are named.
+_MOST_KINDS = 5
 
 
 class ImageSource(Protocol):
@@ -66,11 +71,9 @@ class FolderImages:
         self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
     def open(self, index: int) -> Any:
-        """Read and decode a file, as torchvision does."""
-        from PIL import Image
-
+        """Read and decode a file, as torchvision does, but upright where its EXIF says how it lies."""
         with Path(self.name(index)).open("rb") as file:
-            return eight_bits(Image.open(file)).convert("RGB")
+            return in_rgb(open_image(file))
 
     def name(self, index: int) -> str:
         """Return the path of an image."""
@@ -114,24 +117,6 @@ class ImagesInMemory:
         return digest.hexdigest()
 
 
-def eight_bits(image: Any) -> Any:
-    """Return an image of PIL with 8 bits a channel: of 16, the upper ones, where Pillow makes all above 255 white.
-
-    Raises:
-        ValueError: its numbers have no known range.
-    """
-    from PIL import Image
-
-    if image.mode == "F":
-        raise ValueError("its pixels are real numbers, of no known range: convert it to 8 bits a channel")
-    if not image.mode.startswith("I"):
-        return image
-    pixels = np.asarray(image)
-    if pixels.size and not 0 <= pixels.min() <= pixels.max() < 1 << 16:
-        raise ValueError("its pixels have 32 bits, of no known range: convert it to 8 bits a channel")
-    return Image.fromarray((pixels.astype(np.uint32) >> 8).astype(np.uint8))
-
-
 @dataclass(frozen=True)
 class Images:
     """Training images and held-out ones, and what a person should know of them."""
@@ -152,29 +137,42 @@ def find_images(config: ImagesConfig) -> Images:
     root = Path(config.root).expanduser()
     if config.dataset == "cifar10":
         return Images(_cifar10(root, train=True), _cifar10(root, train=False))
-    return _folders(root, config.val_fraction)
+    return _folders(root, config.val_fraction, may_skip=config.on_error == "skip")
 
 
-def _folders(root: Path, val_fraction: float) -> Images:
+def _folders(root: Path, val_fraction: float, may_skip: bool) -> Images:
+    for name in (_TRAIN, *_HELD_OUT):
+        if leads_nowhere(root / name):
+            refuse_link(root / name)
     inner = root / _TRAIN if (root / _TRAIN).is_dir() else root
     classes = _classes_in(inner)
-    names, labels, passed_over = _list(inner, classes)
+    names, labels, others = _list(inner, classes, may_skip)
     held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None) if inner != root else None
     if held_out is not None:
         unknown = sorted({*_classes_in(held_out)} - {*classes})
         if unknown:
             raise DataError(f"{held_out / unknown[0]} is a class that {inner} does not have: remove or rename it")
-        val_names, val_labels, more = _list(held_out, classes)
-        passed_over += more
+        val_names, val_labels, more = _list(held_out, classes, may_skip)
+        others += more
     else:
         held_out, parts = inner, [_place(name) < val_fraction for name in names]
         val_names, val_labels = _those(names, labels, parts, True)
         names, labels = _those(names, labels, parts, False)
     _check_some(inner, classes, labels, held_out, val_names)
-    about = f"; {passed_over:,} other files were passed over" if passed_over else ""
     return Images(
-        FolderImages(inner, names, labels, classes), FolderImages(held_out, val_names, val_labels, classes), about
+        FolderImages(inner, names, labels, classes),
+        FolderImages(held_out, val_names, val_labels, classes),
+        _about(others),
     )
+
+
+def _about(others: Counter[str]) -> str:
+    """Return what a person should know of files that were taken for no images, counted by their endings."""
+    if not others:
+        return ""
+    kinds = [kind for kind, _ in others.most_common(_MOST_KINDS)]
+    more = ", ..." * (len(others) > len(kinds))
+    return f"; {others.total():,} other files were passed over ({', '.join(kinds)}{more})"
 
 
 def _those(names: list[str], labels: list[int], parts: list[bool], part: bool) -> tuple[list[str], list[int]]:
@@ -206,33 +204,62 @@ def _check_some(inner: Path, classes: tuple[str, ...], labels: list[int], held_o
 
 def _classes_in(folder: Path) -> tuple[str, ...]:
     try:
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+        entries = _seen_in(folder)
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if leads_nowhere(entry):  # it may have been a class
+            refuse_link(entry.path)
     if not classes:
         raise DataError(f"{folder} has no folders: one for each class is needed, as in ROOT/train/CLASS/NAME.jpg")
     return tuple(classes)
 
 
-def _list(folder: Path, classes: tuple[str, ...]) -> tuple[list[str], list[int], int]:
-    """Return paths in `folder` and labels of all images, class by class, and how many other files there are."""
+def _seen_in(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Return what a folder holds; what is hidden is left out."""
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _list(folder: Path, classes: tuple[str, ...], may_skip: bool) -> tuple[list[str], list[int], Counter[str]]:
+    """Return paths in `folder` and labels of all images, class by class, and the endings of all other files.
+
+    Where images may be skipped, a link to what is not there is one that cannot be read.
+
+    Raises:
+        DataError: a folder cannot be read, or a link leads nowhere.
+    """
     names: list[str] = []
     labels: list[int] = []
-    others = 0
-    for label, name in enumerate(classes):
-        try:
-            files = [*_files_in(folder, name, set())]
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-        images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-        others += len(files) - len(images)
-        names += images
-        labels += [label] * len(images)
+    try:
+        others = Counter(_ending(entry.name) for entry in _seen_in(folder) if not entry.is_dir())
+        for label, name in enumerate(classes):
+            images: list[str] = []
+            for file, entry in _files_in(folder, name, set()):
+                is_lost = not entry.is_file() and leads_nowhere(entry)
+                if is_lost and not may_skip:
+                    raise DataError(
+                        f"{entry.path} is a link to what is not there: mend or remove it, or pass over such"
+                        " images with --data.on-error skip"
+                    )
+                if file.lower().endswith(EXTENSIONS) and (is_lost or entry.is_file()):
+                    images.append(file)
+                else:
+                    others[_ending(file)] += 1
+            names += sorted(images)
+            labels += [label] * len(images)
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     return names, labels, others
 
 
-def _files_in(folder: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Yield the paths in `folder` of the regular files below `inside`; links are followed, into each folder once."""
+def _ending(name: str) -> str:
+    return Path(name).suffix.lower() or "without an ending"
+
+
+def _files_in(folder: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield the paths in `folder` of what lies below `inside`; links are followed, into each folder once."""
     place = folder / inside
     if not place.is_dir():
         return
@@ -240,15 +267,12 @@ def _files_in(folder: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator
     if (about.st_dev, about.st_ino) in seen:
         return
     seen.add((about.st_dev, about.st_ino))
-    with os.scandir(place) as entries:
-        for entry in entries:
-            name = f"{inside}/{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _files_in(folder, name, seen)
-            elif entry.is_file():
-                yield name
+    for entry in _seen_in(place):
+        name = f"{inside}/{entry.name}"
+        if entry.is_dir():
+            yield from _files_in(folder, name, seen)
+        else:
+            yield name, entry
 
 
 def _place(name: str) -> float:

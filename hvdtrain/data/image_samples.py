@@ -24,6 +24,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNREAD = -100
 """Label of an image that could not be read; torch's cross entropy passes over it."""
 _POOL = 64
+# An image that is so many times as long as it is wide is cut to that, in the middle, before it is made larger: a line
+# of one pixel's width would become gigabytes.
+_LONGEST = 32
 
 Transform = Callable[[Any], Tensor]
 
@@ -140,7 +143,21 @@ def _rectangle(size: int, share: float) -> tuple[slice, slice]:
 def eval_transform(config: ImagesConfig) -> Transform:
     """Return what is done to an image in evaluation: the shorter side resized, the middle cut out."""
     v2: Any = import_torchvision("torchvision.transforms.v2")
-    return v2.Compose([v2.Resize(config.resize, antialias=True), v2.CenterCrop(config.size), v2.PILToTensor()])  # type: ignore[no-any-return]
+    return v2.Compose([*_middle_by(v2, config), v2.PILToTensor()])  # type: ignore[no-any-return]
+
+
+def _middle_by(v2: Any, config: ImagesConfig) -> list[Any]:
+    return [not_too_long, v2.Resize(config.resize, antialias=True), v2.CenterCrop(config.size)]
+
+
+def not_too_long(image: Any) -> Any:
+    """Return an image of PIL, of one that is far longer than wide the middle."""
+    short, long = sorted(image.size)
+    if long <= _LONGEST * short:
+        return image
+    width, height = (min(side, _LONGEST * short) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def train_transform(config: ImagesConfig) -> Transform:
@@ -151,10 +168,9 @@ def train_transform(config: ImagesConfig) -> Transform:
     if kind == "resized-crop":
         steps.append(v2.RandomResizedCrop(size, antialias=True))
     elif kind == "padded-crop":
-        middle = [v2.Resize(config.resize, antialias=True), v2.CenterCrop(size)]
-        steps += [*middle, v2.RandomCrop(size, padding=max(1, size // 8))]
+        steps += [*_middle_by(v2, config), v2.RandomCrop(size, padding=max(1, size // 8))]
     else:
-        steps += [v2.Resize(config.resize, antialias=True), v2.CenterCrop(size)]
+        steps += _middle_by(v2, config)
     if kind != "none" and config.flip > 0:
         steps.append(v2.RandomHorizontalFlip(config.flip))
     policies: dict[str, Callable[[], list[Any]]] = {

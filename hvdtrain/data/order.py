@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvdtrain.data.dataset import contiguous_share, in_batches
 from hvdtrain.data.draws import Draws, Request
-from hvdtrain.data.samplers import Sampler, Shuffled
+from hvdtrain.data.samplers import Sampler, Shuffled, drawn_by
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import BatchPlan
 
@@ -92,7 +92,7 @@ class SampleOrder:
             if place == (epoch, first):
                 return found
         positions = self._positions(first, self._steps_at_once)
-        samples = torch.from_numpy(self.sampler.samples(positions, self.num_samples, self.seed, epoch))
+        samples = torch.from_numpy(drawn_by(self.sampler, positions, self.num_samples, self.seed, epoch))
         batches: tuple[Tensor, ...] = torch.split(samples, self.plan.global_batch_size)
         # Frozen for whoever has an order; one tuple, replaced as a whole, for whichever thread looks.
         object.__setattr__(self, "_chunks", (((epoch, first), batches), *self._chunks[:1]))

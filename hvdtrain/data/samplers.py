@@ -15,8 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdtrain.errors import DataError
+from hvdtrain.process.arguments import misfit
 
 _ROUNDS = 6
+_GIVEN = ("positions", "num_samples", "seed", "epoch")
+"""What a sampler is given."""
 
 
 class Sampler(Protocol):
@@ -143,6 +146,12 @@ _INSTEAD = {
 def check_kind(sampler: Any) -> None:
     """Raise DataError where `Task(sampler=...)` is no `Sampler`."""
     if sampler is None or (not isinstance(sampler, type) and callable(getattr(sampler, "samples", None))):
+        written = misfit(sampler.samples, len(_GIVEN)) if sampler is not None else ""
+        if written:
+            raise DataError(
+                f"the sampler {type(sampler).__name__} has a method {written}, which cannot be called: write def"
+                f" samples(self, {', '.join(_GIVEN)})"
+            )
         return
     if isinstance(sampler, type):
         raise DataError(f"Task(sampler={sampler.__name__}) holds a class: make an object, {sampler.__name__}(...)")
@@ -152,6 +161,30 @@ def check_kind(sampler: Any) -> None:
         f"Task(sampler=...) holds a {kinds[0]}, which has no method samples(positions, num_samples, seed, epoch): a"
         f" sampler says what stands at any place of any epoch, so that a run goes on exactly. Give {instead}"
     )
+
+
+def drawn_by(
+    sampler: Sampler, positions: NDArray[np.int64], num_samples: int, seed: int, epoch: int
+) -> NDArray[np.int64]:
+    """Return what a sampler answers, as `Sampler.samples`, whether in an array, a tensor or a list.
+
+    Raises:
+        DataError: it answers other things than as many numbers of samples.
+    """
+    answer = sampler.samples(positions, num_samples, seed, epoch)
+    found, name = np.asarray(answer), type(sampler).__name__
+    if found.shape != positions.shape or (found.dtype.kind not in "iu" and found.size):
+        raise DataError(
+            f"samples() of the sampler {name} returned {type(answer).__name__} of shape {found.shape} and type"
+            f" {found.dtype} for {len(positions)} positions: return the number of the sample, a whole one, that stands"
+            " at each of them"
+        )
+    if found.size and not 0 <= found.min() <= found.max() < num_samples:
+        raise DataError(
+            f"samples() of the sampler {name} returned the samples {found.min()} to {found.max()}, and there are those"
+            f" from 0 to {num_samples - 1}"
+        )
+    return np.array(found, dtype=np.int64)  # in one piece, and nobody else's
 
 
 def check_sampler(sampler: Sampler | None, num_samples: int) -> None:

@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.errors import DataError
 
 _GROUPS_AT_HAND = 4
@@ -28,13 +29,16 @@ def shards_of(path: str | Path, suffix: str) -> list[Path]:
     """Return the files that a file, a directory or a glob names, sorted by name.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one is a link to what is not there.
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        found = [file for file in place.iterdir() if file.is_file() and file.name.endswith(suffix)]
+        named = [file for file in place.iterdir() if file.name.endswith(suffix)]
     else:
-        found = [Path(match) for match in glob.glob(str(place), recursive=True) if Path(match).is_file()]  # noqa: PTH207
+        named = [Path(match) for match in glob.glob(str(place), recursive=True)]  # noqa: PTH207
+    for file in filter(leads_nowhere, named):
+        refuse_link(file)
+    found = [file for file in named if file.is_file()]
     if not found:
         raise DataError(f"{path} names no {suffix} files: give a file, a directory that holds some, or a glob")
     return sorted(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ ENDLESS = 1 << 48
 # So many batches may be read ahead of the step whose state is saved.
 _SNAPSHOTS = 256
 _PLAIN = (bool, int, float, str, bytes, Tensor, type(None))
+# Where Python's own iterators are from, such as `map`, `zip`, `itertools.chain`, open files and `csv.reader`.
+_ITERATORS = ("builtins", "itertools", "_io", "_csv")
+_OVER = object()
 
 
 @dataclass
@@ -50,8 +54,8 @@ class StreamSamples:
 
     Args:
         stream: can be iterated, alike on every rank and every time. Where it has `state_dict` and `load_state_dict`, a
-            resumed run takes its state back; else as many samples as were seen are read and dropped. Where it has
-            `set_epoch`, that is called with the number of each pass.
+            resumed run takes its state back; else, or where that state is known not to hold all, as many samples as
+            were seen are read and dropped. Where it has `set_epoch`, that is called with the number of each pass.
         collate: makes a batch of a list of samples.
     """
 
@@ -62,16 +66,21 @@ class StreamSamples:
         self._own: tuple[Generator, ...] | None = None
         self._collate = collate
         self._samples: Iterator[Any] | None = None
+        self._has_begun = False
+        self._has_state = _says_where_it_is(stream)
         self._place = _Place()
         self._snapshots: deque[_Place] = deque(maxlen=_SNAPSHOTS)
 
     @property
     def is_endless(self) -> bool:
         """Return whether the stream does not say how many samples it has."""
-        return not hasattr(self.stream, "__len__")
+        return len(self) == ENDLESS
 
     def __len__(self) -> int:
-        return len(self.stream) if hasattr(self.stream, "__len__") else ENDLESS
+        try:
+            return len(self.stream)
+        except (TypeError, NotImplementedError):  # torch's ChainDataset has a length where all its parts have one
+            return ENDLESS
 
     def batch(self, indices: Tensor, draws: Draws | None = None) -> Any:
         """Return the collated samples `indices`, int64 `(n,)`, ascending; only those that follow are quick to reach.
@@ -102,7 +111,7 @@ class StreamSamples:
 
     def check_state(self) -> None:
         """Raise DataError where the stream's own state is nothing that a checkpoint can hold."""
-        if hasattr(self.stream, "state_dict"):
+        if self._has_state:
             _check_plain(self.stream.state_dict(), type(self.stream).__name__)
 
     def state_at(self, position: int) -> dict[str, Any]:
@@ -121,11 +130,12 @@ class StreamSamples:
         self._place = _Place(**state)
         self._snapshots.clear()
         if self._place.stream is not None:
+            self._set_epoch()  # by which some streams know whether a state is of this pass
             self.stream.load_state_dict(copy.deepcopy(self._place.stream))
             self._samples = iter(self.stream)
 
     def _observed(self) -> _Place:
-        own = copy.deepcopy(self.stream.state_dict()) if hasattr(self.stream, "state_dict") else None
+        own = copy.deepcopy(self.stream.state_dict()) if self._has_state else None
         return dataclasses.replace(self._place, stream=own)
 
     def _reach(self, position: int, seed: int) -> None:
@@ -151,14 +161,28 @@ class StreamSamples:
         except StopIteration:
             self._check_end()
             self._end_pass()
-            sample = next(self._samples)
+            sample = next(self._samples, _OVER)
+            if sample is _OVER:
+                raise self._passed() from None
         place.position += 1
         return sample
 
+    def _passed(self) -> DataError:
+        return DataError(
+            f"the stream {type(self.stream).__name__} comes once, and is needed again, from its beginning: give a class"
+            " whose method __iter__ begins anew each time, such as one that calls your generator function, or a list"
+        )
+
     def _begin(self) -> Iterator[Any]:
+        if self._has_begun and _comes_once(self.stream):
+            raise self._passed()
+        self._has_begun = True
+        self._set_epoch()
+        return iter(self.stream)
+
+    def _set_epoch(self) -> None:
         if hasattr(self.stream, "set_epoch"):
             self.stream.set_epoch(self._place.passes)
-        return iter(self.stream)
 
     def _end_pass(self) -> None:
         self._place.passes += 1
@@ -170,6 +194,28 @@ class StreamSamples:
         if came == 0 or len(self) != ENDLESS:
             says = f", but its length is {len(self)}" if len(self) != ENDLESS else ""
             raise DataError(f"the stream {type(self.stream).__name__} has ended after {came} samples{says}")
+
+
+def _says_where_it_is(stream: Any) -> bool:
+    """Tell whether a stream goes on exactly from a state of its own.
+
+    Those of the library `datasets` leave out what a shuffle buffer holds: these samples would not come.
+    """
+    if not hasattr(stream, "state_dict") or not hasattr(stream, "load_state_dict"):
+        return False
+    parts = [getattr(stream, "_ex_iterable", None)]
+    for part in parts:  # grows meanwhile
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return False
+        parts += [getattr(part, "ex_iterable", None)] if hasattr(part, "ex_iterable") else []
+        parts += getattr(part, "ex_iterables", [])
+    return True
+
+
+def _comes_once(stream: Any) -> bool:
+    """Tell whether an iterable is a generator or another iterator of Python's own: what has passed is gone."""
+    is_pythons = isinstance(stream, Iterator) and type(stream).__module__ in _ITERATORS
+    return inspect.isgenerator(stream) or is_pythons
 
 
 def _check_plain(state: Any, name: str) -> None:

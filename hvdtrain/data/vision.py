@@ -100,10 +100,15 @@ def _missing(raw: Path) -> list[str]:
 
 
 def _explain_missing(config: VisionConfig, raw: Path) -> str:
+    missing, folder = _missing(raw), raw.absolute()
+    if all((raw / f"{name}.gz").is_file() for name in missing):
+        return (
+            f"{config.dataset}: the files in {folder} are compressed: run gunzip {folder}/*.gz, or add --data.download"
+            " to fetch them anew"
+        )
     return (
-        f"{config.dataset}: there is no {', no '.join(_missing(raw))} in {raw.absolute()}: add --data.download to fetch"
-        " the files, or put them there yourself, uncompressed, or name the directory above"
-        f" {raw.parent.name}/raw with --data.root"
+        f"{config.dataset}: its files are not there: add --data.download to fetch them, or name the directory above"
+        f" {raw.parent.name}/raw with --data.root, or put {', '.join(missing)}, uncompressed, into {folder} yourself"
     )
 
 

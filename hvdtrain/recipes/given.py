@@ -10,6 +10,7 @@ from typing import Any
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.table import own_class, owners, with_name
+from hvdtrain.process.arguments import misfit
 from hvdtrain.settings import Config, OptimConfig, merge, nearest
 from hvdtrain.settings.common import full_name
 from hvdtrain.settings.fields import fields_of
@@ -33,6 +34,12 @@ def apply(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
             no effect beside the others.
         UsageError: what the settings name cannot be read.
     """
+    written = misfit(recipe.build, 1)
+    if written:
+        raise ConfigError(
+            f"the recipe {type(recipe).__name__} has a method {written}, which is called with one argument: write"
+            " def build(self, say)"
+        )
     defaults = recipe = dataclasses.replace(recipe, optim=own_class(recipe.optim))
     for number, (values, source) in enumerate(layers):
         recipe = _with_optimizer(recipe, values, source, layers[:number])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.trainer.component import Component, Step
-from hvdtrain.world import World, digest_of, per_rank_buffers
+from hvdtrain.world import BesideGradients, World, digest_of, per_rank_buffers
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
@@ -23,7 +23,8 @@ class ChangingBuffers(Component):
     the next evaluation, comparison or save.
 
     Each rank has moved them by its own samples. The mean is what their averages over all samples are; counts take the
-    largest. Then all ranks are equal at the end of every step, and it matters not at which step a run is saved.
+    largest. Then all ranks are equal at the end of every step, and it matters not at which step a run is saved. Once
+    it is known which they are, they travel beside the gradients of every step.
 
     A step that does not count leaves them as they were: running statistics would stay nan for good.
     """
@@ -41,6 +42,11 @@ class ChangingBuffers(Component):
         """Which modules were in training mode when that was found out."""
         self._kept: dict[str, Tensor] = {}
         """What the buffers were after the last step that counts."""
+        self._beside = BesideGradients(job.world, "buffers", lambda: self._named(self.names or []))
+
+    def attach(self, training: Training) -> None:
+        """Have the buffers go along with the gradients, where the ranks average these."""
+        training.optimizer.take_along(self._beside)
 
     def begin(self, model: nn.Module) -> None:
         """Remember what the buffers hold: what has changed them so far does not count."""
@@ -88,10 +94,10 @@ class ChangingBuffers(Component):
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
         if not self._before or self._model is None:
             return
-        modes = [module.training for module in self._model.modules()]
+        modes, are_equal = [module.training for module in self._model.modules()], self._beside.has_arrived()
         if self.names is None or modes != self._modes:
-            self.names, self._modes = self._changed(world), modes
-        if world.size > 1:
+            self.names, self._modes, are_equal = self._changed(world), modes, False
+        if world.size > 1 and not are_equal:
             self._average(world, self.names)
 
     def _changed(self, world: World) -> list[str]:
@@ -103,9 +109,14 @@ class ChangingBuffers(Component):
         return [name for name in now if any(name in names for names in everyone)]
 
     def _average(self, world: World, names: list[str]) -> None:
+        world.average_tensors(self._named(names), "buffers")
+
+    def _named(self, names: list[str]) -> list[Tensor]:
+        if not names:
+            return []
         assert self._model is not None
         buffers = dict(self._model.named_buffers())
-        world.average_tensors([buffers[name] for name in names], "buffers")
+        return [buffers[name] for name in names]
 
 
 def _digests(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.process.arguments import misfit
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.values import as_figure, storable
@@ -54,7 +56,7 @@ class RunView:
         for name, value in figures.items():
             self.figures[f"callback/{name}"] = as_figure(value, name)
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str = "") -> None:
         """End the run after this step, as if it were its last: it is evaluated and saved, and the exit code is 0.
 
         One rank that asks for it is enough.
@@ -92,7 +94,8 @@ class Callback:
         """Take what `state_dict` returned."""
 
 
-_METHODS = ("begin", "after_step", "after_evaluation", "state_dict", "load_state_dict")
+# Method -> how many arguments it is given.
+_METHODS = {"begin": 1, "after_step": 1, "after_evaluation": 2, "state_dict": 0, "load_state_dict": 1}
 
 
 def callback_components(job: Job) -> list[Component]:
@@ -118,6 +121,14 @@ def callback_components(job: Job) -> list[Component]:
                 f"Task.callbacks holds {type(callback).__name__}, which has none of {', '.join(_METHODS)}"
             )
         kind = type(callback).__name__
+        for method, count in _METHODS.items():
+            written = misfit(getattr(callback, method), count) if hasattr(callback, method) else ""
+            if written:
+                example = getattr(Callback, method)
+                raise ConfigError(
+                    f"the callback {kind} has a method {written}, which is called with {count} argument"
+                    f"{'s' * (count != 1)}: write def {method}({', '.join(inspect.signature(example).parameters)})"
+                )
         seen[kind] += 1
         components.append(CallbackComponent(job, callback, f"callback.{kind}.{seen[kind]}"))
     return components

@@ -247,7 +247,11 @@ def _check_kinds(task: Task, model: nn.Module, sums: Any) -> None:
                 f"loss_sums returned a complex number as '{name}': return a real one, such as its .abs() or .real"
             )
     has_weights = any(parameter.requires_grad for parameter in model.parameters())
-    if has_weights and not sums["loss"].requires_grad:
+    if not has_weights:
+        raise ConfigError(
+            "no parameter of the model learns: all have requires_grad=False, or there are none. Leave some unfrozen"
+        )
+    if not sums["loss"].requires_grad:
         raise ConfigError(
             "the 'loss' that loss_sums returned does not depend on the weights: leave out .detach(), torch.no_grad()"
             " and torch.tensor(...) on its way"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.optim.table import build_optimizer
+from hvdtrain.process.arguments import misfit
 from hvdtrain.settings import Config
 
 if TYPE_CHECKING:
@@ -52,6 +54,35 @@ def _check_kinds(part: Any) -> None:
             )
         if kind == "str" and not isinstance(value, str):
             raise ConfigError(f"{name}({item.name}={value!r}) must be a text")
+        if kind.startswith("Callable[") and value is not None:
+            _check_takes(f"{name}({item.name}=...)", value, kind)
+
+
+def _check_takes(where: str, function: Any, kind: str) -> None:
+    """Raise ConfigError where a function does not take the arguments that its field's kind says it is given."""
+    given = re.match(r"Callable\[\[(.*?)\], ", kind)
+    # A type with brackets of its own is one argument.
+    kinds = re.sub(r"\[[^]]*\]", "", given[1]).split(", ") if given else []
+    written = misfit(function, len(kinds)) if given else ""
+    if written:
+        takes = f"{len(kinds)} argument{'s' * (len(kinds) > 1)} ({', '.join(kinds)})"
+        raise ConfigError(f"{where} is called with {takes}, and {written} takes others: write a function of these")
+
+
+def _data_of(task: Task, name: str) -> Any:
+    """Return users' data as `Dataset`s; an error names the field that holds it."""
+    from hvdtrain.data.users import as_dataset  # a recipe's settings are read before torch is there
+
+    data = getattr(task, name)
+    if data is None:
+        raise DataError(
+            f"Task({name}=None): there is no data; who has none to hold out keeps a part of the rest, as by"
+            " torch.utils.data.random_split"
+        )
+    try:
+        return as_dataset(data, task.collate)
+    except DataError as error:
+        raise DataError(f"Task({name}=...): {error}") from error
 
 
 def _check_model(model: Any) -> None:
@@ -181,13 +212,11 @@ class Task:
             ConfigError: another field holds something else than it is for.
         """
         from hvdtrain.data.samplers import check_kind
-        from hvdtrain.data.users import as_dataset  # a recipe's settings are read before torch is there
 
         _check_kinds(self)
         check_kind(self.sampler)
-        # Frozen for whoever has a task; this is its making.
-        object.__setattr__(self, "train_data", as_dataset(self.train_data, self.collate))
-        object.__setattr__(self, "val_data", as_dataset(self.val_data, self.collate))
+        for name in ("train_data", "val_data"):  # frozen for whoever has a task; this is its making
+            object.__setattr__(self, name, _data_of(self, name))
         object.__setattr__(self, "collate", None)
         if getattr(self.val_data, "is_endless", False):
             raise DataError("the held-out stream must say how many samples it has: give it a method __len__")

@@ -12,17 +12,22 @@ import torch
 from torch import Tensor
 
 from hvdtrain.data.readers import says_it_reads_ahead
+from hvdtrain.process.launch import threads_per_rank
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.trainer.due import is_due
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.precision import has_products
 
 _MOST_KEPT = 10_000  # multiples that are looked at
+_FEW_WORKERS = 2  # a recipe may have so many by itself
 
 
 def without_effect(job: Job) -> list[str]:
     """Return a line for each reason, with the settings that it concerns; none that are at their defaults."""
-    return [*_alone(job), *_slow(job), *_adasum(job), *_ahead(job), *_kept(job), *_offloaded(job)]
+    return [
+        *(*_alone(job), *_slow(job), *_adasum(job)),
+        *(*_ahead(job), *_crowded(job), *_kept(job), *_offloaded(job)),
+    ]
 
 
 def _alone(job: Job) -> Iterator[str]:
@@ -91,6 +96,16 @@ def _ahead(job: Job) -> Iterator[str]:
     if reading.ahead and not reading.workers and not says_it_reads_ahead(data):
         kind = type(getattr(data, "data", data)).__name__
         yield f"reading:    no effect of --data.ahead: {kind} is not read by threads; give --data.workers"
+
+
+def _crowded(job: Job) -> Iterator[str]:
+    """Yield a line where a rank's workers are more than the cores that are its share of the host."""
+    workers, cores = job.reading.workers, threads_per_rank(max(1, job.world.local_size))
+    if workers > max(_FEW_WORKERS, cores) and not getattr(job.task.train_data, "is_sequential", False):
+        yield (
+            f"reading:    {workers} --data.workers are more than this rank's share of the host's cores, {cores}: they"
+            " take turns with each other, with training and with the other ranks, and no more is read than by as many"
+        )
 
 
 def _kept(job: Job) -> Iterator[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvdtrain.data.image_files import eight_bits
+from hvdtrain.data.image_decoding import in_rgb, open_image
 from hvdtrain.data.image_samples import eval_transform
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.errors import ConfigError, DataError
@@ -75,14 +75,12 @@ def read_image(file: Path, about: Description) -> Tensor:
     Raises:
         DataError: it cannot be read.
     """
-    from PIL import Image
-
     try:
         with file.open("rb") as opened:
-            image: Image.Image = eight_bits(Image.open(opened))
-            if about.channels == 1:
-                return _grey(_on_white(image), about)
-            image = image.convert("RGB")
+            image = open_image(opened)
+        if about.channels == 1:
+            return _grey(_on_white(image), about)
+        image = in_rgb(image)
     except Exception as error:  # decoders fail in many ways
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"the image {file} cannot be read ({reason})") from error

@@ -11,6 +11,7 @@ from hvdtrain.world.codecs import CODECS, codec_for, codec_of
 from hvdtrain.world.echo import Cargo, EchoWorld, Message, begin_exchange, messages_of
 from hvdtrain.world.heartbeat import Heartbeat
 from hvdtrain.world.int8 import Int8
+from hvdtrain.world.means import BesideGradients
 from hvdtrain.world.plain_mpi import plain_sum
 from hvdtrain.world.powersgd import PowerSGD
 from hvdtrain.world.replicas import digest_of, keep_per_rank, per_rank_buffers
@@ -25,6 +26,7 @@ __all__ = [
     "CODECS",
     "Asking",
     "Averaging",
+    "BesideGradients",
     "Cargo",
     "Codec",
     "EchoWorld",

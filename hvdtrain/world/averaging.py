@@ -26,6 +26,7 @@ from hvdtrain.world.sparse_rows import sparse_parameters
 from hvdtrain.world.step_hooks import hang_on_step
 
 if TYPE_CHECKING:
+    from hvdtrain.world.layout import Travelling
     from hvdtrain.world.world import World
 
 _log = logging.getLogger("hvdtrain")
@@ -133,7 +134,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
     @property
     def question(self) -> Question | None:
         """Return what travels with the gradients besides them; None where there is one rank only."""
-        return None if self._exchange is None else self._exchange.question
+        return None if self._exchange is None else self._exchange.layout.question
 
     @property
     def bucket_order(self) -> list[str]:
@@ -149,6 +150,14 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def codec(self) -> Codec | None:
         """Return what gradients become on the wire, with what it remembers; None where there is one rank."""
         return None if self._exchange is None else self._exchange.codec
+
+    def take_along(self, part: Travelling) -> None:
+        """Send something of the caller's behind the gradients of every step, where there are several ranks.
+
+        All ranks do so alike, before the first backward pass.
+        """
+        if self._exchange is not None:
+            self._exchange.layout.companions.append(part)
 
     def synchronize(self) -> None:
         """Finish averaging: afterwards every rank's `.grad` holds the mean over the ranks. Collective.

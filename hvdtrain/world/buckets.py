@@ -28,6 +28,8 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
     """Split parameters into buckets of one type and device, in the reverse of the order that they are given in.
 
     Of the model's order, that is about the one in which backward finishes them. The same on every rank.
+
+    The last bucket is cut once more, so that little is left to send when backward is over.
     """
     buckets: list[list[nn.Parameter]] = []
     room, filled = min(FIRST_BUCKET_BYTES, bucket_bytes), 0
@@ -40,7 +42,25 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
         buckets[-1].append(parameter)
         room -= parameter.nbytes
         filled += parameter.nbytes
-    return buckets
+    return [*buckets[:-1], *_tapered(buckets[-1])] if buckets else []
+
+
+def _tapered(bucket: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Cut a bucket so that what backward finishes last leaves in ever smaller parts.
+
+    From the end, each is up to twice as large as the one behind it: while it travels, backward computes the rest.
+    """
+    if sum(parameter.nbytes for parameter in bucket) <= 4 * FIRST_BUCKET_BYTES:
+        return [bucket]
+    parts: list[list[nn.Parameter]] = [[]]
+    room, filled = FIRST_BUCKET_BYTES, 0
+    for parameter in reversed(bucket):
+        if filled + parameter.nbytes > room and filled >= room // 4:
+            parts.append([])
+            room, filled = 2 * room, 0
+        parts[-1].append(parameter)
+        filled += parameter.nbytes
+    return [part[::-1] for part in reversed(parts)]
 
 
 def form_of(parameter: nn.Parameter) -> tuple[torch.dtype, torch.device, torch.Size]:

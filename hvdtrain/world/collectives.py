@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from hvdtrain.errors import UsageError
 from hvdtrain.process.progress import Progress
 from hvdtrain.world.carriers import ReduceOp, bits_of, check_rank, check_tensor, for_reduction, number_of
+from hvdtrain.world.means import start_means
 
 T = TypeVar("T")
 _UNNAMED = 1024
-_AVERAGES: dict[ReduceOp, torch.dtype] = {"mean": torch.float64, "max": torch.int64}
 
 
 class Collectives(ABC):
@@ -184,25 +184,9 @@ class Collectives(ABC):
                 return
             yield None if batch is over else cast(T, batch)
 
-    @torch.no_grad()
     def average_tensors(self, tensors: Sequence[Tensor], name: str) -> None:
-        """Overwrite real and complex tensors with their means over the ranks, others with the largest. Collective.
-
-        One all-reduce a kind carries them all, in fp64 or as int64: a double holds integers up to 2^53 only.
-        """
-        if self.size == 1:
-            return
-        parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
-        waits: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
-        for op, dtype in _AVERAGES.items():
-            part = [tensor for tensor in parts if tensor.is_floating_point() == dtype.is_floating_point]
-            if part:
-                flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in part])
-                waits.append((part, self.start_all_reduce(flat, op, f"{name}.{op}")))
-        for part, wait in waits:
-            values = torch.split(wait(), [tensor.numel() for tensor in part])
-            for tensor, value in zip(part, values, strict=True):
-                tensor.copy_(value.view(tensor.shape))
+        """Overwrite real and complex tensors with their means over the ranks, others with the largest. Collective."""
+        start_means(self, tensors, name)()
 
     def broadcast_object(self, value: T | None, name: str | None = None, root: int = 0) -> T:
         """Return rank `root`'s `value` on every rank; it must pickle. Other ranks may pass None. Collective."""

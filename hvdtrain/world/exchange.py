@@ -30,7 +30,6 @@ from hvdtrain.world.codec import Codec
 from hvdtrain.world.gradients import Mark, has_changed, mark_of
 from hvdtrain.world.layout import Layout
 from hvdtrain.world.passes import EndOfBackward, note_additions
-from hvdtrain.world.question import Question
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -87,30 +86,25 @@ class GradientExchange:
         self._is_averaged = False
         """Gradients were averaged since the last step."""
         self._hooks: dict[nn.Parameter, Any] = {}
-        self._layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
+        self.layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
-        self._layout.add(self._trainable())
+        self.layout.add(self._trainable())
         self._arrivals = Arrivals.of(averaging, self._parameters())
 
     @property
     def is_under_way(self) -> bool:
         """Return whether gradients of the optimizer are on the wire."""
-        return any(exchange._layout.is_under_way for exchange in self._all())
-
-    @property
-    def question(self) -> Question:
-        """Return what travels with the gradients."""
-        return self._layout.question
+        return any(exchange.layout.is_under_way for exchange in self._all())
 
     @property
     def order(self) -> list[str]:
         """Return the names of parameters in the order in which backward finishes them, once it is agreed on."""
-        return self._layout.order
+        return self.layout.order
 
     @order.setter
     def order(self, names: list[str]) -> None:
         if self._arrivals is not None and self._arrivals.finished is not None and names:
-            self._layout.follow(names)
+            self.layout.follow(names)
             self._arrivals = self._arrivals.without_order()
 
     @property
@@ -118,7 +112,7 @@ class GradientExchange:
         """Return the mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
         if not self._averaging.has_square:
             return None
-        return torch.cat([bucket.square for bucket in self._layout.buckets]).double().sum()
+        return torch.cat([bucket.square for bucket in self.layout.buckets]).double().sum()
 
     def finish(self) -> None:
         """Average what is not averaged yet, on a rank that has had fewer backward passes than others. Collective.
@@ -149,7 +143,7 @@ class GradientExchange:
         """Raise RuntimeError where a gradient was changed between two passes of a window."""
         for parameter, mark in self._marks.items():
             if parameter.grad is not None and has_changed(parameter.grad, mark):
-                name, steps = self._layout.name(parameter), self._averaging.accum_steps
+                name, steps = self.layout.name(parameter), self._averaging.accum_steps
                 raise RuntimeError(
                     f"the gradient of {name} was changed after backward pass {self._passes} of"
                     f" the accum_steps = {steps} that wrap() was given, before it was averaged over"
@@ -175,7 +169,7 @@ class GradientExchange:
             exchange._is_averaged = False
             exchange.codec.settle(False if found_inf is None else found_inf)
             if exchange._arrivals is not None:
-                exchange._arrivals = exchange._arrivals.agree(exchange._layout)
+                exchange._arrivals = exchange._arrivals.agree(exchange.layout)
 
     def forget(self) -> None:
         """Start over: the gradients were cleared."""
@@ -191,7 +185,7 @@ class GradientExchange:
             self._yielded |= shared
             self._later.append(later)
             self._start_window()
-            self._layout.build(self._trainable())
+            self.layout.build(self._trainable())
 
     def _all(self) -> list[GradientExchange]:
         """Return the exchanges that average the optimizer's parameters, in an order that is alike on all ranks."""
@@ -222,21 +216,21 @@ class GradientExchange:
             self._follow_conversions()
         self._end_of_backward.expect()
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1
-        expected, bucket = self._expected.get(parameter), self._layout.bucket_of.get(parameter)
+        expected, bucket = self._expected.get(parameter), self.layout.bucket_of.get(parameter)
         if self._arrivals is not None and bucket is not None:
             self._arrivals.note(parameter, bucket, count, expected or 1)
         if expected is None or bucket is None or self._passes + 1 < self._averaging.accum_steps:
             return
         if count > expected and bucket.is_sent:
             raise RuntimeError(
-                f"this backward pass has added to the gradient of {self._layout.name(parameter)} {count} times, an"
+                f"this backward pass has added to the gradient of {self.layout.name(parameter)} {count} times, an"
                 f" earlier one {expected} times, and it has been sent: let checkpoints with use_reentrant=True run in"
                 " every pass, or use use_reentrant=False"
             )
         if count == expected:
             bucket.ready += 1
             if bucket.ready == bucket.num_learning:
-                self._layout.note_ready(bucket)
+                self.layout.note_ready(bucket)
 
     def end_pass(self) -> None:
         """Count a backward pass that is over; average at the end of a window. Collective then."""
@@ -253,7 +247,7 @@ class GradientExchange:
             self._end_of_backward.then(self._receive)
             return
         if self._arrivals is not None:
-            self._arrivals.end_pass(self._layout.buckets)
+            self._arrivals.end_pass(self.layout.buckets)
         for parameter in self._additions:
             if parameter.grad is not None:
                 self._marks[parameter] = mark_of(parameter.grad)
@@ -263,27 +257,27 @@ class GradientExchange:
     def _send(self) -> None:
         """Send what has not left."""
         self._marks.clear()  # they hold the gradients, and a gradient that is held is not replaced
-        if self._layout.add(self._trainable()):
+        if self.layout.add(self._trainable()):
             self.watch_parameters()
-        for part in self._layout.parts:
+        for part in self.layout.parts:
             if not part.is_sent:
                 part.send()
 
     @torch.no_grad()
     def _receive(self) -> None:
         """Wait for all: `.grad` then holds the mean, None where no rank has one."""
-        for part in self._layout.parts:
+        for part in self.layout.parts:
             part.receive()
         self._start_window()
         self._is_averaged = True
         trainable = self._trainable()
-        if not self._layout.is_of(trainable):
-            self._layout.build(trainable)
+        if not self.layout.is_of(trainable):
+            self.layout.build(trainable)
 
     def _follow_conversions(self) -> None:
         """Lay the buckets out anew where `model.to(...)` has converted a parameter, or their order is known now."""
-        if not self._layout.is_under_way and self._layout.is_outdated():
-            self._layout.build(self._trainable())
+        if not self.layout.is_under_way and self.layout.is_outdated():
+            self.layout.build(self._trainable())
 
     def _start_window(self) -> None:
         self._passes = 0
@@ -291,7 +285,7 @@ class GradientExchange:
         self._marks.clear()
         if self._arrivals is not None:
             self._arrivals.forget()
-        for bucket in self._layout.buckets:
+        for bucket in self.layout.buckets:
             bucket.ready = 0
 
     def _trainable(self) -> list[nn.Parameter]:

@@ -62,6 +62,8 @@ class Layout:
         self.sparse: list[SparseRows] = []
         self.question = Question()
         """Travels with the first bucket."""
+        self.companions: list[Travelling] = []
+        """What else leaves in every step, behind the gradients."""
         self._current: list[nn.Parameter] = []
         """Exactly what is laid out, in the order in which it was given; empty where that is not known."""
         self._world = world
@@ -81,7 +83,8 @@ class Layout:
     @property
     def parts(self) -> Sequence[Travelling]:
         """Return all of them, in the order in which they are sent."""
-        return [*self.buckets, *self.sparse, *(watch for watch in self._copies if not watch.is_over)]
+        watches = (watch for watch in self._copies if not watch.is_over)
+        return [*self.buckets, *self.sparse, *self.companions, *watches]
 
     @property
     def is_under_way(self) -> bool:

@@ -258,8 +258,8 @@ class ShardedLayout(Layout):
 
     @property
     def parts(self) -> Sequence[Travelling]:
-        """Return what leaves: the buckets in which something learns, and the tail at last."""
-        return [*self._active, self._tail]
+        """Return what leaves: the buckets in which something learns, the tail behind them, and what goes along."""
+        return [*self._active, self._tail, *self.companions]
 
     def note_ready(self, bucket: Bucket) -> None:
         """Send what is ready and next in turn: the same order on all ranks, whose backward passes may differ."""

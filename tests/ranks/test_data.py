@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import nn
 from users_data import Endless, Vectors
 
 from hvdtrain import Task
-from hvdtrain.data.samplers import Weighted
+from hvdtrain.data.samplers import InOrder, Weighted
 from hvdtrain.errors import DataError, WorkerError
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
@@ -45,10 +46,23 @@ def train(world, folder, data, steps=6, *, val_data=None, workers=0, **more):
     return torch.cat([value.detach().flatten() for value in (*task.model.parameters(),)]), metrics["val/loss"]
 
 
+class EasyFirst:
+    """A curriculum, as `hvdtrain.data.samplers.Sampler` has it."""
+
+    def __init__(self, difficulty):
+        self.ranked = np.argsort(difficulty, kind="stable")
+
+    def samples(self, positions, num_samples, seed, epoch):
+        return self.ranked[positions]
+
+
+NORMS = Vectors().x.norm(dim=1).numpy()
 CASES = {
     "samples": (Vectors, {}),
     "workers": (Vectors, {"workers": 1}),
     "weighted": (Vectors, {"sampler": Weighted(range(30))}),
+    "curriculum, without the rest": (Vectors, {"sampler": EasyFirst(NORMS), "drop_last": True}),
+    "in order": (Vectors, {"sampler": InOrder()}),
     "stream": (lambda: Endless(vectors=True), {}),
 }
 

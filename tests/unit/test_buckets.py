@@ -1,5 +1,7 @@
 """Gradient buckets: a pure function of the parameters."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -13,6 +15,22 @@ def test_buckets_cover_every_parameter_once_in_reverse(monkeypatch):
     parameters = [Parameter(torch.zeros(n)) for n in (200, 30, 50, 20, 6, 3)]
     sizes = [[p.numel() for p in bucket] for bucket in buckets.in_buckets(parameters, 400)]
     assert sizes == [[3, 6], [20, 50, 30], [200]]
+
+
+def test_what_is_finished_last_leaves_in_ever_smaller_parts(monkeypatch):
+    """While one travels backward computes what follows: little is left to send when it is over."""
+    monkeypatch.setattr(buckets, "FIRST_BUCKET_BYTES", 40)
+    sizes = [5, 3, 1, 4, 2, 9, 1, 20, 1, 25, 30, 8]
+    parameters = [Parameter(torch.zeros(n)) for n in sizes]
+    found = buckets.in_buckets(parameters, 800)
+    flat = [p for bucket in found for p in bucket]
+    assert all(a is b for a, b in zip(flat, reversed(parameters), strict=True))
+    of_each = [sum(p.nbytes for p in bucket) for bucket in found[1:]]  # of the first: what backward begins with
+    assert of_each[-1] <= 40
+    assert all(before <= 4 * after for before, after in itertools.pairwise(of_each))
+    assert len(of_each) == 4
+    few = [Parameter(torch.zeros(n)) for n in (10, 10, 10, 10)]
+    assert [len(bucket) for bucket in buckets.in_buckets(few, 800)] == [1, 3]  # little enough as it is
 
 
 def test_types_do_not_mix():

@@ -93,3 +93,53 @@ def test_one_that_begins_to_change_late_is_noticed_and_averaged():
     assert names[-2:] == ["late", "later"]
     assert [line.split(":")[1].split()[0] for line in said] == ["late", "later"]
     assert "by step 3: averaged over the ranks from now on" in said[0]
+
+
+def trained(world, goes_along):
+    """Take steps with a normalisation; returns what was begun and waited for in the last one, and all buffers."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    buffers = ChangingBuffers(types.SimpleNamespace(world=world, log=None))
+    if goes_along:
+        buffers.attach(types.SimpleNamespace(optimizer=optimizer))
+    buffers.begin(model)
+    seen, start = [], world._start
+
+    def noting(name, value, finish):
+        seen.append(f"start {name}")
+        wait = start(name, value, finish)
+
+        def noted():
+            seen.append(f"wait {name}")
+            return wait()
+
+        return noted
+
+    world._start = noting
+    for step in range(4):
+        seen.clear()
+        if step == 2:
+            model[1].register_buffer("late", torch.zeros(1))  # what is not known yet does no harm
+        x = (torch.arange(8.0).view(4, 2).double() + step) * (world.rank + 1)
+        optimizer.zero_grad()
+        if world.rank == 0 or step != 3:  # a rank without a batch averages all the same
+            model(x).square().mean().backward()
+        optimizer.synchronize()
+        buffers.average(world)
+        optimizer.step()
+    return seen, [tensor.tolist() for tensor in model.buffers()]
+
+
+def test_known_ones_travel_beside_the_gradients():
+    """Nothing waits for them alone, and they are what an all-reduce of their own makes of them."""
+    (alone, expected), (_, same) = run_ranks(2, lambda world: trained(world, goes_along=False))
+    for seen, buffers in run_ranks(2, lambda world: trained(world, goes_along=True)):
+        assert buffers == expected == same
+        waits = [i for i, what in enumerate(seen) if what.startswith("wait gradients")]
+        assert seen.index("start buffers.mean") < min(waits)
+        assert seen.index("start buffers.max") < min(waits)
+        assert sorted(seen) == sorted(alone)  # once, and not again
+    assert alone.index("start buffers.mean") > max(i for i, what in enumerate(alone) if what.startswith("wait grad"))

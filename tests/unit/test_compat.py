@@ -89,6 +89,23 @@ def test_what_cannot_be_done_is_one_sentence(hvd, call):
     assert len(str(caught.value)) < 300
 
 
+TAKE_TENSORS = [
+    name
+    for name, function in vars(compat).items()
+    if inspect.isfunction(function) and "tensor" in inspect.signature(function).parameters
+]
+
+
+@pytest.mark.parametrize("name", TAKE_TENSORS)
+@pytest.mark.parametrize("value", [0.5, [1.0], None])
+def test_a_number_in_place_of_a_tensor_is_told(hvd, name, value):
+    """Old scripts average accuracies that are plain numbers."""
+    more = {"name": "x", "op": hvd.Sum} if name == "sparse_allreduce_async" else {}
+    more = {"root_rank": 0} if name.startswith("broadcast") else more
+    with pytest.raises(UsageError, match=r"take tensors, not an object of type .*: give torch\.tensor\(value\)"):
+        getattr(hvd, name)(value, **more)
+
+
 def test_what_has_no_effect_is_said(hvd, caplog):
     layer = torch.nn.Linear(1, 1)
     hvd.DistributedOptimizer(torch.optim.SGD(layer.parameters()), layer.named_parameters(), num_groups=2)

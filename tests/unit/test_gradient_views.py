@@ -194,7 +194,7 @@ def test_a_gradient_that_is_changed_on_the_wire_is_refused():
 
 
 def order_of(optimizer):
-    return [list(bucket.parameters) for bucket in optimizer._exchange._layout.buckets]
+    return [list(bucket.parameters) for bucket in optimizer._exchange.layout.buckets]
 
 
 def test_buckets_follow_backward_from_the_second_step_on():

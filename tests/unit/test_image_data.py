@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvdtrain.data import image_files
+from hvdtrain.data import image_decoding, image_files, image_samples
 from hvdtrain.data.draws import Draws
 from hvdtrain.data.image_files import find_images
 from hvdtrain.data.image_samples import MEAN, STD, UNREAD, ImageSamples, SyntheticImages, normalised
@@ -319,3 +320,77 @@ def test_random_images_are_the_same_for_a_seed():
 def test_the_suffixes_are_torchvisions():
     theirs = import_torchvision("torchvision.datasets.folder").IMG_EXTENSIONS
     assert {*image_files.EXTENSIONS} == {*theirs}
+
+
+def marked(size=(8, 6)):
+    """Return a picture of which each turn is another."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[: size[1] // 2, : size[0] // 2] = (250, 10, 10)
+    pixels[: size[1] // 2, size[0] // 2 :] = (10, 250, 10)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_seen_upright(tmp_path, ending, orientation):
+    """Photographs say by EXIF how the camera was held; what shows pictures to people turns them."""
+    picture = marked((32, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    backwards = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    lying = picture.transpose(backwards[orientation]) if orientation > 1 else picture
+    lying.save(tmp_path / f"x.{ending}", exif=exif, quality=95)
+    with (tmp_path / f"x.{ending}").open("rb") as file:
+        seen = np.asarray(image_decoding.in_rgb(image_decoding.open_image(file))).astype(int)
+    assert seen.shape == (24, 32, 3)
+    assert np.abs(seen - np.asarray(picture)).mean() < 6
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\xff" * 40])
+def test_a_damaged_exif_costs_no_image(tmp_path, exif):
+    marked().save(tmp_path / "x.jpg", exif=exif)
+    with (tmp_path / "x.jpg").open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow says it by itself
+        assert image_decoding.open_image(file).size == (8, 6)
+
+
+@pytest.mark.parametrize("ending", ["webp", "png", "tif"])
+def test_of_several_pictures_the_first_is_seen(tmp_path, ending):
+    later = [Image.new("RGB", (8, 6), colour) for colour in ("blue", "white")]
+    marked().save(tmp_path / f"x.{ending}", save_all=True, append_images=later)
+    with (tmp_path / f"x.{ending}").open("rb") as file:
+        seen = np.asarray(image_decoding.in_rgb(image_decoding.open_image(file)))
+    assert seen[0, 0, 0] > 200 > 100 > seen[-1, -1].max()
+
+
+def test_colours_of_a_palette_that_are_transparent_are_seen_without_a_word(tmp_path):
+    picture = marked().convert("P")
+    picture.save(tmp_path / "x.png", transparency=bytes(range(0, 256)))
+    with (tmp_path / "x.png").open("rb") as file:
+        seen = np.asarray(image_decoding.in_rgb(image_decoding.open_image(file))).astype(int)
+    assert np.abs(seen - np.asarray(marked())).mean() < 30
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1), (3, 2000), (2000, 30)])
+@pytest.mark.parametrize("settings", [{"is_training": False}, {}, {"augment": "padded-crop"}, {"augment": "none"}])
+def test_images_of_every_shape_take_the_memory_of_a_small_one(tmp_path, size, settings):
+    """A line of one pixel's width, made as high as others, would be gigabytes long."""
+    write_images(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for split in ("train", "val"):
+        Image.fromarray(pixels).save(tmp_path / split / "cat" / "0.png")
+    data = samples_of(tmp_path, image_size=64, **settings)
+    image = read(data, [0])[0][0]
+    assert image.shape == (3, 64, 64)
+    cut = image_samples.not_too_long(Image.fromarray(pixels))
+    assert max(cut.size) <= 32 * min(cut.size)
+    middle = pixels[size[1] // 2, size[0] // 2]
+    assert np.array_equal(np.asarray(cut)[cut.height // 2, cut.width // 2], middle)

@@ -116,7 +116,93 @@ def test_parts_of_a_task_are_looked_at_too():
     with pytest.raises(ConfigError, match=r"Evaluation\(reduction='none'\)"):
         Evaluation(data=Numbers(), loss_sums=squares, metrics=("loss",), reduction="none")
     with pytest.raises(ConfigError, match=r"CorpusEvaluation\(metrics=\[\.\.\.\]\)"):
-        CorpusEvaluation(data=Numbers(), answers=len, score=len, metrics="bleu")
+        CorpusEvaluation(data=Numbers(), answers=squares, score=len, metrics="bleu")
+
+
+class Arity:
+    """A callback whose one method takes what `function` does."""
+
+    def __init__(self, name, function):
+        setattr(self, name, function)
+
+
+CALLED = {name: kind for name, kind in hvdtrain.Task.__annotations__.items() if str(kind).startswith("Callable[")}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_function_of_other_arguments_is_told_before_it_is_called(name):
+    def other(a, b, c, d, e):
+        """Take more than any is given."""
+
+    with pytest.raises(
+        ConfigError, match=rf"Task\({name}=\.\.\.\) is called with . arguments? \(.*other\(a, b, c, d, e\)"
+    ):
+        task(**{name: other})
+    task(**{name: lambda *arguments: None})
+
+
+@pytest.mark.parametrize("name", ["begin", "after_step", "after_evaluation", "state_dict", "load_state_dict"])
+def test_a_method_of_a_callback_of_other_arguments(tmp_path, name):
+    with pytest.raises(ConfigError, match=rf"the callback Arity has a method .* write def {name}\(self"):
+        train(tmp_path, callbacks=[Arity(name, lambda a, b, c: None)])
+
+
+def test_a_build_without_say():
+    class NoSay(hvdtrain.Recipe):
+        """Builds without a word."""
+
+        def build(self):
+            return task()
+
+    with pytest.raises(ConfigError, match=r"NoSay has a method build\(\).*def build\(self, say\)"):
+        hvdtrain.train(NoSay())
+
+
+class Answers:
+    """A sampler that gives a ready answer."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def samples(self, positions, num_samples, seed, epoch):
+        return self.answer(positions)
+
+
+@pytest.mark.parametrize("answer", [list, torch.from_numpy, lambda p: p.astype("int32"), lambda p: p[::-1]])
+def test_a_sampler_may_answer_in_any_form(tmp_path, answer):
+    assert train(tmp_path, sampler=Answers(answer)).step == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda p: p + 0.5, "type float64 for 16 positions"),
+        (lambda p: p[1:], r"shape \(15,\)"),
+        (lambda p: p[:, None], r"shape \(16, 1\)"),
+        (lambda p: None, r"NoneType of shape \(\)"),
+        (lambda p: p + 1, "the samples 1 to 16, and there are those from 0 to 15"),
+        (lambda p: p - 1, "the samples -1 to 14"),
+    ],
+)
+def test_a_sampler_that_answers_something_else(tmp_path, answer, says):
+    with pytest.raises(DataError, match=rf"samples\(\) of the sampler Answers returned .*{says}"):
+        train(tmp_path, sampler=Answers(answer))
+
+
+def test_a_sampler_of_other_arguments():
+    sampler = Arity("samples", lambda positions: positions)
+    with pytest.raises(
+        DataError, match=r"cannot be called: write def samples\(self, positions, num_samples, seed, epoch\)"
+    ):
+        task(sampler=sampler)
+
+
+@pytest.mark.parametrize("name", ["train_data", "val_data"])
+def test_data_that_is_none_is_told_by_its_field(name):
+    with pytest.raises(DataError, match=rf"Task\({name}=None\): there is no data.*random_split"):
+        task(**{name: None})
+    with pytest.raises(DataError, match=rf"Task\({name}=\.\.\.\): int cannot be read as data"):
+        task(**{name: 3})
 
 
 def kept(samples):
@@ -155,6 +241,11 @@ def test_a_scheduler_of_torch_is_no_callback(tmp_path):
     scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1), 2)
     with pytest.raises(ConfigError, match=r"holds torch's StepLR, which would change nothing"):
         train(tmp_path, callbacks=[scheduler])
+
+
+def test_a_model_in_which_nothing_learns(tmp_path):
+    with pytest.raises(ConfigError, match="no parameter of the model learns: all have requires_grad=False"):
+        train(tmp_path, model=torch.nn.Linear(3, 1).requires_grad_(False))
 
 
 def test_a_complex_loss(tmp_path):

@@ -285,7 +285,7 @@ def test_gradients_are_freed_as_they_leave():
     def work(world):
         model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(8)))
         optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, shard=True, bucket_bytes=1)
-        buckets, most, kept = optimizer._exchange._layout.buckets, [], []
+        buckets, most, kept = optimizer._exchange.layout.buckets, [], []
 
         def note(parameter):
             most.append(sum(bucket._wait is not None for bucket in buckets))

@@ -1,12 +1,13 @@
 """Data that users bring: torch's map-style data sets, and streams that go on where they were."""
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset, TensorDataset
 from users_data import Augmented, Counting, Endless
 
 from hvdtrain.data.dataset import TensorSamples
@@ -96,6 +97,9 @@ def test_a_stream_that_ends_begins_again():
     assert first[0] == [0, 1]
     assert first[1] != values(data, [0, 1])[1]  # an earlier place is found again
     assert values(data, [0, 1], epoch=1) == first
+    chained = as_dataset(ChainDataset([Counting(2), Counting(1)]))  # knows its length from theirs
+    assert len(chained) == 3
+    assert len(as_dataset(ChainDataset([OfIterations(2)]))) == ENDLESS  # has a length that nobody knows
     endless = as_dataset(iter_of(3))
     assert len(endless) == ENDLESS
     assert values(endless, [2, 3, 4, 5, 6])[0] == [2, 0, 1, 2, 0]
@@ -111,6 +115,10 @@ class iter_of:  # noqa: N801
         return iter((i, torch.rand(())) for i in range(self.size))
 
 
+class OfIterations(iter_of, IterableDataset):
+    """The same as torch has it."""
+
+
 @pytest.mark.parametrize(
     ("stream", "says"),
     [
@@ -121,6 +129,50 @@ class iter_of:  # noqa: N801
 def test_streams_that_end_elsewhere_are_explained(stream, says):
     with pytest.raises(DataError, match=says):
         values(as_dataset(stream), [0, 1, 2, 3])
+
+
+def yielded():
+    yield from ((i, torch.rand(())) for i in range(5))
+
+
+class Itself:
+    """An iterator of one's own that does not begin anew."""
+
+    def __init__(self):
+        self.left = list(range(5))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.left:
+            raise StopIteration
+        return self.left.pop(0), torch.rand(())
+
+
+ONCE = {
+    "a generator": yielded,
+    "an expression": lambda: (pair for pair in yielded()),
+    "a list's iterator": lambda: iter([*yielded()]),
+    "zip": lambda: zip(range(5), torch.rand(5), strict=True),
+    "map": lambda: map(tuple, zip(range(5), torch.rand(5), strict=True)),
+    "itertools": lambda: itertools.chain(yielded()),
+    "one's own": Itself,
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_what_comes_once_is_read_once_and_no_more_in_silence(kind):
+    data = as_dataset(ONCE[kind]())
+    assert values(data, [0, 1, 2])[0] == [0, 1, 2]
+    assert values(data, [3, 4])[0] == [3, 4]
+    with pytest.raises(DataError, match="comes once, and is needed again, from its beginning: give a class"):
+        values(data, [5])
+    if kind != "one's own":
+        data = as_dataset(ONCE[kind]())
+        values(data, [2])
+        with pytest.raises(DataError, match="comes once"):  # what came before is gone
+            values(data, [0])
 
 
 @pytest.mark.parametrize("stream", [Endless, lambda: Counting(7), lambda: iter_of(7)])

@@ -96,6 +96,19 @@ def test_missing_files_are_named_with_what_to_do(tmp_path: Path) -> None:
 
 
 @needs_torchvision
+def test_a_first_command_without_files_says_what_to_add(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"^mnist: its files are not there: add --data\.download to fetch them, or name"
+    ):
+        load_images(VisionConfig(root=str(tmp_path)), train=True)
+    for file in write_mnist(tmp_path):
+        path = tmp_path / "MNIST" / "raw" / file
+        path.rename(path.with_name(f"{file}.gz"))
+    with pytest.raises(DataError, match=r"MNIST/raw are compressed: run gunzip \S*/raw/\*\.gz, or"):
+        load_images(VisionConfig(root=str(tmp_path)), train=True)
+
+
+@needs_torchvision
 @pytest.mark.parametrize("split", ["train", "t10k"])
 @pytest.mark.parametrize("kind", ["images-idx3", "labels-idx1"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "no items", "one less"])

@@ -1,6 +1,7 @@
 """Settings that do nothing where they are given: said in one line, and nothing else changes by them."""
 
 import dataclasses
+import os
 import typing
 
 import pytest
@@ -105,6 +106,13 @@ def test_workers_that_a_stream_does_not_have(tmp_path):
     task = dataclasses.replace(job.task, train_data=(pair for pair in [(torch.ones(1), torch.ones(1))]))
     (line,) = without_effect(dataclasses.replace(job, task=task))
     assert "no effect of --data.workers: a stream is read by each rank itself" in line
+
+
+def test_workers_that_are_more_than_there_are_cores(tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    (line,) = without_effect(with_setting(job_of(tmp_path), "data.workers", max(3, cores + 1)))
+    assert line.startswith(f"reading:    {max(3, cores + 1)} --data.workers are more than this rank's share")
+    assert without_effect(with_setting(job_of(tmp_path), "data.workers", max(1, cores))) == []
 
 
 @pytest.mark.parametrize(("every", "keep", "is_said"), [(4, 8, False), (4, 6, False), (5, 7, True), (None, 5, True)])

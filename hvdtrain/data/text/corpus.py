@@ -7,11 +7,12 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.errors import DataError
 from hvdtrain.settings import nearest
 
@@ -110,8 +111,12 @@ def standard_library() -> list[Document]:
     ]
 
 
-def find_documents(path: str) -> list[Document]:
+def find_documents(path: str, lost: Callable[[str], None] = refuse_link) -> list[Document]:
     """Return the documents that a file, a directory or a glob names, sorted by name.
+
+    Args:
+        path: what names them.
+        lost: is told of each link that leads nowhere; refuses it unless it is to be passed over.
 
     Raises:
         DataError: there are none, which names the nearest thing that exists; or a directory may not be read.
@@ -120,13 +125,15 @@ def find_documents(path: str) -> list[Document]:
     if place.is_file():
         return [Document(place.name, place)]
     if place.is_dir():
-        found = _below(place)
+        found = _below(place, lost=lost)
         if not found:
             raise DataError(
                 f"the directory {path} holds no files: --data.path takes a text file, a directory or a glob"
             )
         return found
-    globbed = (Path(match) for match in glob.glob(str(place), recursive=True))  # noqa: PTH207
+    globbed = [Path(match) for match in glob.glob(str(place), recursive=True)]  # noqa: PTH207
+    for match in filter(leads_nowhere, globbed):
+        lost(str(match))
     matches = sorted(match for match in globbed if match.is_file())
     _check_readable(place)
     if matches:
@@ -166,26 +173,30 @@ def check_single_file(document: Document) -> None:
         pass
 
 
-def _below(root: Path, suffix: str = "", follow: bool = True) -> list[Document]:
+def _below(
+    root: Path, suffix: str = "", follow: bool = True, lost: Callable[[str], None] = lambda path: None
+) -> list[Document]:
     """Return the files in a directory and those below it, sorted by name; hidden ones are left out.
 
     Args:
         root: the directory.
         suffix: of the files' names.
         follow: look into directories that are links, too; none is looked into within itself.
+        lost: is told of each link that leads nowhere.
     """
     above = (_inode(root),) if follow else ()
-    found = [Document(name, root / name) for name in _names(str(root), "", above) if name.endswith(suffix)]
+    found = [Document(name, root / name) for name in _names(str(root), "", above, lost) if name.endswith(suffix)]
     return sorted(found, key=lambda document: document.name)
 
 
-def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...], lost: Callable[[str], None]) -> Iterator[str]:
     """Yield the paths of files below `folder`.
 
     Args:
         folder: where to look.
         prefix: its path, with a slash at the end.
         above: it and the directories that it lies in; none where links are not followed.
+        lost: is told of each link that leads nowhere.
 
     Raises:
         DataError: a directory may not be read: what is in it would be left out in silence.
@@ -198,9 +209,11 @@ def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
                 if entry.is_dir(follow_symlinks=bool(above)):
                     here = (_inode(Path(entry.path)),) if above else ()
                     if not set(here) & set(above):
-                        yield from _names(entry.path, f"{prefix}{entry.name}/", above + here)
+                        yield from _names(entry.path, f"{prefix}{entry.name}/", above + here, lost)
                 elif entry.is_file():
                     yield f"{prefix}{entry.name}"
+                elif leads_nowhere(entry):
+                    lost(entry.path)
     except OSError as error:
         raise _unreadable(folder, error.strerror or str(error)) from error
 
@@ -237,6 +250,8 @@ def _common(paths: list[Path]) -> tuple[str, ...]:
 
 
 def _explain_missing(path: str, place: Path) -> str:
+    if leads_nowhere(place):
+        return f"--data.path {path} is a link to {place.readlink()}, which is not there: mend it"
     if any(character in path for character in "*?["):
         return f"no file matches --data.path {path}"
     siblings = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []

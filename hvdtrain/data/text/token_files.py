@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hvdtrain.data.config import TextConfig, TokenType, cache_dir
+from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.windows import Shard
 from hvdtrain.errors import DataError
@@ -67,7 +68,10 @@ def _find(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_file():
         return [path]
-    found = sorted(Path(match) for match in glob.glob(str(path)) if Path(match).is_file())  # noqa: PTH207
+    named = [Path(match) for match in glob.glob(str(path))]  # noqa: PTH207
+    for file in filter(leads_nowhere, named):
+        refuse_link(file)
+    found = sorted(file for file in named if file.is_file())
     if not found:
         raise DataError(f"the token file {given} does not exist")
     return found

@@ -1,0 +1,82 @@
+"""Many small tensors made equal on all ranks, by one all-reduce a kind; alone, or on the way beside the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hvdtrain.world.carriers import ReduceOp
+
+if TYPE_CHECKING:
+    from hvdtrain.world.collectives import Collectives
+
+# A double holds integers up to 2^53 only.
+_TYPES: dict[ReduceOp, torch.dtype] = {"mean": torch.float64, "max": torch.int64}
+
+
+@torch.no_grad()
+def start_means(world: Collectives, tensors: Sequence[Tensor], name: str) -> Callable[[], None]:
+    """Begin to average tensors; returns what waits, and overwrites them. Both are collective.
+
+    Real and complex ones become their means over the ranks, in fp64, others the largest, as int64.
+    """
+    if world.size == 1:
+        return lambda: None
+    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    waits: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
+    for op, dtype in _TYPES.items():
+        part = [tensor for tensor in parts if tensor.is_floating_point() == dtype.is_floating_point]
+        if part:
+            flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in part])
+            waits.append((part, world.start_all_reduce(flat, op, f"{name}.{op}")))
+
+    @torch.no_grad()
+    def finish() -> None:
+        for part, wait in waits:
+            values = torch.split(wait(), [tensor.numel() for tensor in part])
+            for tensor, value in zip(part, values, strict=True):
+                tensor.copy_(value.view(tensor.shape))
+
+    return finish
+
+
+class BesideGradients:
+    """Tensors that are averaged while gradients are on the wire: `WrappedOptimizer.take_along`.
+
+    They leave behind the last bucket of a step, so that nothing waits for them alone.
+
+    Args:
+        world: the ranks.
+        name: of the collectives.
+        tensors: returns what is averaged in this step, alike on all ranks; nothing where that is not known yet.
+    """
+
+    def __init__(self, world: Collectives, name: str, tensors: Callable[[], Sequence[Tensor]]) -> None:
+        self._world, self._name, self._tensors = world, name, tensors
+        self._finish: Callable[[], None] | None = None
+        self._has_arrived = False
+
+    @property
+    def is_sent(self) -> bool:
+        """Return whether they are on the wire."""
+        return self._finish is not None
+
+    def send(self) -> None:
+        """Put them on the wire. Collective."""
+        tensors = self._tensors()
+        if tensors:
+            self._finish = start_means(self._world, tensors, self._name)
+
+    def receive(self) -> None:
+        """Wait for the means. Collective."""
+        if self._finish is not None:
+            self._finish()
+            self._finish, self._has_arrived = None, True
+
+    def has_arrived(self) -> bool:
+        """Return whether they were averaged since this was last asked."""
+        arrived, self._has_arrived = self._has_arrived, False
+        return arrived
