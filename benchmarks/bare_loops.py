@@ -60,7 +60,7 @@ def autocast(given: SimpleNamespace, device: torch.device) -> torch.autocast:
 
 def text_of(given: SimpleNamespace) -> PreparedText:
     """Return the text that all of them train on."""
-    if given.tokens:
+    if getattr(given, "tokens", None):
         train, val = (str(Path(given.tokens) / f"{name}.bin") for name in ("train", "val"))
         config = TextConfig(path=train, val_path=val, vocab_size=given.vocab_size, sequence_length=given.length)
     else:

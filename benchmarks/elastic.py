@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,7 @@ class Row:
 
     def __init__(self, given: argparse.Namespace, hosts: Hosts, folder: Path, name: str) -> None:
         self.given, self.hosts, self.name = given, hosts, name
-        self.folder = folder / name.replace(" ", "-")
+        self.folder = folder / re.sub(r"\W+", "-", name)  # --hosts-script is words, in which quotes mean something
         self.folder.mkdir()
         self.happened: list[tuple[float, int]] = []
 

@@ -170,14 +170,16 @@ def ranks(size: int, controller: str) -> dict[str, float]:
 
 
 def fitted(sizes: list[int], values: list[float]) -> str:
-    """Return how a figure grows, and what it would be with 1,024 ranks."""
-    found = {}
-    for name, of in (("N", float), ("log2 N", math.log2)):
+    """Return how a figure grows, and what it would be with 1,024 ranks; nothing is taken to shrink."""
+    mean = statistics.mean(values)
+    found = [(float(np.std(values)), f"{mean:.3g}, and does not grow")]
+    for name, of in (("log2 N", math.log2), ("N", float)):
         x = np.array([of(size) for size in sizes])
         slope, start = np.polyfit(x, np.array(values), 1)
         error = float(np.sqrt(np.mean((start + slope * x - values) ** 2)))
-        found[name] = (error, f"{start:.3g} + {slope:.3g} {name}; at 1,024: {start + slope * of(1024):.3g}")
-    return min(found.values())[1]
+        if slope > 0:
+            found.append((error, f"{start:.3g} + {slope:.3g} {name}; at 1,024: {start + slope * of(1024):.3g}"))
+    return min(found)[1]
 
 
 def main() -> None:

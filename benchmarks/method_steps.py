@@ -45,7 +45,8 @@ def seconds(world: World, recipe, method: Method) -> float:
     """Return the seconds of a step."""
     comm = dataclasses.replace(recipe.comm, compression=method.compression)
     if method.period is not None:
-        comm = dataclasses.replace(comm, sync="local", period=method.period, outer=method.outer)
+        local = {"fragments": method.fragments, "overlap_steps": method.overlap_steps}
+        comm = dataclasses.replace(comm, sync="local", period=method.period, outer=method.outer, **local)
     config = dataclasses.replace(recipe, comm=comm)
     job = rehearse(config.build(lambda line: None), config, world, only_full_batches=True)
     training = start_training(job)

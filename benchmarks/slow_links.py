@@ -28,7 +28,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 from bare_loops import WINDOW  # noqa: E402
 
-RANK, WARMUP = 8, 20
+RANK, WARMUP, LENGTH = 8, 20, 128
 NETWORKS = ("200mbit,1", "100mbit,5", "20mbit,20")
 
 
@@ -36,17 +36,14 @@ NETWORKS = ("200mbit,1", "100mbit,5", "20mbit,20")
 DDP = {"DDP, Gloo": "", "DDP, Gloo, fp16 hook": "fp16", "DDP, Gloo, PowerSGD hook": "powersgd"}
 
 
-def methods(period: int, warmup: int, rank: int) -> dict[str, list[str]]:
-    """Return hvdtrain's flags for each method.
-
-    Args:
-        period: steps between two averages of local updates.
-        warmup: exact steps before PowerSGD and top-k begin.
-        rank: of PowerSGD.
-    """
+def methods(given: argparse.Namespace, warmup: int) -> dict[str, list[str]]:
+    """Return hvdtrain's flags for each method; `warmup` exact steps come before PowerSGD and top-k."""
+    period, rank = given.period, given.rank
     warm = ["--comm.compression-warmup-steps", str(warmup)]
     local = ["--comm.sync", "local", "--comm.period", str(period)]
+    also = dict(text.split("=", 1) for text in given.also)
     return {
+        **{name: flags.split() for name, flags in also.items()},
         "every step": [],
         "every step, bf16": ["--comm.compression", "bf16"],
         "every step, int8": ["--comm.compression", "int8"],
@@ -59,9 +56,20 @@ def methods(period: int, warmup: int, rank: int) -> dict[str, list[str]]:
         f"DiLoCo, {period} steps, int8, 4 fragments": [
             *local,
             *("--comm.outer", "nesterov", "--comm.compression", "int8"),
-            *("--comm.fragments", "4", "--comm.overlap-steps", str(period // 8)),
+            *("--comm.fragments", "4", "--comm.overlap-steps", str(-(-period // 8))),
         ],
     }
+
+
+def period_of(flags: list[str]) -> int:
+    """Return the steps between two averages of local updates, 0 where gradients are averaged in each."""
+    return int(flags[flags.index("--comm.period") + 1]) if "local" in flags else 0
+
+
+def shape(given: argparse.Namespace) -> list[str]:
+    """Return hvdtrain's flags for the model and the batch."""
+    model = ("--model.num-layers", str(given.layers), "--model.hidden-size", str(given.hidden))
+    return [*model, "--model.num-heads", str(given.hidden // 32), "--train.global-batch-size", str(given.batch)]
 
 
 def run(command: list[str], timeout: int = 1800) -> None:
@@ -80,7 +88,7 @@ def loss(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -
     """Return the held-out loss, nats a byte, after a training on this machine."""
     launch = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(given.hosts), sys.executable]
     train = ["-m", "hvdtrain", "train", "lm", "--run-dir", str(folder), "--train.steps", str(given.steps)]
-    run([*launch, *train, "--train.seed", str(seed), *flags])
+    run([*launch, *train, "--train.seed", str(seed), *shape(given), *flags])
     return lines_of(folder)[-1]["val/loss"]
 
 
@@ -102,7 +110,8 @@ def ours(given: argparse.Namespace, flags: list[str], steps: int, folder: Path) 
     launch = ["horovodrun", "--mpi", "--disable-cache", "--network-interfaces", "eth0", "-np", str(given.hosts)]
     launch += ["--mpi-args=--mca btl_tcp_flags 1", "-H", where, sys.executable]
     train = ["-m", "hvdtrain", "train", "lm", "--run-dir", str(folder), "--train.steps", str(steps)]
-    train += ["--log.every", str(given.period if "local" in flags else WINDOW), "--eval.every", "none", *flags]
+    train += ["--log.every", str(period_of(flags) or WINDOW), "--eval.every", "none"]
+    train += [*shape(given), *flags]
     run([given.cluster, "exec", "node1", *variables({}), *launch, *train])
     times = [line["time/step_s"] for line in lines_of(folder) if "time/step_s" in line]
     return statistics.median(times[1:])
@@ -111,9 +120,10 @@ def ours(given: argparse.Namespace, flags: list[str], steps: int, folder: Path) 
 def ddp(given: argparse.Namespace, hook: str, steps: int, folder: Path) -> float:
     """Return the seconds of a step of DistributedDataParallel on the hosts."""
     times = folder / "times.json"
-    shape = {"layers": 3, "hidden_size": 128, "heads": 4, "intermediate_size": None, "length": 128}
-    description = {**shape, "batch": 16 // given.hosts, "ranks": given.hosts, "runner": "ddp"}
-    description |= {"precision": "fp32", "compile": False, "hook": hook, "hook_rank": given.rank}
+    model = {"layers": given.layers, "hidden_size": given.hidden, "heads": given.hidden // 32}
+    description = {**model, "intermediate_size": None, "length": LENGTH, "batch": given.batch // given.hosts}
+    description |= {"ranks": given.hosts, "runner": "ddp"}
+    description |= {"precision": "fp32", "compile": "none", "hook": hook, "hook_rank": given.rank}
     description |= {"steps": steps, "times": str(times)}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "bare_loops.py"), json.dumps(description)]
     ranks = []
@@ -135,8 +145,8 @@ def ddp(given: argparse.Namespace, hook: str, steps: int, folder: Path) -> float
 def losses(given: argparse.Namespace) -> list[str]:
     """Return the rows of the held-out losses."""
     rows = [f"held-out loss in nats a byte after {given.steps} steps on {given.hosts} ranks, seed by seed"]
-    known = methods(given.period, given.warmup, given.rank)
-    chosen = {name: flags for name, flags in known.items() if wanted(given, name) or name == "every step"}
+    known = methods(given, given.warmup)
+    chosen = {"every step": [], **{name: flags for name, flags in known.items() if wanted(given, name)}}
     found: dict[str, list[float]] = {name: [] for name in chosen}
     for seed in range(given.seeds):
         for name, flags in chosen.items():
@@ -155,7 +165,7 @@ class Times:
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
-        known = methods(given.period, 0, given.rank)  # nothing is timed while it warms up
+        known = methods(given, 0)  # nothing is timed while it warms up
         self.flags = {name: flags for name, flags in known.items() if wanted(given, name)}
         self.names = [name for name in DDP if wanted(given, name)] + [*self.flags]
         self.seconds: dict[str, dict[str, list[float]]] = {}
@@ -186,14 +196,14 @@ class Times:
         given = self.given
         with tempfile.TemporaryDirectory() as folder:
             if name in DDP:
-                return ddp(given, DDP[name], 4 * WINDOW, Path(folder))
+                return ddp(given, DDP[name], given.windows * WINDOW, Path(folder))
             flags = self.flags[name]
-            steps = (3 * given.period) if "local" in flags else 4 * WINDOW
+            steps = 3 * period_of(flags) or given.windows * WINDOW
             return ours(given, flags, steps, Path(folder) / "run")
 
     def rows(self) -> list[str]:
         """Return the lines of the table; what was not measured has none."""
-        rows, tokens = [], 16 * 128
+        rows, tokens = [], self.given.batch * LENGTH
         for network, found in self.seconds.items():
             rate, delay = network.split(",")
             what = "ms a step, tokens/s, DDP's time / this one's"
@@ -217,21 +227,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", help="the script that makes the hosts; without it, losses alone")
     parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=128, help="size; a head for each 32")
+    parser.add_argument("--batch", type=int, default=16, help="samples of all hosts in a step")
     parser.add_argument("--period", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="exact steps before PowerSGD and top-k begin")
     parser.add_argument("--rank", type=int, default=RANK, help="of PowerSGD")
     parser.add_argument("--steps", type=int, default=300, help="of the trainings whose loss is compared")
     parser.add_argument("--seeds", type=int, default=3, help="0: times alone")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=4, help=f"of {WINDOW} steps, of methods that average in each")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="rate and one-way delay in ms")
     parser.add_argument("--only", nargs="+", help="methods whose names fit one of these patterns")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=FLAGS", help="more methods, by train's flags")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, no more times are measured")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     table = [
         machine.describe(),
         "",
-        "recipe lm: 3 layers x 128, a global batch of 16 x 128 bytes, one thread a rank",
+        f"recipe lm: {given.layers} layers x {given.hidden}, a global batch of {given.batch} x {LENGTH} bytes,"
+        " one thread a rank",
         "",
     ]
     if given.seeds:

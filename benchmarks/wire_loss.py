@@ -1,6 +1,7 @@
-"""What each format of gradients on the wire does to the loss, step by step, without any network.
+"""What each format of gradients on the wire, and local updates, do to the loss, without any network.
 
     python benchmarks/wire_loss.py --output benchmarks/results/wire_loss.txt
+    python benchmarks/wire_loss.py --steps 1000 --formats none none,sync=local,period=25,outer=nesterov
 
 The ranks are threads of one process (`tests/support/thread_world.py`), so that a row takes no launch; their sums are
 real. A small decoder on recipe lm's text; the same steps for every format, seed by seed. A busy machine makes it slow,
@@ -44,7 +45,6 @@ FORMATS = (
     "topk:0.01,20",
     "topk:0.1,20",
 )
-MODEL = {"model.num_layers": 1, "model.hidden_size": 64, "model.num_heads": 2, "data.sequence_length": 48}
 
 
 def number(text: str) -> float | str:
@@ -59,9 +59,13 @@ def trained(given: argparse.Namespace, text: str, seed: int) -> tuple[float, flo
     """Return the held-out loss, nats a byte, and the bytes that a rank has handed over in a step."""
     words = text.split(",")
     name, *warmup = [word for word in words if "=" not in word]
-    settings = {**MODEL, "comm.compression": name, "train.seed": seed, "train.steps": given.steps}
+    settings: dict[str, object] = {"model.num_layers": given.layers, "model.hidden_size": given.hidden}
+    settings |= {"model.num_heads": given.hidden // 32, "data.sequence_length": given.length}
+    settings |= {"train.global_batch_size": given.batch, "train.seed": seed, "train.steps": given.steps}
+    settings |= {"comm.compression": name}
     settings |= {"comm.compression_warmup_steps": int(warmup[0])} if warmup else {}
-    settings |= {f"comm.{key}": number(value) for key, _, value in (word.partition("=") for word in words) if value}
+    for key, _, value in (word.partition("=") for word in words):
+        settings |= {key if "." in key else f"comm.{key}": number(value)} if value else {}
     settings |= {"train.precision": "fp32"}
     one_at_a_time = threading.Lock()  # the text is prepared once
 
@@ -85,11 +89,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=64, help="size; a head for each 32")
+    parser.add_argument("--length", type=int, default=48, help="of a sample, in bytes")
+    parser.add_argument("--batch", type=int, default=16, help="samples of all ranks in a step")
     parser.add_argument(
         "--formats",
         nargs="+",
         default=FORMATS,
-        help="each with the exact steps before it, and settings of --comm: topk:0.1,20,compression_exact=none",
+        help="each with the exact steps before it, and settings, of --comm unless they say otherwise:"
+        " topk:0.1,20,compression_exact=none or none,sync=local,period=25,optim.peak_lr=0.003",
     )
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -97,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [machine.describe(), "", f"held-out loss in nats a byte, {given.steps} steps, {given.ranks} ranks, by seed"]
     rows += [
-        f"decoder of {MODEL['model.num_layers']} layer x {MODEL['model.hidden_size']}, recipe lm's text and batch",
+        f"decoder of {given.layers} x {given.hidden}, {given.batch} x {given.length} bytes of recipe lm's text a step",
         "",
     ]
     plain: list[float] = []

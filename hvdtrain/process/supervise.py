@@ -134,7 +134,13 @@ def _interval(text: str) -> float:
 
 
 def _words(text: str) -> list[str]:
-    words = shlex.split(text)
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a quote is not closed in {text!r}: it is read as a shell reads a command; put a path that has a quote"
+            " into other quotes, or a backslash before it"
+        ) from None
     if not words:
         raise ValueError(text)
     return words

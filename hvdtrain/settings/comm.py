@@ -43,6 +43,8 @@ class CommConfig(Section):
     they have moved by is averaged: less talk, for slow networks (arXiv:1805.09767)."""
     period: int = setting(50, above=0, several_ranks=True)
     """Steps between two averages of --comm.sync local."""
+    sync_warmup_steps: int = setting(0, minimum=0, several_ranks=True)
+    """local: average after each of so many steps at first, without --comm.outer (arXiv:1808.07217)."""
     outer: Literal["average", "nesterov"] = setting("average", several_ranks=True)
     """local: take the mean update as it is, or as the gradient of SGD with Nesterov's momentum (DiLoCo,
     arXiv:2311.08105)."""
@@ -79,7 +81,8 @@ class CommConfig(Section):
         if self.op == "adasum":
             yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
         if self.sync != "local":
-            for name in ("period", "outer", "outer_lr", "outer_momentum", "fragments", "overlap_steps", "overlap_mix"):
+            names = ("period", "sync_warmup_steps", "outer", "outer_lr", "outer_momentum", "fragments")
+            for name in (*names, "overlap_steps", "overlap_mix"):
                 yield name, "it belongs to --comm.sync local"
             return
         if self.outer != "nesterov":

@@ -85,8 +85,8 @@ class LocalUpdates(Strategy):
         return alone.wrap(optimizer, model, accum_steps=options["accum_steps"], offload=options["offload"])
 
     def is_equal_after(self, step: int) -> bool:
-        """Return whether a period ends with this step in which all is averaged, or training has not begun."""
-        return step == 0 or (self._schedule.is_whole and step % self._schedule.period == 0)
+        """Return whether everything is averaged after this step, or training has not begun."""
+        return self._schedule.is_equal_after(step)
 
     def agree(self, world: World, is_finite: Tensor) -> Tensor:
         """Return this rank's answer: a step that does not count for one rank may count for the others."""

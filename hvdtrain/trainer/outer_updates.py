@@ -3,7 +3,9 @@
 With `--comm.fragments` the model is averaged in parts, each once in a period and at a step of its own, so that less
 travels at a time; with `--comm.overlap-steps` an average has so many steps to arrive, in which training goes on
 (Streaming DiLoCo, arXiv:2501.18512, algorithm 2). Fragment p of P begins to travel after the steps t > 0 with
-`(t - floor(p H / P)) mod H = 0`. When it is due, s steps later, with the update `dW_i` of rank i at step t,
+`(t - floor(p H / P)) mod H = 0`, counted from the end of `--comm.sync-warmup-steps`, in each of which everything is
+averaged as it is (post-local SGD, arXiv:1808.07217). When it is due, s steps later, with the update `dW_i` of rank i at
+step t,
 
     V <- outer step from V along mean_i(dW_i)        V are the weights of the last average
     W_i <- mix W_i + (1 - mix) V                     without an overlap: W_i <- V
@@ -40,25 +42,39 @@ class Schedule:
     period: int
     fragments: int
     overlap_steps: int
+    warmup_steps: int = 0
+    """At first, after each of which everything is averaged; periods begin afterwards."""
 
     @classmethod
     def of(cls, comm: CommConfig) -> Schedule:
         """Return the one that the settings ask for."""
-        return cls(comm.period, comm.fragments, comm.overlap_steps)
+        return cls(comm.period, comm.fragments, comm.overlap_steps, comm.sync_warmup_steps)
 
-    @property
-    def is_whole(self) -> bool:
-        """Return whether all of the model is averaged at once, so that ranks are equal at the end of each period."""
-        return self.fragments == 1 and self.overlap_steps == 0
+    def warms_up(self, step: int) -> bool:
+        """Return whether the average after `step` completed steps is one of the first, without an outer optimizer."""
+        return step <= self.warmup_steps
+
+    def is_equal_after(self, step: int) -> bool:
+        """Return whether all ranks have the same weights after `step` completed steps."""
+        if step == 0 or self.warms_up(step):
+            return True
+        is_whole = self.fragments == 1 and self.overlap_steps == 0
+        return is_whole and (step - self.warmup_steps) % self.period == 0
 
     def begins(self, step: int) -> list[int]:
         """Return the fragments that begin to travel after `step` completed steps."""
+        if 0 < step <= self.warmup_steps:
+            return [*range(self.fragments)]
+        local = step - self.warmup_steps
         offsets = [fragment * self.period // self.fragments for fragment in range(self.fragments)]
-        return [p for p, offset in enumerate(offsets) if step > 0 and (step - offset) % self.period == 0]
+        return [p for p, offset in enumerate(offsets) if local > 0 and (local - offset) % self.period == 0]
 
     def ends(self, step: int) -> list[int]:
         """Return those whose means are taken then."""
-        return self.begins(step - self.overlap_steps)
+        if self.warms_up(step):
+            return self.begins(step)
+        begun = step - self.overlap_steps
+        return [] if self.warms_up(begun) else self.begins(begun)
 
 
 class OuterUpdates(Component):
@@ -91,7 +107,10 @@ class OuterUpdates(Component):
         steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
         parts = f" in {comm.fragments} fragments" if comm.fragments > 1 else ""
         late = f", taken {comm.overlap_steps} steps later, own weights x {self._mix:g}" if comm.overlap_steps else ""
-        return f"updates:    averaged {steps}{parts}{late}, not gradients ({what}outer learning rate {self._lr:g})"
+        first = f", in each of the first {comm.sync_warmup_steps:,} steps" if comm.sync_warmup_steps else ""
+        return (
+            f"updates:    averaged {steps}{parts}{late}{first}, not gradients ({what}outer learning rate {self._lr:g})"
+        )
 
     def attach(self, training: Training) -> None:
         """See the optimizer."""
@@ -116,7 +135,11 @@ class OuterUpdates(Component):
         for fragment in begins:
             self._under_way[fragment] = self._send(fragment)
         for fragment in ends:
-            self._take(fragment)
+            self._take(fragment, self.schedule.warms_up(step))
+
+    def before_looking(self, training: Training) -> None:
+        """Wait for what is under way: the state is about to be compared, and has no place for it."""
+        self.arrive()
 
     @torch.no_grad()
     def arrive(self) -> None:
@@ -159,16 +182,19 @@ class OuterUpdates(Component):
         flat = flat.to(codec.buffer_type(flat.dtype))
         return part, numbers, codec.start(self._world, prefix, part, flat)
 
-    def _take(self, fragment: int) -> None:
-        """Move from the last average by the means, and put that into the model."""
+    def _take(self, fragment: int, as_it_is: bool) -> None:
+        """Move from the last average by the means, perhaps as they are, and put that into the model."""
         assert self._training is not None
         if fragment in self._under_way:
             self._means |= self._under_way.pop(fragment)()
         moved = moved_by_name(self._training.model, self._training)
         for name in self._fragments[fragment]:
             if name in self._means and name in moved:
-                self._move(name, self._means.pop(name))
-                last, own = self._last[name], moved[name]
+                last, own, mean = self._last[name], moved[name], self._means.pop(name)
+                if as_it_is:
+                    own.copy_(last.add_(mean))
+                    continue
+                self._move(name, mean)
                 own.copy_(last + self._mix * (own.to(last.dtype) - last) if self._mix else last)
 
     def _move(self, name: str, update: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.odd_state import check_kinds, check_like, in_a_sentence
 from hvdtrain.trainer.strategy import optimizer_tensors
 from hvdtrain.trainer.values import storable
+from hvdtrain.world import World
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -101,6 +102,32 @@ def read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str,
         check_kinds(state, checkpoint.manifest.step)
         check_fits(job, state, data)
         load_model_weights(model, checkpoint.weights, state["extra_state"])
+    return state
+
+
+def handed_out(world: World, components: Sequence[Component], found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what rank 0 has read, on every rank; of what ranks have for themselves, each its own. Collective.
+
+    The states of other ranks, which may be as large as the model each, come one after the other and are let go. Where
+    another number of ranks has saved, all of them are kept: from these follows what each one goes on with.
+    """
+    apart: dict[str, list[Any]] = {}
+    if found is not None:
+        own = {component.name for component in components if not component.is_replicated}
+        saved = found["components"]
+        has_each = [name for name in own & saved.keys() if isinstance(saved[name], list)]
+        apart = {name: saved.pop(name) for name in sorted(has_each) if len(saved[name]) == world.size}
+    state, names = world.broadcast_object((found, list(apart)), "resume.state")
+    if state is None:
+        return None
+    for name in names:
+        kept: list[Any] = [None] * world.size
+        for rank in range(world.size):
+            of_rank = apart[name][rank] if world.rank == 0 else None
+            of_rank = world.broadcast_object(of_rank, f"resume.{name}")
+            if rank == world.rank:
+                kept[rank] = of_rank
+        state["components"][name] = kept
     return state
 
 

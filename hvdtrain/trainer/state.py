@@ -27,7 +27,7 @@ from hvdtrain.trainer.odd_state import in_a_sentence
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.rank_figures import RankFigures
 from hvdtrain.trainer.same_data import compare_data
-from hvdtrain.trainer.saved_state import read_latest, restore
+from hvdtrain.trainer.saved_state import handed_out, read_latest, restore
 from hvdtrain.trainer.snapshot import Snapshot
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
@@ -212,7 +212,7 @@ def start_training(job: Job) -> Training:
     with world.progress.during("resume"):
         found = world.together(lambda: read_latest(job, model, data) if world.rank == 0 else None, "resume")
         of_optimizer = found.pop("optimizer") if found else None
-        state = world.broadcast_object(found, "resume.state")
+        state = handed_out(world, components, found)
     if state is not None:
         training.step, training.is_evaluation_due = state["step"], bool(state["is_evaluation_due"])
         training.num_steps_then, training.best_loss = state.get("num_steps"), state.get("best_loss", math.inf)

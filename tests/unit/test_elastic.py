@@ -466,3 +466,10 @@ def test_a_command_that_says_nowhere_where_ranks_belong_is_refused_before_hosts_
     (tmp_path / "hosts").write_text("a:1\n")
     assert main(["--hosts-file", str(tmp_path / "hosts"), "--", "sh", "launch", "--run-dir", "x"]) == 2
     assert "where do the ranks and hosts belong" in capsys.readouterr().err
+
+
+def test_a_quote_in_a_path_is_said(capsys):
+    """A folder named rank 0's: it is read as a shell would read it."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["--hosts-script", "/rank 0's/hosts.sh", "--", "mpirun", "true", "--run-dir", "x"])
+    assert "a quote is not closed in" in capsys.readouterr().err

@@ -62,6 +62,7 @@ SHARED = {
     "comm.op": "adasum",
     "comm.sync": "local",
     "comm.period": (3, {"comm.sync": "local"}),
+    "comm.sync_warmup_steps": (2, {"comm.sync": "local", "comm.period": 2}),
     "comm.outer": ("nesterov", {"comm.sync": "local"}),
     "comm.outer_lr": (0.5, {"comm.sync": "local"}),
     "comm.outer_momentum": (0.5, {"comm.sync": "local", "comm.outer": "nesterov"}),

@@ -24,6 +24,8 @@ from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CommConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
+from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.saved_state import handed_out
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.unfreezing import GradualUnfreezing
@@ -397,3 +399,35 @@ def test_settings_of_precision_and_types_are_kept(tmp_path):
 
     whole, *_ = run_ranks(4, work)
     assert same(load_checkpoint(newest(tmp_path)).state["optimizer"], whole)
+
+
+class Everybodys(Component):
+    """Alike on all ranks."""
+
+    name = "everybodys"
+
+
+class Own(Component):
+    """Of each rank."""
+
+    name = "own"
+    is_replicated = False
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_each_rank_is_handed_its_own_state_alone(size):
+    """Codecs remember as much as the model on each rank: N of them would fill the memory of all."""
+
+    def work(world):
+        of_ranks = [{"x": torch.full((2,), rank)} for rank in range(3)]
+        found = {"step": 7, "components": {"own": of_ranks, "everybodys": [1, 2]}} if world.rank == 0 else None
+        assert handed_out(world, [], None) is None
+        return handed_out(world, [Own(), Everybodys()], found)
+
+    for rank, state in enumerate(run_ranks(size, work)):
+        assert (state["step"], state["components"]["everybodys"]) == (7, [1, 2])
+        own = state["components"]["own"]
+        assert len(own) == 3
+        # Another number of ranks goes on from all of them.
+        assert [item is not None for item in own] == [size != 3 or other == rank for other in range(3)]
+        assert own[rank]["x"].tolist() == [rank, rank]

@@ -19,13 +19,14 @@ from hvdtrain.verbs.plan import comparison, costs
 from hvdtrain.verbs.plan.all_reduce import groups_of, sizes_for
 from hvdtrain.verbs.plan.answer import answer, worker_counts
 from hvdtrain.verbs.plan.facts import Facts, compute_on
+from hvdtrain.verbs.plan.local import cut, local_step_time
 from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
 from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, sends_of
 from hvdtrain.verbs.plan.network import Layout, Network, Pace, Timing, fit, other_network, paced
 from hvdtrain.verbs.plan.page import save_html
 from hvdtrain.verbs.plan.report import describe, table
 from hvdtrain.verbs.plan.saved import load_json, save_json
-from hvdtrain.verbs.plan.step import Bucket, Compute, Send, exposed_communication, local_step_time, step_time
+from hvdtrain.verbs.plan.step import Bucket, Compute, Send, exposed_communication, step_time
 from hvdtrain.world import Cargo, begin_exchange, codec_of
 
 GIGABIT = Network("gloo", 1e-3, None, None, 50e-6, 8 / 1e9, 0.05, 4)
@@ -113,12 +114,41 @@ def test_a_step():
 
 def test_a_step_of_local_updates():
     compute, sends = Compute(0.1, 0.2, 0.01), [Send(1.0, 0.5, 1.5), Send(1.0, 0.5, 1.5)]
-    step = local_step_time(compute, sends, 10, question_s=0.2, codec_s=1.0)
+    step = local_step_time(compute, [sends], 10, question_s=0.2, codec_s=1.0)
     assert step.total_s == pytest.approx(0.31 + 0.4 + 0.1)  # the question hides behind the step
     assert (step.exposed_s, step.latency_s) == (pytest.approx(0.4), pytest.approx(0.1))
     # One that takes longer is asked every third step, as within a second there are three.
-    assert local_step_time(compute, sends, 10, question_s=0.9, codec_s=1.0).total_s == pytest.approx(0.81)
-    assert local_step_time(compute, sends, 10, question_s=1.5, codec_s=1.0).total_s == pytest.approx(0.81 + 0.19)
+    assert local_step_time(compute, [sends], 10, question_s=0.9, codec_s=1.0).total_s == pytest.approx(0.81)
+    assert local_step_time(compute, [sends], 10, question_s=1.5, codec_s=1.0).total_s == pytest.approx(0.81 + 0.19)
+
+
+def test_fragments_that_arrive_late_hide_behind_steps():
+    """A period of 10 steps of 1 s; two fragments of 2 s each."""
+    compute, one = Compute(0.3, 0.6, 0.1), [Send(1.0, 0.5, 1.5)]
+
+    def seconds(overlap_steps, parts=(one, one), **more):
+        return local_step_time(compute, parts, 10, 0.0, overlap_steps=overlap_steps, **more).total_s
+
+    assert seconds(0) == pytest.approx(1.4)
+    assert seconds(1) == pytest.approx(1.2)  # each hides behind one step
+    assert seconds(2) == pytest.approx(1.0)
+    assert seconds(2, interference=0.5) == pytest.approx(1.2)  # half of what is hidden slows computing down
+    assert seconds(4, [[Send(1.0, 0.0, 2.0), Send(1.0, 0.0, 3.0, follows=True)]]) == pytest.approx(1.3)
+    # A link carries no more than there is time for: 16 s of messages in a period of 10.
+    assert seconds(4, [one * 2] * 4) == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fragments_of_buckets_hold_what_there_was(count):
+    buckets = [Bucket(0.5, 64, ((4, 4),), exact=(0,), exact_for=("powersgd",)), Bucket(1.0, 96, ((2, 8), (8,)))]
+    fragments = cut(buckets, count)
+    assert len(fragments) == count
+    assert sorted(shape for own in fragments for bucket in own for shape in bucket.shapes) == [(2, 8), (4, 4), (8,)]
+    assert sum(bucket.num_bytes for own in fragments for bucket in own) == 160
+    of_exact = [bucket.shapes[place] for own in fragments for bucket in own for place in bucket.exact]
+    assert of_exact == [(4, 4)]
+    unknown = [Bucket(1.0, 100)]
+    assert sum(bucket.num_bytes for own in cut(unknown, count) for bucket in own) == pytest.approx(100, abs=count)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -266,6 +296,11 @@ def facts(**more):
     return Facts(**{**given, **more})
 
 
+@pytest.mark.parametrize(("pace", "said"), [(1.0, False), (1.2, False), (0.6, True), (1.9, True)])
+def test_a_network_that_is_another_one_in_a_step_is_said(pace, said):
+    assert (f"{pace:.2f} times what single all-reduces tell" in describe(facts(pace=pace))) == said
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.9])
 def test_measurements_that_contradict_each_other_recommend_nothing(tmp_path, factor):
     """147 ms were predicted where 431 had been measured for the same two ranks, on a busy machine."""
@@ -350,12 +385,13 @@ def test_the_ways_to_average_on_a_slow_and_on_a_fast_network():
     text = table(slow)
     names = [row.method for row in slow.methods]
     assert names[0] == "every step"
-    assert names[-2:] == ["local SGD, 50 steps", "DiLoCo, 50 steps"]
+    local = ["local SGD, 50 steps", "DiLoCo, 50 steps", "DiLoCo, 50 steps, int8"]
+    assert names[-4:] == [*local, "DiLoCo, 50 steps, int8, 4 fragments, 7 late"]
     assert "every step, powersgd:4" not in names  # it was not measured
     assert slow.method.loss.change <= comparison.WITHIN
     assert slow.method.speedup > 1.3
     assert f"to average: {slow.method.method} ({slow.method.flags}): " in text
-    assert "DiLoCo, 50 steps would be" in text or "local SGD, 50 steps would be" in text
+    assert f"{names[-1]} would be" in text
     assert max(row.speedup for row in slow.methods) == slow.methods[-1].speedup
     fast = answer(with_formats(network=other_network(GIGABIT, "100gbit,1us")), 2)
     assert fast.method.method == "every step"
@@ -385,11 +421,13 @@ def test_what_formats_compute_grows_along_a_line():
 
 
 def test_flags_are_what_the_command_line_takes():
-    methods = [Method("int8"), Method(period=20), Method("bf16", period=20, outer="nesterov"), Method()]
+    methods = [Method("int8"), Method(period=20), Method("bf16", period=20, outer="nesterov")]
+    methods += [Method("none", 20, "nesterov", 4, 3), Method()]
     assert [method.flags for method in methods] == [
         "--comm.compression int8",
         "--comm.sync local --comm.period 20",
         "--comm.compression bf16 --comm.sync local --comm.period 20 --comm.outer nesterov",
+        "--comm.sync local --comm.period 20 --comm.outer nesterov --comm.fragments 4 --comm.overlap-steps 3",
         "",
     ]
 

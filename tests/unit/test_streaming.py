@@ -14,8 +14,8 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
-from hvdtrain.settings import CommConfig, Config, TrainConfig
-from hvdtrain.trainer import Task, settle, train_step
+from hvdtrain.settings import CheckpointConfig, CommConfig, Config, EvalConfig, HealthConfig, TrainConfig
+from hvdtrain.trainer import Task, fit, settle, train_step
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.outer_updates import OuterUpdates, Schedule, in_fragments
 from hvdtrain.trainer.saver import Saver
@@ -62,7 +62,16 @@ def trained(job, steps, at_each_step=lambda training: None):
     return training
 
 
-def by_the_paper(job, steps):
+@torch.no_grad()
+def put_mean_into(outer, workers):
+    """What local SGD of a period of 1 does: arXiv:1808.07217, algorithm 1."""
+    for parameter, *of_workers in zip(*(model.parameters() for model in (outer, *workers)), strict=True):
+        mean = torch.stack(of_workers).mean(0)
+        for each in (parameter, *of_workers):
+            each.copy_(mean)
+
+
+def by_the_paper(job, steps):  # noqa: C901  as it is written there
     """Algorithm 2 of arXiv:2501.18512, all workers in one process; returns the workers and the outer weights."""
     comm, order, size = job.config.comm, job.order, job.world.size
     outer = copy.deepcopy(job.task.model).double()
@@ -84,6 +93,10 @@ def by_the_paper(job, steps):
                 batch = job.task.train_data.batch(samples[positions])
                 (losses(worker, batch)["loss"] * size / len(samples)).backward()
             optimizer.step()
+        if t <= comm.sync_warmup_steps:
+            put_mean_into(outer, workers)
+            continue
+        t -= comm.sync_warmup_steps
         for p, own in enumerate(fragments):
             offset = p * comm.period // comm.fragments
             if (t - offset) % comm.period == 0:
@@ -110,6 +123,8 @@ def by_the_paper(job, steps):
         {"overlap_steps": 0},
         {"fragments": 1, "overlap_steps": 2, "overlap_mix": 0.0},
         {"fragments": 3, "overlap_steps": 4, "outer_lr": 0.5},
+        {"outer": "nesterov", "sync_warmup_steps": 4},
+        {"fragments": 1, "overlap_steps": 0, "outer_lr": 0.5, "sync_warmup_steps": 5},
     ],
     ids=str,
 )
@@ -150,6 +165,27 @@ def test_looking_changes_nothing_and_a_run_goes_on_bitwise_from_every_step(tmp_p
     for step in range(4, 10) if not comm else (5, 7):
         for one, other in zip(whole, run_ranks(2, cut(step)), strict=True):
             assert gap(one, other) == 0
+
+
+@pytest.mark.parametrize("comm", [{}, {"fragments": 1}, {"fragments": 4, "overlap_steps": 0}], ids=str)
+def test_a_run_saves_evaluates_and_compares_replicas_while_averages_are_under_way(tmp_path, comm):
+    """The loop itself, with what is on by default: it compares replicas before each save."""
+
+    def work(world):
+        job = job_of(world, tmp_path / "looked", **comm)
+        config = dataclasses.replace(
+            job.config,
+            checkpoint=CheckpointConfig(every=3, keep_last=None),
+            eval=EvalConfig(every=4),
+            health=HealthConfig(replica_check_every=1),
+        )
+        looked = settle(job.task, config, world, job.run, MetricLog(None, []))
+        fit(looked)
+        plain = trained(job_of(world, tmp_path / "plain", **comm), STEPS)
+        plain.strategy.end(world, plain)
+        return gap(weights(looked.task.model), weights(plain.model))
+
+    assert run_ranks(2, work) == [0, 0]
 
 
 def test_ranks_end_alike(tmp_path):
@@ -200,6 +236,20 @@ def test_each_fragment_travels_once_in_a_period():
     assert begun[:5] == [(2, 1), (5, 2), (7, 3), (10, 0), (12, 1)]
     assert [(step - 3, p) for step in range(34) for p in schedule.ends(step)] == begun
     assert [Schedule(5, 1, 0).begins(step) for step in (0, 5, 7)] == [[], [0], []]
+
+
+def test_periods_begin_after_the_warm_up():
+    schedule = Schedule(5, 2, 3, warmup_steps=4)
+    assert [(step, schedule.begins(step)) for step in range(12) if schedule.begins(step)] == [
+        *((step, [0, 1]) for step in (1, 2, 3, 4)),
+        *((6, [1]), (9, [0]), (11, [1])),
+    ]
+    assert [(step, schedule.ends(step)) for step in range(13) if schedule.ends(step)] == [
+        *((step, [0, 1]) for step in (1, 2, 3, 4)),
+        *((9, [1]), (12, [0])),
+    ]
+    assert [step for step in range(13) if schedule.is_equal_after(step)] == [0, 1, 2, 3, 4]
+    assert [step for step in range(13) if Schedule(5, 1, 0, 2).is_equal_after(step)] == [0, 1, 2, 7, 12]
 
 
 @pytest.mark.parametrize(

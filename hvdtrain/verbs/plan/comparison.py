@@ -48,7 +48,8 @@ def compared(facts: Facts, workers: int) -> list[MethodRow]:
     """Return the ways to average on so many workers, exact averages in every step first; none for one worker."""
     if facts.network is None or workers == 1 or not facts.formats:
         return []
-    known = [method for method in methods_of(facts.compression, facts.period) if method.compression in facts.formats]
+    ways = methods_of(facts.compression, facts.period, facts.fragments, facts.overlap_steps)
+    known = [method for method in ways if method.compression in facts.formats]
     known = sorted(known, key=lambda method: method != Method())
     exact = predict_by(facts, workers, Method()).total_s
     return [_row(facts, workers, method, exact) for method in known]

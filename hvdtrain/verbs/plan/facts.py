@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvdtrain.optim.noise import NoiseScale
+from hvdtrain.verbs.plan.local import cut, local_step_time
 from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, sends_of
 from hvdtrain.verbs.plan.network import Layout, Network
-from hvdtrain.verbs.plan.step import Bucket, Compute, Send, StepTime, local_step_time, step_time
+from hvdtrain.verbs.plan.step import Bucket, Compute, Send, StepTime, step_time
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Facts:
     compression_min_size: int = 1024
     period: int = 50
     """Of local updates, where they are compared."""
+    fragments: int = 1
+    """Of theirs: the recipe's own."""
+    overlap_steps: int = 0
+    """Of theirs: the recipe's own."""
     is_sharded: bool = False
     """Whether gradients are scattered, and as many weights gathered (`--optim.shard`): the recipe's own."""
     adds_bfloat16: bool = False
@@ -106,14 +111,20 @@ def predict_by(facts: Facts, workers: int, method: Method) -> StepTime:
     layout = Layout.of(workers, facts.ranks_per_host)
     compute = compute_on(facts, layout)
     own = facts.formats.get(method.compression, Format(method.compression))
-    sends = _sends(facts, method, layout)
-    codec_s = own.computes(workers)
+    codec_s, accum_steps = own.computes(workers), facts.accum_steps
     if method.period is None or facts.network is None or workers == 1:
-        return step_time(
-            compute, sends, interference=facts.interference, accum_steps=facts.accum_steps, codec_s=codec_s
-        )
-    question_s = facts.network.seconds(4, layout)
-    return local_step_time(compute, sends, method.period, question_s, accum_steps=facts.accum_steps, codec_s=codec_s)
+        sends = _sends(facts, method, layout, facts.buckets)
+        return step_time(compute, sends, interference=facts.interference, accum_steps=accum_steps, codec_s=codec_s)
+    return local_step_time(
+        compute,
+        [_sends(facts, method, layout, buckets) for buckets in cut(facts.buckets, method.fragments)],
+        method.period,
+        facts.network.seconds(4, layout),
+        overlap_steps=method.overlap_steps,
+        interference=facts.interference,
+        accum_steps=accum_steps,
+        codec_s=codec_s,
+    )
 
 
 def bytes_by(facts: Facts, workers: int, method: Method) -> int:
@@ -121,7 +132,8 @@ def bytes_by(facts: Facts, workers: int, method: Method) -> int:
     if workers == 1:
         return 0
     shared = (facts.compression_min_size, workers, facts.adds_bfloat16)
-    return handed_bytes(facts.buckets, method.compression, *shared) // (method.period or 1)
+    parts = cut(facts.buckets, method.fragments)
+    return sum(handed_bytes(buckets, method.compression, *shared) for buckets in parts) // (method.period or 1)
 
 
 def pace_of(facts: Facts, method: Method) -> float:
@@ -131,12 +143,12 @@ def pace_of(facts: Facts, method: Method) -> float:
     return facts.formats.get(method.compression, Format(method.compression)).pace
 
 
-def _sends(facts: Facts, method: Method, layout: Layout) -> list[Send]:
+def _sends(facts: Facts, method: Method, layout: Layout, buckets: Sequence[Bucket]) -> list[Send]:
     if layout.ranks == 1 or facts.network is None:
         return []
     is_own = method == Method(facts.compression)
     sends = sends_of(
-        facts.buckets,
+        buckets,
         method.compression,
         facts.compression_min_size,
         layout,

@@ -81,6 +81,8 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         compression=recipe.comm.compression,
         compression_min_size=recipe.comm.compression_min_size,
         period=recipe.comm.period,
+        fragments=recipe.comm.fragments,
+        overlap_steps=recipe.comm.overlap_steps,
         is_sharded=recipe.optim.shard,
         adds_bfloat16=world.adds_bfloat16,
     )

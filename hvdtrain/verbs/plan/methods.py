@@ -26,6 +26,10 @@ class Method:
     period: int | None = None
     """Steps between two averages of local updates; None: gradients are averaged in every step."""
     outer: str = "average"
+    fragments: int = 1
+    """Parts of the model that local updates average at steps of their own."""
+    overlap_steps: int = 0
+    """In which an average of theirs may arrive."""
 
     @property
     def name(self) -> str:
@@ -33,7 +37,9 @@ class Method:
         wire = "" if self.compression == "none" else f", {self.compression}"
         if self.period is None:
             return f"every step{wire}"
-        return f"{'DiLoCo' if self.outer == 'nesterov' else 'local SGD'}, {self.period} steps{wire}"
+        parts = f", {self.fragments} fragments" if self.fragments > 1 else ""
+        late = f", {self.overlap_steps} late" if self.overlap_steps else ""
+        return f"{'DiLoCo' if self.outer == 'nesterov' else 'local SGD'}, {self.period} steps{wire}{parts}{late}"
 
     @property
     def flags(self) -> str:
@@ -42,6 +48,8 @@ class Method:
         if self.period is not None:
             words.append(f"--comm.sync local --comm.period {self.period}")
             words += ["--comm.outer nesterov"] if self.outer == "nesterov" else []
+            words += [f"--comm.fragments {self.fragments}"] if self.fragments > 1 else []
+            words += [f"--comm.overlap-steps {self.overlap_steps}"] if self.overlap_steps else []
         return " ".join(words)
 
 
@@ -73,15 +81,22 @@ class Format:
         return self.codec_s[left] + slope * (ranks - left)
 
 
-def methods_of(own: str, period: int) -> list[Method]:
+def methods_of(own: str, period: int, fragments: int = 1, overlap_steps: int = 0) -> list[Method]:
     """Return the ways that are compared; the recipe's own format first.
 
     Args:
         own: the recipe's `--comm.compression`.
         period: its `--comm.period`.
+        fragments: its `--comm.fragments`; where it has one, and no overlap, four are compared with one.
+        overlap_steps: its `--comm.overlap-steps`.
     """
     formats = dict.fromkeys((own, *FORMATS))
-    return [*map(Method, formats), Method(period=period), Method(period=period, outer="nesterov")]
+    local = [Method(period=period), Method(period=period, outer="nesterov"), Method("int8", period, "nesterov")]
+    if fragments == 1 and not overlap_steps:
+        fragments, overlap_steps = min(4, period), min(period - 1, -(-period // 8))
+    if fragments > 1 or overlap_steps:
+        local.append(Method("int8", period, "nesterov", fragments, overlap_steps))
+    return [*map(Method, formats), *local]
 
 
 def sends_of(
@@ -114,7 +129,8 @@ def sends_of(
             latency = pace * network.latency_part(layout, way)
             bytes_s = pace * network.bandwidth_part(message.num_bytes, layout, way)
             # What follows a first round leaves when backward is over.
-            sends.append(Send(min(1.0, bucket.ready) if message.is_first else 1.0, latency, bytes_s))
+            ready = min(1.0, bucket.ready) if message.is_first else 1.0
+            sends.append(Send(ready, latency, bytes_s, follows=not message.is_first))
     return sorted(sends, key=lambda send: send.ready)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from hvdtrain.world import Cargo
-from hvdtrain.world.asking import MOST_SECONDS, MOST_STEPS
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class Send:
     """When it can leave, as a share of the backward pass."""
     latency_s: float
     bandwidth_s: float
+    follows: bool = False
+    """Whether it leaves only when another message has arrived and is waited for."""
 
     @property
     def seconds(self) -> float:
@@ -134,25 +135,3 @@ def step_time(
     share = sum(send.latency_s for send in sends) / every if every else 0.0
     total = compute.total_s + more + exposed + codec_s
     return StepTime(total, exposed, exposed * share, exposed * (1 - share))
-
-
-def local_step_time(
-    compute: Compute, sends: Sequence[Send], period: int, question_s: float, *, accum_steps: int = 1, codec_s: float
-) -> StepTime:
-    """Return the mean time of a step where ranks train apart and average once in `period` steps.
-
-    Args:
-        compute: as for `step_time`.
-        sends: of an average: all wait for all of it.
-        period: steps between two averages.
-        question_s: of the small all-reduce that asks, beside some steps, whether any rank wants to stop.
-        accum_steps: micro-batches of a step.
-        codec_s: what the format itself computes for an average.
-    """
-    own = compute.total_s + (accum_steps - 1) * (compute.forward_s + compute.backward_s)
-    every = sum(send.seconds for send in sends) / period
-    steps = min(MOST_STEPS, max(1, int(MOST_SECONDS / own)))
-    asks = max(0.0, question_s / steps - own)
-    latency = sum(send.latency_s for send in sends) / period + asks
-    exposed = every + asks
-    return StepTime(own + exposed + codec_s / period, exposed, latency, exposed - latency)
