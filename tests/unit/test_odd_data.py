@@ -177,6 +177,9 @@ def test_links(read, tmp_path):
     (data / "folder").symlink_to(elsewhere / "folder")
     (data / "nothing.jsonl").symlink_to(elsewhere / "nothing")
     os.mkfifo(data / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"nothing\.jsonl is a link to what is not there"):
+        read({})
+    (data / "nothing.jsonl").unlink()
     counts, _ = read({})
     assert in_all(counts) == {"text": 27}  # the circle's first turn shows a.jsonl once more
 
