@@ -31,9 +31,8 @@ class CommConfig(Section):
     """Parameters that int8, powersgd and topk send as they are, by patterns of their names, as in
     "*embed*,lm_head.weight". auto: with powersgd the weights of embeddings and of the output layer; none: small ones
     alone."""
-    bucket_mib: int | None = setting(None, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
-    """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it. None: 4
-    between the CPUs of one host, where a part stays in their caches, else 25."""
+    bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
+    """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
     op: Literal["average", "adasum"] = setting("average", several_ranks=True)
     """adasum combines gradients by their directions (arXiv:2006.02924), before they are clipped; MPI and 2, 4, 8, ...
     ranks only."""

@@ -68,12 +68,6 @@ class Job:
         return Reading(workers, ahead, self.config.health.stall_limit_s / 2)
 
     @property
-    def bucket_bytes(self) -> int:
-        """Return in parts of how many bytes gradients travel."""
-        given = self.config.comm.bucket_mib
-        return self.world.bucket_bytes if given is None else given << 20
-
-    @property
     def is_offloaded(self) -> bool:
         """Return whether the optimizer's state lies in host memory, where the model does not."""
         return self.config.optim.offload == "cpu" and self.world.device.type != "cpu"

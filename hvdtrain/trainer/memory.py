@@ -140,7 +140,7 @@ def _sent_bytes(job: Job, all_trained: bool) -> int:
     if not gradients_are_views(job) or whole != unsent:  # what travels in a type of its own is there twice
         return whole
     largest = max((parameter.nbytes for parameter in trainable(job.task.model)), default=0)
-    return min(whole, max(largest, job.bucket_bytes))
+    return min(whole, max(largest, job.config.comm.bucket_mib << 20))
 
 
 def _plain_bytes(name: str, shape: torch.Size, dtype: torch.dtype) -> int:

@@ -88,7 +88,7 @@ class OuterUpdates(Component):
         self.schedule = Schedule.of(comm)
         self.codecs: list[Codec] = [codec_for(comm, job.task.model) for _ in range(comm.fragments)]
         """Of each fragment: its averages are steps of its own."""
-        self._world, self._chunk_bytes = job.world, job.bucket_bytes
+        self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
         self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
         self._momentum = comm.outer_momentum if is_nesterov else 0.0
         self._mix = comm.overlap_mix if comm.overlap_steps else 0.0

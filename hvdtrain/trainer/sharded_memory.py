@@ -56,7 +56,7 @@ def sharded_shares(job: Job, optimizer: torch.optim.Optimizer, model: nn.Module)
     """
     size, division = job.world.size, division_of(optimizer)
     ordered = [parameter for parameter in model.parameters() if parameter in division]
-    cuts = cut_for(size, ordered, division, job.bucket_bytes)
+    cuts = cut_for(size, ordered, division, job.config.comm.bucket_mib << 20)
     codec = codec_for(job.config.comm)
     active = [cut for cut in cuts if any(parameter.requires_grad for parameter in cut.parameters)]
     buckets = sorted(codec.wire_bytes(sum(cut.lengths), cut.parameters[0].dtype) for cut in active)

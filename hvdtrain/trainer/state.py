@@ -248,7 +248,7 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
 def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> WrappedOptimizer:
     comm = job.config.comm
     options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
-    options["bucket_bytes"] = job.bucket_bytes
+    options["bucket_bytes"] = comm.bucket_mib << 20
     options["offload"] = job.is_offloaded
     options["warns_of_copies"] = False  # the order deals the samples out, and a data set may hold equal ones
     for component in components:

@@ -47,8 +47,8 @@ class Averaging:
     op: Literal["average", "adasum"] = "average"
     """adasum combines the ranks' gradients by their directions (arXiv:2006.02924) instead of averaging, before the
     optimizer sees them. All ranks then hold the same gradient, and what follows, such as clipping, sees that one."""
-    bucket_bytes: int | None = None
-    """Gradients travel in parts of this size, each as soon as backward has finished it. None: `World.bucket_bytes`."""
+    bucket_bytes: int = 25 << 20
+    """Gradients travel in parts of this size, each as soon as backward has finished it."""
     has_square: bool = False
     """Also average the squared norms of the ranks' own gradients, for the gradient noise scale."""
     gradient_as_bucket_view: bool = False
@@ -68,8 +68,6 @@ class Averaging:
     def __post_init__(self) -> None:
         for name in ("accum_steps", "bucket_bytes"):
             value = getattr(self, name)
-            if value is None and name == "bucket_bytes":
-                continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} = {value!r} must be a whole number greater than 0")
         if self.op not in ("average", "adasum"):

@@ -83,8 +83,7 @@ class Sharding:
         order = {parameter: place for place, parameter in enumerate(names)}
         division = division_of(optimizer)
         ordered = sorted(self.parameters, key=lambda parameter: order.get(parameter, len(order)))
-        bucket_bytes = averaging.bucket_bytes or world.bucket_bytes
-        self.cuts: list[Cut] = cut_for(world.size, ordered, division, bucket_bytes)
+        self.cuts: list[Cut] = cut_for(world.size, ordered, division, averaging.bucket_bytes)
         self._pieces = [[Piece(part, offset) for part, offset in cut.parts(world.rank)] for cut in self.cuts]
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.is_whole = {p: not is_divisible(p, division[p]) for p in self.parameters}

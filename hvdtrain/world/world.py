@@ -48,16 +48,6 @@ class World(Collectives):
         """Whether reading a tensor's value waits for nothing; a GPU computes while Python goes on."""
         return self.device.type == "cpu"
 
-    @functools.cached_property
-    def bucket_bytes(self) -> int:
-        """In parts of how many bytes gradients travel, where nobody says it.
-
-        4 MiB between ranks of one host without GPUs, since so much stays in their caches
-        (benchmarks/results/bucket_size.txt); 25 MiB otherwise, since each part has to be agreed on.
-        """
-        is_one_host = self.local_size == self.size
-        return (4 if is_one_host and self.device.type == "cpu" else 25) << 20
-
     def wrap(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
     ) -> WrappedOptimizer:

@@ -49,7 +49,7 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
     own, training = measure.own_job(settings, task, world.device, plan.micro_batch_size)
     world.barrier("plan.together")
     of_ranks = world.all_gather_object(measure.own_steps(own, training, warmup=1, steps=5), "plan.own")
-    buckets = measure.ready_buckets(own, training, job.bucket_bytes, follows_backward(job))
+    buckets = measure.ready_buckets(own, training, recipe.comm.bucket_mib << 20, follows_backward(job))
     buckets = world.broadcast_object(buckets, "plan.buckets")
     network, fp16, plain = _network(world, hosts, buckets)
     samples = job.order.global_batch(0)
