@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +76,8 @@ def _forward(
     parts = _Parts(query, key, value, attn_mask, is_causal, scale)
     y = _like_tokens(query, value.shape[-1])
     for block in parts.blocks():
-        y[:, :, block.rows] = torch.bmm(block.weights, parts.values[:, : block.num_keys]).view(*block.shape, -1)
+        seen = slice(0, block.weights.shape[2])
+        y[:, :, block.rows] = torch.bmm(block.weights, parts.values[:, seen]).view(*block.shape, -1)
     return y, torch.full(query.shape[:3], math.nan, dtype=torch.float32)
 
 
@@ -107,7 +109,7 @@ def _backward(
     dk, dv = torch.zeros_like(parts.keys), torch.zeros_like(parts.values)
     kept = 0.0  # the first sum begins anew
     for block in parts.blocks():
-        seen = slice(0, block.num_keys)
+        seen = slice(0, block.weights.shape[2])
         above = gradient[:, :, block.rows].reshape(*block.queries.shape[:2], -1)
         dv[:, seen].baddbmm_(block.weights.transpose(1, 2), above, beta=kept)
         change = torch.bmm(above, parts.values[:, seen].transpose(1, 2))
@@ -124,19 +126,17 @@ def _like_tokens(query: Tensor, width: int) -> Tensor:
     return query.new_empty(samples, tokens, heads, width).transpose(1, 2)
 
 
-class _Block:
-    """Some queries of all heads.
+class _Block(NamedTuple):
+    """Some queries of all heads."""
 
-    Args:
-        rows: which queries of each head.
-        queries: `(B K, H / K * rows, D)`, those of a group of heads one after the other.
-        weights: `(B K, H / K * rows, num_keys)`.
-        shape: B, H and the number of rows.
-    """
-
-    def __init__(self, rows: slice, queries: Tensor, weights: Tensor, shape: tuple[int, int, int]) -> None:
-        self.rows, self.queries, self.weights, self.shape = rows, queries, weights, shape
-        self.num_keys = weights.shape[2]
+    rows: slice
+    """Which queries of each head."""
+    queries: Tensor
+    """`(B K, H / K * rows, D)`, those of a group of heads one after the other."""
+    weights: Tensor
+    """`(B K, H / K * rows, keys)`, of the first keys: those that any of the queries sees."""
+    shape: tuple[int, int, int]
+    """B, H and the number of rows."""
 
 
 class _Parts:
@@ -145,22 +145,21 @@ class _Parts:
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
     ) -> None:
-        samples, self._groups, num_keys, width = key.shape
+        samples, groups, num_keys, width = key.shape
         self._query, self._mask, self._is_causal = query, mask, is_causal
-        self.keys = key.reshape(samples * self._groups, num_keys, width)
-        self.values = value.reshape(samples * self._groups, num_keys, -1)
+        self.keys = key.reshape(samples * groups, num_keys, width)
+        self.values = value.reshape(samples * groups, num_keys, -1)
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     def blocks(self) -> Iterator[_Block]:
         """Yield the blocks, in order."""
-        samples, heads, tokens, _ = self._query.shape
+        samples, heads, tokens, width = self._query.shape
         size = _BLOCK if tokens <= 4 * _BLOCK else _LONG_BLOCK
         for first in range(0, tokens, size):
             last = min(first + size, tokens)
-            rows = slice(first, last)
-            queries = self._query[:, :, rows].reshape(len(self.keys), -1, self._query.shape[-1])
-            weights = self._weights(queries, rows, (samples, heads, last - first))
-            yield _Block(rows, queries, weights, (samples, heads, last - first))
+            rows, shape = slice(first, last), (samples, heads, last - first)
+            queries = self._query[:, :, rows].reshape(len(self.keys), -1, width)
+            yield _Block(rows, queries, self._weights(queries, rows, shape), shape)
 
     def _weights(self, queries: Tensor, rows: slice, shape: tuple[int, int, int]) -> Tensor:
         num_keys = self.keys.shape[1]

@@ -21,9 +21,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose updates are made orthogonal (Jordan et al. 2024, "Muon: An optimizer for hidden layers").
 
     `torch.optim.Muon` takes matrix by matrix and computes in bfloat16, which most CPUs have to imitate: there it takes
-    several times as long as forward and backward. Here matrices of one shape are one batch of products, in bfloat16 on
-    GPUs and, on CPUs, where the training is in it (`multiply_in`), else in fp32: whatever the CPU, so that ranks on
-    unlike hosts stay equal. fp64 is kept.
+    several times as long as forward and backward. Here matrices of one shape are one batch of products: on GPUs in
+    bfloat16, on CPUs in fp32, or in bfloat16 where the training is (`multiply_in_bf16`), whatever the CPU, so that
+    ranks on unlike hosts stay equal. fp64 is kept.
 
     Args:
         params: matrices, `(M, N)` each.
@@ -39,10 +39,6 @@ class Muon(torch.optim.Optimizer):
         self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    def multiply_in(self, dtype: torch.dtype) -> None:
-        """Have updates made orthogonal by products in this type on CPUs."""
-        self._on_cpus = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -76,7 +72,7 @@ def multiply_in_bf16(optimizer: torch.optim.Optimizer) -> None:
     """Have Muon, if it is or has one, multiply in bfloat16 on CPUs, too: for trainings that do."""
     for part in getattr(optimizer, "parts", [optimizer]):
         if isinstance(part, Muon):
-            part.multiply_in(torch.bfloat16)
+            part._on_cpus = torch.bfloat16
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:

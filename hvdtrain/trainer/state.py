@@ -24,6 +24,7 @@ from hvdtrain.trainer.contract import owned
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.odd_state import in_a_sentence
+from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.rank_figures import RankFigures
 from hvdtrain.trainer.same_data import compare_data
@@ -254,7 +255,7 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     for component in components:
         options.update(component.wrap_options)
     optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
-    if job.config.train.precision in ("bf16", "bf16-true"):
+    if product_type(job.config.train.precision) == torch.bfloat16:
         multiply_in_bf16(optimizer)
     return job.strategy.wrap(job.world, optimizer, model, **options)
 

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import torch
+
 from hvdtrain import __version__
 from hvdtrain.models.linear import takes_onednn
 from hvdtrain.optim.groups import trainable
@@ -15,6 +17,7 @@ from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.compiling import what_is_compiled
 from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
+from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.precision import takes_onednn_attention
 from hvdtrain.trainer.without_effect import without_effect
 from hvdtrain.world import codec_for
@@ -100,4 +103,5 @@ def _by_onednn(job: Job) -> str:
     library, device, precision = job.config.model.linear, job.world.device, job.config.train.precision
     if precision == "fp32" and takes_onednn(library, device):
         return ", linear layers by oneDNN"
-    return ", attention by oneDNN" if precision.startswith("bf16") and takes_onednn_attention(library, device) else ""
+    is_bf16 = product_type(precision) == torch.bfloat16
+    return ", attention by oneDNN" if is_bf16 and takes_onednn_attention(library, device) else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from hvdtrain.models.attention import use_onednn_attention
 from hvdtrain.models.private_attention import can_be_replaced
-from hvdtrain.trainer.precision import has_products
+from hvdtrain.process.launch import Launch
+from hvdtrain.settings import Config, ModelConfig
+from hvdtrain.trainer.model import prepare_model
+from hvdtrain.trainer.precision import has_products, is_fast_in_bf16
+from hvdtrain.world import SoloWorld
 
 pytestmark = [
     pytest.mark.skipif(not has_products(torch.bfloat16), reason="oneDNN has no products in bfloat16 here"),
@@ -169,6 +173,17 @@ def test_numbers_that_are_none_stay_none() -> None:
     assert own.grad is not None
     assert own.grad[1, 2].isnan().any()
     assert own.grad[0].isfinite().all()
+
+
+@pytest.mark.skipif(not is_fast_in_bf16(torch.device("cpu")), reason="this CPU does not multiply bfloat16")
+def test_training_has_it_unless_torch_is_asked_for() -> None:
+    tensor, world = draw(2, 4, 128, 64), SoloWorld(torch.device("cpu"), Launch("none"))
+    found = {}
+    for library in ("torch", "onednn", "auto"):
+        prepare_model(nn.Linear(1, 1), Config(model=ModelConfig(linear=cast(Any, library))), world)
+        found[library] = F.scaled_dot_product_attention(tensor, tensor, tensor, is_causal=True)
+    assert torch.equal(found["auto"], found["onednn"])
+    assert not torch.equal(found["auto"], found["torch"])
 
 
 def test_putting_it_in_is_silent() -> None:

@@ -1,11 +1,24 @@
 """Muon's updates against the singular value decomposition, and against torch's own optimizer."""
 
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
 import pytest
 import torch
 from torch import nn
 
+from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.optim.composite import Composite
+from hvdtrain.optim.muon import MuonConfig
 from hvdtrain.optim.orthogonal import Muon, multiply_in_bf16, orthogonal
+from hvdtrain.process.launch import Launch
+from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.rundir.log import MetricLog
+from hvdtrain.settings import Config, TrainConfig
+from hvdtrain.trainer import Task, settle
+from hvdtrain.trainer.state import start_training
+from hvdtrain.world import SoloWorld
 
 SHAPES = [(24, 24), (48, 24), (24, 48), (24, 24), (1, 5), (48, 24)]
 
@@ -81,3 +94,24 @@ def test_trainings_in_bfloat16_make_updates_orthogonal_in_it(is_composite: bool)
     for mine, other, start in zip(fast, whole, parameters(torch.float32), strict=True):
         assert not torch.equal(mine, other)
         assert (mine - other).norm() < 0.03 * (other - start).norm()
+
+
+def test_a_training_says_so_to_its_optimizer(tmp_path: Path) -> None:
+    inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(3))
+    types = {}
+    for precision in ("fp32", "bf16-true"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 1))
+        task = Task(
+            model=model,
+            train_data=TensorSamples(inputs, inputs[:, :1]),
+            val_data=TensorSamples(inputs, inputs[:, :1]),
+            loss_sums=lambda model, batch: {"loss": (model(batch[0]) - batch[1]).square().sum()},
+        )
+        train = TrainConfig(steps=1, global_batch_size=8, precision=cast(Any, precision))
+        config = Config(train=train, optim=MuonConfig(peak_lr=0.01, warmup_steps=0))
+        world = SoloWorld(torch.device("cpu"), Launch("none"))
+        job = settle(task, config, world, RunDirectory(tmp_path), MetricLog(None, []))
+        optimizer: Any = start_training(dataclasses.replace(job, directory=None)).optimizer
+        types[precision] = [part._on_cpus for part in optimizer._parts if isinstance(part, Muon)]
+    assert types == {"fp32": [torch.float32], "bf16-true": [torch.bfloat16]}
