@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from hvdtrain.errors import ResumeError
+from hvdtrain.errors import ResumeError, reason_of
 from hvdtrain.process.run_files import CHECKPOINTS, named_checkpoint
+from hvdtrain.process.tracebacks import shown
 from hvdtrain.rundir.lock import Claim, claim, claim_new
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
@@ -50,7 +51,7 @@ class RunDirectory:
         return cls(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
     def __str__(self) -> str:
-        return str(self.path)
+        return shown(str(self.path))
 
     @property
     def config(self) -> Path:
@@ -180,7 +181,9 @@ class RunDirectory:
         try:
             lines, _ = read_metrics(self.metrics)
         except OSError as error:
-            raise ResumeError(f"{self.metrics} cannot be read ({error.strerror}): choose another --run-dir") from error
+            raise ResumeError(
+                f"{self.metrics} cannot be read ({reason_of(error)}): choose another --run-dir"
+            ) from error
         return max((line["step"] for line in lines), default=0)
 
     def begin(

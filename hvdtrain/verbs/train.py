@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, UsageError
+from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, UsageError, reason_of
+from hvdtrain.process.working_directory import is_gone
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.given import apply, changeable, in_sections, read_toml
 from hvdtrain.rundir.directory import RunDirectory
@@ -135,10 +136,13 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
     console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
     if request.dry_run:
         return _dry_run(request, world, MetricLog(console, []))
+    here = (
+        Path() if is_gone() else Path.cwd()
+    )  # a recipe's code may go elsewhere, and a relative directory would follow it in mid-run
     task = world.together(lambda: request.recipe.build(MetricLog(console, []).say), "build")
-    claim = world.together(lambda: _claim(request) if world.rank == 0 else None, "claim")
+    claim = world.together(lambda: _claim(request, here) if world.rank == 0 else None, "claim")
     try:
-        run = RunDirectory(world.broadcast_object(claim.folder if claim else None, "run_dir"))
+        run = RunDirectory(here / world.broadcast_object(_below(here, claim.folder) if claim else None, "run_dir"))
         return _train(request, task, world, run, console, heartbeat, unwatched)
     except UsageError:
         if claim:
@@ -149,10 +153,15 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
             claim.release()
 
 
-def _claim(request: Request) -> Claim:
+def _claim(request: Request, here: Path) -> Claim:
     if request.run_dir:
-        return RunDirectory(request.run_dir).claim()
-    return RunDirectory.new(request.name).claim_new()
+        return RunDirectory(here / request.run_dir).claim()
+    return RunDirectory(here / RunDirectory.new(request.name).path).claim_new()
+
+
+def _below(here: Path, folder: Path) -> Path:
+    """Return a directory as seen from `here`, if it lies below: another host may call `here` otherwise."""
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _agree(request: Request, world: World) -> RunDirectory:
@@ -252,7 +261,7 @@ def _open_log(path: Path) -> logging.Handler:
     try:
         return open_rank_log(path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another --run-dir") from error
+        raise ConfigError(f"{path} cannot be written ({reason_of(error)}): choose another --run-dir") from error
 
 
 def _warn_of(unwatched: list[int], log: MetricLog) -> None:

@@ -490,7 +490,7 @@ def test_a_plan_is_kept_and_read_again(tmp_path):
     assert "(measured: 140 ms)" in table(given)
     for text, message in (
         ("{}", "was not written by this plan"),
-        ("no", "was not written by this plan"),
+        ("no", "is not JSON"),
         ('{"format_version": 1, "facts": {}}', "has format 1, this hvdtrain reads 3: measure again"),
     ):
         (tmp_path / "other.json").write_text(text)

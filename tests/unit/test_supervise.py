@@ -1,5 +1,7 @@
 """What the supervisor makes of a launcher's command."""
 
+from pathlib import Path
+
 import pytest
 
 from hvdtrain.errors import ConfigError
@@ -63,6 +65,31 @@ def test_a_run_needs_a_directory():
     assert str(run_directory(TRAIN)) == "runs/mine"
     with pytest.raises(ConfigError, match="--run-dir"):
         run_directory(["python", "-m", "hvdtrain"])
+
+
+@pytest.mark.parametrize(
+    ("words", "directory"),
+    [
+        (["--run-dir", "a", "--run-dir", "b"], "b"),
+        (["--run-dir=a", "--run_dir", "b"], "b"),
+        (["--run_dir=~/a"], "/home/of/a"),
+        (["--run-dir", "~"], "/home/of"),
+    ],
+)
+def test_the_directory_is_the_one_that_the_run_takes(monkeypatch, words, directory):
+    """The last one counts, `_` is `-`, and a shell replaces no `~` behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/of")
+    assert run_directory(["python", "-m", "hvdtrain", "train", "lm", *words]) == Path(directory)
+    with pytest.raises(ConfigError, match="there is no such user"):
+        run_directory(["python", "--run-dir=~nosuchuser/x"])
+
+
+def test_a_rank_supervises_nothing(monkeypatch, capsys):
+    """`hvdtrain -np 2 supervise ...` would start two supervisors of one run."""
+    for name, value in {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_GLOO_RENDEZVOUS_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--", "true", "--run-dir", "x"]) == 2
+    assert "start ranks once only, from outside of them" in capsys.readouterr().err
 
 
 def test_hosts_are_asked_and_this_one_is_not(tmp_path):

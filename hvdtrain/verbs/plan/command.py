@@ -6,9 +6,10 @@ import dataclasses
 import socket
 from typing import Any
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.process.launch import detect_launch
+from hvdtrain.process.tracebacks import sentence_of
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Job, Recipe, Task
 from hvdtrain.trainer.precision import settle_precision
@@ -35,9 +36,10 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
     """
     if options.from_ is not None:
         facts = _with_noise(load_json(options.from_), _logged_noise(options))
+        about, given = _from_file(facts, options)
         say = Speaker(detect_launch().rank == 0)
-        say(describe(facts))
-        _show(_ask(facts, options), options, {}, say)
+        say(about)
+        _show(given, options, {}, say)
         return 0
     if recipe.comm.sync == "local":  # measured as steps that average, and predicted with all other ways to average
         recipe = dataclasses.replace(recipe, comm=dataclasses.replace(recipe.comm, sync="every-step"))
@@ -46,6 +48,24 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
         lambda world, heartbeat, unwatched: _plan(name, recipe, options, world),
         lambda launch: groups_of(launch.size, launch.local_size),
     )
+
+
+def _from_file(facts: Facts, options: PlanOptions) -> tuple[str, Answer]:
+    """Return what is said of saved facts, and the answer.
+
+    Raises:
+        ConfigError: nothing follows from them: the file was changed by hand, or damaged.
+    """
+    try:
+        about, given = describe(facts), _ask(facts, options)
+        table(given)
+    except HvdtrainError:
+        raise
+    except Exception as error:  # of many types: whatever a text does where a number belongs
+        raise ConfigError(
+            f"--from {options.from_}: no plan can be made of what it holds ({sentence_of(error)}): measure again"
+        ) from error
+    return about, given
 
 
 def _plan(name: str, recipe: Recipe, options: PlanOptions, world: World) -> int:
