@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.ancestors import owners, seconds_since_launch
+from hvdtrain.process.forked import Original
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_FOR_INTERRUPT = 3.0
@@ -40,7 +41,7 @@ class StopRequest:
     """
 
     def __init__(self, max_time_s: float | None) -> None:
-        self._pid = os.getpid()
+        self._original = Original()
         self._max_time_s = max_time_s
         self._deadline: float | None = None
         self._launcher = _Launcher()
@@ -50,12 +51,7 @@ class StopRequest:
     @property
     def reason(self) -> str | None:
         """Return why to stop, or None. Ends a child that was forked and trains on: it would write to the same files."""
-        if os.getpid() != self._pid:
-            _leave_alone(
-                f"hvdtrain: process {os.getpid()}, which the training's own code has forked, would train on beside its"
-                " parent, and is ended: let a child end by os._exit()",
-                1,
-            )
+        self._original.check()
         if self._signal is not None:
             return self._signal.name
         if self._deadline is not None and time.monotonic() >= self._deadline:

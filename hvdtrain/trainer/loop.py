@@ -12,6 +12,7 @@ from functools import partial
 
 from hvdtrain.data.stream import ENDLESS
 from hvdtrain.errors import StopRequested
+from hvdtrain.process.run_files import lacks_its_end
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.trainer.device_clock import finish, progress_of
 from hvdtrain.trainer.due import LogDue, is_due
@@ -70,6 +71,8 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         because = f": {ended}" if ended else ""
         job.log.say(f"this run has finished before, at step {training.step}{because}")
         evaluated = evaluate(job, training)
+        if lacks_its_end(job.run.path):  # it was killed between its last save and its last line
+            job.log.write(training.step, evaluated, "finished")
         training.strategy.end(job.world, training)
         training.use_evaluated_weights()
         return evaluated

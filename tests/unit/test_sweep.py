@@ -179,7 +179,7 @@ def test_a_sweep_gets_more_values_and_keeps_its_trials():
     with pytest.raises(ResumeError, match="another set of settings that differ"):
         filled(*RATES, "--train.seed", "0,1")
     (Path("s") / "sweep.json").write_text('{"format": 1, "tri')
-    with pytest.raises(ResumeError, match="damaged"):
+    with pytest.raises(ResumeError, match="is not JSON"):
         filled(*RATES)
     (Path("run") / "checkpoints").mkdir(parents=True)
     with pytest.raises(ResumeError, match="holds a run, not a sweep"):
@@ -419,6 +419,13 @@ def test_where_slurm_does_not_say_whether_an_array_runs_none_is_submitted_again(
     assert "squeue does not say whether array 17 still waits or runs (Unable to contact" in capsys.readouterr().err
     assert main(slurm(squeue="echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", sbatch="echo 18")) == 0
     assert "array 18" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("says", ["true", "echo Welcome", "printf '\\377\\n'"])
+def test_an_array_without_a_number_is_said(slurm, capsys, says):
+    """The same command would submit it once more."""
+    assert main(slurm(sbatch=says, squeue="true")) == 2
+    assert "where the number of the array belongs: look by squeue" in capsys.readouterr().err
 
 
 def test_where_slurm_does_not_answer_it_is_said(slurm, monkeypatch, capsys):

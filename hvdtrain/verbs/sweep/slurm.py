@@ -90,7 +90,13 @@ def submit(sweep: SweepFolder, recipe: str, trials: Sequence[Trial], options: Sw
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())[-500:]
         raise LaunchError(f"Slurm refuses the array ({said or f'exit code {done.returncode}'}): see {script}")
-    return done.stdout.strip().splitlines()[-1].partition(";")[0] if done.stdout.strip() else ""
+    last = (done.stdout.strip().splitlines() or [""])[-1].partition(";")[0]
+    if not (last.isascii() and last.isdecimal()):
+        raise LaunchError(
+            f"sbatch has printed {last[:60]!r} where the number of the array belongs: look by squeue whether it was"
+            f" submitted, and for what {script} starts"
+        )
+    return last
 
 
 def _done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
