@@ -40,8 +40,10 @@ def read_bounded(path: Path) -> str:
         ConfigError: it cannot be read, or is something else.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_HOSTFILE_BYTES + 1) if path.is_file() else b"\0"
+        data = b"\0"
+        if not path.exists() or path.is_file() or path.is_dir():  # opening a pipe would wait for who writes
+            with path.open("rb") as file:
+                data = file.read(_LARGEST_HOSTFILE_BYTES + 1)
     except (OSError, ValueError) as error:
         why = reason_of(error)
         raise ConfigError(f"the host file {path} cannot be read: {why}") from error

@@ -1,5 +1,6 @@
 """What the supervisor makes of a launcher's command."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,9 @@ def test_a_name_that_ssh_would_take_for_an_option_is_refused(name):
 
 
 def test_a_host_file_of_odd_bytes_is_refused_in_one_sentence(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is no list of hosts"):
+        named_hosts(["mpirun", "--hostfile", str(tmp_path / "pipe"), *TRAIN])
     for content in (b"a\0b\n", b"x" * (1 << 21)):
         (tmp_path / "hosts").write_bytes(content)
         with pytest.raises(ConfigError, match="is no list of hosts"):

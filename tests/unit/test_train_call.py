@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,3 +297,67 @@ def test_np_starts_programs_of_ones_own(tmp_path, monkeypatch, capfd):
     (tmp_path / "own.py").write_text("print(\n")
     with pytest.raises(hvdtrain.ConfigError, match="is not Python"):
         load_recipe("own.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moving(Line):
+    """One whose callback does something to the run in the middle."""
+
+    act: str = ""
+    """What it does."""
+
+    def build(self, say):
+        class Act(hvdtrain.Callback):
+            def after_step(callback, run):
+                if run.step == 3:
+                    {"chdir": lambda: os.chdir("elsewhere"), "remove": lambda: shutil.rmtree("run")}.get(
+                        self.act,
+                        lambda: os.rename("run", "moved"),  # noqa: PTH104
+                    )()
+
+        return dataclasses.replace(super().build(say), callbacks=[Act()])
+
+
+@pytest.fixture
+def moving(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def train(act):
+        settings = {"train": hvdtrain.TrainConfig(steps=6, global_batch_size=10)}
+        settings |= {"log": hvdtrain.LogConfig(every=1), "checkpoint": hvdtrain.CheckpointConfig(every=2)}
+        return hvdtrain.train(Moving(act=act, **settings), run_dir="run")
+
+    return train
+
+
+def test_a_relative_directory_stays_where_it_was(moving, tmp_path):
+    """Although the recipe's own code goes elsewhere in mid-run."""
+    result = moving("chdir")
+    assert result.run_dir == tmp_path / "run"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert '"finished"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))[-1] == "step-00000006"
+
+
+@pytest.mark.parametrize("act", ["remove", "move"])
+def test_a_directory_that_is_taken_away_is_said_once(moving, tmp_path, capsys, act):
+    moving(act)
+    assert capsys.readouterr().out.count("was moved or removed while it was trained") == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-00000006").is_dir()
+    kept = tmp_path / ("run" if act == "remove" else "moved") / "metrics.jsonl"
+    assert '"finished"' in kept.read_text()
+
+
+def test_a_run_that_was_killed_before_its_last_line_gets_it(tmp_path):
+    settings = {"train": hvdtrain.TrainConfig(steps=4, global_batch_size=10)}
+    hvdtrain.train(Line(**settings), run_dir=tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text().splitlines()
+    metrics.write_text("".join(f"{line}\n" for line in whole[:-1]))
+    for _ in range(2):
+        hvdtrain.train(Line(**settings), run_dir=tmp_path / "run")
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        assert [line.get("event") for line in lines[-2:]] == [None, "finished"] or len(lines) == 1
+        assert lines[-1]["event"] == "finished"
+        assert sum("event" in line for line in lines) == 1
