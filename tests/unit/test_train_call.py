@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,15 +308,22 @@ class Moving(Line):
     """What it does."""
 
     def build(self, say):
-        class Act(hvdtrain.Callback):
-            def after_step(callback, run):
-                if run.step == 3:
-                    {"chdir": lambda: os.chdir("elsewhere"), "remove": lambda: shutil.rmtree("run")}.get(
-                        self.act,
-                        lambda: os.rename("run", "moved"),  # noqa: PTH104
-                    )()
+        return dataclasses.replace(super().build(say), callbacks=[Act(self.act)])
 
-        return dataclasses.replace(super().build(say), callbacks=[Act()])
+
+class Act(hvdtrain.Callback):
+    """Does it after three steps."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def after_step(self, run):
+        if run.step == 3 and self.what == "chdir":
+            os.chdir("elsewhere")
+        elif run.step == 3 and self.what == "remove":
+            shutil.rmtree("run")
+        elif run.step == 3:
+            Path("run").rename("moved")
 
 
 @pytest.fixture
