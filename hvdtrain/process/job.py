@@ -14,10 +14,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError, reason_of
+from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError, StopRequested, reason_of
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
@@ -116,9 +117,10 @@ def run_job(
         environ = {**session, **here, **os.environ, MARK: mark, **as_owner(), **path_to(sys.executable), **safe}
         process = _started(command, environ, is_read=output is not None)
         reader = _read_lines(process, output) if output else None
+        requests = _Requests(mark, process.pid if command == [*program] else None)
         try:
-            with _passing_signals_on(mark, process.pid if command == [*program] else None):
-                code = _wait(process, timeout_s, is_to_stop, lambda: ask_to_stop(mark, process.pid, command))
+            with _passing_signals_on(requests):
+                code = _wait(process, timeout_s, requests, is_to_stop, lambda: ask_to_stop(mark, process.pid, command))
                 if reader:  # a process that a rank has left behind may hold its output open
                     reader.join(_SECONDS_FOR_OUTPUT)
         except subprocess.TimeoutExpired as error:
@@ -134,11 +136,17 @@ def run_job(
             process.wait()
         if reader:
             reader.join(_SECONDS_FOR_OUTPUT)
+    if requests.is_early and code not in (0, 2):  # ranks that had no handler yet: nothing was begun, nothing is lost
+        return StopRequested.exit_code
     return code if code >= 0 else 1
 
 
 def _wait(
-    process: subprocess.Popen[str], timeout_s: float | None, is_to_stop: Callable[[], bool], ask: Callable[[], bool]
+    process: subprocess.Popen[str],
+    timeout_s: float | None,
+    requests: _Requests,
+    is_to_stop: Callable[[], bool],
+    ask: Callable[[], bool],
 ) -> int:
     """Return the exit code; asks to stop where that is wanted, again and again until a rank has been asked.
 
@@ -154,6 +162,8 @@ def _wait(
         except subprocess.TimeoutExpired:
             if left <= 0:
                 raise
+        if requests.are_waiting:
+            requests.pass_on()
         if not is_asked and is_to_stop():
             is_asked = ask()
 
@@ -211,27 +221,51 @@ def _read_lines(process: subprocess.Popen[str], output: Callable[[str], object])
     return reader
 
 
-@contextlib.contextmanager
-def _passing_signals_on(mark: str, alone: int | None) -> Iterator[None]:
-    """Pass signals on to the ranks, where this is a process of its own: in a notebook Ctrl-C means an exception.
+@dataclass
+class _Requests:
+    """Signals that ask a job to stop, on their way to its ranks.
 
     A program that no launcher has started is `alone`: nothing but its process id tells that it is one.
     """
+
+    mark: str
+    alone: int | None
+    count: int = 0
+    is_early: bool = False
+    """The first one came before there were ranks."""
+    has_arrived: bool = False
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Pass the first one on, and end everything at the second."""
+        self.count += 1
+        if self.count == 1:
+            self.pass_on()
+            self.is_early = not self.has_arrived
+        else:
+            for pid in marked_processes(self.mark):
+                kill(pid, signal.SIGKILL)
+
+    def pass_on(self) -> None:
+        """Ask every rank that there is; none, and it is to be done again."""
+        ranks = ranks_among(marked_processes(self.mark)) or ([self.alone] if self.alone is not None else [])
+        for pid in ranks:
+            kill(pid, signal.SIGTERM)
+        self.has_arrived = bool(ranks)
+
+    @property
+    def are_waiting(self) -> bool:
+        """Return whether one came and could not be passed on yet."""
+        return self.count == 1 and not self.has_arrived
+
+
+@contextlib.contextmanager
+def _passing_signals_on(requests: _Requests) -> Iterator[None]:
+    """Pass signals on to the ranks, where this is a process of its own: in a notebook Ctrl-C means an exception."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    count = 0
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-        pids = marked_processes(mark)
-        ranks = ranks_among(pids) or ([alone] if alone is not None else [])
-        for pid in ranks if count == 1 else pids:
-            kill(pid, signal.SIGTERM if count == 1 else signal.SIGKILL)
-
     wanted = [number for number in _STOPS if signal.getsignal(number) is signal.SIG_DFL or _is_pythons(number)]
-    before = {number: signal.signal(number, pass_on) for number in wanted}
+    before = {number: signal.signal(number, requests.take) for number in wanted}
     try:
         yield
     finally:

@@ -101,6 +101,21 @@ def test_one_rank_gets_signals_too(start):
     assert process.wait(timeout=60) == 75
 
 
+def test_a_signal_before_there_are_ranks_is_passed_on_later(start):
+    """Ctrl-C while the launcher starts: it was forgotten, and a second one lost what was trained."""
+    rank = "import signal, time; signal.signal(15, lambda *_: exit(75)); print('up', flush=True); time.sleep(60)"
+    launcher = ["sh", "-c", 'sleep 2; OMPI_COMM_WORLD_RANK=0 exec "$@"', "launcher"]
+    job = (
+        "import sys; from hvdtrain.process.job import run_job; print('job', flush=True);"
+        f"sys.exit(run_job(2, [sys.executable, '-c', {rank!r}], starter={launcher!r}))"
+    )
+    process = start(sys.executable, "-c", job)
+    assert process.stdout.readline() == "job\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+
+
 @pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None, 10**6])
 def test_numbers_of_ranks_that_are_none(ranks):
     with pytest.raises(ConfigError, match="must be a whole number"):
