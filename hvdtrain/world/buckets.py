@@ -24,12 +24,14 @@ FIRST_BUCKET_BYTES = 1 << 20
 _LEAST_SHARE = 400
 
 
-def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+def in_buckets(
+    parameters: Sequence[nn.Parameter], bucket_bytes: int, in_parts: bool = True
+) -> list[list[nn.Parameter]]:
     """Split parameters into buckets of one type and device, in the reverse of the order that they are given in.
 
     Of the model's order, that is about the one in which backward finishes them. The same on every rank.
 
-    The last bucket is cut once more, so that little is left to send when backward is over.
+    The last bucket is cut once more, so that little is left to send when backward is over; unless `in_parts` is False.
     """
     buckets: list[list[nn.Parameter]] = []
     room, filled = min(FIRST_BUCKET_BYTES, bucket_bytes), 0
@@ -42,7 +44,7 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
         buckets[-1].append(parameter)
         room -= parameter.nbytes
         filled += parameter.nbytes
-    return [*buckets[:-1], *_tapered(buckets[-1])] if buckets else []
+    return [*buckets[:-1], *_tapered(buckets[-1])] if buckets and in_parts else buckets
 
 
 def _tapered(bucket: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from hvdtrain.world import buckets
+from hvdtrain.world import Averaging, EchoWorld, buckets
 from hvdtrain.world.filling import fill_at_once, fill_one_by_one
 
 
@@ -57,3 +57,16 @@ def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*filled, strict=True))
     assert filled[0][1].count_nonzero() == 0
     assert filled[0][0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize(("compression", "expected"), [("none", 4), ("fp16", 4), ("int8", 2), ("powersgd:1", 4)])
+def test_a_format_that_leaves_few_bytes_travels_in_few_parts(compression, expected):
+    """Each part makes such a format wait for the network twice: those of the last bucket stay together."""
+    world = EchoWorld(torch.device("cpu"), 2)
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(6)))  # 1 MiB each
+    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, Averaging(compression=compression))
+    for _ in range(2):
+        world.messages.clear()
+        model(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+    assert sum(message.num_bytes > 4 for message in world.messages) == expected  # of PowerSGD, two for a bucket
