@@ -33,6 +33,21 @@ def test_what_is_finished_last_leaves_in_ever_smaller_parts(monkeypatch):
     assert [len(bucket) for bucket in buckets.in_buckets(few, 800)] == [1, 3]  # little enough as it is
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_buckets_that_are_not_cut_are_made_of_whole_parts(monkeypatch, seed):
+    monkeypatch.setattr(buckets, "FIRST_BUCKET_BYTES", 40)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 60, (40,), generator=generator).tolist()
+    parameters = [Parameter(torch.zeros(n)) for n in sizes]
+    uncut = buckets.in_buckets(parameters, 800, in_parts=False)
+    flat = [p for bucket in uncut for p in bucket]
+    assert all(a is b for a, b in zip(flat, reversed(parameters), strict=True))
+    number = {p: i for i, bucket in enumerate(uncut) for p in bucket}
+    parts = buckets.in_buckets(parameters, 800)
+    assert len(parts) > len(uncut)
+    assert all(len({number[p] for p in part}) == 1 for part in parts)
+
+
 def test_types_do_not_mix():
     parameters = [Parameter(torch.zeros(2)), Parameter(torch.zeros(2).double()), Parameter(torch.zeros(2))]
     assert [len(bucket) for bucket in buckets.in_buckets(parameters, 400)] == [1, 1, 1]

@@ -104,8 +104,8 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, in_order: boo
     if in_order:
         parameters.sort(key=lambda parameter: -ready_at[parameter])  # `in_buckets` begins with the last
     buckets = []
-    wholes = in_buckets(parameters, bucket_bytes, in_parts=False)
-    whole_of = {parameter: number for number, whole in enumerate(wholes) for parameter in whole}
+    uncut = in_buckets(parameters, bucket_bytes, in_parts=False)
+    whole_of = {parameter: number for number, whole in enumerate(uncut) for parameter in whole}
     for group in in_buckets(parameters, bucket_bytes):
         ready = max(ready_at[parameter] for parameter in group)
         wholes = [real(parameter.detach()) for parameter in group]
