@@ -92,6 +92,20 @@ def own_states(training: Training) -> dict[str, Any]:
     return {name: state for name, state in states.items() if state}
 
 
+def check_storable(training: Training) -> None:
+    """Make sure, after a first step, that a checkpoint can hold what that has left: before it, there may be none.
+
+    Raises:
+        ConfigError: it cannot; says what it is of.
+    """
+    storable(extra_state(training.model), "the model's state_dict()")
+    for entries in training.optimizer.state.values():
+        storable(dict(entries), "the optimizer's state")
+    for component in training.components:
+        if not type(component).__module__.startswith("hvdtrain."):
+            storable(component.state_dict(), f"the state of '{component.name}'")
+
+
 def read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str, Any] | None:
     """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
     checkpoint = job.run.load_newest(job.log.say) if job.directory is not None else None

@@ -22,6 +22,7 @@ from hvdtrain.trainer.component import Step, Totals
 from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, type_as
+from hvdtrain.trainer.saved_state import check_storable
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
@@ -56,6 +57,8 @@ def train_step(job: Job, training: Training) -> None:
     training.after_backward(step)
     world.progress.enter("update")
     update(job, training, step)
+    if is_checked:
+        world.together(lambda: check_storable(training), "contract.state")
     world.progress.enter("between steps")
 
 
@@ -84,15 +87,16 @@ def _micro_batch(
     read = partial(training.reader.read, training.step, place)
     batch = _checked_batch(job, training, positions, read) if is_checked else read()
 
+    samples = job.order.global_batch(training.step)[positions] if task.reduction == "mean" else positions
+
     def forward() -> dict[str, Tensor]:
         values = forward_batch(job, training.model, batch)
-        if task.reduction == "sum":
-            return values
-        samples = job.order.global_batch(training.step)[positions]
-        return as_sums(values, task.reduction, task.train_data, samples)
+        return values if task.reduction == "sum" else as_sums(values, task.reduction, task.train_data, samples)
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
+        if task.reduction == "mean" and not training.runs_in_step and not count_targets(task.train_data, samples):
+            return  # the mean over nothing is nan, and so are its gradients
         # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks. Adding 0 x loss makes the
         # gradient of a loss that is not finite not finite either, which all ranks then see in the average. A batch
         # without targets has a gradient of zeros.
@@ -123,10 +127,14 @@ def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callab
     forward = partial(training.randomness.apart, partial(forward_batch, job, training.model))
     if job.world.reads_at_once:
         return first_batch(job, training.model, samples, read, forward)
-    before = _digest(training.model)
-    batch = first_batch(job, training.model, samples, read, forward)
-    training.weights_rest = before.equal(_digest(training.model))
-    return batch
+    before, training.weights_rest = _digest(training.model), True
+
+    def observed(batch: Batch) -> dict[str, Tensor]:
+        values = forward(batch)
+        training.weights_rest &= before.equal(_digest(training.model))  # now: afterwards all is put back
+        return values
+
+    return first_batch(job, training.model, samples, read, observed)
 
 
 def _digest(model: nn.Module) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError, UsageError
+
+_log = logging.getLogger("hvdtrain")
 
 _PER_RANK = "_hvdtrain_per_rank_buffers"
 # Elements at a time: on CPUs what stays in their cache, on GPUs what keeps them busy. The digest is the same.
@@ -92,13 +96,30 @@ def per_rank_buffers(model: nn.Module) -> set[str]:
     }
 
 
-def check_forward_pass(model: nn.Module) -> None:
+def check_module(model: Any, call: str) -> None:
+    """Raise UsageError where something else than a module is given in `call`: its parameters would have no names."""
+    if not isinstance(model, nn.Module):
+        several = isinstance(model, list | tuple) and all(isinstance(item, nn.Module) for item in model)
+        what = "several modules are one as torch.nn.ModuleList([...])" if several else "give the torch.nn.Module itself"
+        raise UsageError(f"{call} was given an object of type {type(model).__name__} as the model: {what}")
+
+
+def check_forward_pass(model: nn.Module, warns: bool = True) -> None:
     """Make sure that a forward pass leaves the weights alone: each rank would change them by its own samples.
+
+    What makes a gradient depend on the rank's own samples as a whole is said, if it `warns`.
 
     Raises:
         ConfigError: it does not; names the layer.
     """
     for name, module in model.named_modules():
+        if warns and getattr(module, "scale_grad_by_freq", None) is True:
+            _log.warning(
+                "%s(scale_grad_by_freq=True) %s divides by how often a rank's own micro-batch has each row, and not the"
+                " whole batch: on another number of ranks it learns otherwise",
+                type(module).__name__,
+                name,
+            )
         # Not `module.weight`: one that is parametrized is computed, and may change, whenever it is looked at.
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if getattr(module, "max_norm", None) is not None and weight is not None and weight.requires_grad:
