@@ -1,4 +1,4 @@
-"""A user's function that makes a batch of samples, and whether it draws random numbers, which belong to no sample then."""
+"""A user's function that makes a batch of samples, and whether it draws random numbers: they belong to no sample."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class ChangingBuffers(Component):
 
     A step that does not count leaves them as they were: running statistics would stay nan for good.
 
-    Those that the model's `state_dict()` leaves out (`persistent=False`) are in a checkpoint by this: a run that goes on
-    would begin with what the model was built with.
+    Those that the model's `state_dict()` leaves out (`persistent=False`) are in a checkpoint by this: a run that goes
+    on would begin with what the model was built with.
     """
 
     name = "buffers"
@@ -113,7 +113,7 @@ class ChangingBuffers(Component):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the buffers that a step changes and the model's own state leaves out, where ranks agree on them."""
-        if self._model is None or self.names is None or not self._job.strategy.agrees:
+        if self._model is None or not self._job.strategy.agrees:
             return {}
         own, buffers = _left_out(self._model), dict(self._model.named_buffers())
         now = {name: digest_of(buffers[name]) for name in own if name in buffers}

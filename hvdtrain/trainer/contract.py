@@ -36,8 +36,8 @@ _TOLERANCE = 0.02
 _FAILED = object()
 
 _COLLATE_DRAWS = (
-    "WARNING: Task(collate=...) draws random numbers: they belong to a micro-batch and not to its samples, so that they are"
-    " others on another number of ranks; draw in __getitem__ instead"
+    "WARNING: Task(collate=...) draws random numbers: they belong to a micro-batch and not to its samples, so that they"
+    " are others on another number of ranks; draw in __getitem__ instead"
 )
 
 Forward = Callable[[Batch], Mapping[str, Tensor]]
@@ -118,9 +118,9 @@ def check_loss(
     samples: Tensor | None = None,
     precision: str = "fp32",
 ) -> list[str]:
-    """Check what `Task.loss_sums` returns for a micro-batch. All is left as it was: random state, modes, buffers, batch.
+    """Check what `Task.loss_sums` returns for a micro-batch. Random state, model and batch are left as they were.
 
-    A few forward passes, over a half of the micro-batch, over that half twice, the other half and the whole; none
+    A few forward passes, over a half of the micro-batch, over that half twice and over a few pairs of samples; none
     backward. Where they fail, as with samples that must come in pairs or for want of memory, nothing is said: the
     step's own pass will tell.
 
@@ -153,11 +153,29 @@ def check_loss(
         with torch.no_grad():
             again = _values(forward, map_tensors(lambda tensor: torch.cat((tensor[:middle], tensor[:middle])), batch))
             _check_reduction(task, once, again)
-            if 1 < rows and not is_random and _is_of_samples(task, samples, rows):
-                rest, whole = _values(forward, part(middle, rows)), _values(forward, part(0, rows))
-                if rest is not _FAILED and whole is not _FAILED:
-                    notes.append(why_not_of_parts(task, (once, rest), whole, middle / rows, precision))
+            if rows > 1 and not is_random and _is_of_samples(task, samples, rows):
+                notes.append(_note_on_parts(task, lambda *ends: _values(forward, part(*ends)), rows, precision))
     return [note for note in notes if note]
+
+
+def _note_on_parts(task: Task, values_of: Callable[[int, int], Any], rows: int, precision: str) -> str:
+    """Return a warning where parts of a micro-batch do not make its loss: pairs of samples, or else its halves.
+
+    In pairs a label that is passed over, or another class's, weighs most. They are no more work than the micro-batch.
+    """
+    pairs = [(2 * i, 2 * i + 1, 2 * i + 2) for i in range(min(4, max(1, rows // 4), rows // 2))]
+    has_worked = False
+    for start, middle, end in [*pairs, (0, -(-rows // 2), rows)]:
+        if has_worked and end == rows > 2:
+            break
+        values = [values_of(*ends) for ends in ((start, middle), (middle, end), (start, end))]
+        if any(value is _FAILED for value in values):
+            continue
+        has_worked = True
+        note = why_not_of_parts(task, (values[0], values[1]), values[2], (middle - start) / (end - start), precision)
+        if note:
+            return note
+    return ""
 
 
 def _not_named(task: Task, sums: Mapping[str, Any]) -> Iterator[str]:

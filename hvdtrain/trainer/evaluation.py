@@ -135,7 +135,7 @@ def _scores(
     def answer(number: int, indices: Tensor) -> None:
         batch = to_device(loader.read(0, number), world.device, precision)
         with autocast(precision, world.device):
-            answers = part.answers(model, batch)
+            answers = list(part.answers(model, batch))
         if len(answers) != len(indices):
             raise ConfigError(
                 f"CorpusEvaluation(answers=...) returned {len(answers)} answers to {len(indices)} samples: one each"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,11 @@ class Drawn:
 
 
 def why_not_of_parts(
-    task: Task, parts: tuple[Mapping[str, Any], Mapping[str, Any]], whole: Mapping[str, Any], share: float, precision: str
+    task: Task,
+    parts: tuple[Mapping[str, Any], Mapping[str, Any]],
+    whole: Mapping[str, Any],
+    share: float,
+    precision: str,
 ) -> str:
     """Return a warning where two parts of a micro-batch do not make a figure of the whole; empty where they do.
 
@@ -48,13 +53,14 @@ def why_not_of_parts(
     for name in task.metrics:
         one, other, both = (float(values[name]) for values in (*parts, whole))
         made = weights[0] * one + weights[1] * other
-        if abs(made - both) > tolerance * max(abs(one), abs(other), abs(both)):  # never so for nan
+        is_other = abs(made - both) > tolerance * max(abs(one), abs(other), abs(both))  # never so for nan
+        if is_other or (math.isfinite(both) and math.isnan(made)):
             return f"WARNING: {_explain(task.reduction, name, both, made)}"
     return ""
 
 
 def _explain(reduction: str, name: str, both: float, made: float) -> str:
-    figure = f"the '{name}' of a micro-batch, {both:.6g}, is not the {reduction} of those of its halves, {made:.6g}"
+    figure = f"the '{name}' of some samples, {both:.6g}, is not the {reduction} of those of their parts, {made:.6g}"
     if reduction == "mean":
         return (
             f"{figure}, by their numbers of samples: on another number of ranks, or with another"
@@ -69,7 +75,7 @@ def _explain(reduction: str, name: str, both: float, made: float) -> str:
 
 
 def _states_of_gpus() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:

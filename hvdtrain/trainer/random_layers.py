@@ -129,7 +129,7 @@ def _alpha_drop(
 
 
 def _by_train(answer: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the answer to torch's own function of this name, whose arguments are others than `torch.nn.functional`'s."""
+    """Return the answer to torch's own function of this name, which has other arguments than `nn.functional`'s."""
 
     def call(self: SampleRandomness, input: Tensor, p: float, train: bool) -> Any:
         return answer(self, input, p, train)

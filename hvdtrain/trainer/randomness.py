@@ -9,8 +9,8 @@ micro-batch as its first dimension: dropout in all its forms, also inside attent
 them. A single number of `rand` or `randn`, such as what drops a layer, is the same for all samples of a step.
 
 Anything else (`randperm`, Poisson and gamma variates, the dropout inside `nn.LSTM`, Python's `random`, numpy, a
-generator that the model keeps) draws from its own generator, which is seeded for each micro-batch: the numbers differ on every rank and in every micro-batch,
-and are the same when a run is repeated or resumed on as many ranks.
+generator that the model keeps) draws from its own generator, which is seeded for each micro-batch: the numbers differ
+on every rank and in every micro-batch, and are the same when a run is repeated or resumed on as many ranks.
 """
 
 from __future__ import annotations
@@ -243,6 +243,23 @@ class MicroBatchRandomness:
             self._note(mode, seed)
             backward(result)
         return result
+
+    @contextlib.contextmanager
+    def observed(self, is_first: bool, say: Callable[[str], None]) -> Iterator[None]:
+        """Find out what the first micro-batch draws, and say what of it belongs to no sample."""
+        if not is_first or self.is_observed or self._is_needed is False:  # a compiled model would be cut to pieces
+            yield
+            return
+        self.is_observed = True
+        try:
+            yield
+        finally:
+            self.is_observed = False
+        if self.by_micro_batch:
+            say(
+                f"random:     numbers from {', '.join(sorted(self.by_micro_batch))} belong to micro-batches, not to"
+                " samples: others on another number of ranks (verify RECIPE says more)"
+            )
 
     def _kept_buffers(self) -> KeptBuffers:
         """Return what a pass may change, in the first all buffers: one that is repeated counts once."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hvdtrain.data.fingerprint import Print
-from hvdtrain.models.weights import extra_state, load_model_weights
+from hvdtrain.errors import ConfigError
+from hvdtrain.models.weights import extra_state, load_model_weights, shapes_of
 from hvdtrain.settings import to_dict
 from hvdtrain.trainer.component import Component, nested_tensors
 from hvdtrain.trainer.fits import check_fits
@@ -98,6 +99,15 @@ def check_storable(training: Training) -> None:
     Raises:
         ConfigError: it cannot; says what it is of.
     """
+    for name, shape in shapes_of(training.model).items():
+        before = training.shapes.get(name)
+        if before != shape:
+            was = "was not there" if before is None else f"was {before}"
+            raise ConfigError(
+                f"{name} of the model is {shape} after the first step, and {was} before: a run could not go on, as it"
+                " begins with what build() makes. Register it there in its full shape, or leave it out of the state"
+                " (persistent=False)"
+            )
     storable(extra_state(training.model), "the model's state_dict()")
     for entries in training.optimizer.state.values():
         storable(dict(entries), "the optimizer's state")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.readers import read_samples
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import run_backward
 from hvdtrain.settings import Precision
 from hvdtrain.trainer.component import Step, Totals
@@ -50,7 +51,8 @@ def train_step(job: Job, training: Training) -> None:
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
     is_checked = training.is_unchecked and _all_ranks_read(job, training)
     for place, positions in enumerate(micro_batches):
-        part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
+        with training.randomness.observed(is_checked and place == 0, job.log.say):
+            part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
         totals = added(totals, part)
     training.optimizer.synchronize()
     step = Step(number + 1, totals, num_targets, samples.numel())
@@ -97,6 +99,11 @@ def _micro_batch(
         world.progress.enter("backward")
         if task.reduction == "mean" and not training.runs_in_step and not count_targets(task.train_data, samples):
             return  # the mean over nothing is nan, and so are its gradients
+        if not sums["loss"].requires_grad:
+            raise ConfigError(
+                f"the 'loss' that loss_sums returned in step {training.step + 1} does not depend on the weights: where"
+                " there is nothing to learn from a micro-batch, return 0 times what the model has computed"
+            )
         # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks. Adding 0 x loss makes the
         # gradient of a loss that is not finite not finite either, which all ranks then see in the average. A batch
         # without targets has a gradient of zeros.

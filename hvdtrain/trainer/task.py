@@ -80,8 +80,8 @@ def _adapt(part: Any, names: tuple[str, ...]) -> None:
         object.__setattr__(part, name, _data_of(part, name))
     if part.collate is not None and all(getattr(part, name) is data for name, data in zip(names, given, strict=True)):
         raise DataError(
-            f"{kind}(collate=...) would never be called: {type(given[0]).__name__} makes its batches itself, by a method"
-            " batch; leave collate out, or give the samples one by one (__getitem__ and __len__)"
+            f"{kind}(collate=...) would never be called: {type(given[0]).__name__} makes its batches itself, by a"
+            " method batch; leave collate out, or give the samples one by one (__getitem__ and __len__)"
         )
     object.__setattr__(part, "collate", None)
 
@@ -105,7 +105,12 @@ def _data_of(part: Any, name: str) -> Any:
 def _check_model(model: Any) -> None:
     from torch import nn
 
+    from hvdtrain.models.walk import first_lazy
+
     if isinstance(model, nn.Module):
+        lazy = first_lazy(model)
+        if lazy:
+            raise ConfigError(f"Task(model=...): {lazy} has no shape yet: run the model once, on one batch, in build()")
         return
     if isinstance(model, type):
         raise ConfigError(f"Task(model=...) holds a class: make an object, {model.__name__}(...)")

@@ -116,8 +116,8 @@ def say_where_gradients_end(tensor: Tensor, kind: str, compat: str, rank: int) -
         return
     _said.add(kind)
     _log.warning(
-        "no gradient flows through World.%s(): what it returns is a constant for the loss. Give .detach() if that is meant;"
-        " hvdtrain.compat.horovod.%s() lets gradients through",
+        "no gradient flows through World.%s(): what it returns is a constant for the loss. Give .detach() if that is"
+        " meant; hvdtrain.compat.horovod.%s() lets gradients through",
         kind,
         compat,
     )

@@ -26,7 +26,7 @@ def hang_on_step(
 
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:
+        if callable(closure):  # a class of a user's own may take something else there
             of_all = over_ranks(world, exchange, closure, f"{prefix}.loss")
             return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
         if optimizer._should_synchronize:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import DivergedError, HvdtrainError
+from hvdtrain.errors import DivergedError, HvdtrainError, UsageError
 from hvdtrain.models.elsewhere import kept_elsewhere
 from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
@@ -73,6 +73,8 @@ class World(Collectives):
                 gradients, averaged in their own type; an embedding has `max_norm`, and there are several ranks.
         """
         check_module(model, "wrap(optimizer, model)")
+        if averaging is not None and not isinstance(averaging, Averaging):
+            raise UsageError(f"wrap() takes how to average by name, as accum_steps={averaging!r}, or an Averaging(...)")
         averaging = dataclasses.replace(averaging or Averaging(), **fields)
         self.check_averaging(averaging)
         if self.size > 1:
@@ -115,22 +117,30 @@ class World(Collectives):
         Raises:
             UsageError: a tensor of the model cannot be sent; names it. There is no rank `root`, or something else is
                 given than a module and an optimizer.
+            DivergedError: a sparse buffer is not the same on all ranks: it is not sent.
         """
         self._check_rank(root)
         check_module(model, "broadcast_state(model, optimizer)")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            kind = type(optimizer).__name__
+            raise UsageError(f"broadcast_state(model, optimizer) was given an object of type {kind} as the optimizer")
         if self.size == 1:
             return
         if optimizer is not None:
             self.broadcast_optimizer(optimizer, root)
-        # Tensors last, as nothing may touch them afterwards. What each rank has read for itself is compared, not sent.
+        # Tensors last, as nothing may touch them afterwards. What each rank has read for itself is compared, not sent;
+        # sparse buffers, such as the edges of a graph, are compared, too.
         elsewhere = kept_elsewhere(model)
         weights = {name: parameter for name, parameter in model.named_parameters() if name not in elsewhere}
-        tensors = {**weights, **dict(model.named_buffers())}
+        buffers = dict(model.named_buffers())
+        sparse = {name: buffer for name, buffer in buffers.items() if buffer.layout != torch.strided}
+        tensors = {**weights, **{name: buffer for name, buffer in buffers.items() if name not in sparse}}
         if optimizer is not None and getattr(optimizer, "sharding", None) is None:
             own = set(model.parameters())
             more = [parameter for parameter in owned_by(optimizer) if parameter not in own]
             tensors.update({f"parameter {number} of the optimizer": item for number, item in enumerate(more)})
         self.broadcast_tensors(tensors, "model", root)
+        self.check_replicas(sparse, "model.sparse")
 
     def broadcast_optimizer(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Make every rank's optimizer state that of rank `root`; its parameters are left alone. Collective."""
@@ -141,6 +151,7 @@ class World(Collectives):
 
         Counts and flags become the largest over the ranks. What `keep_per_rank` was told of is left alone.
         """
+        check_module(model, "average_buffers(model)")
         own = per_rank_buffers(model)
         self.average_tensors([buffer for name, buffer in model.named_buffers() if name not in own], "own_buffers")
 

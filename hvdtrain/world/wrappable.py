@@ -28,8 +28,8 @@ def check_can_be_wrapped(optimizer: Any, wrapped: type[torch.optim.Optimizer]) -
     taken = sorted(_names_of(wrapped) & {*vars(optimizer), *_names_of(kind)})
     if taken:
         raise ConfigError(
-            f"{kind.__name__} has something of its own by the name of {', '.join(taken)}, which a wrapped optimizer has,"
-            " too: give it another name"
+            f"{kind.__name__} has something of its own by the name of {', '.join(taken)}, which a wrapped optimizer"
+            " has, too: give it another name"
         )
 
 

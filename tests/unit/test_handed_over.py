@@ -5,7 +5,7 @@ import torch
 from thread_world import run_ranks
 from torch import nn
 
-from hvdtrain.errors import ConfigError, UsageError
+from hvdtrain.errors import ConfigError, DivergedError, UsageError
 from hvdtrain.process.launch import Launch
 from hvdtrain.world import SoloWorld, carriers
 
@@ -19,12 +19,19 @@ def sgd(model):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda model, optimizer: SOLO.wrap(model, optimizer), "wrap\\(optimizer, model\\) was given .* type SGD as the model"),
+        (
+            lambda model, optimizer: SOLO.wrap(model, optimizer),
+            "wrap\\(optimizer, model\\) was given .* type SGD as the model",
+        ),
         (lambda model, optimizer: SOLO.wrap(model, model), "type Linear as the optimizer"),
         (lambda model, optimizer: SOLO.wrap(optimizer, [model, model]), r"one as torch.nn.ModuleList\(\[...\]\)"),
         (lambda model, optimizer: SOLO.wrap(optimizer, model.parameters()), "give the torch.nn.Module itself"),
         (lambda model, optimizer: SOLO.wrap(optimizer, None), "of type NoneType as the model"),
         (lambda model, optimizer: SOLO.broadcast_state(optimizer), "broadcast_state\\(model, optimizer\\) was given"),
+        (lambda model, optimizer: SOLO.broadcast_state(model, model), "type Linear as the optimizer"),
+        (lambda model, optimizer: SOLO.average_buffers([model]), "average_buffers\\(model\\) was given"),
+        (lambda model, optimizer: SOLO.wrap(optimizer, model, 4), "as accum_steps=4, or an Averaging"),
+        (lambda model, optimizer: SOLO.wrap(optimizer, nn.LazyLinear(2)), "weight has no shape yet"),
         (lambda model, optimizer: SOLO.sampler([1, 2, 3]), r"world.sampler\(len\(dataset\)\)"),
         (lambda model, optimizer: SOLO.sampler(8.0), "not an object of type float"),
     ],
@@ -87,3 +94,111 @@ def test_frequencies_of_a_ranks_own_are_told(caplog):
     model = nn.Sequential(nn.Embedding(5, 2, scale_grad_by_freq=True))
     run_ranks(2, lambda world: world.wrap(sgd(model), model) and None)
     assert "Embedding(scale_grad_by_freq=True) 0 divides by how often" in caplog.text
+
+
+def weights_of(work, size=2):
+    """Return what plain torch makes of the whole batch, and what each rank does of its share of it."""
+    return work(None), run_ranks(size, work)
+
+
+def share(world, tensor):
+    return tensor if world is None else tensor[world.rank :: world.size]
+
+
+def wrapped(world, optimizer, model, **fields):
+    return optimizer if world is None else world.wrap(optimizer, model, **fields)
+
+
+def line(*layers):
+    generator, model = torch.Generator().manual_seed(0), nn.Sequential(*layers).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_what_is_frozen_between_its_backward_pass_and_the_step_is_averaged(passes):
+    """In windows that end with the last of four passes, or before it; laid out anew after each step."""
+
+    def work(world):
+        model = line(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        optimizer = wrapped(world, sgd(model), model, accum_steps=4 if passes < 3 else 3)
+        for step in range(4):
+            model.requires_grad_(True)
+            optimizer.zero_grad()
+            for number in range(passes):
+                x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3).roll(step + number, 0)
+                model(share(world, x)).square().mean().backward()
+                if number == 0:
+                    model[0].requires_grad_(False)
+            optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    alone, ranks = weights_of(work)
+    for ours in ranks:
+        assert (ours - alone).abs().max() < 1e-12
+
+
+def test_rows_of_a_table_that_is_tied_to_a_layer():
+    """Sparse and dense gradients add up to a dense one, which AdamW takes."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(7, 3, sparse=True)
+
+        def forward(self, tokens):
+            return self.table(tokens) @ self.table.weight.t()
+
+    def work(world):
+        model = Tied().double()
+        with torch.no_grad():
+            model.table.weight.copy_(torch.linspace(-1, 1, 21, dtype=torch.float64).view(7, 3))
+        optimizer = wrapped(world, torch.optim.AdamW(model.parameters(), lr=0.1), model)
+        for step in range(4):
+            tokens = torch.arange(8).roll(step).remainder(7)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(share(world, tokens)), share(world, tokens.roll(1))).backward()
+            optimizer.step()
+        return model.table.weight.detach()
+
+    alone, ranks = weights_of(work)
+    for ours in ranks:
+        assert (ours - alone).abs().max() < 1e-12
+
+
+def test_a_step_that_takes_something_else_than_a_closure():
+    class Scaled(torch.optim.SGD):
+        def step(self, scale=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.grad.mul_(scale)
+            return super().step()
+
+    def work(world):
+        model = line(nn.Linear(3, 1))
+        optimizer = wrapped(world, Scaled(model.parameters(), lr=0.1), model)
+        x = torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3)
+        model(share(world, x)).square().mean().backward()
+        optimizer.step(torch.tensor(0.5))
+        return model[0].weight.detach()
+
+    alone, ranks = weights_of(work)
+    for ours in ranks:
+        assert (ours - alone).abs().max() < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_buffers_are_compared(layout):
+    def work(world, differs):
+        model = nn.Linear(2, 1)
+        model.weight.data.fill_(world.rank)
+        edges = torch.eye(3) * (1 + world.rank * differs)
+        model.register_buffer("edges", getattr(edges, layout)(), persistent=False)
+        world.broadcast_state(model)
+        return model.weight.sum().item()
+
+    assert run_ranks(2, lambda world: work(world, False)) == [0.0, 0.0]
+    with pytest.raises(DivergedError, match="edges on rank 1 differs"):
+        run_ranks(2, lambda world: work(world, True))

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from test_components import Lines, StoppedError, job_of
 from torch import nn
 
+from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.data.own_generators import generators_in
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.kept import KeptState
+from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.settings import OptimConfig
-from hvdtrain.trainer import fit
+from hvdtrain.trainer import fit, settle
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.state import start_training
 
@@ -94,8 +97,7 @@ def of(folder, model, log=None, loss=None, **task):
 
 
 def state_of(model):
-    buffers = {name: buffer for name, buffer in model.named_buffers()}
-    return [tensor.clone() for tensor in (*model.parameters(), *buffers.values())]
+    return [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
 
 
 def assert_goes_on(tmp_path, make):
@@ -222,11 +224,15 @@ class Noisy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear, self.torch, self.numpy = nn.Linear(5, 1), torch.Generator().manual_seed(1), np.random.default_rng(2)
+        self.linear, self.torch, self.numpy = (
+            nn.Linear(5, 1),
+            torch.Generator().manual_seed(1),
+            np.random.default_rng(2),
+        )
         self.drawn = []
 
     def forward(self, x):
-        noise = torch.randn(x.shape, generator=self.torch) + self.numpy.normal(size=x.shape).astype("float32")
+        noise = torch.randn(x.shape, generator=self.torch) + torch.tensor(self.numpy.normal(size=x.shape)).float()
         if self.training:
             self.drawn.append(noise.sum().item())
         return self.linear(x + noise)
@@ -246,3 +252,103 @@ def test_a_generator_of_the_models_own_is_found_out():
         randomness.run(positions, (0, 1), lambda: model(torch.ones(4, 5)), lambda _: None)
     assert randomness.by_micro_batch == {"a generator of your own"}
     assert len(set(model.drawn)) == 2
+
+
+class Remembers(nn.Module):
+    """Has a buffer of another shape, or one more, after its first pass."""
+
+    def __init__(self, is_there, persistent=True):
+        super().__init__()
+        self.linear = nn.Linear(5, 1)
+        self.register_buffer("seen", torch.zeros(0, 5) if is_there else None, persistent=persistent)
+
+    def forward(self, x):
+        if self.training:
+            self.seen = x.detach() if self.seen is None else torch.cat((self.seen, x.detach()))
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(("is_there", "says"), [(True, r"was \(0, 5\) before"), (False, "was not there before")])
+def test_a_state_that_could_not_be_loaded_again_is_told_in_the_first_step(tmp_path, is_there, says):
+    with pytest.raises(ConfigError, match=rf"seen of the model is \(4, 5\) after the first step, and {says}"):
+        fit(of(tmp_path, built(Remembers, is_there)))
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_grows_outside_of_the_state_goes_on(tmp_path, is_there):
+    whole, _ = assert_goes_on(tmp_path, lambda folder, log: of(folder, built(Remembers, is_there, False), log))
+    assert len(whole.seen) == 44  # the samples of 12 steps
+
+
+def test_what_an_optimizer_leaves_in_its_first_step_is_looked_at(tmp_path):
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            self.state[self.param_groups[0]["params"][0]]["history"] = {1, 2}
+            return super().step(closure)
+
+    def build(optim, model):
+        return Odd(model.parameters(), lr=optim.peak_lr)
+
+    job = of(tmp_path, frozen_at_first(), Lines(), build_optimizer=build)
+    with pytest.raises(ConfigError, match=r"the optimizer's state.*of type set"):
+        fit(job)
+    assert job.log.lines == []
+
+
+def test_a_loss_of_nothing_later_on_says_what_to_return(tmp_path):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(1)
+        return {"loss": model(batch[0]).square().sum() if len(calls) < 20 else torch.zeros(())}
+
+    with pytest.raises(ConfigError, match="return 0 times what the model has computed"):
+        fit(of(tmp_path, frozen_at_first(), loss=loss))
+
+
+def test_models_that_are_not_ready_are_told(tmp_path):
+    with pytest.raises(ConfigError, match="weight has no shape yet"):
+        of(tmp_path, nn.LazyLinear(1))
+    with pytest.raises(ConfigError, match="weight is on torch's device meta"):
+        start_training(of(tmp_path, nn.Linear(5, 1, device="meta")))
+
+
+def test_complex_weights_take_the_default_optimizer(tmp_path):
+    model = built(nn.Linear, 5, 1)
+    model.register_parameter("phase", nn.Parameter(torch.ones(1, dtype=torch.complex64)))
+
+    def loss(model, batch):
+        return {"loss": ((model(batch[0]) * model.phase).abs() - batch[1]).square().sum()}
+
+    job = of(tmp_path, model, loss=loss)
+    fit(dataclasses.replace(job, config=dataclasses.replace(job.config, optim=AdamWConfig(peak_lr=0.01))))
+    assert model.phase.item() != 1
+
+
+def test_a_mean_over_no_targets_is_a_sum_of_nothing(tmp_path):
+    """In micro-batches of one sample, half of them without a label, as in a whole batch."""
+
+    class Labelled(TensorSamples):
+        def num_targets(self, indices):
+            return int((self.tensors[1][indices] >= 0).sum())
+
+    def loss(model, batch):
+        return {"loss": F.cross_entropy(model(batch[0]), batch[1])}
+
+    x, y = torch.linspace(-1, 1, 110).view(22, 5), torch.arange(22).remainder(4) - 1
+    data, models = Labelled(x, y.where(y >= 0, -100)), []
+    for size in (4, 1):
+        model = built(nn.Linear, 5, 3)
+        models.append(model)
+        job = of(tmp_path / str(size), model, loss=loss, train_data=data, val_data=data, reduction="mean")
+        train = dataclasses.replace(job.config.train, micro_batch_size=size, precision="fp64", accum_steps=4 // size)
+        fit(settle(job.task, dataclasses.replace(job.config, train=train), job.world, job.directory, job.log))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*map(state_of, models), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_buffers_are_left_alone(tmp_path):
+    model = built(nn.Linear, 5, 1)
+    model.register_buffer("edges", torch.eye(3).to_sparse_csr(), persistent=False)
+    fit(of(tmp_path, model))
+    assert model.edges.to_dense().equal(torch.eye(3))

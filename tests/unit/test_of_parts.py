@@ -47,7 +47,8 @@ DEPENDS = {
     "classes weighted": lambda: task(weighted, reduction="mean"),
     "contrastive": lambda: task(contrastive_mean, reduction="mean"),
     "scaled by the batch": lambda: task(of_the_longest),
-    "pairs of the contract's test": HEALTHY["contrastive"],
+    "contrastive sum": HEALTHY["contrastive"],
+    "normalised over the batch": HEALTHY["batch norm without statistics"],
 }
 
 
@@ -63,7 +64,7 @@ def noisy(model, batch):
 
 
 FINE = {
-    **{name: make for name, make in HEALTHY.items() if name != "contrastive"},
+    **{name: make for name, make in HEALTHY.items() if name not in ("contrastive", "batch norm without statistics")},
     "mean": lambda: task(lambda m, b: {"loss": F.cross_entropy(m(b[0]), b[1])}, reduction="mean"),
     "mean over padding": lambda: task(padded_mean, language(), Padded(), reduction="mean"),
     "drawn": lambda: task(noisy, reduction="mean"),
