@@ -261,3 +261,25 @@ class Recipe(Config):
             UsageError: what they name cannot be read.
         """
         return self
+
+
+def build_task(recipe: Recipe, say: Callable[[str], None]) -> Task:
+    """Return the task that a recipe builds, alike on every rank and at every start.
+
+    What `build` draws without a seed of its own is that of `--train.seed`. The caller's generators stay as they are.
+
+    Raises:
+        UsageError: data is missing, or settings do not fit it.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    from hvdtrain.data.draws import kept_random_state
+
+    with kept_random_state():
+        torch.manual_seed(recipe.train.seed)
+        np.random.seed(recipe.train.seed % 2**32)
+        random.seed(recipe.train.seed)
+        return recipe.build(say)

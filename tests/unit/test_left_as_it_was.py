@@ -1,6 +1,7 @@
 """A pass that is tried, or computed once more, leaves no trace; what users' code changes is there after a resume."""
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from hvdtrain.data.own_generators import generators_in
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.kept import KeptState
 from hvdtrain.optim.adamw import AdamWConfig
-from hvdtrain.settings import OptimConfig
-from hvdtrain.trainer import fit, settle
+from hvdtrain.settings import OptimConfig, TrainConfig
+from hvdtrain.trainer import Recipe, Task, fit, settle
+from hvdtrain.trainer.job import check_names
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.task import build_task
 
 
 class Late(nn.Module):
@@ -351,3 +354,31 @@ def test_sparse_buffers_are_left_alone(tmp_path):
     model.register_buffer("edges", torch.eye(3).to_sparse(), persistent=False)
     fit(of(tmp_path, model))
     assert model.edges.to_dense().equal(torch.eye(3))
+
+
+def test_what_a_build_draws_without_a_seed_is_alike_and_the_callers_numbers_go_on():
+    class Unseeded(Recipe):
+        def build(self, say):
+            model = nn.Linear(5, 1)
+            numbers = torch.tensor([np.random.rand(), random.random()])
+            data = TensorSamples(torch.rand(4, 5), torch.rand(4, 1))
+            return Task(
+                model=model, train_data=data, val_data=data, loss_sums=lambda m, b: {"loss": m(b[0]).sum()}
+            ), numbers
+
+    def built_with(seed):
+        task, numbers = build_task(Unseeded(train=TrainConfig(steps=1, global_batch_size=2, seed=seed)), print)
+        return [*task.model.parameters(), *task.train_data.tensors, numbers]
+
+    torch.manual_seed(7)
+    expected = torch.rand(2)
+    torch.manual_seed(7)
+    first = built_with(3)
+    assert torch.rand(2).equal(expected)
+    assert all(map(torch.equal, first, built_with(3)))
+    assert not any(map(torch.equal, first, built_with(4)))
+
+
+def test_a_metric_by_the_name_of_a_figure_that_lines_have_anyway_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"names 'lr', and train/lr is a figure"):
+        check_names(of(tmp_path, frozen_at_first(), metrics=("loss", "lr")).task)
