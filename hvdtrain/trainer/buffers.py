@@ -103,7 +103,7 @@ class ChangingBuffers(Component):
 
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
-        if not self._before or self._model is None:
+        if self._model is None or next(self._model.buffers(), None) is None:
             return
         modes, are_equal = [module.training for module in self._model.modules()], self._beside.has_arrived()
         if self.names is None or modes != self._modes:
