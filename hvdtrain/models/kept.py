@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import is_saved_buffer
+from hvdtrain.models.private_torch import copy_all_, is_saved_buffer
 
 BufferPlace = tuple[nn.Module, str]
 """A module and the name that one of its buffers has there."""
@@ -36,8 +36,20 @@ class KeptBuffers:
     """
 
     def __init__(self, places: Iterable[BufferPlace]) -> None:
-        buffers = [(module, name, getattr(module, name)) for module, name in places]
-        self._buffers = [(*place, _copy_of(place[2])) for place in buffers if isinstance(place[2], Tensor)]
+        self._places = [*places]
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
+        self.take()
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Keep them as they are now; into the memory of before, where it fits."""
+        there = [(module, name, getattr(module, name)) for module, name in self._places]
+        now = [place for place in there if isinstance(place[2], Tensor)]
+        if self._buffers and len(now) == len(self._buffers) and all(map(_is_like, self._buffers, now)):
+            copy_all_([before for *_, before in self._buffers if before is not None], [place[2] for place in now])
+            self._buffers = [(*place, entry[3]) for place, entry in zip(now, self._buffers, strict=True)]
+        else:
+            self._buffers = [(*place, _copy_of(place[2])) for place in now]
 
     def changed(self) -> list[BufferPlace]:
         """Return where there are others now, or other numbers."""
@@ -90,6 +102,14 @@ def _frozen_by_a_pass(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
 def _copy_of(buffer: Tensor) -> Tensor | None:
     """Return a copy; None of a kind that is not written into, number by number."""
     return buffer.detach().clone() if buffer.layout == torch.strided else None
+
+
+def _is_like(entry: tuple[nn.Module, str, Tensor, Tensor | None], place: tuple[nn.Module, str, Tensor]) -> bool:
+    """Return whether a buffer fits into the memory of the copy that was made in its place."""
+    (module, name, _, before), (own, own_name, buffer) = entry, place
+    if module is not own or name != own_name or before is None:
+        return False
+    return before.shape == buffer.shape and before.dtype == buffer.dtype and before.device == buffer.device
 
 
 def _are_equal(buffer: Tensor, before: Tensor | None) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hvdtrain.data.own_generators import Generator
-from hvdtrain.models.kept import BufferPlace, KeptBuffers, buffer_places
+from hvdtrain.models.kept import KeptBuffers, buffer_places
 from hvdtrain.models.private_torch import function_modes
 from hvdtrain.trainer.compiled_draws import OPERATORS, compiled_keys
 from hvdtrain.trainer.random_functions import FUNCTIONS
@@ -204,8 +204,8 @@ class MicroBatchRandomness:
         self.generators = Generators(device, own)
         self._is_needed: bool | None = False if is_compiled else None
         self._model = model
-        self._places: list[BufferPlace] | None = None if model is not None else []
-        """Where the buffers are that a pass may change; None before the first one."""
+        self._kept: KeptBuffers | None = None
+        """The buffers that a pass may change; None before the first one."""
         self._mode: SampleRandomness | None = None
         self.is_observed = is_observed
         self.is_by_sample = False
@@ -263,15 +263,16 @@ class MicroBatchRandomness:
 
     def _kept_buffers(self) -> KeptBuffers:
         """Return what a pass may change, in the first all buffers: one that is repeated counts once."""
-        if self._places is None and self._model is not None:
-            return KeptBuffers(buffer_places(self._model))
-        return KeptBuffers(self._places or [])
+        if self._kept is None:
+            return KeptBuffers(buffer_places(self._model) if self._model is not None else [])
+        self._kept.take()
+        return self._kept
 
     def _note_buffers(self, kept: KeptBuffers) -> None:
         """Note, after the first pass, what is kept in later ones: what it has changed, and what is saved of a model."""
-        if self._places is None and self._model is not None:
+        if self._kept is None and self._model is not None:
             saved = buffer_places(self._model, is_saved=True)
-            self._places = [*saved, *(place for place in kept.changed() if place not in saved)]
+            self._kept = KeptBuffers([*saved, *(place for place in kept.changed() if place not in saved)])
 
     def apart(self, function: Callable[[A], T], argument: A) -> T:
         """Call a function within a micro-batch, and let it draw what it likes: the micro-batch draws the same after it.
