@@ -69,6 +69,8 @@ def _state_of(generator: Generator) -> str:
         return str(generator.bit_generator.state)
     if isinstance(generator, torch.Generator):
         return str(generator.get_state().tolist())
+    if isinstance(generator, random.SystemRandom):  # which has none
+        return ""
     state = generator.getstate() if isinstance(generator, random.Random) else generator.get_state(legacy=False)
     return str(state)
 

@@ -11,7 +11,7 @@ from test_components import Lines, StoppedError, job_of
 from torch import nn
 
 from hvdtrain.data.dataset import TensorSamples
-from hvdtrain.data.own_generators import generators_in
+from hvdtrain.data.own_generators import generators_in, states_of
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.kept import KeptState
 from hvdtrain.optim.adamw import AdamWConfig
@@ -253,6 +253,7 @@ def test_a_generator_of_the_models_own_is_found_out():
     randomness = MicroBatchRandomness(torch.device("cpu"), is_observed=True, own=(*own, torch.default_generator))
     for positions in torch.arange(8).split(4):
         randomness.run(positions, (0, 1), lambda: model(torch.ones(4, 5)), lambda _: None)
+    assert states_of([random.SystemRandom()]) == [""]  # nobody can tell
     assert randomness.by_micro_batch == {"a generator of your own"}
     assert len(set(model.drawn)) == 2
 
