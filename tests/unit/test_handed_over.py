@@ -206,3 +206,33 @@ def test_sparse_buffers_are_compared(layout):
     assert run_ranks(2, lambda world: work(world, False)) == [0.0, 0.0]
     with pytest.raises(DivergedError, match="edges on rank 1 differs"):
         run_ranks(2, lambda world: work(world, True))
+
+
+@pytest.mark.slow
+def test_a_training_step_that_is_compiled_as_a_whole(monkeypatch):
+    """`torch.compile` of the function around backward and step: averaging is left out of it."""
+    monkeypatch.setattr(
+        torch._dynamo.config, "recompile_limit", 100
+    )  # ranks are threads here, and share what is compiled
+
+    def work(world):
+        model = line(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        optimizer = wrapped(world, sgd(model), model)
+
+        @torch.compile(backend="eager")
+        def step(x):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        for number in range(3):
+            step(share(world, torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3).roll(number, 0)))
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's own
+        alone, ranks = weights_of(work)
+    for ours in ranks:
+        assert (ours - alone).abs().max() < 1e-12
