@@ -145,10 +145,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 
 def outside_of_compilers(function: _Function) -> _Function:
-    """Have torch.compile leave a function alone, and all that it calls, as `torch.compiler.disable` does.
-
-    That one loads the compiler at once; here it is asked for where something has loaded it.
-    """
+    """Have torch.compile leave a function and all that it calls alone: `torch.compiler.disable`, which loads it at once."""
     left_alone: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
