@@ -145,7 +145,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 
 def outside_of_compilers(function: _Function) -> _Function:
-    """Have torch.compile leave a function and all that it calls alone: `torch.compiler.disable`, which loads it at once."""
+    """Have torch.compile leave alone a function and all that it calls: `torch.compiler.disable`, which loads it."""
     left_alone: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
