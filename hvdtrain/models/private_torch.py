@@ -145,10 +145,7 @@ def constant_when_compiled(function: _Function) -> _Function:
 
 
 def outside_of_compilers(function: _Function) -> _Function:
-    """Have torch.compile leave a function alone, and all that it calls, as `torch.compiler.disable` does.
-
-    That one loads the compiler at once; here it is asked for where something has loaded it.
-    """
+    """Have torch.compile leave alone a function and all that it calls: `torch.compiler.disable`, which loads it."""
     left_alone: list[Callable[..., Any]] = []
 
     @functools.wraps(function)
@@ -156,7 +153,7 @@ def outside_of_compilers(function: _Function) -> _Function:
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:  # none looks at what runs here
             return function(*args, **kwargs)
         if not left_alone:
-            left_alone.append(torch.compiler.disable(function))
+            left_alone.append(cast(Any, torch.compiler).disable(function))
         return left_alone[0](*args, **kwargs)
 
     return cast(_Function, call)
