@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 
 import pytest
 import torch
@@ -275,12 +276,24 @@ def exported(*words):
 
 
 @pytest.mark.parametrize(
-    "place", ["run", "run/checkpoints", "run/checkpoints/step-00000005", "run/model", "run/logs", ".", "..", "other"]
+    "place",
+    [
+        "run",
+        "run/checkpoints",
+        "run/checkpoints/step-00000005",
+        "run/model",
+        "run/logs",
+        ".",
+        "..",
+        "other",
+        "copy of a checkpoint",
+    ],
 )
 def test_an_export_takes_the_place_of_an_earlier_one_only(run_dir, tmp_path, place):
     """Also where it is asked to overwrite: a checkpoint has a model.safetensors, too."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
+    shutil.copytree(run_dir / "checkpoints" / "step-00000005", tmp_path / "copy of a checkpoint")
     (run_dir / "logs" / "rank-000.log").touch()
     before = sorted(tmp_path.rglob("*"))
     for more in ([], ["--overwrite"]):
