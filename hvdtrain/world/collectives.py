@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hvdtrain.errors import UsageError
 from hvdtrain.process.progress import Progress
 from hvdtrain.world.carriers import ReduceOp, bits_of, check_rank, check_tensor, for_reduction, number_of
-from hvdtrain.world.means import start_means
+from hvdtrain.world.means import in_turns, start_means
 
 T = TypeVar("T")
 _UNNAMED = 1024
@@ -76,7 +76,7 @@ class Collectives(ABC):
         """
         if isinstance(tensor, Tensor):
             return self.start_all_reduce(tensor, op, name)()
-        number = number_of(tensor, op, name or "all_reduce").to(self.device)
+        number = number_of(tensor, op, name or "all_reduce")  # in host memory: a GPU would have to be waited for
         return cast(float, self.start_all_reduce(number, op, name)().item())
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
@@ -185,8 +185,12 @@ class Collectives(ABC):
             yield None if batch is over else cast(T, batch)
 
     def average_tensors(self, tensors: Sequence[Tensor], name: str) -> None:
-        """Overwrite real and complex tensors with their means over the ranks, others with the largest. Collective."""
-        start_means(self, tensors, name)()
+        """Overwrite real and complex tensors with their means over the ranks, others with the largest. Collective.
+
+        They travel some at a time: what does takes four times as much memory again as fp32.
+        """
+        for number, some in enumerate(in_turns(tensors)):
+            start_means(self, some, f"{name}.{number}" if number else name)()
 
     def broadcast_object(self, value: T | None, name: str | None = None, root: int = 0) -> T:
         """Return rank `root`'s `value` on every rank; it must pickle. Other ranks may pass None. Collective."""
@@ -199,7 +203,7 @@ class Collectives(ABC):
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here. Collective."""
-        self.all_reduce(torch.zeros(1), "sum", name and f"barrier.{name}")
+        self.all_reduce(torch.zeros(1, device="cpu"), "sum", name and f"barrier.{name}")
 
     @abstractmethod
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
