@@ -135,7 +135,8 @@ def main() -> None:
         with ThreadPoolExecutor(recipe.available_cores()) as pool:
             said = list(pool.map(lambda item: run(words_of(item), Path(item["directory"]), variables), files))
         if given.link:
-            said.append(run(["cmake", "--build", folder / "tree", "--parallel"], folder, variables))
+            jobs = str(recipe.available_cores())  # else make begins with all files at once
+            said.append(run(["cmake", "--build", folder / "tree", "--parallel", jobs], folder, variables))
         edited = {edit.path for edit in asked.edits()}
         names = [str(Path(item["file"]).relative_to(source)) for item in files] + ["the library"] * given.link
     lines = [machine.describe(), f"toolkit:  CUDA {asked.gpu.cuda_version}, {nccl_version(asked.gpu)}, {own.compiler}"]
