@@ -57,7 +57,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
     """
     training = start_training(job)
     check_lone_samples(job, training)
-    for line in (component.about for component in training.components if component.about):
+    for line in filter(None, (training.rates.about, *(component.about for component in training.components))):
         job.log.say(line)
     for line in resume_lines(job, training.step, training.num_steps_then) if training.step else ():
         job.log.say(line)

@@ -28,6 +28,7 @@ from hvdtrain.trainer import Job, Recipe, Task, fit, settle
 from hvdtrain.trainer.fakes import without_storage
 from hvdtrain.trainer.memory import Memory, check_fits, estimate
 from hvdtrain.trainer.precision import settle_precision
+from hvdtrain.trainer.task import build_task
 from hvdtrain.verbs.greeting import details, greeting
 from hvdtrain.verbs.options import TrainOptions
 from hvdtrain.verbs.report.sink import ReportSink, can_report
@@ -135,7 +136,7 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
     console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
     if request.dry_run:
         return _dry_run(request, world, MetricLog(console, []))
-    task = world.together(lambda: request.recipe.build(MetricLog(console, []).say), "build")
+    task = world.together(lambda: build_task(request.recipe, MetricLog(console, []).say), "build")
     claim = world.together(lambda: _claim(request) if world.rank == 0 else None, "claim")
     try:
         run = RunDirectory(world.broadcast_object(claim.folder if claim else None, "run_dir"))
@@ -174,7 +175,7 @@ def _settle(request: Request, task: Task, world: World, run: RunDirectory, log: 
 def _dry_run(request: Request, world: World, log: MetricLog) -> TrainResult:
     """Say what would be trained; nothing is written, and no weights take memory. Collective."""
     with without_storage():
-        task = world.together(lambda: request.recipe.build(log.say), "build")
+        task = world.together(lambda: build_task(request.recipe, log.say), "build")
     run = _agree(request, world)
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
     job = _settle(request, task, world, run, log)

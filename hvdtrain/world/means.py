@@ -21,7 +21,13 @@ _TYPES: dict[ReduceOp, torch.dtype] = {"mean": torch.float64, "max": torch.int64
 _NUMBERS = 1 << 24
 
 
-def in_turns(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def average(world: Collectives, tensors: Sequence[Tensor], name: str) -> None:
+    """Overwrite tensors with what `start_means` makes of them, some at a time: it takes much memory. Collective."""
+    for number, some in enumerate(_in_turns(tensors)):
+        start_means(world, some, f"{name}.{number}" if number else name)()
+
+
+def _in_turns(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield neighbours that are averaged together: as many as fit, one that is larger by itself."""
     some: list[Tensor] = []
     room = _NUMBERS

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hvdtrain
 from hvdtrain.errors import UsageError
-from hvdtrain.world import Asking, RankSampler, SoloWorld, keep_per_rank
+from hvdtrain.world import Asking, RankSampler, SoloWorld, keep_per_rank, means
 from hvdtrain.world.question import ask_with_gradients
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64]
@@ -111,6 +111,19 @@ def test_what_ranks_ask_each_other_travels_in_host_memory():
     zero, one = run_ranks(2, work)
     assert zero[:3] == one[:3] == ((4.0, 1, True), True, False)
     assert (zero[3], one[3]) == ([1, None], [1, 2])
+
+
+def test_many_tensors_are_averaged_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(means, "_NUMBERS", 10)
+
+    def work(world):
+        tensors = [torch.full((size,), float(world.rank)) for size in (4, 5, 3, 20, 1)]
+        world.average_tensors(tensors, "mean")
+        return [tensor.tolist() for tensor in tensors], world.sent
+
+    for averaged, sent in run_ranks(2, work):
+        assert averaged == [[0.5] * size for size in (4, 5, 3, 20, 1)]
+        assert sent == ["mean.mean", "mean.1.mean", "mean.2.mean", "mean.3.mean"]
 
 
 NUMBERS = [

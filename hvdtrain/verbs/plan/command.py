@@ -13,6 +13,7 @@ from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Job, Recipe, Task
 from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.trainer.rehearsal import rehearse
+from hvdtrain.trainer.task import build_task
 from hvdtrain.verbs.kit import Speaker, counted, head_line
 from hvdtrain.verbs.options import PlanOptions
 from hvdtrain.verbs.plan.all_reduce import groups_of
@@ -52,7 +53,7 @@ def _plan(name: str, recipe: Recipe, options: PlanOptions, world: World) -> int:
     say = Speaker(world.rank == 0)
     logged = world.together(lambda: _logged_noise(options) if world.rank == 0 else None, "plan.noise")
     recipe, choice = settle_precision(recipe, world)
-    task = world.together(lambda: recipe.build(say), "plan.build")
+    task = world.together(lambda: build_task(recipe, say), "plan.build")
     job = world.together(lambda: _job(recipe, task, world), "plan.settle")
     everyone = world.all_gather_object((socket.gethostname(), describe_rank(world.device)), "plan.ranks")
     hosts = [host for host, _ in everyone]
