@@ -31,6 +31,7 @@ __all__ = [
     "constant_when_compiled",
     "copy_all_",
     "divide_all_",
+    "divided_all",
     "function_modes",
     "functionalized_calls",
     "holders_of",
@@ -107,6 +108,11 @@ def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:
 def divide_all_(tensors: list[Tensor], by: float) -> None:
     """Divide all; on GPUs by few kernels."""
     torch._foreach_div_(tensors, by)
+
+
+def divided_all(tensors: list[Tensor], by: float) -> list[Tensor]:
+    """Return all divided; on GPUs by few kernels."""
+    return list(torch._foreach_div(tensors, by))
 
 
 def zero_all_(tensors: list[Tensor]) -> None:

@@ -41,6 +41,6 @@ class LogDue:
     def note(self, step: int, step_s: float) -> None:
         """Take the time, in seconds, of a step before the line that has just been written. Collective."""
         if self._interval.unit == "seconds":
-            seconds = torch.tensor(step_s, dtype=torch.float64)
+            seconds = torch.tensor(step_s, dtype=torch.float64, device="cpu")
             slowest = float(self._job.world.all_reduce(seconds, "max", "log.step_s"))
             self._next = step + max(1, round(self._interval.number / max(slowest, 1e-9)))

@@ -116,7 +116,7 @@ def _batches_between(world: World) -> int:
 
 def _ask_to_stop(world: World, request: StopRequest | None, name: str) -> Callable[[], bool]:
     """Ask all ranks whether one has a request to stop; the answer is waited for later. Collective."""
-    has_request = torch.tensor(float(request is not None and request.reason is not None))
+    has_request = torch.tensor(float(request is not None and request.reason is not None), device="cpu")
     wait = world.start_all_reduce(has_request, "max", name)
     return lambda: bool(wait())
 

@@ -45,8 +45,10 @@ def _lone_sample(job: Job) -> Tensor | None:
 
 def _try(job: Job, model: nn.Module, sample: Tensor) -> None:
     kept = KeptState(model)
+    device = job.world.device
+    devices = [device] if device.type == "cuda" else []  # else torch warns of each host's other GPUs
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             forward_sums(job, model, sample)
     except ValueError as error:
         if _TORCH_SAYS not in str(error):

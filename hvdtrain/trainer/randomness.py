@@ -50,7 +50,7 @@ class SampleRandomness(TorchFunctionMode):
     def __init__(self, positions: Tensor, seed: int = 0) -> None:
         super().__init__()
         self._positions = positions
-        self._draws = torch.zeros((), dtype=torch.int64)
+        self._draws = torch.zeros((), dtype=torch.int64, device="cpu")
         self._source = torch.Generator().manual_seed(seed)
         self._drawn: dict[int, tuple[int, Tensor]] = {}
         """By the mark of a draw: its salt, and the positions that it was for."""
@@ -109,7 +109,8 @@ class SampleRandomness(TorchFunctionMode):
 
     def of_step(self, device: torch.device) -> Tensor:
         """Return one fp32 number in [0, 1), the same for all samples of the step: what no sample draws by itself."""
-        return (mix64(torch.tensor(self._draw()[0])) >> 8 & 0xFFFFFF).float().mul(2.0**-24).to(device)
+        bits = mix64(torch.tensor(self._draw()[0], device="cpu")) >> 8 & 0xFFFFFF
+        return bits.float().mul(2.0**-24).to(device, non_blocking=True)  # else a GPU would be waited for
 
     def fine(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Return fp64 numbers in [0, 1) of this shape, in steps of 2^-53; None if its first dimension is not `n`."""
@@ -161,7 +162,8 @@ class SampleRandomness(TorchFunctionMode):
         """
         mark = _next_mark()
         if mark not in self._drawn:
-            self._drawn[mark] = int(torch.randint(2**62, (), generator=self._source)), self._positions
+            salt = torch.randint(2**62, (), generator=self._source, device="cpu")
+            self._drawn[mark] = int(salt), self._positions
         return self._drawn[mark]
 
 

@@ -45,6 +45,10 @@ class Recording:
     """Operators that were too many."""
     top: list[tuple[str, float]] = field(default_factory=list)
     """The operators that took longest by themselves: name and seconds."""
+    on_wire: list[tuple[int, int]] = field(default_factory=list)
+    """Start and end of each of NCCL's kernels, on a GPU."""
+    computing: list[tuple[int, int]] = field(default_factory=list)
+    """The same of all other kernels."""
 
 
 class Recorder:
@@ -121,8 +125,33 @@ class Recorder:
         for event in kept:
             if "ts" in event:
                 event["ts"] += shift
-        self._recording.operators = gzip.compress(json.dumps(kept).encode(), 1)
-        self._recording.top = longest(kept, self._world.device.type == "cuda")
+        recording = self._recording
+        recording.operators = gzip.compress(json.dumps(kept).encode(), 1)
+        recording.top = longest(kept, self._world.device.type == "cuda")
+        recording.on_wire, recording.computing = kernels(kept)
+        end_with_kernels(recording.spans, recording.on_wire)
+
+
+def kernels(events: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return start and end, in nanoseconds, of NCCL's kernels and of all others, in the order of their start."""
+    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") == "kernel":
+            is_other = not event["name"].startswith("nccl")
+            found[is_other].append((round(event["ts"] * 1000), round((event["ts"] + event["dur"]) * 1000)))
+    return sorted(found[0]), sorted(found[1])
+
+
+def end_with_kernels(spans: Sequence[Span], on_wire: Sequence[tuple[int, int]]) -> None:
+    """Have the collectives of a GPU end with NCCL's kernels.
+
+    What Horovod says of one is when it has handed it to NCCL's stream, where they follow one another in that order.
+    Where there are not as many kernels, as of a collective that NCCL does in several, they end as handed over.
+    """
+    handed = sorted((span for span in spans if span.is_on_gpu), key=lambda span: span.ended or 0)
+    if len(handed) == len(on_wire):
+        for span, (_, end) in zip(handed, on_wire, strict=True):
+            span.ended = max(end, span.started)
 
 
 def longest(events: Sequence[Mapping[str, Any]], is_gpu: bool) -> list[tuple[str, float]]:

@@ -60,7 +60,8 @@ class Sharded(EveryStep):
         """Return the norm of each layer over all ranks' pieces, in fp64: a rank may have none to tell a type by."""
         if not layers:
             return []
-        squares = torch.stack([norm_of(parts).to(world.device).double().square() for parts in layers])
+        nothing = torch.zeros((), dtype=torch.float64, device=world.device)  # made there: a copy would be waited for
+        squares = torch.stack([norm_of(parts).double().square() if parts else nothing for parts in layers])
         return [*world.all_reduce(squares, "sum", "sharded.norms").sqrt()]
 
     def named_gradients(self, training: Training) -> list[tuple[str, Tensor | None]]:

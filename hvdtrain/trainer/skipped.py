@@ -56,7 +56,7 @@ class SkippedSteps(Component):
         self._settle()
         skipped, self._in_window = self._in_window, 0
         if not self.is_replicated:
-            skipped = int(self._job.world.all_reduce(torch.tensor(float(skipped)), "sum", "skipped"))
+            skipped = int(self._job.world.all_reduce(skipped, "sum", "skipped"))
             if skipped:
                 self._job.log.say(f"WARNING: {skipped} steps of single ranks were skipped up to here, not being finite")
         return {"train/skipped_steps": skipped} if skipped else {}

@@ -91,6 +91,9 @@ class Snapshot:
     def arrive(self) -> None:
         """Wait, in the thread that calls, until the copies are there."""
         if self._arrived is not None:
+            # A new thread is on GPU 0 until it says otherwise: asking for the event, the process would begin to use
+            # that one, too, which takes half a gigabyte of it for each rank.
+            self._streams.set_device(self._device)
             self._arrived.synchronize()
         # What was copied may be freed now; the memory that it was copied to stays.
         self._given = [(target, target) for _, target in self._given]

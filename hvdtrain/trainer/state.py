@@ -148,7 +148,7 @@ class Training:
         if not asked:
             return ""
         own = next(filter(None, (component.reason_to_end() for component in asked)), "")
-        if not bool(world.all_reduce(torch.tensor(float(bool(own))), "max", "end")):
+        if not bool(world.all_reduce(torch.tensor(float(bool(own)), device="cpu"), "max", "end")):
             return ""
         reason = str(next(filter(None, world.all_gather_object(own, "end.reason"))))
         for component in asked:

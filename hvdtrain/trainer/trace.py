@@ -128,8 +128,9 @@ def in_words(recordings: Sequence[Recording]) -> list[str]:
             of_phases[phase] = of_phases.get(phase, 0.0) + seconds
         parts = sorted(of_phases.items(), key=lambda part: -part[1])
         said = ", ".join(f"{_WORDS.get(name, name)} {s / step_s:.0%}" for name, s in parts if s >= 0.005 * step_s)
-        lines.append(f"profile:    rank {one.rank}: a step of {step_s * 1e3:.1f} ms: {said}")
-        lines += _about_communication(one, steps)
+        where = " of the host, which is ahead of its GPU," if one.computing else ""
+        lines.append(f"profile:    rank {one.rank}: a step{where} of {step_s * 1e3:.1f} ms: {said}")
+        lines += _about_kernels(one) if one.computing else _about_communication(one, steps)
     if len(done) > _MOST_RANKS:
         lines.append(f"            the other {len(done) - _MOST_RANKS} ranks are in the file")
     top = done[0].top
@@ -159,6 +160,20 @@ def _about_communication(one: Recording, steps: Sequence[Interval]) -> list[str]
     ]
 
 
+def _about_kernels(one: Recording) -> list[str]:
+    """Say the same of a GPU, by its own clock: the host waits for no communication there."""
+    on_wire, computing = union(one.on_wire), union(one.computing)
+    total = sum(end - start for start, end in on_wire)
+    if not total:
+        return []
+    hidden = overlap(on_wire, computing)
+    each = 1e6 * len(one.steps)
+    return [
+        f"            NCCL's kernels ran for {total / each:.1f} ms of it: {hidden / total:.0%} of that beside others;"
+        f" {(total - hidden) / each:.1f} ms alone"
+    ]
+
+
 def union(intervals: Iterable[Interval]) -> list[Interval]:
     """Return the same moments as intervals that do not overlap, in their order."""
     merged: list[Interval] = []
@@ -171,12 +186,17 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def _both(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
-    return [
-        (max(start, since), min(end, until))
-        for start, end in one
-        for since, until in other
-        if max(start, since) < min(end, until)
-    ]
+    """Return the moments of both, of intervals that are in order and do not overlap among themselves."""
+    found: list[Interval] = []
+    place = 0
+    for start, end in one:
+        while place < len(other) and other[place][1] <= start:
+            place += 1
+        at = place
+        while at < len(other) and other[at][0] < end:
+            found.append((max(start, other[at][0]), min(end, other[at][1])))
+            at += 1
+    return found
 
 
 def overlap(one: Sequence[Interval], other: Sequence[Interval]) -> int:

@@ -96,7 +96,7 @@ def as_sum(value: Any, name: str, device: torch.device) -> Tensor:
         ConfigError: it is no single number.
     """
     try:
-        tensor = torch.as_tensor(value, device=device).detach().double()
+        tensor = torch.as_tensor(value).to(device, non_blocking=device.type == "cuda").detach().double()
     except (TypeError, ValueError, RuntimeError):
         tensor = None
     if tensor is None or tensor.numel() != 1:

@@ -60,7 +60,7 @@ class Asking:
         if not self._is_rare:
             self._answer = ask_with_gradients(self._world, self._optimizer, own, self._name)
         elif self._wait is None:
-            message = torch.tensor([float(own), float(self._wanted)])
+            message = torch.tensor([float(own), float(self._wanted)], device="cpu")
             self._wait = self._world.start_all_reduce(message, "max", self._name)
             self._left, self._fastest, self._asked = self.steps, math.inf, self._clock()
         self._stepped = self._clock()

@@ -134,7 +134,7 @@ def check_rank(root: Any, size: int) -> None:
 
 
 def number_of(value: Any, op: ReduceOp, name: str) -> Tensor:
-    """Return a plain number, of numpy too, as a tensor of 64 bits; whole ones as int64 but for their mean.
+    """Return a plain number, of numpy too, as 64 bits in host memory; whole ones as int64 but for their mean.
 
     Raises:
         UsageError: it is none, or too large.
@@ -147,7 +147,7 @@ def number_of(value: Any, op: ReduceOp, name: str) -> Tensor:
     if isinstance(plain, int) and op != "mean":
         dtype = torch.int64
     try:
-        return torch.tensor(plain, dtype=dtype)
+        return torch.tensor(plain, dtype=dtype, device="cpu")
     except (OverflowError, RuntimeError, ValueError) as error:
         raise UsageError(f"'{name}' is a number of more than 64 bits: give float() of it") from error
 

@@ -21,7 +21,7 @@ from hvdtrain.world.carriers import (
     number_of,
     say_where_gradients_end,
 )
-from hvdtrain.world.means import start_means
+from hvdtrain.world.means import average
 
 T = TypeVar("T")
 _UNNAMED = 1024
@@ -86,7 +86,7 @@ class Collectives(ABC):
         """
         if isinstance(tensor, Tensor):
             return self.start_all_reduce(tensor, op, name)()
-        number = number_of(tensor, op, name or "all_reduce").to(self.device)
+        number = number_of(tensor, op, name or "all_reduce")  # in host memory: a GPU would have to be waited for
         return cast(float, self.start_all_reduce(number, op, name)().item())
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
@@ -202,7 +202,7 @@ class Collectives(ABC):
 
     def average_tensors(self, tensors: Sequence[Tensor], name: str) -> None:
         """Overwrite real and complex tensors with their means over the ranks, others with the largest. Collective."""
-        start_means(self, tensors, name)()
+        average(self, tensors, name)
 
     def broadcast_object(self, value: T | None, name: str | None = None, root: int = 0) -> T:
         """Return rank `root`'s `value` on every rank; it must pickle. Other ranks may pass None. Collective."""
@@ -215,7 +215,7 @@ class Collectives(ABC):
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here. Collective."""
-        self.all_reduce(torch.zeros(1), "sum", name and f"barrier.{name}")
+        self.all_reduce(torch.zeros(1, device="cpu"), "sum", name and f"barrier.{name}")
 
     @abstractmethod
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:

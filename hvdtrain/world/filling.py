@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvdtrain.models.private_torch import copy_all_, divide_all_, zero_all_
+from hvdtrain.models.private_torch import copy_all_, divide_all_, divided_all, zero_all_
 
 
 def fill(views: Sequence[Tensor], users: Tensor, gradients: Sequence[Tensor | None], size: int) -> None:
@@ -35,15 +35,11 @@ def fill_one_by_one(views: Sequence[Tensor], gradients: Sequence[Tensor | None],
         if whole is None:
             view.zero_()
             continue
-        gradient = real(whole.detach())
-        if gradient.is_sparse:
-            view.copy_(gradient.to_dense()).div_(size)
-        elif size == 1:
+        gradient = real(whole.detach().to_dense())
+        if size == 1:
             view.copy_(gradient)
-        elif gradient.dtype == torch.bfloat16:  # divided as fp32
-            view.copy_(gradient).div_(size)
         else:
-            torch.div(gradient, size, out=view)
+            torch.div(gradient.to(_divided_as(gradient.dtype, view.dtype)), size, out=view)
 
 
 def fill_at_once(views: Sequence[Tensor], gradients: Sequence[Tensor | None], size: int) -> None:
@@ -52,11 +48,19 @@ def fill_at_once(views: Sequence[Tensor], gradients: Sequence[Tensor | None], si
     pairs = [(view, real(own.detach())) for view, own in zip(views, gradients, strict=True) if own is not None]
     if empty:
         zero_all_(empty)
-    if pairs:
+    if pairs and (wide := _divided_as(pairs[0][1].dtype, views[0].dtype)) != views[0].dtype:
+        # Divided before it is rounded: fp16 may be too narrow for it, and would round it twice.
+        copy_all_([view for view, _ in pairs], divided_all([gradient.to(wide) for _, gradient in pairs], size))
+    elif pairs:
         moved = [(view, gradient) for view, gradient in pairs if view.data_ptr() != gradient.data_ptr()]
         if moved:
             copy_all_([view for view, _ in moved], [gradient for _, gradient in moved])
         divide_all_([view for view, _ in pairs], size)
+
+
+def _divided_as(gradient: torch.dtype, view: torch.dtype) -> torch.dtype:
+    """Return the type in which a gradient is divided: that of the two which holds both, such as fp32 for bfloat16."""
+    return gradient if gradient == view else torch.promote_types(gradient, view)
 
 
 def real(tensor: Tensor) -> Tensor:

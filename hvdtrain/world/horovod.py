@@ -25,6 +25,7 @@ from hvdtrain.process.stray import stray_hint
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.collectives import added_in_order
+from hvdtrain.world.streams import keep_for_stream
 from hvdtrain.world.world import World
 
 T = TypeVar("T")
@@ -190,7 +191,9 @@ class _Waiting:
 
     def __call__(self) -> Tensor:
         with self._progress.during("communication"):
-            return cast(Tensor, hvd.synchronize(self._handle))
+            result = hvd.synchronize(self._handle)
+        keep_for_stream(result)
+        return cast(Tensor, result)
 
     def is_done(self) -> bool:
         """Any thread may ask."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,30 @@ if TYPE_CHECKING:
 
 # A double holds integers up to 2^53 only.
 _TYPES: dict[ReduceOp, torch.dtype] = {"mean": torch.float64, "max": torch.int64}
+
+
+# Numbers that travel at a time, of many tensors.
+_NUMBERS = 1 << 24
+
+
+def average(world: Collectives, tensors: Sequence[Tensor], name: str) -> None:
+    """Overwrite tensors with what `start_means` makes of them, some at a time: it takes much memory. Collective."""
+    for number, some in enumerate(_in_turns(tensors)):
+        start_means(world, some, f"{name}.{number}" if number else name)()
+
+
+def _in_turns(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield neighbours that are averaged together: as many as fit, one that is larger by itself."""
+    some: list[Tensor] = []
+    room = _NUMBERS
+    for tensor in tensors:
+        if some and tensor.numel() > room:
+            yield some
+            some, room = [], _NUMBERS
+        some.append(tensor)
+        room -= tensor.numel()
+    if some:
+        yield some
 
 
 @torch.no_grad()
@@ -31,7 +55,7 @@ def start_means(world: Collectives, tensors: Sequence[Tensor], name: str) -> Cal
         part = [tensor for tensor in parts if tensor.is_floating_point() == dtype.is_floating_point]
         if part:
             flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in part])
-            waits.append((part, world.start_all_reduce(flat, op, f"{name}.{op}")))
+            waits.append((part, world.start_all_reduce_(flat, op, f"{name}.{op}")))
 
     @torch.no_grad()
     def finish() -> None:

@@ -17,11 +17,15 @@ class Memory:
         """What there was before the step that is not settled yet."""
 
     def get(self, name: str, like: Tensor) -> Tensor | None:
-        """Return what is kept, in the type and on the device of `like`; None where nothing of its shape is."""
+        """Return what is kept, in the type and on the device of `like`; None where nothing of its shape is.
+
+        What a checkpoint had lies in host memory: from now on it is kept where it is used.
+        """
         kept = self._now.get(name)
         if kept is None or kept.shape != like.shape:
             return None
-        return kept.to(like.device, like.dtype)
+        kept = self._now[name] = kept.to(like.device, like.dtype)
+        return kept
 
     def put(self, name: str, fresh: Tensor, is_good: bool | Tensor) -> None:
         """Keep `fresh` where it is good, what there was before where it is not; a tensor is not looked at."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -64,9 +64,28 @@ def fp32_products(precision: Precision, device: torch.device) -> Iterator[None]:
             raise error
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    cudnn: Any = torch.backends.cudnn
+    switches = [
+        *_switches(torch.backends.cuda.matmul, [torch.backends.cuda.matmul]),
+        *_switches(cudnn, [getattr(cudnn, name) for name in ("conv", "rnn") if hasattr(cudnn, name)]),
+    ]
+    values = {"allow_tf32": precision == "tf32", "fp32_precision": "tf32" if precision == "tf32" else "ieee"}
     try:
+        for part, name, _ in switches:
+            setattr(part, name, values[name])
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        for part, name, before in switches:
+            setattr(part, name, before)
+
+
+def _switches(whole: Any, parts: Sequence[Any]) -> list[tuple[Any, str, Any]]:
+    """Return what says how a library multiplies fp32: an object, the name of its attribute, and what it is now.
+
+    torch has an older word for it and a newer one, and raises where a program that has used the newer one for a part
+    is asked by the older one.
+    """
+    try:
+        return [(whole, "allow_tf32", whole.allow_tf32)]
+    except RuntimeError:
+        return [(part, "fp32_precision", part.fp32_precision) for part in parts]

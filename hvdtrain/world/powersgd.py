@@ -90,7 +90,7 @@ class PowerSGD(ErrorFeedback):
         if kept is not None:
             return kept
         generator = torch.Generator().manual_seed(zlib.crc32(piece.name.encode()))
-        return like.copy_(torch.randn(like.shape, generator=generator, dtype=torch.float64))
+        return like.copy_(torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu"))
 
     def keep_more(self, piece: Piece, is_good: bool | Tensor) -> None:
         """Keep Q for the next step."""

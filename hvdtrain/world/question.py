@@ -59,7 +59,7 @@ def ask_with_gradients(world: World, optimizer: WrappedOptimizer, own: bool, nam
         return lambda: own
     question = optimizer.question
     if question is None or not question.is_carried:
-        wait = world.start_all_reduce(torch.tensor(float(own)), "max", name)
+        wait = world.start_all_reduce(torch.tensor(float(own), device="cpu"), "max", name)
         return lambda: bool(wait())
     question.ask(own)
 

@@ -32,6 +32,8 @@ class Span:
     started: int
     """By `time.perf_counter_ns`."""
     ended: int | None = None
+    """On a GPU, where the host waits for no result, when it was handed to NCCL's stream."""
+    is_on_gpu: bool = False
 
 
 class CollectiveSpans:
@@ -71,7 +73,8 @@ class CollectiveSpans:
 
         def noted(tensor: Tensor, *arguments: Any, **named: Any) -> Callable[[], Tensor]:
             texts = [value for value in (*arguments, *named.values()) if isinstance(value, str)]
-            span = Span(texts[-1] if texts else kind, kind, tensor.nbytes, time.perf_counter_ns())
+            name, now = texts[-1] if texts else kind, time.perf_counter_ns()
+            span = Span(name, kind, tensor.nbytes, now, is_on_gpu=tensor.is_cuda)
             wait = start(tensor, *arguments, **named)
             self.spans.append(span)
             is_done = getattr(wait, "is_done", None)

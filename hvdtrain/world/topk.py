@@ -6,6 +6,7 @@ bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,7 @@ class _Gathering(Round):
         chosen = [largest(whole, count) for whole, count in zip(self._wholes, counts, strict=True)]
         self._chosen = chosen
         numbers = flat([whole[own] for whole, own in zip(self._wholes, chosen, strict=True)], like)
-        starts = [0, *torch.tensor([len(whole) for whole in self._wholes]).cumsum(0).tolist()]
+        starts = [0, *itertools.accumulate(len(whole) for whole in self._wholes)]
         # Places count through all pieces of the bucket. Their bits travel as numbers of the buffer's type.
         places = flat([own + start for own, start in zip(chosen, starts, strict=False)], like.long())
         self._places_type = torch.int32 if starts[-1] < 1 << 31 and like.itemsize == 4 else torch.int64

@@ -121,6 +121,20 @@ def own_streams(world):
             assert bool((got == 2.0 * i * world.size).all()), i
 
 
+def gathers_on_own_streams(world):
+    """A gather's memory that is given back is not taken by the default stream while another one still reads it."""
+    stream, size = torch.cuda.Stream(), 100_000
+    for i in range(20):
+        with torch.cuda.stream(stream):
+            got = world.all_gather(torch.full((size,), float(i), device=world.device), f"gather.stream.{i}")
+            torch.cuda._sleep(2_000_000)
+            total = got.double().sum()
+            del got
+        taken = [torch.full((size * world.size,), -1.0, device=world.device) for _ in range(4)]
+        assert float(total) == i * size * world.size, i
+        del taken
+
+
 class Joined(nn.Module):
     """Layers whose weights are put together for one product: each gradient is a part of the product's."""
 
@@ -173,7 +187,10 @@ def gradient_views(world):
         assert in_16 < in_20 - 2.5, (accum_steps, joins, in_16, in_20)
 
 
-CHECKS = (all_reduces, gathers, broadcasts, optimizers, gradient_views, sparse_gradients, many_in_flight, own_streams)
+CHECKS = (
+    *(all_reduces, gathers, broadcasts, optimizers, gradient_views, sparse_gradients),
+    *(many_in_flight, own_streams, gathers_on_own_streams),
+)
 
 
 def main():

@@ -1,9 +1,11 @@
 """One of two ranks: gradients are averaged while its GPU is kept busy, and the host must be through before it is.
 
-Prints a line of JSON: whether the GPU was still busy when `step` returned, and whether the weights are right.
+Given "shard", the optimizer's state is spread over the ranks. Prints a line of JSON: whether the GPU was still busy
+when `step` returned, and whether the weights are right.
 """
 
 import json
+import sys
 
 import torch
 
@@ -19,7 +21,7 @@ def main():
     twin = torch.nn.Linear(512, 512).to(world.device)
     twin.load_state_dict(model.state_dict())
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = world.wrap(plain, model)
+    optimizer = world.wrap(plain, model, shard="shard" in sys.argv)
     x = torch.full((8, 512), float(world.rank + 1), device=world.device)
     for step in range(2):  # the first one makes NCCL's communicator, and tells who has gradients
         torch.cuda.synchronize()

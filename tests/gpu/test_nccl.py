@@ -53,8 +53,9 @@ def test_everything_that_a_world_does(launcher):
     assert answer == {"device": "cuda", "ranks": 2, "wrong": {}}
 
 
-def test_a_step_of_two_ranks_waits_for_no_gpu():
-    answer = said(run(HERE / "rank_that_does_not_wait.py"), "is_busy")
+@pytest.mark.parametrize("way", ["whole", "shard"])
+def test_a_step_of_two_ranks_waits_for_no_gpu(way):
+    answer = said(run(HERE / "rank_that_does_not_wait.py", way), "is_busy")
     assert answer == {"is_busy": True, "is_right": True}
 
 

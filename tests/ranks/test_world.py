@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError, LaunchError, UsageError
-from hvdtrain.world import World
+from hvdtrain.world import World, horovod
+from hvdtrain.world.horovod import HorovodWorld
 
 DTYPES = [torch.float16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]
 
@@ -110,6 +111,27 @@ def test_gathered_lengths_may_differ(world):
     mine = torch.full((world.rank, 2), float(world.rank))
     gathered = world.start_all_gather(mine, "test.lengths")()
     assert gathered[:, 0].tolist() == [float(rank) for rank in range(world.size) for _ in range(rank)]
+
+
+def test_every_result_is_kept_for_the_stream_that_goes_on_with_it(world, monkeypatch):
+    """On GPUs torch must be told of a stream of the user's own; `tests/unit/test_streams.py` has what is told."""
+    kept = []
+    monkeypatch.setattr(horovod, "keep_for_stream", kept.append)
+    numbers = torch.arange(2.0 * world.size)
+    starts = {
+        "start_all_reduce_": lambda name: world.start_all_reduce_(numbers.clone(), "sum", name),
+        "start_all_gather": lambda name: world.start_all_gather(numbers, name),
+        "start_all_to_all": lambda name: world.start_all_to_all(numbers, name),
+        "start_reduce_scatter": lambda name: world.start_reduce_scatter(numbers, [2] * world.size, name),
+        "start_broadcast_": lambda name: world.start_broadcast_(numbers.clone(), name),
+    }
+    assert starts.keys() == {name for name in vars(HorovodWorld) if name.startswith("start_")}
+    for name, start in starts.items():
+        kept.clear()
+        result = start(f"test.kept.{name}")()
+        (seen,) = kept
+        whole = seen[0] if isinstance(seen, tuple) else seen
+        assert whole.data_ptr() == result.data_ptr() or name == "start_reduce_scatter"
 
 
 def test_broadcast_state_takes_no_hidden_step(world):

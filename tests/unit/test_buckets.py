@@ -54,11 +54,20 @@ def test_types_do_not_mix():
     assert buckets.in_buckets([], 400) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
-def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "in_buffer"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.complex64, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float16),
+    ],
+)
+def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype, in_buffer):
     """Bit by bit: gradients that are missing, not contiguous, or lie in the buffer already."""
     shapes = [(3, 4), (5,), (2, 3)]
-    in_buffer = torch.float32 if dtype == torch.bfloat16 else dtype.to_real()
     filled = []
     for fill in (fill_one_by_one, fill_at_once):
         generator = torch.Generator().manual_seed(1)
@@ -72,6 +81,16 @@ def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*filled, strict=True))
     assert filled[0][1].count_nonzero() == 0
     assert filled[0][0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("fill", [fill_one_by_one, fill_at_once])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_the_mean_fits_into_fp16_where_the_whole_gradient_does_not(fill, dtype):
+    """Nor is it rounded before it is divided, which would round it twice."""
+    gradients = [torch.tensor([1e5, -2e5], dtype=dtype), torch.tensor([2049.0], dtype=dtype)]
+    views = [torch.zeros_like(gradient, dtype=torch.float16) for gradient in gradients]
+    fill(views, gradients, 6)
+    assert all(torch.equal(view, (own.double() / 6).half()) for view, own in zip(views, gradients, strict=True))
 
 
 @pytest.mark.parametrize(("compression", "expected"), [("none", 4), ("fp16", 4), ("int8", 1), ("powersgd:1", 2)])

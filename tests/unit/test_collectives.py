@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hvdtrain
 from hvdtrain.errors import UsageError
-from hvdtrain.world import RankSampler, SoloWorld, keep_per_rank
+from hvdtrain.world import Asking, RankSampler, SoloWorld, keep_per_rank, means
+from hvdtrain.world.question import ask_with_gradients
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64]
 
@@ -89,6 +91,39 @@ def test_plain_numbers_stay_plain(solo):
         assert (mean, total, largest) == (1.5, 3, 0.5)
         assert isinstance(total, int)
     assert solo.all_reduce(3.0) == 3.0
+
+
+def test_what_ranks_ask_each_other_travels_in_host_memory():
+    """A GPU would have to be waited for: here, whoever looks at the device, or at torch's default one, fails."""
+
+    def work(world):
+        world.device = torch.device("meta")
+        with world.device:
+            world.barrier()
+            numbers = world.all_reduce(2.0, "sum"), world.all_reduce(world.rank, "max"), world.all_reduce(True, "min")
+            ask = Asking(world, SimpleNamespace(question=None))
+            ask.ask(world.rank == 1)
+            question = ask_with_gradients(world, SimpleNamespace(question=None), False, "question")()
+            batches = list(world.join([1, 2] if world.rank else [1]))
+            assert world.agrees("alike", "agrees")
+            return numbers, ask.answer(), question, batches
+
+    zero, one = run_ranks(2, work)
+    assert zero[:3] == one[:3] == ((4.0, 1, True), True, False)
+    assert (zero[3], one[3]) == ([1, None], [1, 2])
+
+
+def test_many_tensors_are_averaged_some_at_a_time(monkeypatch):
+    monkeypatch.setattr(means, "_NUMBERS", 10)
+
+    def work(world):
+        tensors = [torch.full((size,), float(world.rank)) for size in (4, 5, 3, 20, 1)]
+        world.average_tensors(tensors, "mean")
+        return [tensor.tolist() for tensor in tensors], world.sent
+
+    for averaged, sent in run_ranks(2, work):
+        assert averaged == [[0.5] * size for size in (4, 5, 3, 20, 1)]
+        assert sent == ["mean.mean", "mean.1.mean", "mean.2.mean", "mean.3.mean"]
 
 
 NUMBERS = [

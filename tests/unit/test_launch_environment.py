@@ -97,7 +97,7 @@ def test_the_mpijob_hands_them_on(tmp_path):
     (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "mpirun").chmod(0o755)
     path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    libraries = {name: SET[name] for name in SET if name.startswith(("NCCL", "HOROVOD", "UCX", "CUDA"))}
+    libraries = {name: SET[name] for name in SET if name.startswith(("NCCL", "HOROVOD", "UCX", "CUDA", "CUBLAS"))}
     done = subprocess.run([*container["command"], script], env={**path, **libraries}, capture_output=True, text=True)
     assert handed_on(done.stdout.split()) == {"PATH", *libraries}
 

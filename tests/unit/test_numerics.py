@@ -56,6 +56,29 @@ def test_fp32_is_fp32_and_tf32_is_asked_for():
         assert settings() == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has no newer word for it")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_program_may_have_used_torchs_newer_word_for_tf32(precision):
+    """Then torch raises where it is asked by the older one."""
+    parts = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    own = [part.fp32_precision for part in parts]
+    old = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        chosen = ["tf32", "ieee", "tf32"]
+        for part, value in zip(parts, chosen, strict=True):
+            part.fp32_precision = value
+        with pytest.raises(RuntimeError, match=r"mix|cuDNN"):
+            print(torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        with fp32_products(precision, GPU):
+            expected = "tf32" if precision == "tf32" else "ieee"
+            assert [part.fp32_precision for part in parts] == [expected] * 3
+        assert [part.fp32_precision for part in parts] == chosen
+    finally:
+        for part, value in zip(parts, own, strict=True):
+            part.fp32_precision = value
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = old
+
+
 def test_tf32_without_a_gpu_is_refused():
     with pytest.raises(ConfigError, match="tf32 is for NVIDIA GPUs"), fp32_products("tf32", CPU):
         pass

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.models.private_torch import is_freshly_seeded
@@ -182,6 +183,33 @@ def test_samples_draw_their_own_numbers_in_any_micro_batch(name):
     assert len({str(row) for row in whole.tolist()}) == 6
     for sizes in SPLITS.values():
         assert by_parts(BY_SAMPLE[name], sizes).equal(whole)
+
+
+class Copies(TorchDispatchMode):
+    """Notes the copies to another device for which the host waits."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.num_others = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") not in (None, args[0].device):
+            self.num_others += bool(kwargs.get("non_blocking"))
+            if not kwargs.get("non_blocking"):
+                self.found.append(args[0])
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", [name for name in BY_SAMPLE if name[0].islower()] + ["what drops a layer"])
+def test_nobody_waits_for_the_device_on_which_numbers_are_drawn(name):
+    """Here a device whose numbers nobody can look at, which is also torch's default one."""
+    device = torch.device("meta")
+    draw = BY_SAMPLE.get(name, lambda n: torch.rand(()) + torch.rand((), device=device))
+    with device, SampleRandomness(torch.arange(6, device="cpu"), 1), Copies() as copies:
+        assert draw(6).is_meta
+    assert copies.found == []
+    assert copies.num_others > 0
 
 
 @pytest.mark.parametrize("name", BY_MICRO_BATCH)

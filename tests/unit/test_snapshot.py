@@ -1,6 +1,7 @@
 """Saving beside a GPU that goes on: by torch's streams for CPUs, which do nothing, in the place of a GPU's."""
 
 import dataclasses
+import threading
 import weakref
 
 import pytest
@@ -152,6 +153,23 @@ def test_what_may_change_at_any_time_is_waited_for_at_once(tmp_path, monkeypatch
         saver.save(training, {}, beside=beside)
         assert training.being_copied is None
         assert saver._snapshot._is_held
+
+
+def test_the_thread_that_writes_says_which_gpu_it_is_about_before_it_asks(tmp_path, monkeypatch):
+    """A new thread is on GPU 0, of which the process would take memory, whichever its own is."""
+    said = []
+
+    def note(what):
+        return lambda *given: said.append((what, threading.current_thread().name, *given[:1]))
+
+    monkeypatch.setattr(torch.cpu, "set_device", note("device"))
+    monkeypatch.setattr(torch.cpu.Event, "synchronize", note("event"))
+    job = job_in(alone(), tmp_path, settings(False))
+    with Saver(job) as saver:
+        saver._snapshot = Snapshot(CPU)
+        saver.save(start_training(job), {})
+    assert [word[:2] for word in said] == [("device", "hvdtrain-save"), ("event", "hvdtrain-save")]
+    assert said[0][2] == CPU
 
 
 def test_an_error_of_the_copy_is_a_save_that_failed(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import ProfileConfig
 from hvdtrain.settings.values import Source, nested
 from hvdtrain.trainer import fit, settle
-from hvdtrain.trainer.recorder import Recording, longest
+from hvdtrain.trainer.recorder import Recording, end_with_kernels, kernels, longest
 from hvdtrain.trainer.trace import in_lanes, in_words, overlap, trace_of, union
 from hvdtrain.world import SoloWorld
 from hvdtrain.world.clocks import Offset, offset_between
@@ -195,6 +195,39 @@ def test_the_time_of_operators_by_themselves():
         assert seconds == pytest.approx(torchs[name], rel=0.02, abs=2e-5)
     kernels = [{"ph": "X", "cat": "kernel", "name": "sum", "tid": 7, "ts": 10 * n, "dur": 5} for n in range(3)]
     assert longest([*events, *kernels], is_gpu=True) == [("sum", pytest.approx(15e-6))]
+
+
+def kernel(name, start, length):
+    return {"ph": "X", "cat": "kernel", "name": name, "pid": 0, "tid": 7, "ts": start * 1000.0, "dur": length * 1000.0}
+
+
+def test_collectives_of_a_gpu_end_with_the_kernels_of_nccl():
+    """Horovod says when it has handed one over, not when it is through; the host's own collectives it does not."""
+    on_wire, computing = kernels(
+        [kernel("ncclDevKernel_B", 8, 4), kernel("gemm", 1, 9), kernel("ncclDevKernel_A", 3, 2)]
+    )
+    assert on_wire == [(3 * MS, 5 * MS), (8 * MS, 12 * MS)]
+    assert computing == [(1 * MS, 10 * MS)]
+    spans = [
+        Span("b", "all_reduce", 8, 2 * MS, 4 * MS, is_on_gpu=True),
+        Span("a", "all_reduce", 8, 1 * MS, 3 * MS, is_on_gpu=True),
+        Span("question", "all_reduce", 8, 1 * MS, 2 * MS),
+    ]
+    end_with_kernels(spans, on_wire[:1])  # one of them was done in another way
+    assert [span.ended for span in spans] == [4 * MS, 3 * MS, 2 * MS]
+    end_with_kernels(spans, on_wire)
+    assert [span.ended for span in spans] == [12 * MS, 5 * MS, 2 * MS]
+
+
+def test_what_is_hidden_on_a_gpu_is_what_runs_beside_other_kernels(two):
+    (one, _), _ = two
+    one.on_wire, one.computing = [(3 * MS, 5 * MS), (8 * MS, 12 * MS)], [(1 * MS, 4 * MS), (3 * MS, 10 * MS)]
+    lines = in_words([one])
+    assert "a step of the host, which is ahead of its GPU, of 12.0 ms: forward 33%" in lines[0]
+    assert lines[1].endswith("NCCL's kernels ran for 6.0 ms of it: 67% of that beside others; 2.0 ms alone")
+    assert len(lines) == 3
+    one.on_wire = []  # on one GPU
+    assert len(in_words([one])) == 2
 
 
 class Ends(Callback):

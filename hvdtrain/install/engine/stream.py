@@ -5,8 +5,8 @@ gradients leaves the GPU without work until then. `HOROVOD_ENABLE_ASYNC_COMPLETI
 finishes the operation, whose stream it is that waits: in the middle of a backward pass, and no stream but the default
 one. Here the event stays with the handle until somebody asks for the result: then their current stream waits for it.
 
-Meanwhile a thread still looks at the event, and at what NCCL knows of lost peers: either fault shuts Horovod down on
-all ranks, where an exception used to end the process in `std::terminate`.
+Meanwhile a thread still looks at the event, and at what NCCL knows of lost peers (`faults.py`): either fault shuts
+Horovod down on all ranks, where an exception used to end the process in `std::terminate`.
 
 A build for CPUs has none of it: events are empty there.
 """
@@ -14,9 +14,9 @@ A build for CPUs has none of it: events are empty there.
 from __future__ import annotations
 
 from hvdtrain.install.edits import Edit
+from hvdtrain.install.engine.faults import FAULTS
 
 _STREAM = "the host waited for the GPU wherever a result was asked for"
-_FAULTS = "an error on the GPU ended the process without a word, and NCCL's were not looked for"
 
 _HANDED_OVER = """\
   gpu_context_->RecordEvent(event_queue, "", *stream);
@@ -24,9 +24,9 @@ _HANDED_OVER = """\
   auto& first_entry = entries[0];
 #if HAVE_CUDA
   // Whoever asks for the result has their own stream wait for the event, which needs no thread. Not where the host has
-  // something left to do with the result (Adasum, which gives no callback), or times it.
-  bool is_handed_over = global_state_->enable_async_completion &&
-                        error_check_callback && !global_state_->timeline.Initialized();
+  // a buffer in use that it keeps (Adasum), or times it.
+  bool is_handed_over = global_state_->enable_async_completion && error_check_callback &&
+                        free_host_buffer && !global_state_->timeline.Initialized();
 #else
   bool is_handed_over = false;
 #endif
@@ -153,19 +153,10 @@ _WAIT = """\
 void Reset() {
 """
 
-_DRAIN = """\
-void ThreadPool::drain(std::chrono::seconds limit) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  cond_.wait_for(lock, limit, [this] { return work_queue_.empty() && num_busy_ == 0; });
-}
-
-void ThreadPool::reset() {
-"""
-
 
 def stream_edits() -> tuple[Edit, ...]:
     """Return the changes to how work on GPUs ends; `wake_edits`, whose class Patience they use, come before them."""
-    common, operations, pool = "horovod/common", "horovod/common/ops", "horovod/common/thread_pool"
+    common, operations = "horovod/common", "horovod/common/ops"
     return (
         Edit(
             f"{common}/common.h",
@@ -195,7 +186,7 @@ def stream_edits() -> tuple[Edit, ...]:
             f"{operations}/gpu_operations.cc",
             '#include "gpu_operations.h"\n',
             '#include "gpu_operations.h"\n#include "../logging.h"\n',
-            _FAULTS,
+            FAULTS,
         ),
         Edit(
             "horovod/torch/mpi_ops_v2.cc",
@@ -209,78 +200,5 @@ def stream_edits() -> tuple[Edit, ...]:
             "                 true);\n",
             "  state.enable_async_completion =\n      GetBoolEnvOrDefault(HOROVOD_ENABLE_ASYNC_COMPLETION, true);\n",
             _STREAM,
-        ),
-        *_fault_edits(common, operations, pool),
-    )
-
-
-def _fault_edits(common: str, operations: str, pool: str) -> tuple[Edit, ...]:
-    """Return what makes faults end the job in order: watchers are through before NCCL's communicators go."""
-    return (
-        Edit(
-            f"{operations}/cuda_operations.cc",
-            '#include "../message.h"\n',
-            '#include "../message.h"\n#include "../tensor_queue.h"\n',
-            _FAULTS,
-        ),
-        Edit(
-            f"{operations}/cuda_operations.cc",
-            "      cudaError_t cuda_result;\n      while (true) {\n",
-            "      cudaError_t cuda_result;\n      Patience patience;\n      while (true) {\n",
-            _FAULTS,
-        ),
-        Edit(
-            f"{operations}/cuda_operations.cc",
-            "        std::this_thread::yield();\n",
-            "        patience.Pause();\n",
-            _FAULTS,
-        ),
-        Edit(
-            f"{operations}/nccl_operations.cc",
-            "    ncclCommAbort(nccl_comm);\n    throw std::logic_error(std::string(op_name) +\n",
-            "    ncclCommAbort(nccl_comm);\n"
-            "    nccl_comm = nullptr; // it is gone: the end would destroy it once more\n"
-            "    throw std::logic_error(std::string(op_name) +\n",
-            _FAULTS,
-        ),
-        Edit(
-            f"{common}/operations.cc",
-            "shutdown:\n  // Finalize all contexts\n",
-            "shutdown:\n"
-            "#if HAVE_GPU\n"
-            "  // Those that watch the GPU still ask NCCL's communicators.\n"
-            "  gpu_context.finalizer_thread_pool.drain(std::chrono::seconds(10));\n"
-            "#endif\n"
-            "  // Finalize all contexts\n",
-            _FAULTS,
-        ),
-        Edit(
-            f"{pool}.h",
-            "    void execute(std::function<void(void)> f);\n",
-            "    void execute(std::function<void(void)> f);\n"
-            "    // Waits until nothing is left to execute, at most for `limit`.\n"
-            "    void drain(std::chrono::seconds limit);\n",
-            _FAULTS,
-        ),
-        Edit(f"{pool}.h", "    bool running_;\n", "    bool running_;\n    int num_busy_ = 0;\n", _FAULTS),
-        Edit(
-            f"{pool}.h",
-            "#include <condition_variable>\n",
-            "#include <chrono>\n#include <condition_variable>\n",
-            _FAULTS,
-        ),
-        Edit(f"{pool}.cc", "void ThreadPool::reset() {\n", _DRAIN, _FAULTS),
-        Edit(
-            f"{pool}.cc",
-            "    work_queue_.pop();\n    lock.unlock();\n\n    f();\n",
-            "    work_queue_.pop();\n"
-            "    ++num_busy_;\n"
-            "    lock.unlock();\n\n"
-            "    f();\n\n"
-            "    lock.lock();\n"
-            "    --num_busy_;\n"
-            "    lock.unlock();\n"
-            "    cond_.notify_all();\n",
-            _FAULTS,
         ),
     )
