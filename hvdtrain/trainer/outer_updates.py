@@ -13,7 +13,8 @@ step t,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.walk import owned_by
-from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.model import wide_type
 from hvdtrain.trainer.wire import about, in_parts
 from hvdtrain.world import Codec, codec_for
@@ -95,7 +96,11 @@ class OuterUpdates(Component):
         self._training: Training | None = None
         self._last: dict[str, Tensor] = {}
         self._velocity: dict[str, Tensor] = {}
-        self._fragments: list[list[str]] = []
+        self._fragments: list[list[str]] = [[] for _ in self.codecs]
+        self._frozen: dict[str, nn.Parameter] = {}
+        """What the optimizer has and nothing has moved yet: it does not travel."""
+        self._num_owned = 0
+        """Parameters of the optimizer when that was last found out."""
         self._under_way: dict[int, Callable[[], dict[str, Tensor]]] = {}
         self._means: dict[str, Tensor] = {}
         """Those that have arrived before they are due."""
@@ -117,14 +122,40 @@ class OuterUpdates(Component):
         self._training = training
 
     def begin(self, model: nn.Module) -> None:
-        """Begin with the weights as they are."""
-        moved = moved_by_name(model, self._training)
-        self._last = {
-            name: parameter.detach().to(wide_type(parameter.dtype), copy=True) for name, parameter in moved.items()
-        }
-        self._fragments = in_fragments({name: last.numel() for name, last in self._last.items()}, len(self.codecs))
-        if self._momentum:
-            self._velocity = {name: torch.zeros_like(last) for name, last in self._last.items()}
+        """See what may learn; where memory is counted and nothing is trained, begin with it."""
+        self._frozen = moved_by_name(model, self._training)
+        if self._training is None:
+            self._take_in(list(self._frozen))
+
+    @torch.no_grad()
+    def after_backward(self, training: Training, step: Step) -> None:
+        """Take in what begins to learn, before it is moved for the first time: all ranks have it alike."""
+        num_owned = sum(len(group["params"]) for group in training.optimizer.param_groups)
+        if num_owned != self._num_owned:
+            self._num_owned = num_owned
+            moved = moved_by_name(training.model, training)
+            self._frozen = {name: parameter for name, parameter in moved.items() if name not in self._last}
+        self._take_in([name for name, parameter in self._frozen.items() if parameter.requires_grad])
+
+    def _take_in(self, names: Sequence[str]) -> None:
+        """Begin to average parameters; those that come later join the smallest fragment, others stay where they are."""
+        for name in names:
+            self._last[name] = _widened(self._frozen.pop(name))
+            if self._momentum:
+                self._velocity[name] = torch.zeros_like(self._last[name])
+        if names and not any(self._fragments):
+            self._fragments = self._divided()
+        elif names:
+            for name in names:
+                sizes = [sum(self._last[own].numel() for own in fragment) for fragment in self._fragments]
+                self._fragments[sizes.index(min(sizes))].append(name)
+
+    def _divided(self) -> list[list[str]]:
+        return in_fragments({name: last.numel() for name, last in self._last.items()}, len(self.codecs))
+
+    def names(self) -> Collection[str]:
+        """Return what is averaged: parameters that learn, or have learned."""
+        return self._last.keys()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -207,19 +238,32 @@ class OuterUpdates(Component):
         """Return the weights of the last average, the momentum, and means that are not due yet; see `arrive`."""
         assert not self._under_way
         state = {"last": self._last, "velocity": self._velocity, "means": self._means}
-        return {name: tensors for name, tensors in state.items() if tensors or name == "last"}
+        kept: dict[str, Any] = {name: tensors for name, tensors in state.items() if tensors or name == "last"}
+        return {**kept, "fragments": self._fragments} if len(self.codecs) > 1 else kept
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved average."""
+        assert self._training is not None
+        moved = moved_by_name(self._training.model, self._training)
+        self._take_in([name for name in state["last"] if name in moved and name not in self._last])
         for name, last in self._last.items():
             last.copy_(state["last"][name])
-        for name, velocity in self._velocity.items():
-            velocity.copy_(state["velocity"][name])
+        for name, velocity in state.get("velocity", {}).items():
+            if name in self._velocity:
+                self._velocity[name].copy_(velocity)
+        fragments = state.get("fragments", [])
+        are_mine = len(fragments) == len(self.codecs) and {*itertools.chain(*fragments)} == self._last.keys()
+        self._fragments = [list(names) for names in fragments] if are_mine else self._divided()
         self._means = {
             name: mean.to(self._last[name].device, self._last[name].dtype)
             for name, mean in state.get("means", {}).items()
             if name in self._last
         }
+
+
+def _widened(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to(wide_type(parameter.dtype), copy=True)
 
 
 def in_fragments(sizes: Mapping[str, int], count: int) -> list[list[str]]:

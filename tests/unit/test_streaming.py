@@ -200,7 +200,7 @@ def test_ranks_end_alike(tmp_path):
     assert {name.split(".")[1] for name in sent if name.startswith("outer.")} == {"0", "1"}
 
 
-def test_another_number_of_ranks_goes_on(tmp_path):
+def test_another_number_of_ranks_goes_on(tmp_path, caplog):
     def work(steps):
         def of_rank(world):
             job = job_of(world, tmp_path, compression="int8")
@@ -220,6 +220,10 @@ def test_another_number_of_ranks_goes_on(tmp_path):
         total, now = (sum(kept[name] for kept in ranks) for ranks in (before, after))
         assert (total - now).abs().max() < 1e-12
     run_ranks(3, work(11))
+    with caplog.at_level("INFO", "hvdtrain"):
+        run_ranks(1, work(12))
+    assert "3 ranks have trained apart, and one goes on: from the mean of their weights" in caplog.text
+    run_ranks(2, work(13))  # which may be more again: all begin with that one's state
 
 
 def test_fragments_are_neighbours_of_about_one_size():
