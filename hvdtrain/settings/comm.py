@@ -55,8 +55,9 @@ class CommConfig(Section):
     """local: average the model in so many parts, each once in a period and at a step of its own (arXiv:2501.18512)."""
     overlap_steps: int = setting(0, minimum=0, several_ranks=True)
     """local: steps that an average may take to arrive, while training goes on."""
-    overlap_mix: float = setting(0.5, minimum=0, below=1, several_ranks=True)
-    """local: how much of a rank's own weights stays when an average arrives late: 0 none."""
+    overlap_mix: float | None = setting(None, minimum=0, below=1, several_ranks=True)
+    """local: how much of a rank's own weights stays when an average arrives late: 0 none, 0.5 as in arXiv:2501.18512.
+    None: all that it has moved by since it sent (arXiv:2006.00441)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,8 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.settings import Config
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.component import Component
-from hvdtrain.trainer.outer_updates import OuterUpdates, Schedule
+from hvdtrain.trainer.fragments import Schedule
+from hvdtrain.trainer.outer_updates import OuterUpdates
 from hvdtrain.trainer.sharded import Sharded
 from hvdtrain.trainer.strategy import EveryStep, Strategy, model_tensors
 from hvdtrain.trainer.wire import redistributed
@@ -147,7 +148,7 @@ class LeftAlone(Component):
 
 
 class OwnProgress(Component):
-    """What each rank has for itself: weights within a period, its optimizer's state, what its codec remembers."""
+    """What each rank has for itself: weights and updates within a period, its optimizer's state, its codec's memory."""
 
     name = "own_progress"
     is_replicated = False
@@ -198,7 +199,7 @@ class OwnProgress(Component):
             return {}
         is_equal = self._strategy.is_equal_after(self._training.step)
         weights = {} if is_equal else self._kept if self._kept is not None else self._own()
-        state = {"weights": weights, "optimizer": self._training.optimizer.state_dict()}
+        state = {"weights": weights, "optimizer": self._training.optimizer.state_dict(), "sent": self._outer.sent}
         return {**state, "codec": [codec.state_dict() for codec in self._outer.codecs]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -208,6 +209,7 @@ class OwnProgress(Component):
         for codec, own in zip(self._outer.codecs, _as_list(state["codec"]), strict=False):
             codec.load_state_dict(own)
         own = self._own()
+        self._outer.sent = {name: tensor.to(own[name].device) for name, tensor in state.get("sent", {}).items()}
         with torch.no_grad():
             for name, tensor in state["weights"].items():
                 own[name].copy_(tensor)

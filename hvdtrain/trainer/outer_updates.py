@@ -8,14 +8,15 @@ averaged as it is (post-local SGD, arXiv:1808.07217). When it is due, s steps la
 step t,
 
     V <- outer step from V along mean_i(dW_i)        V are the weights of the last average
-    W_i <- mix W_i + (1 - mix) V                     without an overlap: W_i <- V
+    W_i <- V + (W_i - W_i(t))                        what rank i has moved by since it sent is kept (arXiv:2006.00441)
+
+or, with `--comm.overlap-mix`, as in Streaming DiLoCo, `W_i <- mix W_i + (1 - mix) V`. Without an overlap both are V.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.component import Component, Step
+from hvdtrain.trainer.fragments import Schedule, in_fragments
 from hvdtrain.trainer.model import wide_type
 from hvdtrain.trainer.wire import about, in_parts
 from hvdtrain.world import Codec, codec_for
@@ -34,48 +36,6 @@ if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
 
 NESTEROV_LR = 0.7  # as DiLoCo's, arXiv:2311.08105, section 3.1
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """After which steps each fragment begins to travel, and after which its mean is taken."""
-
-    period: int
-    fragments: int
-    overlap_steps: int
-    warmup_steps: int = 0
-    """At first, after each of which everything is averaged; periods begin afterwards."""
-
-    @classmethod
-    def of(cls, comm: CommConfig) -> Schedule:
-        """Return the one that the settings ask for."""
-        return cls(comm.period, comm.fragments, comm.overlap_steps, comm.sync_warmup_steps)
-
-    def warms_up(self, step: int) -> bool:
-        """Return whether the average after `step` completed steps is one of the first, without an outer optimizer."""
-        return step <= self.warmup_steps
-
-    def is_equal_after(self, step: int) -> bool:
-        """Return whether all ranks have the same weights after `step` completed steps."""
-        if step == 0 or self.warms_up(step):
-            return True
-        is_whole = self.fragments == 1 and self.overlap_steps == 0
-        return is_whole and (step - self.warmup_steps) % self.period == 0
-
-    def begins(self, step: int) -> list[int]:
-        """Return the fragments that begin to travel after `step` completed steps."""
-        if 0 < step <= self.warmup_steps:
-            return [*range(self.fragments)]
-        local = step - self.warmup_steps
-        offsets = [fragment * self.period // self.fragments for fragment in range(self.fragments)]
-        return [p for p, offset in enumerate(offsets) if local > 0 and (local - offset) % self.period == 0]
-
-    def ends(self, step: int) -> list[int]:
-        """Return those whose means are taken then."""
-        if self.warms_up(step):
-            return self.begins(step)
-        begun = step - self.overlap_steps
-        return [] if self.warms_up(begun) else self.begins(begun)
 
 
 class OuterUpdates(Component):
@@ -93,6 +53,7 @@ class OuterUpdates(Component):
         self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
         self._momentum = comm.outer_momentum if is_nesterov else 0.0
         self._mix = comm.overlap_mix if comm.overlap_steps else 0.0
+        """None: all that was moved by since is kept."""
         self._training: Training | None = None
         self._last: dict[str, Tensor] = {}
         self._velocity: dict[str, Tensor] = {}
@@ -104,6 +65,8 @@ class OuterUpdates(Component):
         self._under_way: dict[int, Callable[[], dict[str, Tensor]]] = {}
         self._means: dict[str, Tensor] = {}
         """Those that have arrived before they are due."""
+        self.sent: dict[str, Tensor] = {}
+        """This rank's own updates of what is under way, or has not been taken."""
         self.about = self._about(comm)
         self.about += f"\n{wire}" if (wire := about(job, self.codecs[0])) else ""
 
@@ -111,7 +74,8 @@ class OuterUpdates(Component):
         what = f"Nesterov's momentum {self._momentum:g}, " if self._momentum else ""
         steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
         parts = f" in {comm.fragments} fragments" if comm.fragments > 1 else ""
-        late = f", taken {comm.overlap_steps} steps later, own weights x {self._mix:g}" if comm.overlap_steps else ""
+        own = "what was moved by meanwhile kept" if self._mix is None else f"own weights x {self._mix:g}"
+        late = f", taken {comm.overlap_steps} steps later, {own}" if comm.overlap_steps else ""
         first = f", in each of the first {comm.sync_warmup_steps:,} steps" if comm.sync_warmup_steps else ""
         return (
             f"updates:    averaged {steps}{parts}{late}{first}, not gradients ({what}outer learning rate {self._lr:g})"
@@ -189,6 +153,8 @@ class OuterUpdates(Component):
             names = [name for name in own if self._last[name].dtype == dtype]
             updates = {name: moved[name].detach().to(dtype, copy=True).sub_(self._last[name]) for name in names}
             means |= updates
+            if self._mix is None:
+                self.sent |= {name: update.clone() for name, update in updates.items()}
             for i, some in enumerate(in_parts(updates, self._chunk_bytes)):
                 waits.append(self._start(codec, f"outer.{fragment}", f"{dtype}.{i}", some, updates))
 
@@ -223,7 +189,13 @@ class OuterUpdates(Component):
             if name in self._means and name in moved:
                 last, own, mean = self._last[name], moved[name], self._means.pop(name)
                 if as_it_is:
+                    self.sent.pop(name, None)
                     own.copy_(last.add_(mean))
+                    continue
+                if self._mix is None:  # another number of ranks has gone on from the mean of those that sent
+                    since = own.to(last.dtype) - last - self.sent.pop(name, mean)
+                    self._move(name, mean)
+                    own.copy_(since.add_(last))
                     continue
                 self._move(name, mean)
                 own.copy_(last + self._mix * (own.to(last.dtype) - last) if self._mix else last)
@@ -264,21 +236,6 @@ class OuterUpdates(Component):
 
 def _widened(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().to(wide_type(parameter.dtype), copy=True)
-
-
-def in_fragments(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Return names in so many lists of neighbours, about equally large; one may be empty.
-
-    Args:
-        sizes: of tensors by name, in the model's order.
-        count: of the lists.
-    """
-    fragments: list[list[str]] = [[] for _ in range(count)]
-    total, before = max(1, sum(sizes.values())), 0
-    for name, size in sizes.items():
-        fragments[min(count - 1, count * (2 * before + size) // (2 * total))].append(name)
-        before += size
-    return fragments
 
 
 def moved_by_name(model: nn.Module, training: Training | None) -> dict[str, nn.Parameter]:
