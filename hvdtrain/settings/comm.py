@@ -49,8 +49,9 @@ class CommConfig(Section):
     arXiv:2311.08105)."""
     outer_lr: float | None = setting(None, above=0, several_ranks=True)
     """local: by what the mean update is multiplied. None: 1, or 0.7 with --comm.outer nesterov."""
-    outer_momentum: float = setting(0.9, above=0, below=1, several_ranks=True)
-    """local: the momentum of --comm.outer nesterov."""
+    outer_momentum: float | None = setting(None, minimum=0, below=1, several_ranks=True)
+    """local: the momentum of --comm.outer nesterov; 0.9 in the paper, for hundreds of averages. None: 1 - outer_lr /
+    sqrt(ranks), with which what all ranks move by alike counts sqrt(ranks) times in the long run."""
     fragments: int = setting(1, above=0, several_ranks=True)
     """local: average the model in so many parts, each once in a period and at a step of its own (arXiv:2501.18512)."""
     overlap_steps: int = setting(0, minimum=0, several_ranks=True)

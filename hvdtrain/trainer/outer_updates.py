@@ -16,6 +16,7 @@ or, with `--comm.overlap-mix`, as in Streaming DiLoCo, `W_i <- mix W_i + (1 - mi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class OuterUpdates(Component):
         """Of each fragment: its averages are steps of its own."""
         self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
         self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
-        self._momentum = comm.outer_momentum if is_nesterov else 0.0
+        self._momentum = _momentum(comm.outer_momentum, self._lr, job.world.size) if is_nesterov else 0.0
         self._mix = comm.overlap_mix if comm.overlap_steps else 0.0
         """None: all that was moved by since is kept."""
         self._training: Training | None = None
@@ -71,7 +72,7 @@ class OuterUpdates(Component):
         self.about += f"\n{wire}" if (wire := about(job, self.codecs[0])) else ""
 
     def _about(self, comm: CommConfig) -> str:
-        what = f"Nesterov's momentum {self._momentum:g}, " if self._momentum else ""
+        what = f"Nesterov's momentum {self._momentum:.3g}, " if self._momentum else ""
         steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
         parts = f" in {comm.fragments} fragments" if comm.fragments > 1 else ""
         own = "what was moved by meanwhile kept" if self._mix is None else f"own weights x {self._mix:g}"
@@ -232,6 +233,15 @@ class OuterUpdates(Component):
             for name, mean in state.get("means", {}).items()
             if name in self._last
         }
+
+
+def _momentum(given: float | None, outer_lr: float, size: int) -> float:
+    """Return the momentum that was asked for, or one with which alike updates count sqrt(ranks) times in the long run.
+
+    That is outer_lr / (1 - momentum). Each rank's optimizer sees the noise of its own share of the batch: Adam's second
+    moment is larger for it, and its steps along the gradient are smaller, by up to sqrt(ranks).
+    """
+    return given if given is not None else max(0.0, 1 - outer_lr / math.sqrt(size))
 
 
 def _widened(parameter: nn.Parameter) -> Tensor:

@@ -82,8 +82,8 @@ def by_the_paper(job, steps):  # noqa: C901  as it is written there
     fragments = in_fragments({name: p.numel() for name, p in outer.named_parameters()}, comm.fragments)
     assert [name for own in fragments for name in own] == names
     of_fragment = [[dict(outer.named_parameters())[name] for name in own] for own in fragments]
-    momentum = comm.outer_momentum if comm.outer == "nesterov" else 0.0
-    lr = comm.outer_lr or (0.7 if momentum else 1.0)
+    lr = comm.outer_lr or (0.7 if comm.outer == "nesterov" else 1.0)
+    momentum = (comm.outer_momentum or 1 - lr / size**0.5) if comm.outer == "nesterov" else 0.0
     outer_steps = [torch.optim.SGD(own, lr=lr, momentum=momentum, nesterov=momentum > 0) for own in of_fragment]
     sent = {}
     for t in range(1, steps + 1):
@@ -123,7 +123,7 @@ def by_the_paper(job, steps):  # noqa: C901  as it is written there
     "comm",
     [
         {},
-        {"outer": "nesterov"},
+        {"outer": "nesterov", "outer_momentum": 0.9},
         {"overlap_steps": 0},
         {"fragments": 1, "overlap_steps": 2, "overlap_mix": 0.0},
         {"fragments": 3, "overlap_steps": 4, "outer_lr": 0.5},
