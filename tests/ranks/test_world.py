@@ -72,7 +72,8 @@ def test_each_rank_is_sent_its_own_object_alone(world, monkeypatch):
     def of(rank):
         torch.manual_seed(rank)
         kinds = {str(dtype): (torch.randn(rank, 3) * 9).to(dtype).t() for dtype in (*DTYPES, torch.bool)}
-        odd = [torch.randn((), dtype=torch.complex64), torch.ones(1).expand(5), torch.randn(7).bfloat16(), {"rank": rank}]
+        odd = [torch.randn((), dtype=torch.complex64), torch.ones(1).expand(5), torch.randn(7).bfloat16()]
+        odd.append({"rank": rank})
         return kinds, odd, torch.zeros(0, 2), "x" * 100 * rank
 
     before = world.handed_bytes["scattered"]

@@ -44,7 +44,7 @@ class Zoo(nn.Module):
         spectrum = torch.randn(6, 5, dtype=torch.complex64)
         self.spectrum = nn.Parameter(spectrum if is_complex else torch.view_as_real(spectrum).contiguous())
         self.kernel = nn.Parameter(torch.randn(4, 3, 5, 5).contiguous(memory_format=torch.channels_last))
-        self.large = nn.Parameter(torch.randn(300, 1000) * 0.1)  # more than a bucket of 1 MiB
+        self.large = nn.Parameter(torch.randn(150, 1000) * 0.1)  # more than a bucket of 1 MiB
         self.late = nn.Linear(8, 3)
         self.frozen = nn.Linear(8, 5).requires_grad_(False)
         self.unused = nn.Linear(8, 2)
@@ -87,7 +87,8 @@ def job_of(world, folder, *, sparse=False, unfreezes=False, precision="fp64", **
     )
     callbacks = [GradualUnfreezing({"late": 2})] if unfreezes else []
     is_complex = precision != "fp64"  # checkpoints hold no complex128
-    task = Task(model=copy.deepcopy(MODELS[sparse, is_complex]), train_data=data, val_data=data, loss_sums=losses, callbacks=callbacks)
+    model = copy.deepcopy(MODELS[sparse, is_complex])
+    task = Task(model=model, train_data=data, val_data=data, loss_sums=losses, callbacks=callbacks)
     return settle(task, config, world, RunDirectory(folder), MetricLog(None, []))
 
 
@@ -219,8 +220,10 @@ def test_sharded_state_moves_every_kind_as_it_is_moved_undivided(tmp_path, size)
         job = job_of(world, tmp_path, unfreezes=True)
         config = dataclasses.replace(job.config, optim=dataclasses.replace(job.config.optim, shard=True, momentum=0.9))
         whole = dataclasses.replace(config, optim=dataclasses.replace(config.optim, shard=False))
-        jobs = [settle(job_of(world, tmp_path).task, own, world, job.run, job.log) for own in (config, whole)]
-        jobs = [dataclasses.replace(own, task=dataclasses.replace(own.task, callbacks=job.task.callbacks)) for own in jobs]
+        jobs = []
+        for own in (config, whole):
+            task = dataclasses.replace(job_of(world, tmp_path).task, callbacks=job.task.callbacks)
+            jobs.append(settle(task, own, world, job.run, job.log))
         return [weights(trained(own).model) for own in jobs]
 
     for sharded, whole in run_ranks(size, work):
