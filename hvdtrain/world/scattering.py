@@ -46,7 +46,7 @@ def scattered(world: World, values: Sequence[Any] | None, name: str, scatter: Sc
         lengths = [max(0, min(size, start + step) - start) for size in sizes]
         received = scatter(torch.cat(parts) if parts else _NOTHING, lengths, name)
         targets = [*_cut(own, start, start + step)]
-        for target, part in zip(targets, received.split([len(target) for target in targets]), strict=True):
+        for target, part in zip(targets, torch.split(received, [len(target) for target in targets]), strict=True):
             target.copy_(part)
     return values[0] if values is not None else loaded(pickled, own)
 
