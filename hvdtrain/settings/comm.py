@@ -56,9 +56,11 @@ class CommConfig(Section):
     """local: average the model in so many parts, each once in a period and at a step of its own (arXiv:2501.18512)."""
     overlap_steps: int = setting(0, minimum=0, several_ranks=True)
     """local: steps that an average may take to arrive, while training goes on."""
-    overlap_mix: float | None = setting(None, minimum=0, below=1, several_ranks=True)
-    """local: how much of a rank's own weights stays when an average arrives late: 0 none, 0.5 as in arXiv:2501.18512.
-    None: all that it has moved by since it sent (arXiv:2006.00441)."""
+    overlap_rule: Literal["mix", "delayed"] = setting("mix", several_ranks=True)
+    """local: what stays of a rank's own weights when an average arrives late. mix: a share of them (arXiv:2501.18512).
+    delayed: all that it has moved by since it sent (arXiv:2006.00441)."""
+    overlap_mix: float = setting(0.5, minimum=0, below=1, several_ranks=True)
+    """local: that share, of --comm.overlap-rule mix: 0 none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,10 +85,13 @@ class CommConfig(Section):
             yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
         if self.sync != "local":
             names = ("period", "sync_warmup_steps", "outer", "outer_lr", "outer_momentum", "fragments")
-            for name in (*names, "overlap_steps", "overlap_mix"):
+            for name in (*names, "overlap_steps", "overlap_rule", "overlap_mix"):
                 yield name, "it belongs to --comm.sync local"
             return
         if self.outer != "nesterov":
             yield "outer_momentum", "it belongs to --comm.outer nesterov"
         if not self.overlap_steps:
-            yield "overlap_mix", "it belongs to --comm.overlap-steps"
+            for name in ("overlap_rule", "overlap_mix"):
+                yield name, "it belongs to --comm.overlap-steps"
+        elif self.overlap_rule != "mix":
+            yield "overlap_mix", "it belongs to --comm.overlap-rule mix"

@@ -8,9 +8,10 @@ averaged as it is (post-local SGD, arXiv:1808.07217). When it is due, s steps la
 step t,
 
     V <- outer step from V along mean_i(dW_i)        V are the weights of the last average
-    W_i <- V + (W_i - W_i(t))                        what rank i has moved by since it sent is kept (arXiv:2006.00441)
+    W_i <- mix W_i + (1 - mix) V                     without an overlap: W_i <- V
 
-or, with `--comm.overlap-mix`, as in Streaming DiLoCo, `W_i <- mix W_i + (1 - mix) V`. Without an overlap both are V.
+or, with `--comm.overlap-rule delayed`, `W_i <- V + (W_i - W_i(t))`: what a rank has moved by since it sent is kept
+(arXiv:2006.00441).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class OuterUpdates(Component):
         self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
         self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
         self._momentum = _momentum(comm.outer_momentum, self._lr, job.world.size) if is_nesterov else 0.0
-        self._mix = comm.overlap_mix if comm.overlap_steps else 0.0
+        late = comm.overlap_mix if comm.overlap_rule == "mix" else None
+        self._mix = late if comm.overlap_steps else 0.0
         """None: all that was moved by since is kept."""
         self._training: Training | None = None
         self._last: dict[str, Tensor] = {}

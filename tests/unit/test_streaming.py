@@ -108,11 +108,12 @@ def by_the_paper(job, steps):  # noqa: C901  as it is written there
                     parameter.grad = parameter.detach() - mean
                 outer_steps[p].step()
                 mix = comm.overlap_mix if comm.overlap_steps else 0.0
+                is_delayed = comm.overlap_steps and comm.overlap_rule == "delayed"
                 with torch.no_grad():
                     for worker, then in zip(workers, sent[p, t - comm.overlap_steps], strict=True):
                         for name, parameter, before in zip(own, of_fragment[p], then, strict=True):
                             mine = dict(worker.named_parameters())[name]
-                            if mix is None:  # arXiv:2006.00441: what was moved by since is kept
+                            if is_delayed:  # arXiv:2006.00441: what was moved by since is kept
                                 mine.add_(parameter - before)
                             else:
                                 mine.copy_(mix * mine + (1 - mix) * parameter)
@@ -127,8 +128,8 @@ def by_the_paper(job, steps):  # noqa: C901  as it is written there
         {"overlap_steps": 0},
         {"fragments": 1, "overlap_steps": 2, "overlap_mix": 0.0},
         {"fragments": 3, "overlap_steps": 4, "outer_lr": 0.5},
-        {"overlap_mix": None},
-        {"fragments": 3, "overlap_steps": 4, "overlap_mix": None, "outer": "nesterov", "sync_warmup_steps": 2},
+        {"overlap_rule": "delayed"},
+        {"fragments": 3, "overlap_steps": 4, "overlap_rule": "delayed", "outer": "nesterov", "sync_warmup_steps": 2},
         {"outer": "nesterov", "sync_warmup_steps": 4},
         {"fragments": 1, "overlap_steps": 0, "outer_lr": 0.5, "sync_warmup_steps": 5},
     ],
@@ -153,9 +154,9 @@ def test_it_is_the_papers(tmp_path, comm, size):
     "comm",
     [
         {},
-        {"overlap_mix": None},
+        {"overlap_rule": "delayed"},
         {"outer": "nesterov", "compression": "int8"},
-        {"compression": "powersgd:1", "overlap_mix": None},
+        {"compression": "powersgd:1", "overlap_rule": "delayed"},
     ],
     ids=str,
 )
@@ -216,7 +217,7 @@ def test_ranks_end_alike(tmp_path):
 def test_another_number_of_ranks_goes_on(tmp_path, caplog):
     def work(steps):
         def of_rank(world):
-            job = job_of(world, tmp_path, compression="int8", overlap_mix=None)
+            job = job_of(world, tmp_path, compression="int8", overlap_rule="delayed")
             training = trained(job, steps)
             with Saver(job) as saver:
                 saver.save(training, {})
