@@ -19,7 +19,7 @@ from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
 from hvdtrain.process.output import print_anything, while_read
-from hvdtrain.process.stop import StoppedEarly, end_on_signals
+from hvdtrain.process.stop import StoppedEarly, end_on_signals, hear_all
 from hvdtrain.process.stray import leave_to_rank_0, stray_hint
 from hvdtrain.process.working_directory import is_gone, search_last
 from hvdtrain.settings import NONE, to_dict
@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     open_outputs()
     give_home()
+    if is_process:
+        hear_all()
     if arguments[:1] == ["help"] and arguments[1:2] and arguments[1] in BEFORE_THE_REST:
         arguments = [arguments[1], "--help"]
     if arguments[:1] == ["--version"]:
@@ -290,8 +292,8 @@ def _silent_unless(talks: bool) -> Iterator[None]:
 
 def _refuse(error: HvdtrainError, launch: Launch) -> int:
     if launch.rank == 0 or stray_hint(launch):
-        sys.stderr.write(f"hvdtrain: {error}\n{error.stack}")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk, say: the exit code tells as much
+            sys.stderr.write(f"hvdtrain: {error}\n{error.stack}")
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
     return error.exit_code

@@ -72,3 +72,8 @@ class StopRequested(HvdtrainError):  # noqa: N818 - what happened is no error
 
     exit_code = 75
     is_on_all_ranks = True
+
+
+def reason_of(error: Exception) -> str:
+    """Return why something could not be read, written or started: an OSError that Python itself raises has no text."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__

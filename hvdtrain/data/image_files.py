@@ -19,7 +19,7 @@ from hvdtrain.data.image_decoding import in_rgb, open_image
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.data.torchvision_import import import_torchvision
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, reason_of
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of files that are taken for images, as torchvision does."""
@@ -207,7 +207,7 @@ def _classes_in(folder: Path) -> tuple[str, ...]:
         entries = _seen_in(folder)
         classes = sorted(entry.name for entry in entries if entry.is_dir())
     except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+        raise DataError(f"{folder} cannot be read: {reason_of(error)}") from error
     for entry in entries:
         if leads_nowhere(entry):  # it may have been a class
             refuse_link(entry.path)
@@ -250,7 +250,7 @@ def _list(folder: Path, classes: tuple[str, ...], may_skip: bool) -> tuple[list[
             names += sorted(images)
             labels += [label] * len(images)
     except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise DataError(f"{error.filename} cannot be read: {reason_of(error)}") from error
     return names, labels, others
 
 

@@ -59,6 +59,22 @@ def seed_all(generators: Sequence[Generator], seed: int) -> None:
             generator.seed(own % 2**32)
 
 
+def states_of(generators: Sequence[Generator]) -> list[str]:
+    """Return what changes when one of the generators draws."""
+    return [_state_of(generator) for generator in generators]
+
+
+def _state_of(generator: Generator) -> str:
+    if isinstance(generator, np.random.Generator):
+        return str(generator.bit_generator.state)
+    if isinstance(generator, torch.Generator):
+        return str(generator.get_state().tolist())
+    if isinstance(generator, random.SystemRandom):  # which has none
+        return ""
+    state = generator.getstate() if isinstance(generator, random.Random) else generator.get_state(legacy=False)
+    return str(state)
+
+
 def _within(item: Any) -> Iterator[Any]:
     """Yield what an object refers to, without running any code of its class."""
     if isinstance(item, (list, tuple, set, frozenset, deque)):

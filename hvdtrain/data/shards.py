@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.data.links import leads_nowhere, refuse_link
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, reason_of
 
 _GROUPS_AT_HAND = 4
 _Member = tuple[str, int, int]  # extension, offset, length
@@ -165,7 +165,7 @@ class TarSamples:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise DataError(f"{shard} cannot be read: {error.strerror}") from error
+            raise DataError(f"{shard} cannot be read: {reason_of(error)}") from error
         return parts if self.decode is None else self.decode(parts)
 
 
@@ -187,5 +187,5 @@ def _samples_of(shard: Path) -> Iterator[_Sample]:
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{shard} cannot be read as an uncompressed tar file: {error}") from error
     except OSError as error:
-        raise DataError(f"{shard} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{shard} cannot be read: {reason_of(error)}") from error
     yield from ((str(shard), key, parts) for key, parts in samples.items())

@@ -10,13 +10,14 @@ import copy
 import dataclasses
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hvdtrain.data.collating import Collate, Collating
 from hvdtrain.data.dataset import there
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.own_generators import Generator, generators_in
@@ -56,20 +57,25 @@ class StreamSamples:
         stream: can be iterated, alike on every rank and every time. Where it has `state_dict` and `load_state_dict`, a
             resumed run takes its state back; else, or where that state is known not to hold all, as many samples as
             were seen are read and dropped. Where it has `set_epoch`, that is called with the number of each pass.
-        collate: makes a batch of a list of samples.
+        collate: makes a batch of a list of samples; None for torch's `default_collate`.
     """
 
     is_sequential = True
 
-    def __init__(self, stream: Any, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, stream: Any, collate: Collate | None) -> None:
         self.stream = stream
         self._own: tuple[Generator, ...] | None = None
-        self._collate = collate
+        self._collate = Collating(collate)
         self._samples: Iterator[Any] | None = None
         self._has_begun = False
         self._has_state = _says_where_it_is(stream)
         self._place = _Place()
         self._snapshots: deque[_Place] = deque(maxlen=_SNAPSHOTS)
+
+    @property
+    def collate_draws(self) -> bool:
+        """Return whether the function that makes batches is known to draw random numbers."""
+        return bool(self._collate.draws)
 
     @property
     def is_endless(self) -> bool:
@@ -102,12 +108,12 @@ class StreamSamples:
             for index in indices.tolist():
                 self._reach(before + index, draws.seed)
                 samples.append(there(self._next(draws.seed), before + index))
-            return self._collate(samples)
+            return self._collate(samples, self._own or ())
 
     def num_targets(self, indices: Tensor) -> int:
         """Return what the stream itself counts, by a method of this name; else one a sample."""
         count = getattr(self.stream, "num_targets", None)
-        return len(indices) if count is None else int(count(indices))
+        return int(count(indices)) if callable(count) else len(indices)
 
     def check_state(self) -> None:
         """Raise DataError where the stream's own state is nothing that a checkpoint can hold."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset
 
+from hvdtrain.data.collating import Collate, Collating
 from hvdtrain.data.dataset import Dataset, there
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.nested import map_tensors
@@ -18,8 +18,6 @@ from hvdtrain.data.own_generators import Generator, generators_in
 from hvdtrain.data.stream import StreamSamples
 from hvdtrain.errors import DataError
 from hvdtrain.process.tracebacks import reading
-
-Collate = Callable[[list[Any]], Any]
 
 # Of a tuple that is meant as (inputs, targets).
 _MOST_COLUMNS = 8
@@ -40,7 +38,12 @@ class MapSamples:
     def __init__(self, samples: Any, collate: Collate | None = None) -> None:
         self.samples = samples
         self._own: tuple[Generator, ...] | None = None
-        self._collate = collate or default_collate
+        self._collate = Collating(collate)
+
+    @property
+    def collate_draws(self) -> bool:
+        """Return whether the function that makes batches is known to draw random numbers."""
+        return bool(self._collate.draws)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -67,12 +70,12 @@ class MapSamples:
     def num_targets(self, indices: Tensor) -> int:
         """Return what the data set itself counts, by a method of this name; else one a sample."""
         count = getattr(self.samples, "num_targets", None)
-        return len(indices) if count is None else int(count(indices))
+        return int(count(indices)) if callable(count) else len(indices)
 
     def _generators(self) -> tuple[Generator, ...]:
         """Return the data set's own, looked for once in a process."""
         if self._own is None:
-            self._own = generators_in((self.samples, self._collate))
+            self._own = generators_in((self.samples, self._collate.function))
         return self._own
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,15 +84,16 @@ class MapSamples:
 
     def _collated(self, samples: list[Any], indices: Tensor) -> Any:
         try:
-            return self._collate(samples)
+            return self._collate(samples, self._generators())
         except (TypeError, RuntimeError) as error:
-            if self._collate is not default_collate:
+            if not self._collate.is_default:
                 raise
             kind = f"{type(self.samples).__module__}.{type(self.samples).__qualname__}"
             raise DataError(
                 f"torch's default_collate makes no batch of the samples of {kind}"
-                f" ({_odd_one(samples, indices) or str(error).splitlines()[0]}): give Task(collate=...) a function that"
-                " makes a batch of a list of samples, such as one that pads them"
+                f" ({_odd_one(samples, indices) or str(error).splitlines()[0]}): give Task(collate=...), or"
+                " Evaluation(collate=...) for its own data, a function that makes a batch of a list of samples, such as"
+                " one that pads them"
             ) from error
 
 
@@ -114,11 +118,11 @@ def as_dataset(data: Any, collate: Collate | None = None) -> Dataset:
         DataError: it is nothing that can be read.
     """
     _refuse_what_only_looks_like_data(data)
-    if hasattr(data, "batch") and hasattr(data, "num_targets"):
+    if callable(getattr(data, "batch", None)) and callable(getattr(data, "num_targets", None)):
         dataset: Dataset = data
         return dataset
     if isinstance(data, IterableDataset) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
-        return StreamSamples(data, collate or default_collate)
+        return StreamSamples(data, collate)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return MapSamples(data, collate)
     raise DataError(

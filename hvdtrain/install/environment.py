@@ -63,7 +63,7 @@ class Environment:
             file = (self.folder / "hvdtrain-setup.lock").open("w")
         except OSError as error:
             raise SetupError(
-                f"{self.folder} cannot be written ({error.strerror}), and the environment is to be there.",
+                f"{self.folder} cannot be written ({error.strerror or error}), and the environment is to be there.",
                 "python3 -m venv <a folder of yours> && . <that folder>/bin/activate, then run this again",
             ) from None
         with file:
@@ -73,7 +73,7 @@ class Environment:
                 say("another set-up of this environment is running; waiting for it")
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:  # Lustre as it is mounted at many sites, some NFS
-                say(f"{self.folder} has no locks ({error.strerror}): let no other set-up of it run meanwhile")
+                say(f"{self.folder} has no locks ({error.strerror or error}): let no other set-up of it run meanwhile")
             held_locks.append(file.fileno())
             try:
                 yield

@@ -6,6 +6,7 @@ Seen in torch 2.13: who changes its version looks here first. Nothing else reach
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import sys
 import weakref
@@ -41,6 +42,7 @@ __all__ = [
     "is_watched",
     "norm_of",
     "on_compilation",
+    "outside_of_compilers",
     "queue_after_run",
     "run_backward",
     "version_of",
@@ -140,6 +142,21 @@ def constant_when_compiled(function: _Function) -> _Function:
     """
     cast(Any, function)._dynamo_marked_constant = True
     return function
+
+
+def outside_of_compilers(function: _Function) -> _Function:
+    """Have torch.compile leave alone a function and all that it calls: `torch.compiler.disable`, which loads it."""
+    left_alone: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is None:  # none looks at what runs here
+            return function(*args, **kwargs)
+        if not left_alone:
+            left_alone.append(cast(Any, torch.compiler).disable(function))
+        return left_alone[0](*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 def on_compilation(begin: Callable[[], None], end: Callable[[], None]) -> None:

@@ -14,6 +14,12 @@ def owned_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def first_lazy(model: nn.Module) -> str:
+    """Return the name of a parameter or buffer that gets its shape in the first forward pass; empty where none does."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return next((name for name, tensor in named if nn.parameter.is_lazy(tensor)), "")
+
+
 def are_same(some: Sequence[object], others: Sequence[object]) -> bool:
     """Return whether both hold the same objects in the same order; `==` would compare the numbers of tensors."""
     return len(some) == len(others) and all(map(operator.is_, some, others))

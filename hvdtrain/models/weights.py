@@ -24,6 +24,11 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
     return {_plain(name): value.detach() for name, value in state.items() if first.get(name) == name}
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of `model_weights`, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model_weights(model).items()}
+
+
 def parameter_names(model: nn.Module) -> frozenset[str]:
     """Return those names of `model_weights` that are parameters, not buffers."""
     return frozenset(_plain(name) for name, _ in model.named_parameters())

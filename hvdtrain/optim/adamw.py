@@ -38,7 +38,8 @@ def build_adamw(optim: AdamWConfig, model: nn.Module, parameters: list[nn.Parame
 
     from hvdtrain.optim.groups import decay_groups
 
-    is_fused = optim.kernel == "fused"
+    # torch's fused kernel takes no complex numbers.
+    is_fused = optim.kernel == "fused" and not any(parameter.is_complex() for parameter in model.parameters())
     return torch.optim.AdamW(
         decay_groups(model, parameters, optim.weight_decay),
         lr=optim.peak_lr,

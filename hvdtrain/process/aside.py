@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -54,7 +55,11 @@ class Aside:
 
 def sizes_of_logs(run_dir: Path) -> dict[Path, int]:
     """Return how long each rank's log is by now."""
-    return {path: path.stat().st_size for path in (run_dir / "logs").glob("rank-*.log") if path.is_file()}
+    sizes: dict[Path, int] = {}
+    with contextlib.suppress(OSError):  # a name that no folder can have, or one that may not be listed
+        for path in (run_dir / "logs").glob("rank-*.log"):
+            sizes |= {path: path.stat().st_size} if path.is_file() else {}
+    return sizes
 
 
 def accused_hosts(run_dir: Path, sizes: Mapping[Path, int], hosts: Collection[str]) -> set[str]:
@@ -64,7 +69,7 @@ def accused_hosts(run_dir: Path, sizes: Mapping[Path, int], hosts: Collection[st
     """
     said = set()
     for path in sizes_of_logs(run_dir):
-        with path.open("rb") as file:
+        with contextlib.suppress(OSError), path.open("rb") as file:
             file.seek(max(sizes.get(path, 0), path.stat().st_size - _MOST_BYTES))
             said |= set(_ACCUSED.findall(file.read(_MOST_BYTES).decode(errors="replace")))
     short = {host.partition(".")[0] for host in said}

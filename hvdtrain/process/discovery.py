@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.process.hosts import check_name, read_bounded
 from hvdtrain.process.launch import counts_of_nodes
 
@@ -253,7 +253,7 @@ def _started(command: Sequence[str], out: int, err: int) -> subprocess.Popen[byt
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = reason_of(error)
         raise NoListError(f"{command[0]} cannot be started: {reason}", is_lasting=True) from error
 
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 
 HOSTS = ("-H", "--host", "--hosts", "-host", "-hosts")
 HOSTFILES = ("-hostfile", "--hostfile", "--host-file", "-machinefile", "--machinefile")
 RANKS = ("-np", "-n", "--np", "-c")
+_RUN_DIR = ("--run-dir", "--run_dir")
 _LARGEST_HOSTFILE_BYTES = 1 << 20
 _SECONDS_TO_ANSWER = 20
 
@@ -39,14 +40,16 @@ def read_bounded(path: Path) -> str:
         ConfigError: it cannot be read, or is something else.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_HOSTFILE_BYTES + 1) if path.is_file() else b"\0"
+        data = b"\0"
+        if not path.exists() or path.is_file() or path.is_dir():  # opening a pipe would wait for who writes
+            with path.open("rb") as file:
+                data = file.read(_LARGEST_HOSTFILE_BYTES + 1)
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        why = reason_of(error)
         raise ConfigError(f"the host file {path} cannot be read: {why}") from error
     if len(data) > _LARGEST_HOSTFILE_BYTES or b"\0" in data:
         raise ConfigError(f"the host file {path} is no list of hosts: write a host a line, as in 'node1 slots=4'")
-    return data.decode(errors="replace")
+    return data.decode(errors="replace").removeprefix("\ufeff")
 
 
 def check_name(host: str, where: str) -> None:
@@ -72,15 +75,23 @@ def lost_hosts(hosts: Sequence[str], ssh: Sequence[str]) -> set[str]:
 
 
 def run_directory(command: Sequence[str]) -> Path:
-    """Return the command's --run-dir.
+    """Return the command's --run-dir, as the run will read it: the last one, `~` replaced.
 
     Raises:
-        ConfigError: it has none: each start would begin another run.
+        ConfigError: it has none: each start would begin another run; or none that can be.
     """
-    _, directory = option(command, ("--run-dir",))
+    directory: str | None = None
+    for position in range(len(command)):
+        place, value = option(command[position : position + 2], _RUN_DIR)
+        directory = value if place == 0 else directory
     if not directory:
         raise ConfigError("the command needs --run-dir DIR: without one, each start would begin a new run")
-    return Path(directory)
+    try:
+        return Path(directory).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--run-dir {directory[:80]}: there is no such user; for a file of this name write ./~"
+        ) from error
 
 
 def option(words: Sequence[str], names: Sequence[str]) -> tuple[int | None, str | None]:

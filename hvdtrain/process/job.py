@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,10 +14,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError
+from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError, StopRequested, reason_of
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
@@ -27,6 +29,7 @@ from hvdtrain.process.working_directory import for_launcher, module_command
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 MOST_RANKS = 4096
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_FOR_OUTPUT = 5.0
 
 
 def count_of_ranks(text: str) -> int:
@@ -46,12 +49,7 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
     Raises:
         LaunchError: this process is a rank itself, or Horovod is not installed.
     """
-    launch = detect_launch()
-    if launch.is_parallel and not (launch.launcher == "srun" and launch.size == 1):  # which a shell of srun --pty is
-        raise LaunchError(
-            f"this is rank {launch.rank} of {launch.size} that {launch.launcher} has started: start ranks once only,"
-            f" from outside of them{stray_hint(launch)}"
-        )
+    refuse_as_rank()
     if ranks == 1:
         return list(program)
     beside = Path(sys.executable).with_name("horovodrun")
@@ -60,7 +58,29 @@ def command_of(ranks: int, program: Sequence[str]) -> list[str]:
         raise LaunchError(
             f"{ranks} ranks need Horovod, which is not installed beside {sys.executable}: run hvdtrain setup"
         )
+    _check_semaphores()
     return [horovodrun, *horovodrun_options(), "-np", str(ranks), *program]
+
+
+def _check_semaphores() -> None:
+    """Raise LaunchError where `horovodrun` would end in a traceback: it makes semaphores in shared memory."""
+    try:
+        multiprocessing.get_context("spawn").Semaphore()
+    except OSError as error:
+        raise LaunchError(
+            f"horovodrun needs a /dev/shm that can be written ({reason_of(error)}): mount one, as by docker run --tmpfs"
+            " /dev/shm, or start the ranks by mpirun -np N python -m hvdtrain ..."
+        ) from error
+
+
+def refuse_as_rank() -> None:
+    """Raise LaunchError where this process, which is to start ranks, is one of several itself."""
+    launch = detect_launch()
+    if launch.is_parallel and not (launch.launcher == "srun" and launch.size == 1):  # which a shell of srun --pty is
+        raise LaunchError(
+            f"this is rank {launch.rank} of {launch.size} that {launch.launcher} has started: start ranks once only,"
+            f" from outside of them{stray_hint(launch)}"
+        )
 
 
 def run_job(
@@ -96,12 +116,13 @@ def run_job(
         safe = for_launcher(program)
         environ = {**session, **here, **os.environ, MARK: mark, **as_owner(), **path_to(sys.executable), **safe}
         process = _started(command, environ, is_read=output is not None)
+        reader = _read_lines(process, output) if output else None
+        requests = _Requests(mark, process.pid if command == [*program] else None)
         try:
-            with _passing_signals_on(mark, process.pid if command == [*program] else None):
-                reader = _read_lines(process, output) if output else None
-                code = _wait(process, timeout_s, is_to_stop, lambda: ask_to_stop(mark, process.pid, command))
-                if reader:
-                    reader.join()
+            with _passing_signals_on(requests):
+                code = _wait(process, timeout_s, requests, is_to_stop, lambda: ask_to_stop(mark, process.pid, command))
+                if reader:  # a process that a rank has left behind may hold its output open
+                    reader.join(_SECONDS_FOR_OUTPUT)
         except subprocess.TimeoutExpired as error:
             raise TimeoutError(f"{ranks} ranks had not ended after {timeout_s:g} s, and were ended") from error
         except KeyboardInterrupt:  # of a program whose own handler raises it
@@ -113,11 +134,19 @@ def run_job(
         finally:
             end_all(mark)
             process.wait()
+        if reader:
+            reader.join(_SECONDS_FOR_OUTPUT)
+    if requests.is_early and code not in (0, 2):  # ranks that had no handler yet: nothing was begun, nothing is lost
+        return StopRequested.exit_code
     return code if code >= 0 else 1
 
 
 def _wait(
-    process: subprocess.Popen[str], timeout_s: float | None, is_to_stop: Callable[[], bool], ask: Callable[[], bool]
+    process: subprocess.Popen[str],
+    timeout_s: float | None,
+    requests: _Requests,
+    is_to_stop: Callable[[], bool],
+    ask: Callable[[], bool],
 ) -> int:
     """Return the exit code; asks to stop where that is wanted, again and again until a rank has been asked.
 
@@ -133,6 +162,8 @@ def _wait(
         except subprocess.TimeoutExpired:
             if left <= 0:
                 raise
+        if requests.are_waiting:
+            requests.pass_on()
         if not is_asked and is_to_stop():
             is_asked = ask()
 
@@ -148,9 +179,11 @@ def _started(command: list[str], environ: dict[str, str], is_read: bool) -> subp
             stdout=pipe,
             stderr=pipe and subprocess.STDOUT,
             text=True,
+            encoding="utf-8",
+            errors="replace",  # a library of the ranks' may print any bytes
         )
-    except OSError as error:
-        raise LaunchError(f"{command[0]} cannot be started: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"{command[0]} cannot be started: {reason_of(error)}") from error
 
 
 def start_ranks(arguments: Sequence[str]) -> int:
@@ -174,37 +207,65 @@ def path_to(executable: str) -> dict[str, str]:
 
 
 def _read_lines(process: subprocess.Popen[str], output: Callable[[str], object]) -> threading.Thread:
+    """Read what the ranks print to its end, whatever becomes of who is given it: a full pipe would hold them up."""
+
     def read() -> None:
-        with contextlib.suppress(ValueError):  # closed by the main thread
-            for line in process.stdout or ():
-                output(line)
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(Exception):  # an output that is closed, is full, or lacks a sign
+                    output(line)
 
     reader = threading.Thread(target=read, name="hvdtrain-output", daemon=True)
     reader.start()
     return reader
 
 
-@contextlib.contextmanager
-def _passing_signals_on(mark: str, alone: int | None) -> Iterator[None]:
-    """Pass signals on to the ranks, where this is a process of its own: in a notebook Ctrl-C means an exception.
+@dataclass
+class _Requests:
+    """Signals that ask a job to stop, on their way to its ranks.
 
     A program that no launcher has started is `alone`: nothing but its process id tells that it is one.
     """
+
+    mark: str
+    alone: int | None
+    count: int = 0
+    is_early: bool = False
+    """The first one came before there were ranks."""
+    has_arrived: bool = False
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Pass the first one on, and end everything at the second."""
+        self.count += 1
+        if self.count == 1:
+            self.pass_on()
+            self.is_early = not self.has_arrived
+        else:
+            for pid in marked_processes(self.mark):
+                kill(pid, signal.SIGKILL)
+
+    def pass_on(self) -> None:
+        """Ask every rank that there is; none, and it is to be done again."""
+        ranks = ranks_among(marked_processes(self.mark)) or ([self.alone] if self.alone is not None else [])
+        for pid in ranks:
+            kill(pid, signal.SIGTERM)
+        self.has_arrived = bool(ranks)
+
+    @property
+    def are_waiting(self) -> bool:
+        """Return whether one came and could not be passed on yet."""
+        return self.count == 1 and not self.has_arrived
+
+
+@contextlib.contextmanager
+def _passing_signals_on(requests: _Requests) -> Iterator[None]:
+    """Pass signals on to the ranks, where this is a process of its own: in a notebook Ctrl-C means an exception."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    count = 0
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-        pids = marked_processes(mark)
-        ranks = ranks_among(pids) or ([alone] if alone is not None else [])
-        for pid in ranks if count == 1 else pids:
-            kill(pid, signal.SIGTERM if count == 1 else signal.SIGKILL)
-
     wanted = [number for number in _STOPS if signal.getsignal(number) is signal.SIG_DFL or _is_pythons(number)]
-    before = {number: signal.signal(number, pass_on) for number in wanted}
+    before = {number: signal.signal(number, requests.take) for number in wanted}
     try:
         yield
     finally:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
+from hvdtrain.process.forked import Original
+
 Phase = Literal[
     "start",
     "resume",
@@ -43,6 +45,7 @@ class Progress:
         # One tuple, replaced as a whole: a reader never sees half of a change.
         self._place: tuple[int | None, Phase, float] = (None, "start", time.monotonic())
         self._worked = 0.0
+        self._original = Original()
         self._spent: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
 
     def enter(self, phase: Phase) -> None:
@@ -59,6 +62,7 @@ class Progress:
         return dict(self._spent)
 
     def _move(self, step: int | None, phase: Phase) -> None:
+        self._original.check()
         _, before, since = self._place
         now = time.monotonic()
         self._spent[before] += now - since

@@ -31,20 +31,29 @@ def named_checkpoint(run_dir: Path, pointer: str = LATEST) -> str:
 
 def lacks_its_end(run_dir: Path) -> bool:
     """Return whether a run has metrics, and their last line does not say that it has finished."""
-    with contextlib.suppress(OSError, ValueError), (run_dir / METRICS).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_BYTES_OF_A_LINE))
-        lines = file.read().split(b"\n")
+    path = run_dir / METRICS
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if not path.is_file():  # a pipe would be waited for
+            return False
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _MOST_BYTES_OF_A_LINE))
+            lines = file.read(_MOST_BYTES_OF_A_LINE).split(b"\n")
         last = next((line for line in reversed(lines) if line.strip()), b"")
-        return b'"event"' not in last or json.loads(last).get("event") != "finished"
+        values = json.loads(last) if b'"event"' in last else {}
+        return not isinstance(values, dict) or values.get("event") != "finished"
     return False
 
 
 def holder_of(run_dir: Path) -> str:
     """Return who holds the lock of a run's directory, such as `process 12 on node2`; empty where nobody does."""
-    with contextlib.suppress(OSError), (run_dir / LOCK).open("r+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return file.read(_MOST_BYTES).strip() or "another process"
+    path = run_dir / LOCK
+    with contextlib.suppress(OSError):
+        if not path.is_file():
+            return ""
+        with path.open("r+", encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    return file.read(_MOST_BYTES).strip() or "another process"
     return ""

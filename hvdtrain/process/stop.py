@@ -8,6 +8,7 @@ me again".
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -20,11 +21,13 @@ from typing import Any, NoReturn
 
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.ancestors import owners, seconds_since_launch
+from hvdtrain.process.forked import Original
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_FOR_INTERRUPT = 3.0
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_TO_END = 60.0
+_SECONDS_FOR_THREADS = 10.0
 
 
 class StopRequest:
@@ -38,6 +41,7 @@ class StopRequest:
     """
 
     def __init__(self, max_time_s: float | None) -> None:
+        self._original = Original()
         self._max_time_s = max_time_s
         self._deadline: float | None = None
         self._launcher = _Launcher()
@@ -46,7 +50,8 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Return why to stop, or None."""
+        """Return why to stop, or None. Ends a child that was forked and trains on: it would write to the same files."""
+        self._original.check()
         if self._signal is not None:
             return self._signal.name
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -83,6 +88,19 @@ class StoppedEarly(SystemExit):
         super().__init__(self.exit_code)
         self.name = name
         self.reason = f"stopped by {name}: nothing is lost, the same command begins where it would have begun"
+
+
+def hear_all() -> None:
+    """Undo what a program that has started this one may have left behind: it would change results in silence.
+
+    Where SIGCHLD is ignored (some daemons do), every program that this one starts seems to end with 0. Signals that are
+    blocked reach nobody: the run could be killed, and not be stopped. Does nothing outside of the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGCHLD})
 
 
 def end_on_signals() -> None:
@@ -218,9 +236,14 @@ def _end_after_early(pipe: int) -> None:
 
     Or where nobody owns it any more: there is nothing to save.
     """
-    launcher = _Launcher()
+    launcher, main_ended, is_told = _Launcher(), math.inf, False
     while True:
         stop = ""
+        if not threading.main_thread().is_alive():
+            main_ended = min(main_ended, time.monotonic())
+        if not is_told and time.monotonic() > main_ended + _SECONDS_FOR_THREADS:
+            is_told = True
+            _tell_of_threads()
         if select.select([pipe], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
             numbers = os.read(pipe, 64)
             if not numbers:
@@ -232,6 +255,18 @@ def _end_after_early(pipe: int) -> None:
         if stop:
             _Leave.by(f"hvdtrain: {StoppedEarly(stop).reason}", StoppedEarly.exit_code)
     os.close(pipe)
+
+
+def _tell_of_threads() -> None:
+    """Say which threads of a user's keep a process that has done its work: Python waits for them, without a word."""
+    names = [thread.name for thread in threading.enumerate() if not thread.daemon and thread.is_alive()]
+    if names:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(
+                f"hvdtrain: all is done, but this process waits for {', '.join(map(repr, names[:8]))}, started as a"
+                " thread without daemon=True, to end\n"
+            )
+            sys.stderr.flush()
 
 
 def _leave_alone(reason: str, exit_code: int) -> NoReturn:

@@ -24,6 +24,7 @@ from pathlib import Path
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.process.discovery import HostsFile, HostSource, HostsScript, NamedHosts, scheduler_hosts
 from hvdtrain.process.hosts import named_hosts, run_directory
+from hvdtrain.process.job import refuse_as_rank
 from hvdtrain.process.lookout import Lookout
 from hvdtrain.process.members import NEVER, REQUEST, SAVE, Members, Rules
 from hvdtrain.process.placement import Placement, is_placeable, placed
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not command:
         parser.error("give the command after --")
     try:
+        refuse_as_rank()
         members = _members(given, command)
         supervisor = Supervisor(
             command,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.aside import accused_hosts, sizes_of_logs
 from hvdtrain.process.guard import guarding
@@ -172,7 +172,7 @@ class Supervisor:
             try:
                 self._process = subprocess.Popen(command, env=environ, start_new_session=True)
             except OSError as error:
-                raise ConfigError(f"{command[0]} cannot be started: {error.strerror}") from error
+                raise ConfigError(f"{command[0]} cannot be started: {reason_of(error)}") from error
             with guarding(self.mark, self._process.pid, command) if self.members else contextlib.nullcontext():
                 try:
                     return self._wait(self._process)
@@ -220,17 +220,17 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _looking_out(self) -> Iterator[None]:
-        """Look for hosts meanwhile; SIGUSR2 then asks the run to grow."""
-        if self.members is None:
-            yield
-            return
+        """Look for hosts meanwhile; SIGUSR2 asks the run to grow, and without hosts to grow to does not end us."""
         members = self.members
-        before = signal.signal(signal.SIGUSR2, lambda number, frame: members.ask_to_grow())
-        members.lookout.start()
+        grow = members.ask_to_grow if members else lambda: say("SIGUSR2 lets a run grow, but nothing lists hosts here")
+        before = signal.signal(signal.SIGUSR2, lambda number, frame: grow())
+        if members:
+            members.lookout.start()
         try:
             yield
         finally:
-            members.lookout.close()
+            if members:
+                members.lookout.close()
             signal.signal(signal.SIGUSR2, before)
 
     @contextlib.contextmanager

@@ -19,12 +19,20 @@ _LONGEST_SENTENCE = 500
 
 def sentence_of(error: BaseException) -> str:
     """Return type, message and place of an exception on one line."""
-    words = " ".join(str(error).split())
+    words = _message_of(error)
     words = words if len(words) <= _LONGEST_SENTENCE else f"{words[:_LONGEST_SENTENCE]} ..."
     what = f"{type(error).__name__}: {words}" if words else type(error).__name__
     read = next((f"reading sample {link.users_sample}" for link in _chain(error) if hasattr(link, "users_sample")), "")
     where = ", ".join(filter(None, (place_of(error), read)))
     return f"{what} ({where})" if where else what
+
+
+def _message_of(error: BaseException) -> str:
+    """Return an exception's own words on one line; a class of a user's may fail to say them."""
+    try:
+        return " ".join(str(error).split())
+    except Exception as failed:
+        return f"its message cannot be shown, since that raises {type(failed).__name__}"
 
 
 @contextlib.contextmanager
@@ -70,7 +78,7 @@ def stack_of(error: BaseException) -> str:
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None and link not in seen:
+    while link is not None and all(link is not other for other in seen):  # a class may be equal to everything
         seen.append(link)
         yield link
         link = link.__cause__ or link.__context__
@@ -91,5 +99,8 @@ def _is_wrapper(frame: traceback.FrameSummary) -> bool:
 
 def shown(filename: str) -> str:
     """Return a path as the user knows it: from where he is, if it lies below."""
-    path, here = Path(filename).absolute(), Path.cwd()
+    try:
+        path, here = Path(filename).absolute(), Path.cwd()
+    except OSError:  # the working directory was deleted
+        return filename
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

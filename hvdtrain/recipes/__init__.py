@@ -125,7 +125,7 @@ def _in_a_sentence(path: Path, what: str) -> Iterator[None]:
         raise ConfigError(f"{where}, is not Python: {error.msg}") from error
     except SystemExit as error:
         raise ConfigError(f"{path} {what}: it calls sys.exit({error.code!r}) ({place_of(error)})") from error
-    except Exception as error:
+    except BaseException as error:  # asyncio's CancelledError, a library's own, and a KeyboardInterrupt by hand, too
         refusal = ConfigError(f"{path} {what}: {sentence_of(error)}")
         refusal.stack = stack_of(error)
         raise refusal from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hvdtrain.errors import reason_of
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.trainer.component import Component
 
@@ -70,7 +71,7 @@ class ConfusionMatrix(Component):
             try:
                 self._write(self._job.run.path / FILE)
             except OSError as error:
-                self._job.log.say(f"WARNING: {FILE} cannot be written ({error.strerror})")
+                self._job.log.say(f"WARNING: {FILE} cannot be written ({reason_of(error)})")
 
     def _write(self, path: Path) -> None:
         names = [_quoted(name) for name in self._classes]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.optim.table import own_class, owners, with_name
 from hvdtrain.process.arguments import misfit
 from hvdtrain.settings import Config, OptimConfig, merge, nearest
@@ -98,7 +98,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"--config {path} cannot be read: {reason_of(error)}") from error
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {str(error).splitlines()[0]}") from error
     except RecursionError as error:

@@ -166,17 +166,7 @@ def _tokenizer(
         train_tokenizer((text for pair in pairs for text in pair), data.num_tokens).save_pretrained(new)
 
     name = _digest([digest, data.source_prefix, data.num_tokens])
-    return load_tokenizer(str(_sealed(data, f"pairs-bpe-{name}", write, say)))
-
-
-def _sealed(data: PairsConfig, name: str, write: Callable[[Path], None], say: Callable[[str], None]) -> Path:
-    try:
-        return sealed_folder(_cache(data), name, write, say)
-    except OSError as error:
-        raise DataError(
-            f"prepared tokens cannot be kept in {_cache(data)} ({error.strerror or error}): free some space there, or"
-            " choose another --data.cache-dir"
-        ) from error
+    return load_tokenizer(str(sealed_folder(_cache(data), f"pairs-bpe-{name}", write, say)))
 
 
 def _prepare(
@@ -199,7 +189,7 @@ def _prepare(
         (new / "meta.json").write_text(json.dumps(meta))
 
     name = _digest([digest, identity(tokenizer), data.source_prefix, *longest])
-    folder = _sealed(data, f"pairs-{name}", write, say)
+    folder = sealed_folder(_cache(data), f"pairs-{name}", write, say)
     return folder, json.loads((folder / "meta.json").read_text())
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hvdtrain.errors import CheckpointError, ResumeError
+from hvdtrain.errors import CheckpointError, ResumeError, reason_of
 from hvdtrain.process.run_files import BEST, LATEST, named_checkpoint
 from hvdtrain.rundir.checkpoint import (
     Checkpoint,
@@ -74,7 +74,7 @@ class Checkpoints:
             return {}
         except OSError as error:
             raise ResumeError(
-                f"{self.folder} cannot be listed ({error.strerror}): make it a folder that can be read, or choose"
+                f"{self.folder} cannot be listed ({reason_of(error)}): make it a folder that can be read, or choose"
                 " another --run-dir"
             ) from error
         found: dict[int, Path] = {}

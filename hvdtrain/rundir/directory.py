@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from hvdtrain.errors import ResumeError
+from hvdtrain.errors import ResumeError, reason_of
 from hvdtrain.process.run_files import CHECKPOINTS, named_checkpoint
+from hvdtrain.process.tracebacks import shown
 from hvdtrain.rundir.lock import Claim, claim, claim_new
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
@@ -50,7 +51,7 @@ class RunDirectory:
         return cls(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
     def __str__(self) -> str:
-        return str(self.path)
+        return shown(str(self.path))
 
     @property
     def config(self) -> Path:
@@ -180,7 +181,9 @@ class RunDirectory:
         try:
             lines, _ = read_metrics(self.metrics)
         except OSError as error:
-            raise ResumeError(f"{self.metrics} cannot be read ({error.strerror}): choose another --run-dir") from error
+            raise ResumeError(
+                f"{self.metrics} cannot be read ({reason_of(error)}): choose another --run-dir"
+            ) from error
         return max((line["step"] for line in lines), default=0)
 
     def begin(
@@ -207,3 +210,34 @@ class RunDirectory:
             temporary.write_text(json.dumps(environment, indent=2) + "\n")
         self.model.mkdir(exist_ok=True)
         write_model_files(self.model)
+
+
+class Whereabouts:
+    """Notices that the directory of a run is another than it was: a save makes it anew, and nobody would know.
+
+    Args:
+        run: that trains.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self.note()
+
+    def note(self) -> None:
+        """Take what is there now for the run's own."""
+        self._identity = self._look()
+
+    def warn(self, say: Callable[[str], None]) -> None:
+        """Say it if another directory is there now, or none."""
+        if self._identity is not None and self._look() != self._identity:
+            say(
+                f"WARNING: {self._run} was moved or removed while it was trained: checkpoints are written there anew;"
+                " what was in it before, such as settings, metrics and logs, is lost, or where it was moved to"
+            )
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = self._run.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from hvdtrain.errors import ConfigError, ResumeError
+from hvdtrain.errors import ConfigError, ResumeError, reason_of
+
+_MOST_SHOWN = 256
 
 
 @dataclass
@@ -51,24 +53,26 @@ def claim(folder: Path) -> Claim:
     """
     try:
         made = _make(folder)
-        file = (folder / "lock").open("a+")
+        path = folder / "lock"
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no regular file: remove it, or choose another --run-dir")
+        file = path.open("a+", encoding="utf-8", errors="replace")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{folder} cannot be made ({reason}): choose another --run-dir") from error
+        raise ConfigError(f"{folder} cannot be made ({reason_of(error)}): choose another --run-dir") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return Claim(folder, file, made)  # a file system without locks: nothing can be known
         file.seek(0)
-        holder = file.read().strip()
+        holder = file.read(_MOST_SHOWN).strip()
         file.close()
         raise ResumeError(
             f"another run is training in {folder} ({holder}): wait for it to end, or choose another --run-dir"
         ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # a disk that is full has no room for a name, which only a person reads
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return Claim(folder, file, made)
 
 
@@ -88,7 +92,7 @@ def claim_new(folder: Path) -> Claim:
         except OSError as error:
             if isinstance(error, FileExistsError) and path.parent.is_dir():
                 continue
-            raise ConfigError(f"{path} cannot be made ({error.strerror}): choose another --run-dir") from error
+            raise ConfigError(f"{path} cannot be made ({reason_of(error)}): choose another --run-dir") from error
         found = claim(path)
         found.made = [*made, path]
         return found

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvdtrain.errors import reason_of
 from hvdtrain.rundir.patient_file import PatientFile
 from hvdtrain.rundir.sinks.background import Background
 from hvdtrain.rundir.sinks.console import Console
@@ -83,7 +84,7 @@ class MetricLog:
         except OSError as error:
             if sink not in self._failing:
                 self._failing.add(sink)
-                reason = error.strerror or error
+                reason = reason_of(error)
                 self.say(f"WARNING: metrics cannot be written by {name} ({reason}); training goes on, and they wait")
         else:
             if sink in self._failing:
@@ -107,7 +108,7 @@ class _RankLog(logging.Handler):
             if not self._has_warned:
                 self._has_warned = True
                 with contextlib.suppress(OSError, ValueError):
-                    sys.stderr.write(f"hvdtrain: a log file cannot be written ({error.strerror}); its lines wait\n")
+                    sys.stderr.write(f"hvdtrain: a log file cannot be written ({reason_of(error)}); its lines wait\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import CheckpointError
+from hvdtrain.errors import CheckpointError, reason_of
 
 FORMAT_VERSION = 4
 # Of a checkpoint that one rank has written: an older hvdtrain reads it. All ranks: it would miss their parts.
@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
     return decode_manifest(content, path)
 
 

@@ -31,6 +31,9 @@ class PatientFile:
             OSError: the file cannot be written now; the text is kept.
         """
         self._waiting += text.encode("utf-8", "backslashreplace")  # names of files that are not UTF-8
+        if self._descriptor >= 0 and os.fstat(self._descriptor).st_nlink == 0:  # removed: nobody would read it
+            os.close(self._descriptor)
+            self._descriptor = -1
         if self._descriptor < 0:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe is not waited for
             self._descriptor = os.open(self._path, flags, 0o666)

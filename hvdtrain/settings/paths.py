@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Literal
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.settings.units import shortened
 
 PathKind = Literal[
@@ -73,7 +73,7 @@ def _check_kind(path: Path, kind: PathKind, what: str) -> None:
         return
     except OSError as error:
         verb = "written" if kind.startswith("new") else "read"
-        raise ConfigError(f"{what} cannot be {verb}: {error.strerror}") from error
+        raise ConfigError(f"{what} cannot be {verb}: {reason_of(error)}") from error
     is_file, is_directory = stat.S_ISREG(mode), stat.S_ISDIR(mode)
     if kind in ("file", "new file", "file or name") and not is_file:
         raise ConfigError(f"{what} is {'a directory' if is_directory else 'no regular file'}: give a file")

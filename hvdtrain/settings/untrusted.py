@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, reason_of
 
 MOST_JSON_BYTES = 64 << 20
 
@@ -23,7 +23,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        raise DataError(f"{path} cannot be read: {reason_of(error)}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -33,7 +33,7 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(most_bytes)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {reason_of(error)}") from error
     finally:
         os.close(descriptor)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.models.private_torch import is_saved_buffer
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.world import BesideGradients, World, digest_of, per_rank_buffers
 
@@ -27,11 +29,15 @@ class ChangingBuffers(Component):
     it is known which they are, they travel beside the gradients of every step.
 
     A step that does not count leaves them as they were: running statistics would stay nan for good.
+
+    Those that the model's `state_dict()` leaves out (`persistent=False`) are in a checkpoint by this: a run that goes
+    on would begin with what the model was built with.
     """
 
     name = "buffers"
 
     def __init__(self, job: Job) -> None:
+        self._job = job
         self._world = job.world
         self._log = job.log
         self.names: list[str] | None = None
@@ -68,6 +74,11 @@ class ChangingBuffers(Component):
         buffers = dict(model.named_buffers())
         kept = {name: self._kept[name] for name in names if name in self._kept and name in buffers}
         for name, before in kept.items():
+            if before.shape != buffers[name].shape:  # a memory that grows
+                if not step.is_finite:
+                    _set_buffer(model, name, before.clone())
+                kept[name] = model.get_buffer(name).clone()
+                continue
             if not self._world.reads_at_once:
                 buffers[name].copy_(torch.where(step.is_finite, buffers[name], before))
             elif not step.is_finite:
@@ -92,13 +103,31 @@ class ChangingBuffers(Component):
 
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
-        if not self._before or self._model is None:
+        if self._model is None or next(self._model.buffers(), None) is None:
             return
         modes, are_equal = [module.training for module in self._model.modules()], self._beside.has_arrived()
         if self.names is None or modes != self._modes:
             self.names, self._modes, are_equal = self._changed(world), modes, False
         if world.size > 1 and not are_equal:
             self._average(world, self.names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buffers that a step changes and the model's own state leaves out, where ranks agree on them."""
+        if self._model is None or not self._job.strategy.agrees:
+            return {}
+        own, buffers = _left_out(self._model), dict(self._model.named_buffers())
+        now = {name: digest_of(buffers[name]) for name in own if name in buffers}
+        changed = [name for name, digest in now.items() if not digest.equal(self._before.get(name, ~digest))]
+        return {"left_out": {name: buffers[name] for name in changed}} if changed else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them up again."""
+        assert self._model is not None
+        buffers = dict(self._model.named_buffers(remove_duplicate=False))
+        for name, saved in state["left_out"].items():
+            device = buffers[name].device if name in buffers else self._world.device
+            _set_buffer(self._model, name, saved.to(device, copy=True))
+            self._kept[name] = saved.to(device, copy=True)
 
     def _changed(self, world: World) -> list[str]:
         """Return the names of the buffers that have changed on any rank since training began. Collective."""
@@ -123,3 +152,20 @@ def _digests(model: nn.Module) -> dict[str, Tensor]:
     """Return what changes when a buffer does; its version counter does not tell: batch_norm leaves it alone."""
     own = per_rank_buffers(model)
     return {name: digest_of(buffer) for name, buffer in model.named_buffers() if name not in own}
+
+
+def _left_out(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that are no part of the model's state, those of a rank's own aside."""
+    names = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if not is_saved_buffer(module, name)
+    }
+    return names - per_rank_buffers(model)
+
+
+def _set_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a buffer, of whatever shape."""
+    prefix, _, own = name.rpartition(".")
+    setattr(model.get_submodule(prefix), own, tensor)

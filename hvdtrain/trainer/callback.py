@@ -95,6 +95,7 @@ class Callback:
 
 
 # Method -> how many arguments it is given.
+_LIKE_HOOKS = ("on_", "after_", "before_")
 _METHODS = {"begin": 1, "after_step": 1, "after_evaluation": 2, "state_dict": 0, "load_state_dict": 1}
 
 
@@ -129,9 +130,30 @@ def callback_components(job: Job) -> list[Component]:
                     f"the callback {kind} has a method {written}, which is called with {count} argument"
                     f"{'s' * (count != 1)}: write def {method}({', '.join(inspect.signature(example).parameters)})"
                 )
+        others = _never_called(callback)
+        if others:
+            job.log.say(
+                f"callbacks:  nothing calls {', '.join(others)} of {kind}: the methods that are called are"
+                f" {', '.join(_METHODS)}"
+            )
         seen[kind] += 1
         components.append(CallbackComponent(job, callback, f"callback.{kind}.{seen[kind]}"))
     return components
+
+
+def _never_called(callback: Any) -> list[str]:
+    """Return the methods that are named as other trainers' are, which the user may believe to be called."""
+    names = (name for kind in type(callback).__mro__ for name in vars(kind) if name not in _METHODS)
+    return sorted({name for name in names if name.startswith(_LIKE_HOOKS) and callable(getattr(callback, name))})
+
+
+def _without_tensors(value: Any) -> Any:
+    """Return nested values with None in the place of tensors."""
+    if isinstance(value, Mapping):
+        return {key: _without_tensors(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(item) for item in value]
+    return None if isinstance(value, torch.Tensor) else value
 
 
 class CallbackComponent(Component):
@@ -139,8 +161,8 @@ class CallbackComponent(Component):
 
     def __init__(self, job: Job, callback: Any, name: str) -> None:
         self.name = name
-        self._callback, self._run = callback, RunView(job)
-        self._is_checked = False
+        self._callback, self._run, self._log = callback, RunView(job), job.log
+        self._is_checked = self._has_warned = False
         self.ends_after_steps = hasattr(callback, "after_step")
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -162,6 +184,18 @@ class CallbackComponent(Component):
         if not self._is_checked:  # what no checkpoint can hold is found now, and not when the first one is due
             self._is_checked = True
             storable(self.state_dict(), f"state_dict() of the callback {type(self._callback).__name__}")
+
+    def before_looking(self, training: Training) -> None:
+        """Say once where ranks' callbacks hold different values: rank 0's are saved. Tensors are compared otherwise."""
+        world, own = self._run.world, getattr(self._callback, "state_dict", None)
+        if own is None or world.size == 1 or self._has_warned:
+            return
+        if not world.agrees(_without_tensors(self.state_dict()), f"{self.name}.state"):
+            self._has_warned = True
+            self._log.say(
+                f"WARNING: state_dict() of the callback {type(self._callback).__name__} is not the same on all ranks: a"
+                " checkpoint holds rank 0's, with which all go on. Make it alike, as by run.world.all_reduce(...)"
+            )
 
     def after_evaluation(self, training: Training, metrics: Mapping[str, float]) -> None:
         """Run the callback's `after_evaluation`."""

@@ -10,7 +10,7 @@ from hvdtrain.trainer.early_stopping import EarlyStopping
 from hvdtrain.trainer.ema import WeightAverage
 from hvdtrain.trainer.grad_norms import GradNorms
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.modes import Modes
+from hvdtrain.trainer.modes import Frozen, Modes
 from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.plateau import Plateau
 from hvdtrain.trainer.scaler import LossScaler
@@ -49,7 +49,7 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
 
 
 def build_components(job: Job) -> list[Component]:
-    """Return the components that the job's settings ask for, those of the task, of the strategy, then callbacks."""
+    """Return the components that the job's settings ask for, then those of the task, the strategy and callbacks."""
     factories = (*COMPONENTS, *job.task.components)
     components = [component for build in factories if (component := build(job)) is not None]
-    return components + job.strategy.components(job) + callback_components(job)
+    return [*components, *job.strategy.components(job), *callback_components(job), Frozen(job)]

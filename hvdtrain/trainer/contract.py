@@ -1,28 +1,31 @@
 """What a recipe promises, checked on the first micro-batch: a mistake here makes wrong figures, not errors.
 
 Sums are told from means by taking the same samples twice: a sum doubles, a mean stays. That needs no number of targets,
-and holds with padding; a loss that does neither, such as a contrastive one, is left alone.
+and holds with padding; a loss that does neither is left alone. Whether the parts of a micro-batch make its loss is
+asked besides (`of_parts`): where they do not, the loss is another one on another number of ranks, which is said.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.data.nested import leaves_in, map_tensors, tensors_in
-from hvdtrain.data.readers import read_samples
-from hvdtrain.data.stream import StreamSamples
-from hvdtrain.data.users import MapSamples
+from hvdtrain.data.draws import kept_random_state
+from hvdtrain.data.nested import map_tensors, tensors_in
+from hvdtrain.data.own_generators import generators_in
 from hvdtrain.errors import ConfigError, DataError, HvdtrainError
 from hvdtrain.models.compilation import uncompiled
+from hvdtrain.models.kept import KeptState
 from hvdtrain.models.walk import owned_by
+from hvdtrain.trainer.batch_form import has_rows, read_first
+from hvdtrain.trainer.of_parts import Drawn, why_not_of_parts
 from hvdtrain.trainer.task import Batch, Task
+from hvdtrain.trainer.values import count_targets
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
@@ -31,6 +34,11 @@ if TYPE_CHECKING:
 _TOLERANCE = 0.02
 
 _FAILED = object()
+
+_COLLATE_DRAWS = (
+    "WARNING: Task(collate=...) draws random numbers: they belong to a micro-batch and not to its samples, so that they"
+    " are others on another number of ranks; draw in __getitem__ instead"
+)
 
 Forward = Callable[[Batch], Mapping[str, Tensor]]
 """Returns `Task.loss_sums` of a batch that lies on the CPU."""
@@ -51,7 +59,14 @@ def first_batch(job: Job, model: nn.Module, samples: Tensor, read: Callable[[], 
     """
     task, world = job.task, job.world
     batch = world.together(lambda: read_first(task, samples, read), "contract.data")
-    world.together(lambda: check_loss(task, model, batch, forward), "contract.loss")
+    precision = job.config.train.precision
+    notes = world.together(lambda: check_loss(task, model, batch, forward, samples, precision), "contract.loss")
+    if getattr(task.train_data, "collate_draws", False):
+        notes = [*notes, _COLLATE_DRAWS]
+    of_ranks = world.all_gather_object(notes, "contract.notes")
+    kinds = {note[:30]: note for own in reversed(of_ranks) for note in own}  # figures differ on each
+    for note in kinds.values():
+        job.log.say(note)
     return batch
 
 
@@ -75,10 +90,16 @@ def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Opt
     """Return the optimizer.
 
     Raises:
-        ConfigError: it is none, or moves what is not the model's, which no checkpoint would hold.
+        ConfigError: it is none, or moves what is not the model's, which no checkpoint would hold, or needs a closure.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"build_optimizer returned a {type(optimizer).__name__}: return a torch.optim.Optimizer")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"build_optimizer returned a {type(optimizer).__name__}, whose step() computes the loss by itself, several"
+            " times: it works in a loop of your own (World.wrap, step(closure)), not in a recipe"
+        )
     own = set(model.parameters())
     for parameter in owned_by(optimizer):
         if parameter not in own:
@@ -89,105 +110,100 @@ def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Opt
     return optimizer
 
 
-def read_first(task: Task, samples: Tensor, read: Callable[[], Any]) -> Batch:
-    """Return the first micro-batch of this rank, as `read` reads it.
+def check_loss(
+    task: Task,
+    model: nn.Module,
+    batch: Batch,
+    forward: Forward,
+    samples: Tensor | None = None,
+    precision: str = "fp32",
+) -> list[str]:
+    """Check what `Task.loss_sums` returns for a micro-batch. Random state, model and batch are left as they were.
 
-    Args:
-        task: what is trained.
-        samples: indices of its samples, int64 `(n,)`.
-        read: returns `task.train_data.batch(samples)`, perhaps by another thread.
+    A few forward passes, over a half of the micro-batch, over that half twice and over a few pairs of samples; none
+    backward. Where they fail, as with samples that must come in pairs or for want of memory, nothing is said: the
+    step's own pass will tell.
 
-    Raises:
-        DataError: it holds no tensors with `n` rows each, or the samples differ in shape.
-    """
-    try:
-        batch = read()
-    except HvdtrainError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        _explain_shapes(task, samples, error)
-        raise
-    _check_rows(task, batch, len(samples))
-    return batch
-
-
-def _check_rows(task: Task, batch: Batch, num_samples: int) -> None:
-    """Raise DataError where a batch holds no tensors, or its data set's own tensors have other rows than samples."""
-    is_collated = isinstance(task.train_data, (MapSamples, StreamSamples))
-    name = "collate" if is_collated else f"{type(task.train_data).__name__}.batch"
-    tensors = list(tensors_in(batch))
-    if any(isinstance(leaf, np.ndarray) for leaf in leaves_in(batch)):
-        raise DataError(f"{name} returned a numpy array among its values: make it a tensor with torch.from_numpy")
-    if not tensors:
-        raise DataError(
-            f"{name} returned a {type(batch).__name__} without tensors: return tensors, as in `return inputs, targets`,"
-            " or a list or dictionary of them"
-        )
-    for i, tensor in enumerate([] if is_collated else tensors):  # batches of graphs, say, have rows of another kind
-        if not _has_rows(tensor, num_samples):
-            raise DataError(
-                f"{name} returned a tensor number {i} of shape {tuple(tensor.shape)} for {num_samples} samples:"
-                f" its first dimension must be {num_samples}"
-            )
-
-
-def _has_rows(tensor: Tensor, number: int) -> bool:
-    return tensor.ndim > 0 and len(tensor) == number
-
-
-def _explain_shapes(task: Task, samples: Tensor, error: Exception) -> None:
-    """Raise DataError where samples cannot be read together, but each alone, because their shapes differ."""
-    try:
-        alone = [read_samples(task.train_data, samples[i : i + 1]) for i in range(len(samples))]
-        shapes = [[tuple(tensor.shape[1:]) for tensor in tensors_in(batch)] for batch in alone]
-    except Exception:
-        return
-    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if other is not None:
-        raise DataError(
-            f"samples {int(samples[0])} and {int(samples[other])} differ in shape ({_listed(shapes[0])} and"
-            f" {_listed(shapes[other])}): crop, resize or pad them in {type(task.train_data).__name__}.batch"
-        ) from error
-
-
-def _listed(shapes: list[tuple[int, ...]]) -> str:
-    return ", ".join(map(str, shapes))
-
-
-def check_loss(task: Task, model: nn.Module, batch: Batch, forward: Forward) -> None:
-    """Check what `Task.loss_sums` returns for a micro-batch. Random state, modes and buffers are left as they were.
-
-    Two forward passes, over a half of the micro-batch and over that half twice; none backward. Where they fail, as with
-    samples that must come in pairs or for want of memory, nothing is said: the step's own pass will tell.
+    Returns:
+        What a person should know of it.
 
     Raises:
         ConfigError: it returns no dictionary of scalar tensors with all metrics, the loss does not depend on the
             weights, or a value is a mean where a sum is promised, or the other way round.
     """
     rows = max((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), default=0)
-    can_halve = all(_has_rows(tensor, rows) and tensor.layout == torch.strided for tensor in tensors_in(batch))
-    half = map_tensors(lambda tensor: tensor[: -(-rows // 2)], batch) if can_halve else batch
+    can_halve = all(has_rows(tensor, rows) and tensor.layout == torch.strided for tensor in tensors_in(batch))
+    middle = -(-rows // 2) if can_halve else 0
+
+    def part(start: int, end: int) -> Batch:
+        return map_tensors(lambda tensor: tensor[start:end].clone(), batch)  # which the loss may write into
+
     with _undisturbed(model), uncompiled():
-        had_none = not _have_gradients(model)
-        once = _values(forward, half)
+        had_none, drawn = not _have_gradients(model), Drawn(generators_in((model, task.loss_sums)))
+        once = _values(forward, part(0, middle) if can_halve else map_tensors(torch.clone, batch))
+        is_random = bool(drawn)
         if had_none and _have_gradients(model):
             raise ConfigError("loss_sums has called backward(): return the loss, and hvdtrain differentiates it")
         if once is _FAILED:
-            return
+            return []
         _check_kinds(task, model, once)
-        sums = {name: float(once[name].detach()) for name in task.metrics}
+        notes = [*_not_named(task, once)]
         if not can_halve:
-            return
+            return notes
         with torch.no_grad():
-            again = _values(forward, map_tensors(lambda tensor: torch.cat((tensor, tensor)), half))
+            again = _values(forward, map_tensors(lambda tensor: torch.cat((tensor[:middle], tensor[:middle])), batch))
+            _check_reduction(task, once, again)
+            if rows > 1 and not is_random and _is_of_samples(task, samples, rows):
+                notes.append(_note_on_parts(task, lambda *ends: _values(forward, part(*ends)), rows, precision))
+    return [note for note in notes if note]
+
+
+def _note_on_parts(task: Task, values_of: Callable[[int, int], Any], rows: int, precision: str) -> str:
+    """Return a warning where parts of a micro-batch do not make its loss: pairs of samples, or else its halves.
+
+    In pairs a label that is passed over, or another class's, weighs most. They are no more work than the micro-batch.
+    """
+    pairs = [(2 * i, 2 * i + 1, 2 * i + 2) for i in range(min(4, max(1, rows // 4), rows // 2))]
+    has_worked = False
+    for start, middle, end in [*pairs, (0, -(-rows // 2), rows)]:
+        if has_worked and end == rows > 2:
+            break
+        values = [values_of(*ends) for ends in ((start, middle), (middle, end), (start, end))]
+        if any(value is _FAILED for value in values):
+            continue
+        has_worked = True
+        note = why_not_of_parts(task, (values[0], values[1]), values[2], (middle - start) / (end - start), precision)
+        if note:
+            return note
+    return ""
+
+
+def _not_named(task: Task, sums: Mapping[str, Any]) -> Iterator[str]:
+    others = [str(name) for name in sums if name not in task.metrics]
+    if others:
+        yield (
+            f"metrics:    loss_sums returns {', '.join(map(repr, others[:4]))}, too, which Task(metrics=...) does not"
+            " name: not logged"
+        )
+
+
+def _is_of_samples(task: Task, samples: Tensor | None, rows: int) -> bool:
+    """Return whether parts of a micro-batch weigh as many targets as they have rows, where means are weighed."""
+    if task.reduction == "sum":
+        return True
+    return samples is not None and len(samples) == rows == count_targets(task.train_data, samples)
+
+
+def _check_reduction(task: Task, once: Mapping[str, Any], again: Any) -> None:
+    """Raise ConfigError where a value is a mean and a sum was promised, or the other way round."""
     for name in task.metrics if again is not _FAILED else ():
-        doubled = float(again[name])
+        single, doubled = float(once[name].detach()), float(again[name])
         if task.reduction == "mean":
-            _check_mean(name, sums[name], doubled)
-        elif _is_mean(sums[name], doubled):
+            _check_mean(name, single, doubled)
+        elif _is_mean(single, doubled):
             raise ConfigError(
                 f"loss_sums returns a mean as '{name}' (the same samples twice give {doubled:.6g}, once"
-                f" {sums[name]:.6g}): return the sum over the targets, as with reduction='sum'; hvdtrain divides it by"
+                f" {single:.6g}): return the sum over the targets, as with reduction='sum'; hvdtrain divides it by"
                 " the number of targets of the whole global batch. Or say so: Task(reduction='mean')"
             )
 
@@ -262,19 +278,13 @@ def _check_kinds(task: Task, model: nn.Module, sums: Any) -> None:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, without dropout, and afterwards everything back as it was."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    python, numpy = random.getstate(), np.random.get_state()
+    kept = KeptState(model)
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     try:
-        with torch.random.fork_rng(devices):
+        with kept_random_state(), torch.random.fork_rng(devices):
             model.eval()
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for module, was_training in modes:
             module.training = was_training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        kept.put_back()

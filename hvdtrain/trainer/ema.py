@@ -64,7 +64,9 @@ class WeightAverage(Component):
         share = torch.where(self._num_updates == 0, 1.0, 1.0 - self._decay).double()
         share = share.where(step.is_finite, 0.0)
         for name, tensor in _real(training.model).items():
-            average = self._weights[name]
+            average = self._weights.get(name)
+            if average is None:  # it has come up while training: `check_storable` says what to do
+                continue
             average.lerp_(tensor.to(average.dtype), share.to(average.dtype))
         self._num_updates += step.is_finite
 

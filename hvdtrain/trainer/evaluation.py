@@ -45,7 +45,7 @@ def evaluate(job: Job, training: Training, request: StopRequest | None = None) -
             if isinstance(part, CorpusEvaluation):
                 found = _scores(job, training.model, part, *given)
             else:
-                found = _means(job, training.model, part, *given)
+                found = _means(job, training, part, *given)
             if found is None:
                 return {}
             means.update(found)
@@ -89,11 +89,11 @@ def _each_batch(
 
 
 def _means(
-    job: Job, model: nn.Module, part: Evaluation, loader: Loader, request: StopRequest | None, name: str
+    job: Job, training: Training, part: Evaluation, loader: Loader, request: StopRequest | None, name: str
 ) -> dict[str, float] | None:
     """Return means over all targets; None if a rank has a request to stop before the end. Collective."""
-    world = job.world
-    randomness = MicroBatchRandomness(world.device, compiled=model if is_compiled(model) else None)
+    world, model, own = job.world, training.model, training.randomness.generators.own
+    randomness = MicroBatchRandomness(world.device, is_compiled=is_compiled(model), own=own)
     # Sums of the metrics, then the number of targets.
     totals = torch.zeros(len(part.metrics) + 1, dtype=torch.float64, device=world.device)
 
@@ -135,7 +135,7 @@ def _scores(
     def answer(number: int, indices: Tensor) -> None:
         batch = to_device(loader.read(0, number), world.device, precision)
         with autocast(precision, world.device):
-            answers = part.answers(model, batch)
+            answers = list(part.answers(model, batch))
         if len(answers) != len(indices):
             raise ConfigError(
                 f"CorpusEvaluation(answers=...) returned {len(answers)} answers to {len(indices)} samples: one each"

@@ -22,6 +22,9 @@ from hvdtrain.trainer.task import CorpusEvaluation, Evaluation, Task
 from hvdtrain.trainer.wire import check_compression
 from hvdtrain.world import World
 
+# What components write as train/NAME.
+_OF_EVERY_LINE = ("lr", "grad_norm", "epoch", "skipped_steps", "spikes", "noise_scale", "loss_scale", "plateau_factor")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -157,11 +160,17 @@ def _plan(config: Config, world_size: int, before: Manifest | None) -> BatchPlan
 
 
 def check_names(task: Task) -> None:
-    """Make sure that no two evaluations report a metric of the same name.
+    """Make sure that no two evaluations report a metric of the same name, nor training one that each line has anyway.
 
     Raises:
         ConfigError: they do.
     """
+    taken = [name for name in task.metrics if name in _OF_EVERY_LINE]
+    if taken:
+        raise ConfigError(
+            f"Task(metrics=...) names '{taken[0]}', and train/{taken[0]} is a figure that lines of metrics have anyway:"
+            " give it another name"
+        )
     seen = set(task.metrics)
     for part in task.evaluations:
         for name in metric_names(part):

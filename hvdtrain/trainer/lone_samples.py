@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.kept import KeptState
 from hvdtrain.models.private_torch import BatchNorm
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.state import Training
@@ -43,7 +44,7 @@ def _lone_sample(job: Job) -> Tensor | None:
 
 
 def _try(job: Job, model: nn.Module, sample: Tensor) -> None:
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    kept = KeptState(model)
     try:
         with torch.no_grad(), torch.random.fork_rng():
             forward_sums(job, model, sample)
@@ -58,6 +59,4 @@ def _try(job: Job, model: nn.Module, sample: Tensor) -> None:
             " (--model.sync-batch-norm)"
         ) from error
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
+        kept.put_back()

@@ -12,6 +12,7 @@ from functools import partial
 
 from hvdtrain.data.stream import ENDLESS
 from hvdtrain.errors import StopRequested
+from hvdtrain.process.run_files import lacks_its_end
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.trainer.device_clock import finish, progress_of
 from hvdtrain.trainer.due import LogDue, is_due
@@ -57,7 +58,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
     """
     training = start_training(job)
     check_lone_samples(job, training)
-    for line in (component.about for component in training.components if component.about):
+    for line in filter(None, (training.rates.about, *(component.about for component in training.components))):
         job.log.say(line)
     for line in resume_lines(job, training.step, training.num_steps_then) if training.step else ():
         job.log.say(line)
@@ -70,6 +71,8 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         because = f": {ended}" if ended else ""
         job.log.say(f"this run has finished before, at step {training.step}{because}")
         evaluated = evaluate(job, training)
+        if lacks_its_end(job.run.path):  # it was killed between its last save and its last line
+            job.log.write(training.step, evaluated, "finished")
         training.strategy.end(job.world, training)
         training.use_evaluated_weights()
         return evaluated

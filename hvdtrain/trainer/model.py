@@ -41,6 +41,9 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
         ConfigError: it has nothing that a setting speaks of, such as blocks.
     """
     settings = config.model
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), "")
+    if empty:
+        raise ConfigError(f"the model's {empty} is on torch's device meta, and has no numbers: give it some in build()")
     if settings.sync_batch_norm:
         model = synchronize_batch_norm(model, world)
         if not has_synchronized_layers(model):

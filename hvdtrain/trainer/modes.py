@@ -15,8 +15,9 @@ from hvdtrain.trainer.job import Job
 class Modes(Component):
     """Sets modes before the first step, and keeps them in checkpoints.
 
-    A model whose modules are all in eval mode, as `from_pretrained` returns it, is put into training mode. Where some
-    are and some are not, that is what its author wants: batch normalisation or an encoder that is frozen stays so.
+    A model whose modules are all in one mode, as they are when they are built or `from_pretrained` returns them, is put
+    into training mode: a class whose own `train` keeps a part in eval mode does so then. Where some are and some are
+    not, that is what its author wants: batch normalisation or an encoder that is frozen stays so.
     """
 
     name = "modes"
@@ -29,7 +30,7 @@ class Modes(Component):
     def begin(self, model: nn.Module) -> None:
         """Put the model into training mode, unless a part of it is."""
         self._model = model
-        if not any(module.training for module in model.modules()):
+        if len({module.training for module in model.modules()}) == 1:
             model.train()
 
     def state_dict(self) -> dict[str, Any]:
@@ -41,6 +42,47 @@ class Modes(Component):
         in_eval = set(state["eval"])
         for name, module in self._model.named_modules():
             module.training = name not in in_eval
+
+
+class Frozen(Component):
+    """Keeps in checkpoints which weights are frozen: what the user's code has frozen or unfrozen while training.
+
+    Comes after all others, which may freeze weights when they begin. A program that freezes others than the one that
+    has begun the run is right: it is said, and nothing is changed.
+    """
+
+    name = "frozen"
+
+    def __init__(self, job: Job) -> None:
+        self._model, self._log = job.task.model, job.log
+        self._at_start: list[str] = []
+
+    def begin(self, model: nn.Module) -> None:
+        """Note what is frozen before the first step of this start."""
+        self._model = model
+        self._at_start = self._now()
+
+    def _now(self) -> list[str]:
+        return [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the names of the frozen weights, and of those that were so at the start; nothing while they are."""
+        now = self._now()
+        return {} if now == self._at_start else {"now": now, "at_start": self._at_start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Freeze what was frozen, where this program has begun as that one has."""
+        own, self._at_start = self._at_start, list(state["at_start"])
+        if own == state["now"]:
+            return
+        if own != state["at_start"]:
+            self._log.say("frozen:     other weights than when the run was saved: as this program has them")
+            self._at_start = own
+            return
+        frozen = set(state["now"])
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad == (name in frozen):
+                parameter.requires_grad_(name not in frozen)
 
 
 @contextmanager

@@ -24,6 +24,16 @@ def _dropout(
     return _drop(self, input, p, input.shape, inplace)
 
 
+def _dropout_(self: SampleRandomness, input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(self, input, p, train, inplace=True)
+
+
+def _native_dropout(self: SampleRandomness, input: Tensor, p: float, train: bool | None) -> Any:
+    """Return what is left, and which numbers are."""
+    kept = _dropout(self, torch.ones_like(input), p, train is not False)
+    return NotImplemented if kept is NotImplemented else (input * kept, kept != 0)
+
+
 def _feature_dropout(
     self: SampleRandomness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
@@ -89,6 +99,10 @@ def _rrelu(
     return input.mul_(slope) if inplace else input * slope
 
 
+def _rrelu_(self: SampleRandomness, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _rrelu(self, input, *args, **{**kwargs, "inplace": True})
+
+
 def _alpha_dropout(
     self: SampleRandomness, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
 ) -> Any:
@@ -114,16 +128,32 @@ def _alpha_drop(
     return x.copy_(dropped) if inplace else dropped
 
 
+def _by_train(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the answer to torch's own function of this name, which has other arguments than `nn.functional`'s."""
+
+    def call(self: SampleRandomness, input: Tensor, p: float, train: bool) -> Any:
+        return answer(self, input, p, train)
+
+    return call
+
+
 LAYERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.backward: _backward,
     F.dropout: _dropout,
-    torch.dropout: _dropout,
+    torch.dropout: _by_train(_dropout),
+    torch.dropout_: _dropout_,
+    torch.native_dropout: _native_dropout,
     F.dropout1d: _feature_dropout,
     F.dropout2d: _feature_dropout,
     F.dropout3d: _feature_dropout,
+    torch.feature_dropout: _by_train(_feature_dropout),
     F.alpha_dropout: _alpha_dropout,
+    torch.alpha_dropout: _by_train(_alpha_dropout),
     F.feature_alpha_dropout: _feature_alpha_dropout,
+    torch.feature_alpha_dropout: _by_train(_feature_alpha_dropout),
     F.rrelu: _rrelu,
+    F.rrelu_: _rrelu_,
+    torch.rrelu: _rrelu,
     F.gumbel_softmax: _gumbel_softmax,
     F.scaled_dot_product_attention: attention,
     F.multi_head_attention_forward: multi_head_attention,

@@ -8,29 +8,30 @@ micro-batch as its first dimension: dropout in all its forms, also inside attent
 `normal`, `bernoulli`, `multinomial`, `exponential_` and their like, and so for what `torch.distributions` makes of
 them. A single number of `rand` or `randn`, such as what drops a layer, is the same for all samples of a step.
 
-Anything else (`randperm`, Poisson and gamma variates, the dropout inside `nn.LSTM`, Python's `random`, numpy) draws
-from its own generator, which is seeded for each micro-batch: the numbers differ on every rank and in every micro-batch,
-and are the same when a run is repeated or resumed on as many ranks.
+Anything else (`randperm`, Poisson and gamma variates, the dropout inside `nn.LSTM`, Python's `random`, numpy, a
+generator that the model keeps) draws from its own generator, which is seeded for each micro-batch: the numbers differ
+on every rank and in every micro-batch, and are the same when a run is repeated or resumed on as many ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hvdtrain.models.private_torch import function_modes, is_freshly_seeded
+from hvdtrain.data.own_generators import Generator
+from hvdtrain.models.kept import KeptBuffers, buffer_places
+from hvdtrain.models.private_torch import function_modes
 from hvdtrain.trainer.compiled_draws import OPERATORS, compiled_keys
 from hvdtrain.trainer.random_functions import FUNCTIONS
 from hvdtrain.trainer.random_layers import LAYERS
 from hvdtrain.trainer.random_words import GOLDEN, mix64, words
+from hvdtrain.trainer.seeding import Generators
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -181,21 +182,30 @@ def one_by_one(count: int) -> Iterator[int]:
 class MicroBatchRandomness:
     """Puts `SampleRandomness` around micro-batches, if they draw any random numbers: it slows small models down.
 
-    The first micro-batch shows whether they do. If a later one begins to, its forward pass is computed again.
+    The first micro-batch shows whether they do. If a later one begins to, its forward pass is computed once more.
 
     Args:
         device: of the model.
         is_observed: find out what is drawn; slower.
-        compiled: the model, if it or a part of it is compiled: then it is taken to draw nothing until it does, since a
-            function mode would cut the first compilation to pieces, and all would be compiled anew for the second.
+        model: whose buffers a pass may change; None: it changes none.
+        is_compiled: it or a part of it is: then it is taken to draw nothing until it does, since a function mode would
+            cut the first compilation to pieces, and all would be compiled anew for the second.
+        own: generators that the model or its loss keeps.
     """
 
-    def __init__(self, device: torch.device, is_observed: bool = False, compiled: nn.Module | None = None) -> None:
-        self._generators = {"torch": torch.default_generator}
-        if device.type == "cuda":
-            self._generators["torch on the GPU"] = torch.cuda.default_generators[device.index or 0]
-        self._is_needed: bool | None = None if compiled is None else False
-        self._compiled = compiled
+    def __init__(
+        self,
+        device: torch.device,
+        is_observed: bool = False,
+        model: nn.Module | None = None,
+        is_compiled: bool = False,
+        own: Sequence[Generator] = (),
+    ) -> None:
+        self.generators = Generators(device, own)
+        self._is_needed: bool | None = False if is_compiled else None
+        self._model = model
+        self._kept: KeptBuffers | None = None
+        """The buffers that a pass may change; None before the first one."""
         self._mode: SampleRandomness | None = None
         self.is_observed = is_observed
         self.is_by_sample = False
@@ -217,25 +227,52 @@ class MicroBatchRandomness:
         if self._is_needed is False and not self.is_observed:
             kept = self._kept_buffers()
             result = forward()
+            self._note_buffers(kept)
             if self._is_untouched(seed):
                 backward(result)
                 return result
             self._seed(seed)
-            for buffer, value in kept:
-                buffer.copy_(value)
+            kept.put_back()
         self._mode = mode = SampleRandomness(positions, _seed_of(*place))
         mode.own_draws = self.own_draws if self.is_observed else None
+        kept = self._kept_buffers() if self._is_needed is None else KeptBuffers([])
         with mode:
             result = forward()
             self._is_needed = not self._is_untouched(seed)
+            self._note_buffers(kept)
             self._note(mode, seed)
             backward(result)
         return result
 
-    def _kept_buffers(self) -> list[tuple[Tensor, Tensor]]:
-        """Return a compiled model's buffers and what they hold, the first time: a pass that is repeated counts once."""
-        model, self._compiled = self._compiled, None
-        return [] if model is None else [(buffer, buffer.clone()) for buffer in model.buffers()]
+    @contextlib.contextmanager
+    def observed(self, is_first: bool, say: Callable[[str], None]) -> Iterator[None]:
+        """Find out what the first micro-batch draws, and say what of it belongs to no sample."""
+        if not is_first or self.is_observed or self._is_needed is False:  # a compiled model would be cut to pieces
+            yield
+            return
+        self.is_observed = True
+        try:
+            yield
+        finally:
+            self.is_observed = False
+        if self.by_micro_batch:
+            say(
+                f"random:     numbers from {', '.join(sorted(self.by_micro_batch))} belong to micro-batches, not to"
+                " samples: others on another number of ranks (verify RECIPE says more)"
+            )
+
+    def _kept_buffers(self) -> KeptBuffers:
+        """Return what a pass may change, in the first all buffers: one that is repeated counts once."""
+        if self._kept is None:
+            return KeptBuffers(buffer_places(self._model) if self._model is not None else [])
+        self._kept.take()
+        return self._kept
+
+    def _note_buffers(self, kept: KeptBuffers) -> None:
+        """Note, after the first pass, what is kept in later ones: what it has changed, and what is saved of a model."""
+        if self._kept is None and self._model is not None:
+            saved = buffer_places(self._model, is_saved=True)
+            self._kept = KeptBuffers([*saved, *(place for place in kept.changed() if place not in saved)])
 
     def apart(self, function: Callable[[A], T], argument: A) -> T:
         """Call a function within a micro-batch, and let it draw what it likes: the micro-batch draws the same after it.
@@ -246,34 +283,16 @@ class MicroBatchRandomness:
             return function(argument)
 
     def _seed(self, seed: int) -> None:
-        """Seed the generators (`torch.manual_seed` takes 0.2 ms)."""
-        for generator in self._generators.values():
-            generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        self.generators.seed(seed)
 
     def _is_untouched(self, seed: int) -> bool:
-        """Return whether nothing has drawn from torch's generators since they were given this seed."""
-        return all(is_freshly_seeded(generator, seed) for generator in self._generators.values())
+        return self.generators.is_untouched(seed)
 
     def _note(self, mode: SampleRandomness, seed: int) -> None:
-        """Note what a forward pass has drawn from: of torch's generator on the CPU, more than what marks draws."""
-        if not self.is_observed:
-            return
-        expected = torch.Generator().manual_seed(seed)
-        for _ in range(mode.num_draws):
-            torch.randint(2**62, (), generator=expected)
-        self.is_by_sample |= mode.num_draws > 0
-        if not torch.default_generator.get_state().equal(expected.get_state()):
-            self.by_micro_batch.add("torch")
-        on_gpu = {name: generator for name, generator in self._generators.items() if name != "torch"}
-        self.by_micro_batch |= {name for name, own in on_gpu.items() if not is_freshly_seeded(own, seed)}
-        if random.getstate() != random.Random(seed).getstate():
-            self.by_micro_batch.add("Python")
-        fresh = np.random.RandomState(seed % 2**32).get_state(legacy=False)
-        now = np.random.get_state(legacy=False)
-        if str(now) != str(fresh) or (now["state"]["key"] != fresh["state"]["key"]).any():
-            self.by_micro_batch.add("numpy")
+        """Note what a forward pass has drawn from."""
+        if self.is_observed:
+            self.is_by_sample |= mode.num_draws > 0
+            self.by_micro_batch |= self.generators.drawn_from(seed, mode.num_draws)
 
 
 def _seed_of(*place: object) -> int:

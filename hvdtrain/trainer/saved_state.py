@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from hvdtrain.data.fingerprint import Print
-from hvdtrain.models.weights import extra_state, load_model_weights
+from hvdtrain.errors import ConfigError
+from hvdtrain.models.weights import extra_state, load_model_weights, shapes_of
 from hvdtrain.settings import to_dict
 from hvdtrain.trainer.component import Component, nested_tensors
 from hvdtrain.trainer.fits import check_fits
@@ -90,6 +91,29 @@ def own_states(training: Training) -> dict[str, Any]:
     """Return this rank's states of components that differ between ranks and have any, by name."""
     states = {item.name: item.state_dict() for item in training.components if not item.is_replicated}
     return {name: state for name, state in states.items() if state}
+
+
+def check_storable(training: Training) -> None:
+    """Make sure, after a first step, that a checkpoint can hold what that has left: before it, there may be none.
+
+    Raises:
+        ConfigError: it cannot; says what it is of.
+    """
+    for name, shape in shapes_of(training.model).items():
+        before = training.shapes.get(name)
+        if before != shape:
+            was = "was not there" if before is None else f"was {before}"
+            raise ConfigError(
+                f"{name} of the model is {shape} after the first step, and {was} before: a run could not go on, as it"
+                " begins with what build() makes. Register it there in its full shape, or leave it out of the state"
+                " (persistent=False)"
+            )
+    storable(extra_state(training.model), "the model's state_dict()")
+    for entries in training.optimizer.state.values():
+        storable(dict(entries), "the optimizer's state")
+    for component in training.components:
+        if not type(component).__module__.startswith("hvdtrain."):
+            storable(component.state_dict(), f"the state of '{component.name}'")
 
 
 def read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str, Any] | None:

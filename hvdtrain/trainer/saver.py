@@ -20,6 +20,7 @@ from torch import Tensor
 from hvdtrain.errors import CheckpointError
 from hvdtrain.models.weights import model_weights, parameter_names
 from hvdtrain.rundir.checkpoints import Checkpoints
+from hvdtrain.rundir.directory import Whereabouts
 from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.rundir.parts import Receipt, Receipts, leave_failure, leave_mark, remove_mark, seen_marks, write_part
 from hvdtrain.rundir.retention import Retention
@@ -56,6 +57,7 @@ class Saver:
         self._receipt: Receipt | None = None
         """This rank's for its part of that save, once it is written; rank 0 takes its own by itself."""
         self._receipts: Receipts | None = None
+        self._whereabouts = Whereabouts(job.run)
         is_gpu = job.world.device.type == "cuda"
         self._snapshot = Snapshot(job.world.device) if is_gpu else None
 
@@ -265,7 +267,9 @@ class Saver:
         self._error = None
         try:
             self._arrive()
+            self._whereabouts.warn(self._job.log.say)
             self._job.run.checkpoints.save(**arguments)
+            self._whereabouts.note()
         except BaseException as error:  # of any type, sys.exit() too: a thread's exceptions are seen by nobody else
             self._fail(str(error) if isinstance(error, CheckpointError) else f"a save failed: {error!r}")
 

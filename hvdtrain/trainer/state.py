@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hvdtrain.data.fingerprint import Print
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
+from hvdtrain.data.own_generators import generators_in
 from hvdtrain.models.compilation import is_compiled
-from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights
+from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights, shapes_of
 from hvdtrain.optim.orthogonal import multiply_in_bf16
 from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
@@ -27,6 +28,7 @@ from hvdtrain.trainer.odd_state import in_a_sentence
 from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.rank_figures import RankFigures
+from hvdtrain.trainer.rates import GroupRates
 from hvdtrain.trainer.same_data import compare_data
 from hvdtrain.trainer.saved_state import handed_out, read_latest, restore
 from hvdtrain.trainer.snapshot import Snapshot
@@ -45,6 +47,8 @@ class Training:
     """On its device, in its type."""
     optimizer: WrappedOptimizer
     """Over the model's trainable parameters; its gradients are averaged as the strategy has it."""
+    rates: GroupRates
+    """Sets the learning rates of its groups."""
     components: list[Component]
     """In the order in which they are called."""
     strategy: Strategy
@@ -63,6 +67,8 @@ class Training:
     """Optimizer steps completed."""
     is_unchecked: bool = False
     """The recipe's contract is still to be checked in this process, on the first micro-batch of a step."""
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the tensors of the model's `state_dict()` before the first step of this start, by name."""
     weights_rest: bool = False
     """The model's forward pass is known to leave its weights alone."""
     being_copied: Snapshot | None = None
@@ -193,12 +199,19 @@ def start_training(job: Job) -> Training:
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
     components = build_components(job)
     in_step = has_synchronized_layers(model)
+    optimizer, rates = world.together(lambda: _optimizer(job, model, components), "optimizer")
     training = Training(
         model=model,
-        optimizer=world.together(lambda: _optimizer(job, model, components), "optimizer"),
+        optimizer=optimizer,
+        rates=rates,
         components=components,
         strategy=job.strategy,
-        randomness=MicroBatchRandomness(world.device, compiled=model if is_compiled(model) else None),
+        randomness=MicroBatchRandomness(
+            world.device,
+            model=model,
+            is_compiled=is_compiled(model),
+            own=generators_in((model, job.task.loss_sums)),
+        ),
         reader=Loader(
             job.task.train_data,
             job.order,
@@ -242,11 +255,12 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
             with in_a_sentence(job):
                 restore(job, component, state["components"])
     check_can_be_saved(training.model)
+    training.shapes = shapes_of(training.model)
     storable(extra_state(training.model), "the model's state_dict()")
     storable(training.optimizer.state_dict(), "the optimizer's state")
 
 
-def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> WrappedOptimizer:
+def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> tuple[WrappedOptimizer, GroupRates]:
     comm = job.config.comm
     options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
     options["bucket_bytes"] = comm.bucket_mib << 20
@@ -255,9 +269,10 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> Wrapp
     for component in components:
         options.update(component.wrap_options)
     optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
+    rates = GroupRates(job, optimizer)
     if product_type(job.config.train.precision) == torch.bfloat16:
         multiply_in_bf16(optimizer)
-    return job.strategy.wrap(job.world, optimizer, model, **options)
+    return job.strategy.wrap(job.world, optimizer, model, **options), rates
 
 
 def _restore_optimizer(job: Job, training: Training, state: Any) -> None:

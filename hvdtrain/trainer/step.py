@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.readers import read_samples
+from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import run_backward
 from hvdtrain.settings import Precision
 from hvdtrain.trainer.component import Step, Totals
 from hvdtrain.trainer.contract import first_batch
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import own_type, type_as
+from hvdtrain.trainer.saved_state import check_storable
 from hvdtrain.trainer.state import Training
 from hvdtrain.trainer.task import Batch
 from hvdtrain.trainer.update import update
@@ -49,13 +51,16 @@ def train_step(job: Job, training: Training) -> None:
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
     is_checked = training.is_unchecked and _all_ranks_read(job, training)
     for place, positions in enumerate(micro_batches):
-        part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
+        with training.randomness.observed(is_checked and place == 0, job.log.say):
+            part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
         totals = added(totals, part)
     training.optimizer.synchronize()
     step = Step(number + 1, totals, num_targets, samples.numel())
     training.after_backward(step)
     world.progress.enter("update")
     update(job, training, step)
+    if is_checked:
+        world.together(lambda: check_storable(training), "contract.state")
     world.progress.enter("between steps")
 
 
@@ -84,15 +89,21 @@ def _micro_batch(
     read = partial(training.reader.read, training.step, place)
     batch = _checked_batch(job, training, positions, read) if is_checked else read()
 
+    samples = job.order.global_batch(training.step)[positions] if task.reduction == "mean" else positions
+
     def forward() -> dict[str, Tensor]:
         values = forward_batch(job, training.model, batch)
-        if task.reduction == "sum":
-            return values
-        samples = job.order.global_batch(training.step)[positions]
-        return as_sums(values, task.reduction, task.train_data, samples)
+        return values if task.reduction == "sum" else as_sums(values, task.reduction, task.train_data, samples)
 
     def backward(sums: dict[str, Tensor]) -> None:
         world.progress.enter("backward")
+        if task.reduction == "mean" and not training.runs_in_step and not count_targets(task.train_data, samples):
+            return  # the mean over nothing is nan, and so are its gradients
+        if not sums["loss"].requires_grad:
+            raise ConfigError(
+                f"the 'loss' that loss_sums returned in step {training.step + 1} does not depend on the weights: where"
+                " there is nothing to learn from a micro-batch, return 0 times what the model has computed"
+            )
         # The ranks' gradients are averaged, the loss is a sum: hence the number of ranks. Adding 0 x loss makes the
         # gradient of a loss that is not finite not finite either, which all ranks then see in the average. A batch
         # without targets has a gradient of zeros.
@@ -123,10 +134,14 @@ def _checked_batch(job: Job, training: Training, positions: Tensor, read: Callab
     forward = partial(training.randomness.apart, partial(forward_batch, job, training.model))
     if job.world.reads_at_once:
         return first_batch(job, training.model, samples, read, forward)
-    before = _digest(training.model)
-    batch = first_batch(job, training.model, samples, read, forward)
-    training.weights_rest = before.equal(_digest(training.model))
-    return batch
+    before, training.weights_rest = _digest(training.model), True
+
+    def observed(batch: Batch) -> dict[str, Tensor]:
+        values = forward(batch)
+        training.weights_rest &= before.equal(_digest(training.model))  # now: afterwards all is put back
+        return values
+
+    return first_batch(job, training.model, samples, read, observed)
 
 
 def _digest(model: nn.Module) -> Tensor:

@@ -69,26 +69,48 @@ def _check_takes(where: str, function: Any, kind: str) -> None:
         raise ConfigError(f"{where} is called with {takes}, and {written} takes others: write a function of these")
 
 
-def _data_of(task: Task, name: str) -> Any:
-    """Return users' data as `Dataset`s; an error names the field that holds it."""
+def _adapt(part: Any, names: tuple[str, ...]) -> None:
+    """Have fields hold users' data as `Dataset`s, in a task or a part of one that is being made.
+
+    Raises:
+        DataError: data that cannot be read, or a `collate` that nothing would call; names the field.
+    """
+    kind, given = type(part).__name__, [getattr(part, name) for name in names]
+    for name in names:
+        object.__setattr__(part, name, _data_of(part, name))
+    if part.collate is not None and all(getattr(part, name) is data for name, data in zip(names, given, strict=True)):
+        raise DataError(
+            f"{kind}(collate=...) would never be called: {type(given[0]).__name__} makes its batches itself, by a"
+            " method batch; leave collate out, or give the samples one by one (__getitem__ and __len__)"
+        )
+    object.__setattr__(part, "collate", None)
+
+
+def _data_of(part: Any, name: str) -> Any:
+    """Return users' data as a `Dataset`; an error names the field that holds it."""
     from hvdtrain.data.users import as_dataset  # a recipe's settings are read before torch is there
 
-    data = getattr(task, name)
+    data, kind = getattr(part, name), type(part).__name__
     if data is None:
         raise DataError(
-            f"Task({name}=None): there is no data; who has none to hold out keeps a part of the rest, as by"
+            f"{kind}({name}=None): there is no data; who has none to hold out keeps a part of the rest, as by"
             " torch.utils.data.random_split"
         )
     try:
-        return as_dataset(data, task.collate)
+        return as_dataset(data, part.collate)
     except DataError as error:
-        raise DataError(f"Task({name}=...): {error}") from error
+        raise DataError(f"{kind}({name}=...): {error}") from error
 
 
 def _check_model(model: Any) -> None:
     from torch import nn
 
+    from hvdtrain.models.walk import first_lazy
+
     if isinstance(model, nn.Module):
+        lazy = first_lazy(model)
+        if lazy:
+            raise ConfigError(f"Task(model=...): {lazy} has no shape yet: run the model once, on one batch, in build()")
         return
     if isinstance(model, type):
         raise ConfigError(f"Task(model=...) holds a class: make an object, {model.__name__}(...)")
@@ -108,13 +130,13 @@ class Evaluation:
     metrics: tuple[str, ...]
     reduction: Literal["sum", "mean"] = "sum"
     """As `Task.reduction`."""
+    collate: Callable[[list[Any]], Any] | None = None
+    """As `Task.collate`, which is for `train_data` and `val_data` alone."""
 
     def __post_init__(self) -> None:
         """Adapt users' own data sets."""
-        from hvdtrain.data.users import as_dataset
-
         _check_kinds(self)
-        object.__setattr__(self, "data", as_dataset(self.data))
+        _adapt(self, ("data",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +158,13 @@ class CorpusEvaluation:
     """Returns the figures by name, given the answers to all samples of `data` in their order. Called on rank 0."""
     metrics: tuple[str, ...]
     """Names of the figures that `score` returns."""
+    collate: Callable[[list[Any]], Any] | None = None
+    """As `Task.collate`, which is for `train_data` and `val_data` alone."""
 
     def __post_init__(self) -> None:
         """Adapt users' own data sets."""
-        from hvdtrain.data.users import as_dataset
-
         _check_kinds(self)
-        object.__setattr__(self, "data", as_dataset(self.data))
+        _adapt(self, ("data",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +237,7 @@ class Task:
 
         _check_kinds(self)
         check_kind(self.sampler)
-        for name in ("train_data", "val_data"):  # frozen for whoever has a task; this is its making
-            object.__setattr__(self, name, _data_of(self, name))
-        object.__setattr__(self, "collate", None)
+        _adapt(self, ("train_data", "val_data"))
         if getattr(self.val_data, "is_endless", False):
             raise DataError("the held-out stream must say how many samples it has: give it a method __len__")
 
@@ -241,3 +261,25 @@ class Recipe(Config):
             UsageError: what they name cannot be read.
         """
         return self
+
+
+def build_task(recipe: Recipe, say: Callable[[str], None]) -> Task:
+    """Return the task that a recipe builds, alike on every rank and at every start.
+
+    What `build` draws without a seed of its own is that of `--train.seed`. The caller's generators stay as they are.
+
+    Raises:
+        UsageError: data is missing, or settings do not fit it.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    from hvdtrain.data.draws import kept_random_state
+
+    with kept_random_state():
+        torch.manual_seed(recipe.train.seed)
+        np.random.seed(recipe.train.seed % 2**32)
+        random.seed(recipe.train.seed)
+        return recipe.build(say)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
@@ -122,4 +122,4 @@ class Timeline(Component):
                 temporary.write_text(text)
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._job.log.say(f"WARNING: {file} cannot be written ({error.strerror}): the timeline is lost")
+                self._job.log.say(f"WARNING: {file} cannot be written ({reason_of(error)}): the timeline is lost")

@@ -33,8 +33,7 @@ def update(job: Job, training: Training, step: Step) -> None:
     step.grad_norm = _clip(job, training)
     factor = math.prod((component.lr_factor() for component in training.acting("lr_factor")), start=job.lr_factor)
     rate = learning_rate(job.config.optim, training.step, job.num_steps) * factor
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    training.rates.set(optimizer, rate)
     step.is_finite = training.strategy.agree(job.world, _counts(step, at_once))
     if can_skip_by_itself(optimizer) and not at_once:
         with skipping_where(optimizer, ~step.is_finite):

@@ -66,7 +66,7 @@ class MetricWindow(Component):
         if num_targets:
             metrics = {f"train/{name}": total / num_targets for name, total in zip(self._names, sums, strict=True)}
         self.loss = metrics.get("train/loss", math.nan)
-        metrics["train/lr"] = training.optimizer.param_groups[0]["lr"]
+        metrics["train/lr"] = training.rates.rate
         if self._last is not None:
             metrics["train/grad_norm"] = float(self._last.grad_norm)
         self._set(torch.zeros_like(self._on_device))

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, reason_of
+from hvdtrain.process.run_files import CHECKPOINTS
 from hvdtrain.rundir.directory import RunDirectory
+from hvdtrain.rundir.manifest import MANIFEST, STATE
 from hvdtrain.rundir.trained import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Trained, open_trained
 from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.loading import loading_of
@@ -24,6 +27,9 @@ from hvdtrain.verbs.options import ExportOptions
 from hvdtrain.verbs.programs import further_files
 
 _WEIGHTS = "model.safetensors"
+_OF_EXPORTS = {"config.json", _WEIGHTS, ADAPTER_WEIGHTS}
+_OF_CHECKPOINTS = {MANIFEST, STATE, CHECKPOINTS}
+"""Names of which an export has none."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,7 @@ class Names:
 def export(options: ExportOptions) -> int:
     """Answer `export RUN_DIR`; returns the exit code."""
     output = options.output or RunDirectory(options.run_dir).export
-    if output.exists() and any(output.iterdir()):
-        if not options.overwrite:
-            raise ConfigError(f"{output} is not empty: choose another --output, or give --overwrite")
-        if not any((output / name).exists() for name in ("config.json", _WEIGHTS, ADAPTER_WEIGHTS)):
-            raise ConfigError(f"{output} is no earlier export, and is left as it is: choose another --output")
+    _check_output(output, options)
     trained = open_trained(options.run_dir, options.checkpoint)
     weights, names = _weights_of(trained, options.merged)
     if options.dtype != "as-trained":
@@ -52,8 +54,8 @@ def export(options: ExportOptions) -> int:
     further = further_files(how, weights, options)
     try:
         num_bytes = write_model(trained.folder, weights, output, how.note, further, names)
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:  # which safetensors raises where a disk is full
+        raise ConfigError(f"{output} cannot be written: {reason_of(error)}") from error
     count = sum(tensor.numel() for tensor in weights.values())
     if trained.about:
         sys.stdout.write(f"{trained.about}\n")
@@ -62,6 +64,28 @@ def export(options: ExportOptions) -> int:
         f"to {output}: {how.hint.format(output=str(output))}\n"
     )
     return 0
+
+
+def _check_output(output: Path, options: ExportOptions) -> None:
+    """Raise ConfigError where an export would take the place of something else than an earlier one."""
+    if output.is_symlink() and not output.exists():
+        raise ConfigError(f"{output} is a link to something that is not there: choose another --output")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConfigError(f"{output} is no directory: choose another --output, or move it away")
+    place, run = output.resolve(), options.run_dir.resolve()
+    if Path.cwd().is_relative_to(place) or run.is_relative_to(place):
+        raise ConfigError(f"{output} would be replaced as a whole, with what lies in it: name a new --output")
+    try:
+        held = {path.name for path in place.iterdir()}
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be read ({reason_of(error)}): choose another --output") from error
+    if held and not options.overwrite:
+        raise ConfigError(f"{output} is not empty: choose another --output, or give --overwrite")
+    is_of_run = any(place.is_relative_to(run / name) for name in (CHECKPOINTS, "model", "logs"))
+    if held and (is_of_run or held & _OF_CHECKPOINTS or not held & _OF_EXPORTS):
+        raise ConfigError(f"{output} is no earlier export, and is left as it is: choose another --output")
 
 
 def _weights_of(trained: Trained, is_merged: bool) -> tuple[dict[str, Tensor], Names]:
@@ -124,7 +148,9 @@ def write_model(
         OSError: it cannot be written; what was there before is still there.
     """
     names = names or Names()
+    output = output.resolve()  # a link stays, and leads to what is new
     temporary = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         for path in files.iterdir() if files.is_dir() else ():
@@ -145,13 +171,25 @@ def write_model(
         for path in temporary.iterdir():  # safetensors makes files that only their owner can read
             if path.is_file():
                 path.chmod(0o666 & ~umask)
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
+        _replace(output, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return num_bytes
+
+
+def _replace(output: Path, new: Path) -> None:
+    """Put a new export in the place of an earlier one, which stays where that fails."""
+    before = output.with_name(f".{output.name}.before-{os.getpid()}")
+    if output.exists():
+        output.rename(before)
+    try:
+        new.rename(output)
+    except OSError:
+        if before.exists():
+            before.rename(output)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _write_config(files: Path, weights: dict[str, Tensor], folder: Path) -> None:

@@ -17,6 +17,7 @@ from hvdtrain.models.interchange import Shape, read_shape
 from hvdtrain.models.sampling import Sampling, sample
 from hvdtrain.recipes.image_models import MODEL_TYPE
 from hvdtrain.rundir.trained import Trained, open_trained
+from hvdtrain.verbs.kit import standard_input
 from hvdtrain.verbs.loading import CTC, SEQ2SEQ, auto_class_of
 from hvdtrain.verbs.options import GenerateOptions
 from hvdtrain.verbs.transcribe import transcribe_file
@@ -258,7 +259,7 @@ class Continuation:
 
 
 def _standard_input() -> str:
-    return "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+    return "" if sys.stdin is None or sys.stdin.isatty() else standard_input().removesuffix("\n")
 
 
 def _write(file: TextIO, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvdtrain import __version__
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DataError, reason_of
 
 WIDTH = 116
 """Columns of an answer; longer lines are wrapped."""
@@ -94,6 +95,27 @@ def in_brackets(values: tuple[float, float, float]) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def standard_input() -> str:
+    """Return the text of standard input, in the terminal's encoding; a byte order mark is left out.
+
+    Raises:
+        DataError: it is something else, or cannot be read.
+    """
+    if sys.stdin is None:
+        return ""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # in the C locale Python lets anything pass
+        sys.stdin.reconfigure(errors="strict")
+    try:
+        return sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is no {sys.stdin.encoding.upper()} text (byte {error.start:,}): convert it before, as with"
+            " iconv"
+        ) from error
+    except OSError as error:
+        raise DataError(f"standard input cannot be read: {reason_of(error)}") from error
+
+
 def check_json_path(path: Path | None) -> None:
     """Make the folder of a `--json` file, before minutes go into measuring what could not be written.
 
@@ -105,7 +127,7 @@ def check_json_path(path: Path | None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path, error.strerror) from error
+        raise _unwritable(path, reason_of(error)) from error
     if path.is_dir():
         raise _unwritable(path, "it is a directory")
 
@@ -122,8 +144,8 @@ def write_json(path: Path | None, values: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=2) + "\n")
     except OSError as error:
-        raise _unwritable(path, error.strerror) from error
+        raise _unwritable(path, reason_of(error)) from error
 
 
-def _unwritable(path: Path, why: str | None) -> ConfigError:
+def _unwritable(path: Path, why: str) -> ConfigError:
     return ConfigError(f"--json {path} cannot be written ({why}): name a file in a folder of yours")

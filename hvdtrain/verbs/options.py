@@ -118,6 +118,8 @@ class SweepOptions(RecipeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.sweep__metric.strip():
+            raise ConfigError("--sweep.metric is empty: name a metric of evaluations, such as val/loss")
         if self.sweep__random and self.sweep__optuna:
             raise ConfigError("give --sweep.random or --sweep.optuna, not both")
         if self.np > 1 and self.launcher:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, UsageError
+from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, UsageError, reason_of
+from hvdtrain.process.working_directory import is_gone
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.given import apply, changeable, in_sections, read_toml
 from hvdtrain.rundir.directory import RunDirectory
@@ -28,6 +29,7 @@ from hvdtrain.trainer import Job, Recipe, Task, fit, settle
 from hvdtrain.trainer.fakes import without_storage
 from hvdtrain.trainer.memory import Memory, check_fits, estimate
 from hvdtrain.trainer.precision import settle_precision
+from hvdtrain.trainer.task import build_task
 from hvdtrain.verbs.greeting import details, greeting
 from hvdtrain.verbs.options import TrainOptions
 from hvdtrain.verbs.report.sink import ReportSink, can_report
@@ -135,10 +137,12 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
     console = Console(world.launch.launcher == "none" and sys.stdout.isatty()) if world.rank == 0 else None
     if request.dry_run:
         return _dry_run(request, world, MetricLog(console, []))
-    task = world.together(lambda: request.recipe.build(MetricLog(console, []).say), "build")
-    claim = world.together(lambda: _claim(request) if world.rank == 0 else None, "claim")
+    # A recipe's code may go elsewhere, and a relative directory would follow it in mid-run.
+    here = Path() if is_gone() else Path.cwd()
+    task = world.together(lambda: build_task(request.recipe, MetricLog(console, []).say), "build")
+    claim = world.together(lambda: _claim(request, here) if world.rank == 0 else None, "claim")
     try:
-        run = RunDirectory(world.broadcast_object(claim.folder if claim else None, "run_dir"))
+        run = RunDirectory(here / world.broadcast_object(_below(here, claim.folder) if claim else None, "run_dir"))
         return _train(request, task, world, run, console, heartbeat, unwatched)
     except UsageError:
         if claim:
@@ -149,10 +153,15 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
             claim.release()
 
 
-def _claim(request: Request) -> Claim:
+def _claim(request: Request, here: Path) -> Claim:
     if request.run_dir:
-        return RunDirectory(request.run_dir).claim()
-    return RunDirectory.new(request.name).claim_new()
+        return RunDirectory(here / request.run_dir).claim()
+    return RunDirectory(here / RunDirectory.new(request.name).path).claim_new()
+
+
+def _below(here: Path, folder: Path) -> Path:
+    """Return a directory as seen from `here`, if it lies below: another host may call `here` otherwise."""
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _agree(request: Request, world: World) -> RunDirectory:
@@ -174,7 +183,7 @@ def _settle(request: Request, task: Task, world: World, run: RunDirectory, log: 
 def _dry_run(request: Request, world: World, log: MetricLog) -> TrainResult:
     """Say what would be trained; nothing is written, and no weights take memory. Collective."""
     with without_storage():
-        task = world.together(lambda: request.recipe.build(log.say), "build")
+        task = world.together(lambda: build_task(request.recipe, log.say), "build")
     run = _agree(request, world)
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
     job = _settle(request, task, world, run, log)
@@ -252,7 +261,7 @@ def _open_log(path: Path) -> logging.Handler:
     try:
         return open_rank_log(path)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another --run-dir") from error
+        raise ConfigError(f"{path} cannot be written ({reason_of(error)}): choose another --run-dir") from error
 
 
 def _warn_of(unwatched: list[int], log: MetricLog) -> None:

@@ -7,6 +7,7 @@ import time
 
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.rundir.trained import Trained
+from hvdtrain.verbs.kit import standard_input
 from hvdtrain.verbs.options import GenerateOptions
 
 _BATCH, _BEAMS = 32, 4
@@ -51,7 +52,7 @@ def _texts(options: GenerateOptions) -> list[str]:
     elif sys.stdin is None or sys.stdin.isatty():
         raise ConfigError("there is nothing to translate: give --file, --prompt, or texts by standard input")
     else:
-        whole = sys.stdin.read()
+        whole = standard_input()
     return [line.strip() for line in whole.removesuffix("\n").split("\n")] if whole else []
 
 

@@ -24,6 +24,7 @@ from hvdtrain.world.question import Question
 from hvdtrain.world.sharded import Sharding
 from hvdtrain.world.sparse_rows import sparse_parameters
 from hvdtrain.world.step_hooks import hang_on_step
+from hvdtrain.world.wrappable import check_can_be_wrapped
 
 if TYPE_CHECKING:
     from hvdtrain.world.layout import Travelling
@@ -233,15 +234,9 @@ def wrap_optimizer(
     way `step` is called, by the user, a scheduler's wrapper or a scaler, it averages, and step hooks run once.
 
     Raises:
-        ConfigError: it is wrapped already, or only stands around another one, or the squared norms cannot be had here.
+        ConfigError: it is wrapped already, or none that can be, or the squared norms cannot be had here.
     """
-    if isinstance(optimizer, WrappedOptimizer):
-        raise ConfigError("this optimizer is wrapped already: wrap() changes the optimizer that it is given")
-    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        raise ConfigError(
-            f"{type(optimizer).__name__} is no whole torch optimizer: it has not called torch.optim.Optimizer.__init__."
-            " Wrap the optimizer that is inside it, before it is made"
-        )
+    check_can_be_wrapped(optimizer, WrappedOptimizer)
     sparse = sparse_parameters(model)
     if averaging.has_square and sparse:
         raise ConfigError(_NO_SQUARE)

@@ -24,12 +24,15 @@ FIRST_BUCKET_BYTES = 1 << 20
 _LEAST_SHARE = 400
 
 
-def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+def in_buckets(
+    parameters: Sequence[nn.Parameter], bucket_bytes: int, in_parts: bool = True
+) -> list[list[nn.Parameter]]:
     """Split parameters into buckets of one type and device, in the reverse of the order that they are given in.
 
     Of the model's order, that is about the one in which backward finishes them. The same on every rank.
 
-    The last bucket is cut once more, so that little is left to send when backward is over.
+    The first bucket is a small one, to leave soon, and the last one is cut once more, so that little is left to send
+    when backward is over; where `in_parts` is False the first is one with the next, and the last whole.
     """
     buckets: list[list[nn.Parameter]] = []
     room, filled = min(FIRST_BUCKET_BYTES, bucket_bytes), 0
@@ -42,7 +45,11 @@ def in_buckets(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[li
         buckets[-1].append(parameter)
         room -= parameter.nbytes
         filled += parameter.nbytes
-    return [*buckets[:-1], *_tapered(buckets[-1])] if buckets else []
+    if in_parts:
+        return [*buckets[:-1], *_tapered(buckets[-1])] if buckets else []
+    if len(buckets) > 1 and form_of(buckets[0][0])[:2] == form_of(buckets[1][0])[:2]:
+        return [buckets[0] + buckets[1], *buckets[2:]]
+    return buckets
 
 
 def _tapered(bucket: list[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import UsageError
+
+_log = logging.getLogger("hvdtrain")
+_said: set[str] = set()
+"""Kinds of collectives of which it was said that gradients end there."""
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -100,6 +105,22 @@ def check_tensor(value: Any, name: str) -> None:
         raise UsageError(f"'{name}' is a {what} tensor, which cannot travel between ranks: keep it dense, .to_dense()")
     if value.is_meta:
         raise UsageError(f"'{name}' is on torch's device meta, and has no numbers: move it, as by .to_empty()")
+
+
+def say_where_gradients_end(tensor: Tensor, kind: str, compat: str, rank: int) -> None:
+    """Warn once, on rank 0, of a tensor through which the user's loss is to be differentiated: it ends here.
+
+    A single number is left alone: it is a loss to be shown. So are weights themselves.
+    """
+    if rank or kind in _said or tensor.grad_fn is None or not torch.is_grad_enabled() or tensor.numel() <= 1:
+        return
+    _said.add(kind)
+    _log.warning(
+        "no gradient flows through World.%s(): what it returns is a constant for the loss. Give .detach() if that is"
+        " meant; hvdtrain.compat.horovod.%s() lets gradients through",
+        kind,
+        compat,
+    )
 
 
 def check_rank(root: Any, size: int) -> None:

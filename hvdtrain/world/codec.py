@@ -32,6 +32,9 @@ class Codec(ABC):
     """What lies in a part behind the tensors that `lay_out` has named is added as it is: counts can travel there."""
     is_approximate: bool = False
     """The mean of a step may be far off: what it leaves out is remembered, and comes in later steps."""
+    gains_by_parts: bool = True
+    """Bytes are most of what a bucket takes: what backward finishes last then leaves in ever smaller parts. Not where
+    few bytes are left, and each part waits for a network once or twice."""
     native_types: Collection[torch.dtype] = ()
     """Types of gradients that are sent undivided as they are, past `start`, where the world averages them as exactly as
     this codec does. Not inherited by a class that encodes, decodes or sends in a way of its own."""

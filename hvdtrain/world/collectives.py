@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import UsageError
 from hvdtrain.process.progress import Progress
-from hvdtrain.world.carriers import ReduceOp, bits_of, check_rank, check_tensor, for_reduction, number_of
+from hvdtrain.world.carriers import (
+    ReduceOp,
+    bits_of,
+    check_rank,
+    check_tensor,
+    for_reduction,
+    number_of,
+    say_where_gradients_end,
+)
 from hvdtrain.world.means import start_means
 
 T = TypeVar("T")
@@ -21,6 +29,8 @@ _UNNAMED = 1024
 
 class Collectives(ABC):
     """What all ranks do together.
+
+    What they return has no gradient: `compat.horovod` has functions that let gradients through.
 
     Every method marked "Collective." must be called by all ranks, in the same order, with the same `name`. Where the
     name may be left out, the order alone says which calls belong together, as in MPI: give one where ranks come there
@@ -82,6 +92,8 @@ class Collectives(ABC):
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
         name = self.named("all_reduce", name)
+        if isinstance(tensor, Tensor):
+            say_where_gradients_end(tensor, "all_reduce", "allreduce", self.rank)
         copy, restore = for_reduction(tensor, op, name, self.adds_bfloat16)
         wait = self.start_all_reduce_(copy, op, name)
         return lambda: restore(wait())
@@ -90,6 +102,7 @@ class Collectives(ABC):
         """Return rank `root`'s tensor on every rank; all give one of the same shape and type. Collective."""
         name = self.named("broadcast", name)
         check_tensor(tensor, name)
+        say_where_gradients_end(tensor, "broadcast", "broadcast", self.rank)
         copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         self.broadcast_tensors({"tensor": copy}, name, root)
         return copy
@@ -117,6 +130,7 @@ class Collectives(ABC):
         """
         name = self.named("all_gather", name)
         check_tensor(tensor, name)
+        say_where_gradients_end(tensor, "all_gather", "allgather", self.rank)
         if tensor.dim() == 0:
             raise UsageError(f"'{name}' has no dimension to be joined along: give tensor.view(1)")
         return _with_bits(tensor, name, lambda bits: self.start_all_gather(bits, name)())
@@ -131,6 +145,7 @@ class Collectives(ABC):
         """
         name = self.named("all_to_all", name)
         self._check_cut(tensor, name)
+        say_where_gradients_end(tensor, "all_to_all", "alltoall", self.rank)
         return _with_bits(tensor, name, lambda bits: self.start_all_to_all(bits, name)())
 
     def reduce_scatter(self, tensor: Tensor, op: ReduceOp = "sum", name: str | None = None) -> Tensor:
@@ -144,6 +159,7 @@ class Collectives(ABC):
         """
         name = self.named("reduce_scatter", name)
         self._check_cut(tensor, name)
+        say_where_gradients_end(tensor, "reduce_scatter", "reducescatter", self.rank)
         copy, restore = for_reduction(tensor, op, name)
         parts = self.start_all_to_all(copy, name)()
         parts = parts.view(self.size, len(tensor) // self.size, *parts.shape[1:])

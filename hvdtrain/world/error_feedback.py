@@ -89,6 +89,7 @@ class ErrorFeedback(Codec):
     is_elementwise = False
     has_exact_tail = True
     is_approximate = True
+    gains_by_parts = False
 
     def __init__(self, min_size: int = MIN_SIZE, warmup_steps: int = 0, exact: str = AUTO) -> None:
         self.min_size = min_size

@@ -255,9 +255,14 @@ class GradientExchange:
 
     @torch.no_grad()
     def _send(self) -> None:
-        """Send what has not left."""
+        """Send what has not left; of what was frozen since a pass of this window, too: it has a gradient of it."""
+        frozen = {item for item in (*self._marks, *self._additions) if not item.requires_grad}
+        trainable = self._trainable()
+        if frozen:
+            there = frozen.union(trainable)
+            trainable = [item for item in self._parameters() if item in there]
         self._marks.clear()  # they hold the gradients, and a gradient that is held is not replaced
-        if self.layout.add(self._trainable()):
+        if self.layout.add(trainable):
             self.watch_parameters()
         for part in self.layout.parts:
             if not part.is_sent:

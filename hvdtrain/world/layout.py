@@ -125,7 +125,8 @@ class Layout:
         dense = self._in_order([parameter for parameter in new if parameter not in self._is_sparse])
         is_adasum = self._averaging.op == "adasum"
         # Adasum weighs each gradient by its own direction: one a tensor.
-        groups = [[p] for p in dense] if is_adasum else in_buckets(dense, self._averaging.bucket_bytes)
+        in_parts = self._codec.gains_by_parts
+        groups = [[p] for p in dense] if is_adasum else in_buckets(dense, self._averaging.bucket_bytes, in_parts)
         kind = AdasumTensor if is_adasum else Bucket
         for group in groups:
             name, has_square = self.name(group[0]), self._averaging.has_square

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hvdtrain.models.private_torch import backward_run, computed_node, queue_after_run
+from hvdtrain.models.private_torch import backward_run, computed_node, outside_of_compilers, queue_after_run
 
 if TYPE_CHECKING:
     from hvdtrain.world.exchange import GradientExchange
@@ -25,7 +25,7 @@ class EndOfBackward:
     """
 
     def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
+        self._action = outside_of_compilers(action)
         self._run = -1
         """The engine's run whose end is waited for."""
 
@@ -69,6 +69,6 @@ def note_additions(exchange: weakref.ref[GradientExchange], parameter: nn.Parame
     is_trainable = parameter.requires_grad
     parameter.requires_grad_(True)  # torch refuses a hook on a frozen one, and keeps it when it is frozen again
     register: Any = parameter.register_post_accumulate_grad_hook
-    handle = register(note)
+    handle = register(outside_of_compilers(note))
     parameter.requires_grad_(is_trainable)
     return handle

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError, UsageError
+from hvdtrain.models.walk import first_lazy
+
+_log = logging.getLogger("hvdtrain")
 
 _PER_RANK = "_hvdtrain_per_rank_buffers"
 # Elements at a time: on CPUs what stays in their cache, on GPUs what keeps them busy. The digest is the same.
@@ -26,6 +31,8 @@ def digest_of(tensor: Tensor) -> Tensor:
     Each element, as an integer, is multiplied by an odd number that depends on its place, and all are added modulo
     2^64: a change of any one element changes the result.
     """
+    if tensor.layout != torch.strided:
+        return _digest_of_parts(tensor.detach())
     flat = tensor.detach().contiguous().view(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).view(-1)
@@ -38,6 +45,13 @@ def digest_of(tensor: Tensor) -> Tensor:
         places = torch.arange(start, start + len(chunk), device=tensor.device)
         total += places.mul_(-7046029254386353131).bitwise_or_(1).mul_(chunk).sum()
     return total
+
+
+def _digest_of_parts(tensor: Tensor) -> Tensor:
+    """Return the same of a sparse tensor: of the places that it names, and of what stands there."""
+    entries: Tensor = tensor if tensor.layout == torch.sparse_coo else tensor.to_sparse()
+    entries = entries.coalesce()
+    return digest_of(torch.stack([digest_of(entries.indices()), digest_of(entries.values())]))
 
 
 def all_in_one(digests: Sequence[Tensor]) -> Tensor:
@@ -92,13 +106,33 @@ def per_rank_buffers(model: nn.Module) -> set[str]:
     }
 
 
-def check_forward_pass(model: nn.Module) -> None:
+def check_module(model: Any, call: str) -> None:
+    """Raise UsageError where something else than a module is given in `call`, or one without shapes as yet."""
+    if not isinstance(model, nn.Module):
+        several = isinstance(model, list | tuple) and all(isinstance(item, nn.Module) for item in model)
+        what = "several modules are one as torch.nn.ModuleList([...])" if several else "give the torch.nn.Module itself"
+        raise UsageError(f"{call} was given an object of type {type(model).__name__} as the model: {what}")
+    lazy = first_lazy(model)
+    if lazy:
+        raise UsageError(f"{call} was given a model whose {lazy} has no shape yet: run it once, on one batch, before")
+
+
+def check_forward_pass(model: nn.Module, warns: bool = True) -> None:
     """Make sure that a forward pass leaves the weights alone: each rank would change them by its own samples.
+
+    What makes a gradient depend on the rank's own samples as a whole is said, if it `warns`.
 
     Raises:
         ConfigError: it does not; names the layer.
     """
     for name, module in model.named_modules():
+        if warns and getattr(module, "scale_grad_by_freq", None) is True:
+            _log.warning(
+                "%s(scale_grad_by_freq=True) %s divides by how often a rank's own micro-batch has each row, and not the"
+                " whole batch: on another number of ranks it learns otherwise",
+                type(module).__name__,
+                name,
+            )
         # Not `module.weight`: one that is parametrized is computed, and may change, whenever it is looked at.
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if getattr(module, "max_norm", None) is not None and weight is not None and weight.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -26,10 +27,17 @@ class RankSampler(Sampler[int]):
         seed: of the order.
 
     Raises:
-        UsageError: there are fewer samples than ranks.
+        UsageError: there are fewer samples than ranks, or it is no number.
     """
 
     def __init__(self, num_samples: int, rank: int, size: int, *, shuffle: bool = True, seed: int = 0) -> None:
+        try:
+            num_samples = operator.index(num_samples)
+        except TypeError:
+            raise UsageError(
+                f"sampler() takes the number of samples, not an object of type {type(num_samples).__name__}:"
+                " world.sampler(len(dataset))"
+            ) from None
         if num_samples < size:
             raise UsageError(f"{num_samples} samples cannot be shared by {size} ranks: start fewer ranks")
         self.epoch = 0

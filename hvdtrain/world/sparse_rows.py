@@ -26,6 +26,8 @@ class SparseRows:
         self.parameter = parameter
         self._world = world
         self._waits: list[Callable[[], Tensor]] = []
+        self._is_dense = False
+        """The gradient that was sent names no rows: of a weight that is tied to a layer's, say."""
 
     @property
     def is_sent(self) -> bool:
@@ -39,6 +41,7 @@ class SparseRows:
             rows = torch.zeros(0, dtype=torch.int64, device=self.parameter.device)
             values = torch.zeros(0, *self.parameter.shape[1:], dtype=self.parameter.dtype, device=rows.device)
         else:
+            self._is_dense = not gradient.is_sparse
             gradient = gradient.coalesce() if gradient.is_sparse else gradient.to_sparse(1)
             rows, values = gradient.indices()[0].contiguous(), gradient.values()
         wire = values.float() if values.dtype == torch.bfloat16 else values
@@ -57,7 +60,7 @@ class SparseRows:
         gradient = torch.sparse_coo_tensor(
             rows[None], values.to(self.parameter.dtype), self.parameter.shape, check_invariants=False
         )
-        self.parameter.grad = gradient.coalesce()
+        self.parameter.grad = gradient.to_dense() if self._is_dense else gradient.coalesce()
 
 
 def sparse_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hvdtrain.models.private_torch import outside_of_compilers
 from hvdtrain.optim.private_optimizer import hook_before_step
 from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.exchange import GradientExchange
@@ -26,7 +27,7 @@ def hang_on_step(
 
     def before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is not None:
+        if callable(closure):  # a class of a user's own may take something else there
             of_all = over_ranks(world, exchange, closure, f"{prefix}.loss")
             return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
         if optimizer._should_synchronize:
@@ -34,9 +35,10 @@ def hang_on_step(
         _say_what_is_left_out(world, left_out)
         return None
 
-    hook_before_step(wrapped, before_step)  # the user's own hooks shall see the mean
+    hook_before_step(wrapped, outside_of_compilers(before_step))  # the user's own hooks shall see the mean
     # Fused optimizers skip a step by `found_inf`, which torch's loss scaler sets while they step.
-    wrapped.register_step_post_hook(lambda stepped, *_: exchange.end_step(getattr(stepped, "found_inf", None)))
+    after_step: Any = outside_of_compilers(lambda stepped, *_: exchange.end_step(getattr(stepped, "found_inf", None)))
+    wrapped.register_step_post_hook(after_step)
 
 
 def _say_what_is_left_out(world: World, models: list[nn.Module]) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.output import is_of_output, lost_words
 from hvdtrain.process.stop import StoppedEarly, leaving_by
 from hvdtrain.process.tracebacks import place_of, sentence_of, stack_of
 from hvdtrain.settings import Config, to_dict
@@ -61,7 +62,7 @@ def _watched(
         with leaving_by(heartbeat.fail), fp32_products(config.train.precision, world.device):
             _check_same_settings(config, world)
             result = work(world, heartbeat, unwatched)
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
+    except BaseException as error:  # of any type: a rank that leaves without a word is missed, not understood
         if leaves or world.launch.is_parallel:
             _end_job_if_alone(error, world, heartbeat)
         if leaves and isinstance(error, HvdtrainError):
@@ -89,7 +90,9 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
         heartbeat.fail(f"hvdtrain: {where} was left by {by} at {world.progress.read()}\n{stack_of(error)}")
     elif isinstance(error, KeyboardInterrupt):
         heartbeat.fail(f"hvdtrain: interrupted at once, at {world.progress.read()}")
-    elif isinstance(error, Exception):
+    elif is_of_output(error):  # `verify lm | head -1`, or a full disk: no fault of what was asked for
+        heartbeat.fail(f"hvdtrain: {lost_words(error)}", 0 if isinstance(error, BrokenPipeError) else 1)
+    else:
         if world.has_lost_contact(error):
             heartbeat.lose(str(error))
         words = f"{where} failed at {world.progress.read()}: {sentence_of(error)}"

@@ -13,15 +13,23 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import DivergedError, HvdtrainError
+from hvdtrain.errors import DivergedError, HvdtrainError, UsageError
 from hvdtrain.models.elsewhere import kept_elsewhere
+from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
 from hvdtrain.world.build_info import built_with
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import send_state
-from hvdtrain.world.replicas import all_in_one, check_forward_pass, digest_of, first_difference, per_rank_buffers
+from hvdtrain.world.replicas import (
+    all_in_one,
+    check_forward_pass,
+    check_module,
+    digest_of,
+    first_difference,
+    per_rank_buffers,
+)
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.state_file import read_state, write_state
 
@@ -60,13 +68,17 @@ class World(Collectives):
             fields: those of `Averaging`, by name: `wrap(optimizer, model, accum_steps=4)`.
 
         Raises:
+            UsageError: something else is given than an optimizer and a module.
             ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients; squared norms need dense
                 gradients, averaged in their own type; an embedding has `max_norm`, and there are several ranks.
         """
+        check_module(model, "wrap(optimizer, model)")
+        if averaging is not None and not isinstance(averaging, Averaging):
+            raise UsageError(f"wrap() takes how to average by name, as accum_steps={averaging!r}, or an Averaging(...)")
         averaging = dataclasses.replace(averaging or Averaging(), **fields)
         self.check_averaging(averaging)
         if self.size > 1:
-            check_forward_pass(model)
+            check_forward_pass(model, warns=self.rank == 0)
         return wrap_optimizer(self, optimizer, model, averaging)
 
     def claim_gradients(self, exchange: GradientExchange) -> None:
@@ -99,21 +111,36 @@ class World(Collectives):
         """Make every rank's model and optimizer bitwise those of rank `root`. Collective.
 
         The optimizer's state is sent as it is: a fresh optimizer takes no hidden step on any rank. Its parameter groups
-        stay the objects that they are, under schedulers and whoever else holds them.
+        stay the objects that they are, under schedulers and whoever else holds them. Parameters that it has and the
+        model has not, such as a temperature, are sent with it.
 
         Raises:
-            UsageError: a tensor of the model cannot be sent; names it. There is no rank `root`.
+            UsageError: a tensor of the model cannot be sent; names it. There is no rank `root`, or something else is
+                given than a module and an optimizer.
+            DivergedError: a sparse buffer is not the same on all ranks: it is not sent.
         """
         self._check_rank(root)
+        check_module(model, "broadcast_state(model, optimizer)")
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            kind = type(optimizer).__name__
+            raise UsageError(f"broadcast_state(model, optimizer) was given an object of type {kind} as the optimizer")
         if self.size == 1:
             return
         if optimizer is not None:
             self.broadcast_optimizer(optimizer, root)
-        # Tensors last, as nothing may touch them afterwards. What each rank has read for itself is compared, not sent.
+        # Tensors last, as nothing may touch them afterwards. What each rank has read for itself is compared, not sent;
+        # sparse buffers, such as the edges of a graph, are compared, too.
         elsewhere = kept_elsewhere(model)
         weights = {name: parameter for name, parameter in model.named_parameters() if name not in elsewhere}
-        tensors = {**weights, **dict(model.named_buffers())}
+        buffers = dict(model.named_buffers())
+        sparse = {name: buffer for name, buffer in buffers.items() if buffer.layout != torch.strided}
+        tensors = {**weights, **{name: buffer for name, buffer in buffers.items() if name not in sparse}}
+        if optimizer is not None and getattr(optimizer, "sharding", None) is None:
+            own = set(model.parameters())
+            more = [parameter for parameter in owned_by(optimizer) if parameter not in own]
+            tensors.update({f"parameter {number} of the optimizer": item for number, item in enumerate(more)})
         self.broadcast_tensors(tensors, "model", root)
+        self.check_replicas(sparse, "model.sparse")
 
     def broadcast_optimizer(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Make every rank's optimizer state that of rank `root`; its parameters are left alone. Collective."""
@@ -124,11 +151,16 @@ class World(Collectives):
 
         Counts and flags become the largest over the ranks. What `keep_per_rank` was told of is left alone.
         """
+        check_module(model, "average_buffers(model)")
         own = per_rank_buffers(model)
         self.average_tensors([buffer for name, buffer in model.named_buffers() if name not in own], "own_buffers")
 
     def sampler(self, num_samples: int, *, shuffle: bool = True, seed: int = 0) -> RankSampler:
-        """Return this rank's part of `num_samples` samples, for a `DataLoader(dataset, sampler=...)`."""
+        """Return this rank's part of `num_samples` samples, for a `DataLoader(dataset, sampler=...)`.
+
+        Raises:
+            UsageError: there are fewer samples than ranks, or it is no number.
+        """
         return RankSampler(num_samples, self.rank, self.size, shuffle=shuffle, seed=seed)
 
     def save(self, state: Mapping[str, Any], path: str | Path) -> None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -99,6 +101,21 @@ def test_one_rank_gets_signals_too(start):
     assert process.wait(timeout=60) == 75
 
 
+def test_a_signal_before_there_are_ranks_is_passed_on_later(start):
+    """Ctrl-C while the launcher starts: it was forgotten, and a second one lost what was trained."""
+    rank = "import signal, time; signal.signal(15, lambda *_: exit(75)); print('up', flush=True); time.sleep(60)"
+    launcher = ["sh", "-c", 'sleep 2; OMPI_COMM_WORLD_RANK=0 exec "$@"', "launcher"]
+    job = (
+        "import sys; from hvdtrain.process.job import run_job; print('job', flush=True);"
+        f"sys.exit(run_job(2, [sys.executable, '-c', {rank!r}], starter={launcher!r}))"
+    )
+    process = start(sys.executable, "-c", job)
+    assert process.stdout.readline() == "job\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+
+
 @pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None, 10**6])
 def test_numbers_of_ranks_that_are_none(ranks):
     with pytest.raises(ConfigError, match="must be a whole number"):
@@ -159,3 +176,45 @@ def test_what_follows_np(run):
     done = run(sys.executable, "-m", "hvdtrain", "-np", "1", "train", "lm", "--optim.peak-lr", "x")
     assert done.code == 2
     assert "Traceback" not in done.err
+
+
+def test_whatever_a_rank_prints_it_is_not_held_up(monkeypatch, capsys):
+    """Bytes that are no text, and an output that is full: a pipe that nobody reads would fill, and hold the rank."""
+
+    def odd():
+        os.write(1, b"\xff\xfe\n" * 100_000)
+        return 1
+
+    def full(line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with outside(monkeypatch):
+        assert hvdtrain.launch(odd, ranks=1, timeout_s=60) == [1]
+        assert capsys.readouterr().out.count("\N{REPLACEMENT CHARACTER}") == 200_000
+        program = [sys.executable, "-c", "print('x' * 300_000)"]
+        assert run_job(1, program, full, timeout_s=60) == 0
+
+
+def test_a_process_that_keeps_a_ranks_output_open_keeps_nobody(monkeypatch):
+    """As what a tracker of the user's starts; it is ended with the job."""
+    code = "import subprocess; subprocess.Popen(['sleep', '300']); print('done')"
+    lines = []
+    started = time.monotonic()
+    with outside(monkeypatch):
+        assert run_job(1, [sys.executable, "-c", code], lines.append) == 0
+    assert lines == ["done\n"]
+    assert time.monotonic() - started < 60
+
+
+def test_without_semaphores_it_is_said_before_horovodrun_fails(monkeypatch):
+    """A read-only /dev/shm, where `horovodrun` itself ends in a traceback."""
+
+    def refuse(self):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(multiprocessing.context.SpawnContext, "Semaphore", refuse)
+    with (
+        outside(monkeypatch),
+        pytest.raises(LaunchError, match=r"/dev/shm that can be written \(Read-only file system"),
+    ):
+        command_of(2, ["true"])

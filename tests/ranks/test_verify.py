@@ -334,13 +334,25 @@ class TestPlanted:
 
     def test_random_numbers_of_its_own(self, world, shared_dir, recipe):
         task = recipe.build(print)
-        chance, plain = random.Random(world.rank), task.loss_sums
+        chance, plain = random.SystemRandom(), task.loss_sums  # one that nobody can seed
         task = dataclasses.replace(
             task, loss_sums=lambda model, batch: plain(model, (batch[0] + 1e-3 * chance.random(), batch[1]))
         )
         rows = verified(world, shared_dir, recipe, task)
         assert 2 in failures(rows)
         assert any(row.number == 8 and row.status == "warning" for row in rows)
+
+    def test_a_generator_that_the_loss_keeps(self, world, shared_dir, recipe):
+        task = recipe.build(print)
+        chance, plain = random.Random(world.rank), task.loss_sums
+        task = dataclasses.replace(
+            task, loss_sums=lambda model, batch: plain(model, (batch[0] + 1e-3 * chance.random(), batch[1]))
+        )
+        rows = verified(world, shared_dir, recipe, task)
+        assert failures(rows) == []
+        (row,) = [row for row in rows if row.status == "warning"]
+        assert row.number == 9
+        assert "drawn from a generator of your own" in row.advice
 
 
 def only_in_training(bug, world):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from hvdtrain.world import buckets
+from hvdtrain.world import Averaging, EchoWorld, buckets
 from hvdtrain.world.filling import fill_at_once, fill_one_by_one
 
 
@@ -33,6 +33,21 @@ def test_what_is_finished_last_leaves_in_ever_smaller_parts(monkeypatch):
     assert [len(bucket) for bucket in buckets.in_buckets(few, 800)] == [1, 3]  # little enough as it is
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_buckets_that_are_not_cut_are_made_of_whole_parts(monkeypatch, seed):
+    monkeypatch.setattr(buckets, "FIRST_BUCKET_BYTES", 40)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 60, (40,), generator=generator).tolist()
+    parameters = [Parameter(torch.zeros(n)) for n in sizes]
+    uncut = buckets.in_buckets(parameters, 800, in_parts=False)
+    flat = [p for bucket in uncut for p in bucket]
+    assert all(a is b for a, b in zip(flat, reversed(parameters), strict=True))
+    number = {p: i for i, bucket in enumerate(uncut) for p in bucket}
+    parts = buckets.in_buckets(parameters, 800)
+    assert len(parts) > len(uncut)
+    assert all(len({number[p] for p in part}) == 1 for part in parts)
+
+
 def test_types_do_not_mix():
     parameters = [Parameter(torch.zeros(2)), Parameter(torch.zeros(2).double()), Parameter(torch.zeros(2))]
     assert [len(bucket) for bucket in buckets.in_buckets(parameters, 400)] == [1, 1, 1]
@@ -57,3 +72,16 @@ def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*filled, strict=True))
     assert filled[0][1].count_nonzero() == 0
     assert filled[0][0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize(("compression", "expected"), [("none", 4), ("fp16", 4), ("int8", 1), ("powersgd:1", 2)])
+def test_a_format_that_leaves_few_bytes_travels_in_few_parts(compression, expected):
+    """Each part makes such a format wait for the network twice: they stay together."""
+    world = EchoWorld(torch.device("cpu"), 2)
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(6)))  # 1 MiB each
+    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, Averaging(compression=compression))
+    for _ in range(2):
+        world.messages.clear()
+        model(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+    assert sum(message.num_bytes > 4 for message in world.messages) == expected  # of PowerSGD, two for a bucket

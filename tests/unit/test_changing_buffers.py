@@ -143,3 +143,17 @@ def test_known_ones_travel_beside_the_gradients():
         assert seen.index("start buffers.max") < min(waits)
         assert sorted(seen) == sorted(alone)  # once, and not again
     assert alone.index("start buffers.mean") > max(i for i, what in enumerate(alone) if what.startswith("wait grad"))
+
+
+def test_the_only_one_that_has_no_value_before_the_first_pass():
+    def work(world):
+        model = torch.nn.Linear(2, 1)
+        model.register_buffer("mean", None)
+        buffers = ChangingBuffers(types.SimpleNamespace(world=world, log=None))
+        buffers.begin(model)
+        buffers.average(world)  # nothing as yet
+        model.mean = torch.full((2,), float(world.rank))
+        buffers.average(world)
+        return model.mean.tolist()
+
+    assert run_ranks(2, work) == [[0.5, 0.5]] * 2

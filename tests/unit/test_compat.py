@@ -52,6 +52,22 @@ def test_every_public_name_of_horovod_is_there_with_its_arguments():
     assert not hasattr(compat, "no_such_name")
 
 
+@pytest.mark.parametrize("name", compat.ELSEWHERE)
+def test_an_import_of_what_is_elsewhere_says_where(name):
+    """As the programs write it that use the name; whoever asks by `hasattr` whether it is there is told no."""
+    assert not hasattr(compat, name)
+    with pytest.raises(ImportError, match=f"has no '{name}': "):
+        exec(f"from hvdtrain.compat.horovod import {name}")
+    with pytest.raises(ImportError, match="cannot import name"):
+        exec("from hvdtrain.compat.horovod import no_such_name")
+
+
+def test_the_module_of_horovods_elastic_driver_says_what_is_instead():
+    for line in ("import hvdtrain.compat.horovod.elastic", "from hvdtrain.compat.horovod.elastic import run"):
+        with pytest.raises(ImportError, match="hvdtrain supervise"):
+            exec(line)
+
+
 def test_before_init_it_says_what_to_do():
     with pytest.raises(UsageError, match=r"call hvd\.init\(\) first"):
         compat.rank()

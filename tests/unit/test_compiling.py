@@ -59,7 +59,7 @@ def counting(found, at_each=lambda: None):
 
 
 def steps(model, x, compiled):
-    randomness = MicroBatchRandomness(CPU, compiled=compiled)
+    randomness = MicroBatchRandomness(CPU, model=compiled, is_compiled=compiled is not None)
     for step in range(3):
         randomness.run(torch.arange(len(x)), (0, step), lambda: model(x), lambda out: out.sum().backward())
 
@@ -119,7 +119,7 @@ def test_a_decoder_with_a_chunked_loss_is_compiled_by_blocks_into_one_piece_each
     for block in compiling.blocks_of(model):
         in_place(block, backend)
     tokens = torch.randint(50, (2, 8))
-    randomness = MicroBatchRandomness(CPU, compiled=model)
+    randomness = MicroBatchRandomness(CPU, model=model, is_compiled=True)
     for step in range(2):
         randomness.run(torch.arange(2), (0, step), lambda: model(tokens, tokens), lambda loss: loss.backward())
     assert len(graphs) == 1  # blocks are alike: they share it
@@ -224,7 +224,7 @@ def test_blocks_that_draw_are_compiled_in_one_piece_and_draw_the_same(graphs, ch
                 x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
             return x
 
-        randomness = MicroBatchRandomness(CPU, compiled=blocks if blocks is compiled else None)
+        randomness = MicroBatchRandomness(CPU, is_compiled=blocks is compiled)
         outputs = []
         for step in range(3):
             x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(step))

@@ -346,7 +346,7 @@ def test_what_the_optimizer_leaves_alone_does_not_clip(tmp_path):
     """Its gradient is never cleared, and on several ranks each one's own: the norm is of what moves."""
 
     def last_layer(optim, model):
-        return torch.optim.SGD(model[-1].parameters(), lr=0.1)
+        return torch.optim.SGD(model[-1].parameters(), lr=optim.peak_lr)
 
     begun = network().double()  # once: thread ranks share one generator
 

@@ -1,6 +1,8 @@
 """A run directory: one run at a time, nothing left by a run that was refused."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +61,24 @@ def test_a_directory_that_cannot_be_made(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another --run-dir"):
         RunDirectory(tmp_path / name).claim()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+def test_a_lock_that_is_no_file_is_said(tmp_path, kind):
+    lock = tmp_path / "lock"
+    {"fifo": lambda: os.mkfifo(lock), "device": lambda: lock.symlink_to("/dev/null"), "directory": lock.mkdir}[kind]()
+    with pytest.raises(ConfigError, match="lock is no regular file: remove it"):
+        RunDirectory(tmp_path).claim()
+
+
+def test_a_lock_holds_whatever_stands_in_it_and_without_room_for_a_name(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_bytes(b"\xff\xfe" * 500)
+    monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    claim = RunDirectory(tmp_path).claim()
+    try_it = "import sys; from hvdtrain.rundir.lock import claim; from pathlib import Path; claim(Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", try_it, tmp_path], capture_output=True, text=True, check=False)
+    assert "another run is training in" in done.stderr
+    claim.release()
 
 
 def test_what_is_written_when_training_begins(tmp_path):

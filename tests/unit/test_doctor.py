@@ -151,6 +151,13 @@ FAULTS = {
         "1 MiB of 8.0 GiB are free",
         "ls -lS",
     ),
+    "shared memory that cannot be written": (
+        {"shared_memory_is_writable": False},
+        (0, 1),
+        "warning",
+        "/dev/shm cannot be written",
+        "--tmpfs /dev/shm",
+    ),
     "no shared memory": ({"shared_memory_bytes": None}, (0,), "warning", "there is no /dev/shm", "emptyDir"),
     "other programs": ({"load": 9.3}, (0, 1), "warning", "node0: 9.3 processes for 4 cores", "top"),
     "few open files": ({"open_files": 256}, (3,), "warning", "node1: at most 256", "ulimit -n 65536"),

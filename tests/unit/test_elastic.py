@@ -15,7 +15,7 @@ from hvdtrain.process.lookout import Lookout
 from hvdtrain.process.members import Members, Rules
 from hvdtrain.process.placement import Batch, Placement, place, placed, training_words
 from hvdtrain.process.progress import Place
-from hvdtrain.process.run_files import holder_of
+from hvdtrain.process.run_files import holder_of, lacks_its_end
 from hvdtrain.process.supervise import main
 from hvdtrain.rundir.lock import claim
 from hvdtrain.world.verdict import Report, judge
@@ -231,6 +231,20 @@ def test_who_holds_a_run_directory_is_known(tmp_path):
     assert os.waitpid(child, 0)[1] == 0
     held.release()
     assert holder_of(tmp_path / "run") == ""
+
+
+@pytest.mark.parametrize("end", ['["event"]', '"event"', "[" * 100_000 + '"event"', '{"event": 3}', '{"event": "x"}'])
+def test_a_last_line_of_any_kind_is_read(tmp_path, end):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + end + "\n")
+    assert lacks_its_end(tmp_path) is not end.startswith("[[")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    for name in ("metrics.jsonl", "lock"):
+        os.mkfifo(tmp_path / name)
+    assert lacks_its_end(tmp_path) is False
+    assert holder_of(tmp_path) == ""
+    assert sizes_of_logs(tmp_path / ("x" * 300)) == {}
 
 
 class Job:

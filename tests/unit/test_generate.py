@@ -1,17 +1,21 @@
 """The text of a continuation as its tokens come, and the files that carry a model."""
 
 import dataclasses
+import io
 import json
 import os
 import random
 import re
+import resource
+import shutil
 
 import pytest
 import torch
 from hugging import import_transformers
 
+from hvdtrain import cli
 from hvdtrain.data.text.tokenizer import BpeTokenizer, ByteTokenizer, load_bpe, train_bpe, write_tokenizer
-from hvdtrain.errors import DataError
+from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
@@ -22,6 +26,7 @@ from hvdtrain.rundir.retention import Retention
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.verbs.export import write_model
 from hvdtrain.verbs.generate import Continuation, load_model
+from hvdtrain.verbs.kit import standard_input
 
 TEXT = "naïve 日本語 🙂 \x00\x7f\xad\u0100 def f(x):\n\treturn x  # ok\r\n"
 
@@ -253,3 +258,87 @@ def test_an_export_copies_what_lies_there_and_nothing_else(tmp_path, kind):
     write_model(tmp_path / "model", model_weights(model), tmp_path / "out")
     assert len({path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
     assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ x }}"
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    """Return the directory of a run, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    model = Decoder(CONFIGS[0], 257, seed=3)
+    write_files(tmp_path / "run" / "model", model, 257)
+    (tmp_path / "run" / "logs").mkdir()
+    save(tmp_path / "run", model, step=5)
+    return tmp_path / "run"
+
+
+def exported(*words):
+    return cli.parse(["export", *map(str, words)]).run()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "run",
+        "run/checkpoints",
+        "run/checkpoints/step-00000005",
+        "run/model",
+        "run/logs",
+        ".",
+        "..",
+        "other",
+        "copy of a checkpoint",
+    ],
+)
+def test_an_export_takes_the_place_of_an_earlier_one_only(run_dir, tmp_path, place):
+    """Also where it is asked to overwrite: a checkpoint has a model.safetensors, too."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    shutil.copytree(run_dir / "checkpoints" / "step-00000005", tmp_path / "copy of a checkpoint")
+    (run_dir / "logs" / "rank-000.log").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(ConfigError, match="--output"):
+            exported("run", "--output", place, *more)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_or_a_link_to_nothing_in_the_place_of_an_export_is_said(run_dir, tmp_path):
+    (run_dir / "export").touch()
+    with pytest.raises(ConfigError, match="export is no directory"):
+        exported("run")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="link is a link to something that is not there"):
+        exported("run", "--output", "link")
+
+
+def test_an_export_goes_where_a_link_leads(run_dir, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for more in ([], ["--overwrite"]):
+        assert exported("run", "--output", "link", *more) == 0
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "real" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "run"]
+
+
+def test_an_export_to_a_full_disk_is_a_sentence_and_the_earlier_one_stays(run_dir, tmp_path):
+    assert exported("run", "--output", "out") == 0
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(ConfigError, match="out cannot be written"):
+            exported("run", "--output", "out", "--overwrite")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_standard_input_that_is_no_text_is_refused(monkeypatch):
+    for errors in ("strict", "surrogateescape"):  # of the C locale
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"abc\xff"), "utf-8", errors))
+        with pytest.raises(DataError, match=r"standard input is no UTF-8 text \(byte 3\)"):
+            standard_input()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffü".encode()), "utf-8"))
+    assert standard_input() == "ü"

@@ -5,6 +5,7 @@ import pwd
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +258,29 @@ def test_a_reader_that_leaves_ends_an_answer_without_a_traceback(size):
     os.close(writer)
     with pytest.raises(BrokenPipeError):
         while_read(lost)
+
+
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_an_answer_that_cannot_be_written_is_said_and_is_no_success(size, is_buffered):
+    code = "import sys; from hvdtrain.process.output import while_read; sys.exit(while_read(lambda: {}))"
+    command = [sys.executable, "-c", code.format(f"print('x' * {size}) or 0")]
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environ |= {} if is_buffered else {"PYTHONUNBUFFERED": "1"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environ)
+        deaf = subprocess.run([*command[:2], code.format("print('x') or 0")], stderr=full, timeout=60, env=environ)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "hvdtrain: standard output cannot be written (No space left on device): the answer is not whole\n"
+    )
+    assert deaf.returncode == 0
+
+
+def test_streams_are_as_they_were_after_an_answer(capsys):
+    assert while_read(lambda: print("x") or 3) == 3
+    assert "write" not in vars(sys.stdout)
+    assert capsys.readouterr().out == "x\n"
 
 
 def lost():

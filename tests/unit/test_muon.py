@@ -115,3 +115,30 @@ def test_a_training_says_so_to_its_optimizer(tmp_path: Path) -> None:
         optimizer: Any = start_training(dataclasses.replace(job, directory=None)).optimizer
         types[precision] = [part._on_cpus for part in optimizer._parts if isinstance(part, Muon)]
     assert types == {"fp32": [torch.float32], "bf16-true": [torch.bfloat16]}
+
+
+def test_the_setting_of_momentum_is_the_optimizers() -> None:
+    moved = {}
+    for momentum in (0.95, 0.5):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, 0.5)
+        optimizer = MuonConfig(momentum=momentum).build(model)
+        for step in range(2):
+            give_gradients(list(model.parameters()), step)
+            optimizer.step()
+        moved[momentum] = cast(nn.Linear, model[0]).weight.detach().clone()
+    assert not torch.equal(moved[0.95], moved[0.5])
+
+
+def test_embeddings_may_learn_at_a_rate_of_their_own() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 5))
+    rates = {}
+    for factor in (1.0, 3.0):
+        optimizer = MuonConfig(peak_lr=0.01, embedding_lr_factor=factor).build(model)
+        rates[factor] = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert set(rates[factor]) == set(model.parameters())
+    ends = {model[0].weight, cast(nn.Linear, model[3]).weight}
+    assert set(rates[1.0].values()) == {0.01}
+    assert {p for p, rate in rates[3.0].items() if rate == pytest.approx(0.03)} == ends
+    assert {rate for p, rate in rates[3.0].items() if p not in ends} == {0.01}

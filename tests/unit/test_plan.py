@@ -26,7 +26,7 @@ from hvdtrain.verbs.plan.network import Layout, Network, Pace, Timing, fit, othe
 from hvdtrain.verbs.plan.page import save_html
 from hvdtrain.verbs.plan.report import describe, table
 from hvdtrain.verbs.plan.saved import load_json, save_json
-from hvdtrain.verbs.plan.step import Bucket, Compute, Send, exposed_communication, step_time
+from hvdtrain.verbs.plan.step import Bucket, Compute, Send, exposed_communication, step_time, travelling
 from hvdtrain.world import Cargo, begin_exchange, codec_of
 
 GIGABIT = Network("gloo", 1e-3, None, None, 50e-6, 8 / 1e9, 0.05, 4)
@@ -166,6 +166,18 @@ def test_planned_bytes_are_those_that_ranks_hand_over(compression, size):
 
     said = handed_bytes([Bucket(1.0, 0, shapes)], compression, 100, size)
     assert set(thread_world.run_ranks(size, work)) == {said}
+
+
+def test_parts_of_a_bucket_travel_together_in_formats_that_gain_nothing_by_parts():
+    parts = [Bucket(0.2, 8, ((2,),), exact=(0,), exact_for=("powersgd",), whole=0), Bucket(0.5, 16, ((4,),), whole=0)]
+    parts += [Bucket(1.0, 12, ((3,),), whole=1)]
+    assert travelling(parts, "fp16") == parts
+    for compression in ("powersgd:4", "topk:0.01", "int8"):
+        first, second = travelling(parts, compression)
+        assert (first.ready, first.num_bytes, first.shapes, first.exact) == (0.5, 24, ((2,), (4,)), (0,))
+        assert second == parts[2]
+    unknown = [replace(part, whole=None) for part in parts]  # as in a plan.json of before
+    assert travelling(unknown, "int8") == unknown
 
 
 def test_gathered_bytes_grow_with_the_planned_ranks():
@@ -490,7 +502,7 @@ def test_a_plan_is_kept_and_read_again(tmp_path):
     assert "(measured: 140 ms)" in table(given)
     for text, message in (
         ("{}", "was not written by this plan"),
-        ("no", "was not written by this plan"),
+        ("no", "is not JSON"),
         ('{"format_version": 1, "facts": {}}', "has format 1, this hvdtrain reads 3: measure again"),
     ):
         (tmp_path / "other.json").write_text(text)

@@ -126,6 +126,24 @@ BY_SAMPLE = {
     "randint": lambda n: torch.randint(0, 1000, (n,)),
     "randint to a bound": lambda n: torch.randint(1000, (n, 2)),
     "randint by names": lambda n: torch.randint(low=5, high=1000, size=(n,)),
+    "rand by names": lambda n: torch.rand(size=(n, 2), generator=None, requires_grad=False, layout=torch.strided),
+    "randn of a numpy number": lambda n: torch.randn(np.int64(n), 2),
+    "randn to be differentiated": lambda n: torch.randn(n, 2, requires_grad=True).detach(),
+    "randn_like": lambda n: torch.randn_like(torch.zeros(n, 2), memory_format=torch.preserve_format),
+    "randint without a generator": lambda n: torch.randint(0, 1000, (n, 2), generator=None),
+    "normal by names": lambda n: torch.normal(mean=0.0, std=1.0, size=(n, 3), generator=None),
+    "uniform_ by names": lambda n: torch.zeros(n, 3).uniform_(**{"from": 2.0, "to": 3.0}),
+    "random_ by names": lambda n: torch.zeros(n, 3).random_(**{"from": 2, "to": 1000}),
+    "complex rand": lambda n: torch.view_as_real(torch.rand(n, 3, dtype=torch.complex64)),
+    "complex randn_like": lambda n: torch.view_as_real(torch.randn_like(torch.zeros(n, 3, dtype=torch.complex128))),
+    "complex normal_": lambda n: torch.view_as_real(torch.zeros(n, 3, dtype=torch.complex64).normal_()),
+    "torch.dropout": lambda n: torch.dropout(torch.ones(n, 99), 0.5, train=True),
+    "torch.dropout_": lambda n: torch.dropout_(torch.ones(n, 99), 0.5, True),
+    "torch.native_dropout": lambda n: torch.native_dropout(torch.ones(n, 99), 0.5, True)[0],
+    "torch.alpha_dropout": lambda n: torch.alpha_dropout(torch.ones(n, 99), 0.5, True),
+    "torch.feature_dropout": lambda n: torch.feature_dropout(torch.ones(n, 99, 2), 0.5, True),
+    "torch.rrelu": lambda n: torch.rrelu(-torch.ones(n, 5), training=True),
+    "rrelu_": lambda n: F.rrelu_(-torch.ones(n, 5), training=True),
     "randint_like": lambda n: torch.randint_like(torch.zeros(n, 2), 1000),
     "random_": lambda n: torch.empty(n, 3).random_(0, 1000),
     "normal of tensors": lambda n: torch.normal(torch.zeros(n, 3), torch.ones(n, 3)),
@@ -182,6 +200,18 @@ DISTRIBUTIONS = {
     "log_normal_": (lambda n: torch.empty(n, 2000).log_normal_(0.5, 0.3), stats.lognorm(0.3, scale=np.exp(0.5))),
     "geometric_": (lambda n: torch.empty(n, 2000).geometric_(0.3), stats.geom(0.3)),
     "normal": (lambda n: torch.normal(1.0, 2.0, (n, 2000)), stats.norm(1.0, 2.0)),
+    "uniform_ by names": (
+        lambda n: torch.zeros(n, 2000).uniform_(**{"from": 2.0, "to": 5.0}).double(),
+        stats.uniform(2.0, 3.0),
+    ),
+    "complex randn": (
+        lambda n: torch.view_as_real(torch.randn(n, 1000, dtype=torch.complex64)).flatten(1),
+        stats.norm(0.0, 0.5**0.5),
+    ),
+    "complex normal_": (
+        lambda n: torch.view_as_real(torch.zeros(n, 1000, dtype=torch.complex128).normal_(std=2.0)).flatten(1),
+        stats.norm(0.0, 2 * 0.5**0.5),
+    ),
     "multinomial": (
         lambda n: torch.multinomial(torch.tensor([0.2, 0.0, 0.5, 0.3]).expand(n, 4), 2000, True).double(),
         stats.rv_discrete(values=([0, 1, 2, 3], [0.2, 0.0, 0.5, 0.3])),
@@ -210,6 +240,15 @@ def test_a_generator_that_is_given_is_asked():
     with SampleRandomness(torch.arange(4)):
         own = torch.randint(1000, (4,), generator=torch.Generator().manual_seed(3))
     assert own.equal(torch.randint(1000, (4,), generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_place_for_the_result_is_filled():
+    place = torch.full((4, 99), 7.0)
+    with SampleRandomness(torch.arange(4)):
+        torch.bernoulli(torch.full((4, 99), 0.5), out=place)
+        noise = torch.rand_like(torch.zeros(4, 2), requires_grad=True)
+    assert set(place.flatten().tolist()) == {0.0, 1.0}
+    assert noise.requires_grad
 
 
 def test_what_is_drawn_is_found_out():

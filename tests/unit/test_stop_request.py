@@ -240,3 +240,46 @@ def test_who_is_alive():
     assert not found.is_alive()
     assert find_launcher() is None or os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("HOROVOD_SIZE")
     assert seconds_since_launch() > 0
+
+
+def test_a_forked_child_does_not_train_on_beside_its_parent():
+    """A fork whose child returns into the loop: it would write the same checkpoints and metrics."""
+    code = """
+with StopRequest(None) as request:
+    if os.fork() == 0:
+        print(request.reason, flush=True)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), request.reason)
+"""
+    code, out, err = ended(python(code))
+    assert (code, out) == (0, "1 None\n")
+    assert "would train on beside its parent, and is ended" in err
+
+
+def test_threads_that_keep_a_process_are_named():
+    code = """
+import threading, hvdtrain.process.stop as stop
+stop._SECONDS_FOR_THREADS = 0.1
+end_on_signals()
+threading.Thread(target=time.sleep, args=(3,), name='uploading').start()
+"""
+    code, _, err = ended(python(code))
+    assert code == 0
+    assert err == (
+        "hvdtrain: all is done, but this process waits for 'uploading', started as a thread without daemon=True, to"
+        " end\n"
+    )
+
+
+def test_what_a_parent_has_left_behind_is_undone():
+    """A daemon that ignores SIGCHLD makes every failed launch end with 0; blocked signals stop nothing."""
+    inner = (
+        "import signal, subprocess, sys, time; from hvdtrain.process.stop import hear_all; hear_all();"
+        "print(subprocess.run(['false']).returncode, sorted(signal.pthread_sigmask(0, [])))"
+    )
+    outer = f"""
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
+os.execv(sys.executable, [sys.executable, '-c', {inner!r}])
+"""
+    assert ended(python(outer)) == (0, "1 []\n", "")

@@ -1,5 +1,8 @@
 """What the supervisor makes of a launcher's command."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from hvdtrain.errors import ConfigError
@@ -65,6 +68,31 @@ def test_a_run_needs_a_directory():
         run_directory(["python", "-m", "hvdtrain"])
 
 
+@pytest.mark.parametrize(
+    ("words", "directory"),
+    [
+        (["--run-dir", "a", "--run-dir", "b"], "b"),
+        (["--run-dir=a", "--run_dir", "b"], "b"),
+        (["--run_dir=~/a"], "/home/of/a"),
+        (["--run-dir", "~"], "/home/of"),
+    ],
+)
+def test_the_directory_is_the_one_that_the_run_takes(monkeypatch, words, directory):
+    """The last one counts, `_` is `-`, and a shell replaces no `~` behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/of")
+    assert run_directory(["python", "-m", "hvdtrain", "train", "lm", *words]) == Path(directory)
+    with pytest.raises(ConfigError, match="there is no such user"):
+        run_directory(["python", "--run-dir=~nosuchuser/x"])
+
+
+def test_a_rank_supervises_nothing(monkeypatch, capsys):
+    """`hvdtrain -np 2 supervise ...` would start two supervisors of one run."""
+    for name, value in {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_GLOO_RENDEZVOUS_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--", "true", "--run-dir", "x"]) == 2
+    assert "start ranks once only, from outside of them" in capsys.readouterr().err
+
+
 def test_hosts_are_asked_and_this_one_is_not(tmp_path):
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\nfor word; do [ "$word" = gone ] && exit 255; done\nexit 0\n')
@@ -90,6 +118,9 @@ def test_a_name_that_ssh_would_take_for_an_option_is_refused(name):
 
 
 def test_a_host_file_of_odd_bytes_is_refused_in_one_sentence(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is no list of hosts"):
+        named_hosts(["mpirun", "--hostfile", str(tmp_path / "pipe"), *TRAIN])
     for content in (b"a\0b\n", b"x" * (1 << 21)):
         (tmp_path / "hosts").write_bytes(content)
         with pytest.raises(ConfigError, match="is no list of hosts"):

@@ -179,7 +179,7 @@ def test_a_sweep_gets_more_values_and_keeps_its_trials():
     with pytest.raises(ResumeError, match="another set of settings that differ"):
         filled(*RATES, "--train.seed", "0,1")
     (Path("s") / "sweep.json").write_text('{"format": 1, "tri')
-    with pytest.raises(ResumeError, match="damaged"):
+    with pytest.raises(ResumeError, match="is not JSON"):
         filled(*RATES)
     (Path("run") / "checkpoints").mkdir(parents=True)
     with pytest.raises(ResumeError, match="holds a run, not a sweep"):
@@ -346,3 +346,89 @@ def test_proposals_come_closer_and_do_not_depend_on_breaks():
     assert len(folder.trials) == 60
     again = propose(grid, 12, [one for one in results_of(folder) if one.trial.proposal < 12])
     assert float(again["optim.peak_lr"][0]) == folder.trials[24].values["optim.peak_lr"]
+
+
+ODD_SWEEPS = [
+    "",
+    "[]",
+    "3",
+    "{}",
+    "[" * 100_000,
+    '{"format": 9, "trials": []}',
+    '{"format": 1}',
+    '{"format": 1, "trials": 3}',
+    '{"format": 1, "trials": [3]}',
+    '{"format": 1, "trials": [{"number": 0}]}',
+    '{"format": 1, "trials": [{"number": 0, "values": "x"}]}',
+    '{"format": 1, "trials": [{"number": "../../x", "values": {}}]}',
+    '{"format": 1, "trials": [{"number": 1, "values": {}}]}',
+    '{"format": 1, "trials": [{"number": 0, "values": {}, "proposal": "x"}]}',
+    '{"format": 1, "trials": [{"number": 0, "values": {}, "why": 3}]}',
+    '{"format": 1, "trials": [], "facts": 3}',
+    '{"format": 1, "trials": [], "metric": 3}',
+    '{"format": 1, "trials": [], "goal": "up"}',
+    '{"format": 1, "trials": [], "slurm_job": 3}',
+    '{"format": 1, "trials": [], "path": "/"}',
+]
+
+
+@pytest.mark.parametrize("text", ODD_SWEEPS, ids=[text[:70] for text in ODD_SWEEPS])
+def test_a_sweep_that_is_damaged_is_refused_in_a_sentence(text):
+    Path("s").mkdir()
+    Path("s/sweep.json").write_text(text)
+    with pytest.raises(ResumeError, match=r"^s/sweep.json .*: choose another --run-dir"):
+        open_sweep(Path("s"), {"recipe": "lm"})
+
+
+def test_a_number_that_no_float_holds_is_no_result(trained):
+    file = trained.run_dir(trained.trials[0]) / "metrics.jsonl"
+    file.write_text('{"step": 30, "val/loss": 1' + "0" * 400 + ', "event": "finished"}\n')
+    results = results_of(trained)
+    assert (results[0].state, results[0].final) == ("finished", None)
+    write_results(trained, results)
+
+
+def test_a_launcher_that_returns_0_without_training_has_failed(capfd):
+    """As `echo` does, or a wrapper that forgets the exit code of what it starts."""
+    assert main(["sweep", RECIPE, *RATES, "--run-dir", "s", "--launcher", "echo"]) == 1
+    said = capfd.readouterr()
+    assert said.out.count("has failed: what has started it returned 0, but the run has not finished") == 2
+    assert "2 trials of the sweep failed" in said.err
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path):
+    """Stand-ins for Slurm's commands, made of shell code."""
+
+    def commands(**code):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        for name, line in code.items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        return ["sweep", RECIPE, *RATES, "--run-dir", "s", "--slurm", "--slurm-file", "job"]
+
+    Path("job").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return commands
+
+
+def test_where_slurm_does_not_say_whether_an_array_runs_none_is_submitted_again(slurm, capsys):
+    assert main(slurm(sbatch="echo 17", squeue="true")) == 0
+    down = slurm(squeue="echo Unable to contact slurm controller >&2; exit 1")
+    assert main(down) == 2
+    assert "squeue does not say whether array 17 still waits or runs (Unable to contact" in capsys.readouterr().err
+    assert main(slurm(squeue="echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", sbatch="echo 18")) == 0
+    assert "array 18" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("says", ["true", "echo Welcome", "printf '\\377\\n'"])
+def test_an_array_without_a_number_is_said(slurm, capsys, says):
+    """The same command would submit it once more."""
+    assert main(slurm(sbatch=says, squeue="true")) == 2
+    assert "where the number of the array belongs: look by squeue" in capsys.readouterr().err
+
+
+def test_where_slurm_does_not_answer_it_is_said(slurm, monkeypatch, capsys):
+    monkeypatch.setattr("hvdtrain.verbs.sweep.slurm._PATIENCE_S", 0.2)
+    assert main(slurm(sbatch="sleep 5", squeue="true")) == 2
+    assert "Slurm has not answered for 0.2 s" in capsys.readouterr().err

@@ -4,11 +4,13 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ class Line(hvdtrain.Recipe):
     stops: bool = False
     """Ask for a stop in the middle."""
     breaks_at: int = 1_000
-    """Steps up to the first whose loss is not finite."""
+    """Steps before the first whose loss is not finite."""
 
     def build(self, say):
         x = torch.linspace(-1, 1, 20).unsqueeze(1)
@@ -39,13 +41,13 @@ class Line(hvdtrain.Recipe):
         batches = itertools.count()
 
         def loss_sums(model, batch):
-            count = next(batches)
+            count = next(batches) if model.training else -1  # the check of the first batch is none of the steps
             if self.fails and count == 3:
                 raise ValueError("bad luck")
             if self.stops and count == 3:
                 signal.raise_signal(signal.SIGTERM)
             loss = (model(batch[0]) - batch[1]).square().sum()
-            return {"loss": loss * float("nan") if model.training and count > self.breaks_at else loss}
+            return {"loss": loss * float("nan") if count >= self.breaks_at else loss}
 
         data = hvdtrain.TensorSamples(x, 3 * x)
         return hvdtrain.Task(model=model, train_data=data, val_data=data, loss_sums=loss_sums)
@@ -211,7 +213,7 @@ def test_a_save_that_failed_is_forgiven_when_a_later_one_succeeds(tmp_path, monk
 
 
 def test_losses_that_are_not_finite_name_the_good_checkpoints(tmp_path):
-    bad = dataclasses.replace(RECIPE, breaks_at=5)
+    bad = dataclasses.replace(RECIPE, breaks_at=4)
     settings = {"checkpoint": {"every": 2, "keep_last": 1}, "health": {"max_skipped_steps": 10}, "train": {"steps": 20}}
     with pytest.raises(hvdtrain.DivergedError, match=r"Good checkpoints in \S+checkpoints: of step 4; those of step"):
         hvdtrain.train(bad, run_dir=tmp_path / "run", **settings)
@@ -296,3 +298,74 @@ def test_np_starts_programs_of_ones_own(tmp_path, monkeypatch, capfd):
     (tmp_path / "own.py").write_text("print(\n")
     with pytest.raises(hvdtrain.ConfigError, match="is not Python"):
         load_recipe("own.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moving(Line):
+    """One whose callback does something to the run in the middle."""
+
+    act: str = ""
+    """What it does."""
+
+    def build(self, say):
+        return dataclasses.replace(super().build(say), callbacks=[Act(self.act)])
+
+
+class Act(hvdtrain.Callback):
+    """Does it after three steps."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def after_step(self, run):
+        if run.step == 3 and self.what == "chdir":
+            os.chdir("elsewhere")
+        elif run.step == 3 and self.what == "remove":
+            shutil.rmtree("run")
+        elif run.step == 3:
+            Path("run").rename("moved")
+
+
+@pytest.fixture
+def moving(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def train(act):
+        settings = {"train": hvdtrain.TrainConfig(steps=6, global_batch_size=10)}
+        settings |= {"log": hvdtrain.LogConfig(every=1), "checkpoint": hvdtrain.CheckpointConfig(every=2)}
+        return hvdtrain.train(Moving(act=act, **settings), run_dir="run")
+
+    return train
+
+
+def test_a_relative_directory_stays_where_it_was(moving, tmp_path):
+    """Although the recipe's own code goes elsewhere in mid-run."""
+    result = moving("chdir")
+    assert result.run_dir == tmp_path / "run"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert '"finished"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))[-1] == "step-00000006"
+
+
+@pytest.mark.parametrize("act", ["remove", "move"])
+def test_a_directory_that_is_taken_away_is_said_once(moving, tmp_path, capsys, act):
+    moving(act)
+    assert capsys.readouterr().out.count("was moved or removed while it was trained") == 1
+    assert (tmp_path / "run" / "checkpoints" / "step-00000006").is_dir()
+    kept = tmp_path / ("run" if act == "remove" else "moved") / "metrics.jsonl"
+    assert '"finished"' in kept.read_text()
+
+
+def test_a_run_that_was_killed_before_its_last_line_gets_it(tmp_path):
+    settings = {"train": hvdtrain.TrainConfig(steps=4, global_batch_size=10)}
+    hvdtrain.train(Line(**settings), run_dir=tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text().splitlines()
+    metrics.write_text("".join(f"{line}\n" for line in whole[:-1]))
+    for _ in range(2):
+        hvdtrain.train(Line(**settings), run_dir=tmp_path / "run")
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        assert [line.get("event") for line in lines[-2:]] == [None, "finished"] or len(lines) == 1
+        assert lines[-1]["event"] == "finished"
+        assert sum("event" in line for line in lines) == 1

@@ -170,7 +170,7 @@ def test_numbers_of_numpy_do_not_spoil_a_checkpoint(tmp_path):
     data = NumpyCounts(*job.task.train_data.tensors)
 
     def build_optimizer(optim, model):
-        return torch.optim.SGD(model.parameters(), lr=np.float64(0.1), weight_decay=np.float32(0.01))
+        return torch.optim.SGD(model.parameters(), lr=np.float64(optim.peak_lr), weight_decay=np.float32(0.01))
 
     def summarize(means):
         return {**means, "half": np.float32(means["loss"] / 2), "tensor": torch.tensor(1.5)}

@@ -73,3 +73,28 @@ def test_a_signal_while_a_file_is_read_is_no_error_of_it(tmp_path):
     )
     with pytest.raises(StoppedEarly):
         load_recipe(str(file))
+
+
+class WordlessError(Exception):
+    """A user's class, which cannot say what it has to say, and is equal to everything."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+    def __eq__(self, other):
+        raise RuntimeError("not to be compared")
+
+    __hash__ = None
+
+
+def test_an_exception_that_cannot_be_shown_is_named():
+    def fail():
+        try:
+            raise WordlessError
+        except WordlessError as first:
+            raise WordlessError from first
+
+    error = raised(fail)
+    assert sentence_of(error).startswith("WordlessError: its message cannot be shown, since that raises RuntimeError (")
+    assert "in fail" in sentence_of(error)
+    assert "WordlessError" in stack_of(error)

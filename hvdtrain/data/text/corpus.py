@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hvdtrain.data.links import leads_nowhere, refuse_link
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, reason_of
 from hvdtrain.settings import nearest
 
 PIECE_BYTES = 1 << 20
@@ -45,7 +45,7 @@ class Document:
             return self.path.open("rb")
         except OSError as error:
             raise DataError(
-                f"{self.path} cannot be read ({error.strerror}): give the right to read it, or keep it elsewhere"
+                f"{self.path} cannot be read ({reason_of(error)}): give the right to read it, or keep it elsewhere"
             ) from error
 
     def pieces(self) -> Iterator[str]:
@@ -215,7 +215,7 @@ def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...], lost: C
                 elif leads_nowhere(entry):
                     lost(entry.path)
     except OSError as error:
-        raise _unreadable(folder, error.strerror or str(error)) from error
+        raise _unreadable(folder, reason_of(error)) from error
 
 
 def _unreadable(folder: str, reason: str) -> DataError:

@@ -28,7 +28,6 @@ from torch import Tensor
 from hvdtrain.data.text.best_fit import pack_best_fit
 from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.windows import IGNORED, WithStarts
-from hvdtrain.errors import DataError
 
 FORMAT_VERSION = 3
 
@@ -202,13 +201,7 @@ def write_packed(
         meta = {"largest_token": max(largest), **describe()}
         (new / "meta.json").write_text(json.dumps(meta))
 
-    try:
-        return sealed_folder(cache, f"packed-{FORMAT_VERSION}-{digest}", write, say)
-    except OSError as error:
-        raise DataError(
-            f"prepared tokens cannot be kept in {cache} ({error.strerror or error}): free some space there, or choose"
-            " another --data.cache-dir"
-        ) from error
+    return sealed_folder(cache, f"packed-{FORMAT_VERSION}-{digest}", write, say)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ in a copy of the cache, its content is compared.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvdtrain.data.text.known import state_of
+from hvdtrain.errors import DataError, reason_of
 from hvdtrain.settings.files import locked, replaced_whole, sha256_of, written_whole
 
 _SEAL = "seal.json"
@@ -36,8 +38,22 @@ def sealed_folder(
         say: takes that the folder was not as it was written.
 
     Raises:
-        OSError: it cannot be written.
+        DataError: it cannot be written.
     """
+    try:
+        return _sealed(cache, name, write, say)
+    except OSError as error:
+        raise cannot_keep(cache, error) from error
+
+
+def cannot_keep(cache: Path, error: OSError) -> DataError:
+    """Return the error for prepared text that cannot be kept, with what helps."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    helps = "free some space there, or choose another" if is_full else "choose a folder of yours by"
+    return DataError(f"prepared tokens cannot be kept in {cache} ({reason_of(error)}): {helps} --data.cache-dir")
+
+
+def _sealed(cache: Path, name: str, write: Callable[[Path], None], say: Callable[[str], None]) -> Path:
     folder = cache / name
     cache.mkdir(parents=True, exist_ok=True)
     if not _is_whole(folder):

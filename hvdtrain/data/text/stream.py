@@ -18,13 +18,13 @@ from pathlib import Path
 
 from hvdtrain.data.config import TextConfig, cache_dir
 from hvdtrain.data.text.corpus import Document, read_all
-from hvdtrain.data.text.sealed import sealed_folder
+from hvdtrain.data.text.sealed import cannot_keep, sealed_folder
 from hvdtrain.data.text.splits import Hashed, find_splits
 from hvdtrain.data.text.token_files import content_hash, read_token_files
 from hvdtrain.data.text.tokenize import Meter, token_dtype, write_tokens
 from hvdtrain.data.text.tokenizer import ByteTokenizer, Tokenizer, load_bpe, load_tokenizer, train_bpe
 from hvdtrain.data.text.windows import Shard
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, reason_of
 
 FORMAT_VERSION = 2
 
@@ -71,10 +71,7 @@ def _prepare_documents(config: TextConfig, say: Callable[[str], None]) -> Prepar
         folder = sealed_folder(cache, digest, lambda new: _write(new, config, train, held_out, say), say)
         return _read_prepared(folder, digest)
     except OSError as error:
-        raise DataError(
-            f"prepared tokens cannot be kept in {cache} ({error.strerror or error}): free some space there,"
-            " or choose another --data.cache-dir"
-        ) from error
+        raise cannot_keep(cache, error) from error
 
 
 def _content_hash(config: TextConfig, train: Hashed, held_out: Hashed) -> str:
@@ -96,7 +93,7 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"--data.tokenizer {path} is neither byte, bpe nor a tokenizer.json that can be read ({error.strerror})"
+            f"--data.tokenizer {path} is neither byte, bpe nor a tokenizer.json that can be read ({reason_of(error)})"
         ) from error
 
 

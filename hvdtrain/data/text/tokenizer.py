@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, reason_of
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call the token between documents.
@@ -161,7 +161,7 @@ def load_bpe(path: Path, eot: int | None = None, name: str | None = None) -> Bpe
     try:
         inner = library.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"the tokenizer {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"the tokenizer {path} cannot be read: {reason_of(error)}") from error
     except Exception as error:  # the library raises bare Exception for files it does not understand
         raise DataError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
     if name is not None and eot is None:

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TextIO
 
+from hvdtrain.errors import reason_of
 from hvdtrain.rundir.sinks.bar import Bar
 from hvdtrain.rundir.sinks.sink import Metrics
 from hvdtrain.settings.units import duration
@@ -114,7 +115,7 @@ class Console:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.EFBIG):
             if not self._has_warned:
                 self._has_warned = True
-                logger.warning("standard output cannot be written (%s): its lines wait", error.strerror)
+                logger.warning("standard output cannot be written (%s): its lines wait", reason_of(error))
             return
         logger.warning("standard output is closed (%s): from now on this file has what would be printed", error)
         self._waiting, self._bar = b"", None

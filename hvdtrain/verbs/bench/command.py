@@ -10,6 +10,7 @@ from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Recipe
 from hvdtrain.trainer.flops import flops_per_step
 from hvdtrain.trainer.precision import settle_precision
+from hvdtrain.trainer.task import build_task
 from hvdtrain.verbs.bench.measure import Possible, Variant, are_measured_apart, memory_peak_bytes
 from hvdtrain.verbs.bench.peak import peak_flops
 from hvdtrain.verbs.bench.report import parts_table, row_of, throughput_lines, variants_table
@@ -37,7 +38,7 @@ def _bench(name: str, recipe: Recipe, options: BenchOptions, world: World) -> in
         if choice:
             say(choice)
 
-    task = world.together(lambda: recipe.build(say), "build")
+    task = world.together(lambda: build_task(recipe, say), "build")
     peak, source = peak_flops(world.device, recipe.train.precision)
     possible = Possible(recipe, task, world, options.knobs)
     measure = _one_by_one if are_measured_apart(world.device) else _in_turns

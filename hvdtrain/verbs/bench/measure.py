@@ -23,6 +23,7 @@ from hvdtrain.trainer import Job, Recipe, Task, train_step
 from hvdtrain.trainer.device_clock import finish
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.state import Training, start_training
+from hvdtrain.trainer.task import build_task
 from hvdtrain.verbs.phase_clock import PhaseClock
 from hvdtrain.world import World
 
@@ -174,7 +175,7 @@ class Possible:
             try:
                 own = self._task
                 if has_other_data:
-                    own = world.together(lambda: variant.build(_silent), "bench.build")  # noqa: B023
+                    own = world.together(lambda: build_task(variant, _silent), "bench.build")  # noqa: B023
                 built = Variant.of(name, variant, own, world)
             except ConfigError as error:
                 if is_first:

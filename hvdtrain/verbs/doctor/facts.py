@@ -89,6 +89,7 @@ class RankFacts:
     shared_memory_bytes: int | None
     """Size of /dev/shm; None: there is none."""
     shared_memory_free_bytes: int | None
+    shared_memory_is_writable: bool = True
     open_files: int
     """Soft limit of open files."""
     addresses: Mapping[str, str]
@@ -141,6 +142,7 @@ def own_facts(launch: Launch, run_dir: Path) -> RankFacts:
         is_writable=os.access(existing, os.W_OK),
         shared_memory_bytes=shared_memory.f_blocks * shared_memory.f_frsize if shared_memory else None,
         shared_memory_free_bytes=shared_memory.f_bavail * shared_memory.f_frsize if shared_memory else None,
+        shared_memory_is_writable=os.access(_SHARED_MEMORY, os.W_OK),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         addresses=addresses(),
     )

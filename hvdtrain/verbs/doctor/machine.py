@@ -210,6 +210,9 @@ def _shared_memory_of_host(own: Sequence[RankFacts]) -> Iterator[Finding]:
     remedy = "docker run --shm-size=1g; Kubernetes: an emptyDir of medium Memory mounted at /dev/shm"
     if size is None or free is None:
         yield warning("shared memory", "there is no /dev/shm", remedy)
+    elif not own[0].shared_memory_is_writable:
+        remedy = "docker run --tmpfs /dev/shm; until then horovodrun does not start: take mpirun"
+        yield warning("shared memory", "/dev/shm cannot be written", remedy)
     elif size < needed:
         yield warning("shared memory", f"/dev/shm has {_size(size)}, {_size(needed)} is safe", remedy)
     elif free < _FREE_SHARED_MEMORY_BYTES_A_RANK * len(own):

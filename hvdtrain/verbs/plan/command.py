@@ -6,13 +6,15 @@ import dataclasses
 import socket
 from typing import Any
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.process.launch import detect_launch
+from hvdtrain.process.tracebacks import sentence_of
 from hvdtrain.rundir.environment import describe_environment, describe_rank
 from hvdtrain.trainer import Job, Recipe, Task
 from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.trainer.rehearsal import rehearse
+from hvdtrain.trainer.task import build_task
 from hvdtrain.verbs.kit import Speaker, counted, head_line
 from hvdtrain.verbs.options import PlanOptions
 from hvdtrain.verbs.plan.all_reduce import groups_of
@@ -35,9 +37,10 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
     """
     if options.from_ is not None:
         facts = _with_noise(load_json(options.from_), _logged_noise(options))
+        about, given = _from_file(facts, options)
         say = Speaker(detect_launch().rank == 0)
-        say(describe(facts))
-        _show(_ask(facts, options), options, {}, say)
+        say(about)
+        _show(given, options, {}, say)
         return 0
     if recipe.comm.sync == "local":  # measured as steps that average, and predicted with all other ways to average
         recipe = dataclasses.replace(recipe, comm=dataclasses.replace(recipe.comm, sync="every-step"))
@@ -48,11 +51,29 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
     )
 
 
+def _from_file(facts: Facts, options: PlanOptions) -> tuple[str, Answer]:
+    """Return what is said of saved facts, and the answer.
+
+    Raises:
+        ConfigError: nothing follows from them: the file was changed by hand, or damaged.
+    """
+    try:
+        about, given = describe(facts), _ask(facts, options)
+        table(given)
+    except HvdtrainError:
+        raise
+    except Exception as error:  # of many types: whatever a text does where a number belongs
+        raise ConfigError(
+            f"--from {options.from_}: no plan can be made of what it holds ({sentence_of(error)}): measure again"
+        ) from error
+    return about, given
+
+
 def _plan(name: str, recipe: Recipe, options: PlanOptions, world: World) -> int:
     say = Speaker(world.rank == 0)
     logged = world.together(lambda: _logged_noise(options) if world.rank == 0 else None, "plan.noise")
     recipe, choice = settle_precision(recipe, world)
-    task = world.together(lambda: recipe.build(say), "plan.build")
+    task = world.together(lambda: build_task(recipe, say), "plan.build")
     job = world.together(lambda: _job(recipe, task, world), "plan.settle")
     everyone = world.all_gather_object((socket.gethostname(), describe_rank(world.device)), "plan.ranks")
     hosts = [host for host, _ in everyone]

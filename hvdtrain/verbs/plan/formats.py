@@ -17,7 +17,7 @@ from hvdtrain.verbs.phase_clock import seconds_of
 from hvdtrain.verbs.plan.kinds import Kinds
 from hvdtrain.verbs.plan.methods import Format, sends_of
 from hvdtrain.verbs.plan.network import Layout, Network, Timing, paced
-from hvdtrain.verbs.plan.step import Bucket
+from hvdtrain.verbs.plan.step import Bucket, travelling
 from hvdtrain.world import Cargo, Codec, EchoWorld, World, begin_exchange, codec_of
 
 # Ranks that a format's own computing is measured for, as one rank does it: what it gathers grows with them.
@@ -74,7 +74,7 @@ def measured_formats(
     """
     found = {}
     for name in names:
-        cargoes = [bucket.cargo(name) for bucket in buckets]
+        cargoes = [bucket.cargo(name) for bucket in travelling(buckets, name)]
         computes = {}
         for size in _ECHOES:
             echo = EchoWorld(world.device, size, adds_bfloat16=world.adds_bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.optim.noise import NoiseScale, noise_of_training
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.metrics import read_metrics
@@ -22,7 +22,7 @@ def noise_of_run(run_dir: Path) -> NoiseScale:
     try:
         lines, _ = read_metrics(file)
     except OSError as error:
-        raise ConfigError(f"--noise-from {run_dir}: {file} cannot be read ({error.strerror})") from error
+        raise ConfigError(f"--noise-from {run_dir}: {file} cannot be read ({reason_of(error)})") from error
     logged = [line for line in lines if isinstance(line.get("train/noise_scale", ""), float | int | None)]
     if not logged or manifest is None or manifest.global_batch_size is None:
         raise ConfigError(

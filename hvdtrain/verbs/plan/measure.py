@@ -104,6 +104,8 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, in_order: boo
     if in_order:
         parameters.sort(key=lambda parameter: -ready_at[parameter])  # `in_buckets` begins with the last
     buckets = []
+    uncut = in_buckets(parameters, bucket_bytes, in_parts=False)
+    whole_of = {parameter: number for number, whole in enumerate(uncut) for parameter in whole}
     for group in in_buckets(parameters, bucket_bytes):
         ready = max(ready_at[parameter] for parameter in group)
         wholes = [real(parameter.detach()) for parameter in group]
@@ -112,7 +114,7 @@ def ready_buckets(job: Job, training: Training, bucket_bytes: int, in_order: boo
         as_they_are = codec_of("none").wire_bytes(count, dtype)
         exact = tuple(place for place, parameter in enumerate(group) if parameter in spared)
         kind = str(dtype).removeprefix("torch.")
-        buckets.append(Bucket(min(1.0, ready), as_they_are, tuple(shapes), kind, exact, formats))
+        buckets.append(Bucket(min(1.0, ready), as_they_are, tuple(shapes), kind, exact, formats, whole_of[group[0]]))
     return sorted(buckets, key=lambda bucket: bucket.ready)
 
 

@@ -11,7 +11,7 @@ import torch
 from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.verbs.plan.kinds import Layout, way_of
 from hvdtrain.verbs.plan.network import Network
-from hvdtrain.verbs.plan.step import Bucket, Send
+from hvdtrain.verbs.plan.step import Bucket, Send, travelling
 from hvdtrain.world import Message, codec_of, messages_of
 
 FORMATS = ("none", "fp16", "bf16", "int8", "powersgd:4", "topk:0.01")
@@ -121,7 +121,7 @@ def sends_of(
         adds_bfloat16: whether the world adds bfloat16 as it is.
     """
     sends = []
-    for bucket in buckets:
+    for bucket in travelling(buckets, compression):
         for message in messages(bucket, compression, min_size, layout.ranks, adds_bfloat16):
             half = message.dtype == torch.float16
             network = networks[1] if half and networks[1] is not None else networks[0]
@@ -157,5 +157,6 @@ def handed_bytes(
     buckets: Sequence[Bucket], compression: str, min_size: int, ranks: int, adds_bfloat16: bool = False
 ) -> int:
     """Return the bytes that one rank hands over for all gradients."""
-    found = (messages(bucket, compression, min_size, ranks, adds_bfloat16) for bucket in buckets)
+    sent = travelling(buckets, compression)
+    found = (messages(bucket, compression, min_size, ranks, adds_bfloat16) for bucket in sent)
     return sum(message.num_bytes for parts in found for message in parts)

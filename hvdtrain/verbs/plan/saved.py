@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DataError, reason_of
 from hvdtrain.optim.noise import NoiseScale
+from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.methods import Format
@@ -32,14 +33,14 @@ def load_json(path: Path) -> Facts:
     """
     file = path / "plan.json" if path.is_dir() else path
     try:
-        saved = json.loads(file.read_text())
+        saved = read_json(file)
+    except DataError as error:
+        raise ConfigError(f"--from {path}: {error}: let `plan RECIPE --output {file.parent}` write it") from error
+    try:
         if saved["format_version"] != FORMAT_VERSION:
             other = f"{file} has format {saved['format_version']!r}, this hvdtrain reads {FORMAT_VERSION}"
             raise ConfigError(f"--from {path}: {other}: measure again with `plan RECIPE --output {file.parent}`")
         return _facts_of(saved["facts"])
-    except OSError as error:
-        how = f"let `plan RECIPE --output {file.parent}` write it"
-        raise ConfigError(f"--from {path}: {file} cannot be read ({error.strerror}): {how}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--from {path}: {file} was not written by this plan ({error!r})") from error
 
@@ -90,4 +91,4 @@ def write_output(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another --output") from error
+        raise ConfigError(f"{path} cannot be written ({reason_of(error)}): choose another --output") from error

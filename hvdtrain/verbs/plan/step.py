@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from hvdtrain.world import Cargo
+from hvdtrain.world import Cargo, codec_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,26 @@ class Bucket:
     """Places of the tensors that `--comm.compression-exact` means, or that belong to a vocabulary."""
     exact_for: tuple[str, ...] = ()
     """Formats that send these as they are."""
+    whole: int | None = None
+    """Number of the bucket of which this is a part, for formats that gain nothing by parts."""
 
     def cargo(self, compression: str) -> Cargo:
         """Return its gradients as a format, `powersgd:4` and so on, is given them."""
         exact = self.exact if compression.partition(":")[0] in self.exact_for else ()
         return Cargo(tuple(map(torch.Size, self.shapes)), getattr(torch, self.dtype), exact)
+
+
+def travelling(buckets: Sequence[Bucket], compression: str) -> list[Bucket]:
+    """Return the buckets in which a format, `powersgd:4` and so on, sends these."""
+    if codec_of(compression).gains_by_parts:
+        return list(buckets)
+    wholes: dict[int, list[Bucket]] = {}
+    for place, bucket in enumerate(buckets):
+        wholes.setdefault(-1 - place if bucket.whole is None else bucket.whole, []).append(bucket)
+    return [
+        parts[0] if len(parts) == 1 else replace(joined(parts), ready=max(part.ready for part in parts))
+        for parts in wholes.values()
+    ]
 
 
 def joined(buckets: Sequence[Bucket]) -> Bucket:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.verbs.kit import counted
@@ -59,7 +59,7 @@ def write_page(path: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror or error}): name a file in a folder of yours, --output FILE"
+            f"{path} cannot be written ({reason_of(error)}): name a file in a folder of yours, --output FILE"
         ) from error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdtrain.errors import ConfigError, ResumeError
+from hvdtrain.errors import ConfigError, ResumeError, reason_of
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.metrics import each_line
 from hvdtrain.settings.values import flat
@@ -112,7 +112,7 @@ def read_run(path: Path, name: str | None = None) -> ReadRun:
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            run.notes.append(f"{directory.rank_log(0)} cannot be read ({error.strerror or error})")
+            run.notes.append(f"{directory.rank_log(0)} cannot be read ({reason_of(error)})")
     return run
 
 
@@ -140,7 +140,7 @@ def _read_metrics(file: Path, run: ReadRun) -> None:
                 run.events.append((line["step"], str(line["event"])[:80]))
             left_out.update(_add(line, columns))
     except OSError as error:
-        run.notes.append(f"{file} cannot be read ({error.strerror or error})")
+        run.notes.append(f"{file} cannot be read ({reason_of(error)})")
     else:
         if not file.exists():
             run.notes.append(f"{file} is missing: nothing was logged yet")
@@ -199,7 +199,7 @@ def _read_file(file: Path, parse: Callable[[str], Any], run: ReadRun) -> dict[st
     except FileNotFoundError:
         run.notes.append(f"{file} is missing")
     except OSError as error:
-        run.notes.append(f"{file} cannot be read ({error.strerror or error})")
+        run.notes.append(f"{file} cannot be read ({reason_of(error)})")
     except (ValueError, RecursionError):
         run.notes.append(f"{file} is damaged and left out")
     else:

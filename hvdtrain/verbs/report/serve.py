@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, UsageError, reason_of
 from hvdtrain.process.stop import StoppedEarly
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.verbs.kit import counted, write_line
@@ -109,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(HTTPStatus.NO_CONTENT if new is None else HTTPStatus.OK, new or "")
             else:
                 self._answer(HTTPStatus.NOT_FOUND, "there is nothing here but /")
-        except ConfigError as error:  # the directory is gone
+        except UsageError as error:  # a directory is gone, or a sweep damaged
             self._answer(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
 
     def _answer(self, status: HTTPStatus, text: str) -> None:
@@ -147,7 +147,7 @@ class LiveServer(ThreadingHTTPServer):
             super().__init__((LOOPBACK, port), _Handler)
         except OSError as error:
             raise ConfigError(
-                f"--serve {port}: that port of {LOOPBACK} cannot be had ({error.strerror}): name another, or leave it"
+                f"--serve {port}: that port of {LOOPBACK} cannot be had ({reason_of(error)}): name another, or leave it"
                 " out for one that is free"
             ) from error
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from hvdtrain.errors import LaunchError, StopRequested
+from hvdtrain.errors import HvdtrainError, LaunchError, StopRequested
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.stray import stray_hint
 from hvdtrain.rundir.lock import claim
@@ -53,7 +53,12 @@ def sweep(grid: Grid, options: SweepOptions) -> int:
         _say_beginning(grid, found)
         if options.slurm:
             return _submit(grid, found, options)
-        ended = train_trials(grid, found, options)
+        try:
+            ended = train_trials(grid, found, options)
+        except KeyboardInterrupt:
+            raise HvdtrainError(
+                f"the sweep was interrupted at once: the same command goes on in {found.path}"
+            ) from None
         return _conclude(found, ended)
 
 

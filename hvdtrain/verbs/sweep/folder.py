@@ -15,8 +15,9 @@ from typing import Any
 
 import tomli_w
 
-from hvdtrain.errors import ConfigError, ResumeError
+from hvdtrain.errors import ConfigError, DataError, ResumeError, reason_of
 from hvdtrain.settings.files import replaced_whole
+from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.sweep.grid import Combination
 
 _NAME, _FORMAT = "sweep.json", 1
@@ -91,7 +92,7 @@ class SweepFolder:
             with replaced_whole(file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"{file} cannot be written ({error.strerror}): choose another --run-dir") from error
+            raise ConfigError(f"{file} cannot be written ({reason_of(error)}): choose another --run-dir") from error
 
 
 def is_sweep(path: Path) -> bool:
@@ -107,15 +108,29 @@ def read_sweep(path: Path) -> SweepFolder:
     """
     file = path / _NAME
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values.pop("format") != _FORMAT:
-            raise ResumeError(f"{file} was written by another version of hvdtrain: choose another --run-dir")
-        trials = [Trial(**trial) for trial in values.pop("trials")]
-        return SweepFolder(path, trials=trials, **values)
-    except OSError as error:
-        raise ResumeError(f"{file} cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        values = read_json(file)
+    except DataError as error:
+        raise ResumeError(f"{error}: choose another --run-dir, or remove it to begin anew") from error
+    if values.pop("format", None) != _FORMAT:
+        raise ResumeError(f"{file} was written by another version of hvdtrain: choose another --run-dir")
+    try:
+        found = SweepFolder(path, trials=[Trial(**trial) for trial in values.pop("trials")], **values)
+        _check(found)
+    except (ValueError, TypeError, KeyError) as error:
         raise ResumeError(f"{file} is damaged: choose another --run-dir, or remove it to begin anew") from error
+    return found
+
+
+def _check(sweep: SweepFolder) -> None:
+    """Raise ValueError where a sweep does not hold what one is written with."""
+    texts = (sweep.metric, sweep.slurm_job, *(trial.why for trial in sweep.trials))
+    is_good = all(isinstance(text, str) for text in texts) and sweep.goal in ("min", "max")
+    is_good = is_good and isinstance(sweep.facts, dict)
+    for place, trial in enumerate(sweep.trials):
+        is_good = is_good and trial.number == place and isinstance(trial.values, dict)
+        is_good = is_good and (trial.proposal is None or type(trial.proposal) is int)
+    if not is_good:
+        raise ValueError("a value of another type")
 
 
 def open_sweep(path: Path, facts: Mapping[str, Any]) -> SweepFolder:

@@ -99,7 +99,11 @@ def _words(launcher: str) -> list[str]:
 def _note(sweep: SweepFolder, trial: Trial, code: int, lines: deque[str], ended: Ended) -> None:
     """Note how a trial has ended, and say it where it has not finished."""
     trial.why = ""
-    if code == StopRequested.exit_code:
+    if code == 0 and result_of(sweep, trial).state != "finished":
+        ended.num_failed += 1
+        trial.why = f"what has started it returned 0, but the run has not finished: {_last_words(lines)}"
+        say(f"--- trial {trial.number} has failed: {trial.why}; the others go on")
+    elif code == StopRequested.exit_code:
         ended.num_stopped += 1
         say(f"--- trial {trial.number} was stopped and has saved; the others go on")
     elif code:
@@ -117,8 +121,8 @@ def _last_words(lines: deque[str]) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line; a reader that is gone, as `head`, ends no sweep."""
+    """Print a line; a reader that is gone, as `head`, ends no sweep, nor does a disk that is full."""
     try:
         write_line(text, sys.stdout)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end

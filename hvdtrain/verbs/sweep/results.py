@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.settings.units import duration
@@ -91,7 +91,11 @@ def result_of(sweep: SweepFolder, trial: Trial) -> Result:
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # digits without end, in a file that is damaged
+        return None
+    return number if math.isfinite(number) else None
 
 
 def groups_of(sweep: SweepFolder, results: Sequence[Result]) -> list[Group]:
@@ -151,7 +155,7 @@ def write_results(sweep: SweepFolder, results: Sequence[Result]) -> None:
             with replaced_whole(sweep.path / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{sweep.path} cannot be written ({error.strerror}): choose another --run-dir") from error
+        raise ConfigError(f"{sweep.path} cannot be written ({reason_of(error)}): choose another --run-dir") from error
 
 
 def _in_csv(value: Any) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.errors import ConfigError, LaunchError, reason_of
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.verbs.options import SweepOptions
 from hvdtrain.verbs.sweep.folder import SweepFolder, Trial
@@ -47,13 +46,22 @@ def check_slurm(sweep: SweepFolder, options: SweepOptions) -> None:
 
 
 def waiting_tasks(job: str) -> int:
-    """Return how many tasks of an array are still waiting or running."""
+    """Return how many tasks of an array are still waiting or running.
+
+    Raises:
+        LaunchError: Slurm does not say.
+    """
     squeue = shutil.which("squeue")
     if not job or squeue is None:
         return 0
-    command = [squeue, "--noheader", "--array", f"--jobs={job}", "--format=%i"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-    return len(done.stdout.split()) if done.returncode == 0 else 0
+    done = _done([squeue, "--noheader", "--array", f"--jobs={job}", "--format=%i"])
+    if done.returncode and "invalid job id" not in done.stderr.lower():  # which it says of jobs that have long ended
+        said = " ".join((done.stderr or done.stdout).split())[-500:]
+        raise LaunchError(
+            f"squeue does not say whether array {job} still waits or runs ({said or f'exit code {done.returncode}'}):"
+            " nothing was submitted; try again"
+        )
+    return 0 if done.returncode else len(done.stdout.split())
 
 
 def submit(sweep: SweepFolder, recipe: str, trials: Sequence[Trial], options: SweepOptions) -> str:
@@ -77,17 +85,39 @@ def submit(sweep: SweepFolder, recipe: str, trials: Sequence[Trial], options: Sw
         with replaced_whole(script) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{script} cannot be written ({error.strerror}): choose another --run-dir") from error
-    done = subprocess.run(
-        ["/bin/sh", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=_PATIENCE_S,
-        check=False,
-        env=dict(os.environ),
-        stdin=subprocess.DEVNULL,
-    )
+        raise ConfigError(f"{script} cannot be written ({reason_of(error)}): choose another --run-dir") from error
+    done = _done(["/bin/sh", str(script)])
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())[-500:]
         raise LaunchError(f"Slurm refuses the array ({said or f'exit code {done.returncode}'}): see {script}")
-    return done.stdout.strip().splitlines()[-1].partition(";")[0] if done.stdout.strip() else ""
+    last = (done.stdout.strip().splitlines() or [""])[-1].partition(";")[0]
+    if not (last.isascii() and last.isdecimal()):
+        raise LaunchError(
+            f"sbatch has printed {last[:60]!r} where the number of the array belongs: look by squeue whether it was"
+            f" submitted, and for what {script} starts"
+        )
+    return last
+
+
+def _done(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of Slurm's.
+
+    Raises:
+        LaunchError: it cannot be started, or does not answer.
+    """
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PATIENCE_S,
+            check=False,
+        )
+    except OSError as error:
+        raise LaunchError(f"{command[0]} cannot be started: {reason_of(error)}") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"Slurm has not answered for {_PATIENCE_S:g} s: look whether it has taken the array"
+        ) from error

@@ -10,6 +10,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.settings import plan_batch
 from hvdtrain.trainer import Recipe
 from hvdtrain.trainer.precision import settle_precision
+from hvdtrain.trainer.task import build_task
 from hvdtrain.verbs.kit import Speaker, check_json_path, head_line, write_json
 from hvdtrain.verbs.options import VerifyOptions
 from hvdtrain.verbs.verify.checks import all_checks
@@ -39,7 +40,7 @@ def _verify(name: str, recipe: Recipe, options: VerifyOptions, world: World) -> 
     say = Speaker(world.rank == 0)
     world.together(lambda: check_json_path(options.json) if say.speaks else None, "verify.json.path")
     recipe, choice = settle_precision(recipe, world)
-    task = world.together(lambda: recipe.build(say), "build")
+    task = world.together(lambda: build_task(recipe, say), "build")
     plan = world.together(lambda: plan_batch(recipe.train, world.size), "plan")
     with tempfile.TemporaryDirectory(prefix="hvdtrain-verify-") as folder:
         shared = world.broadcast_object(Path(folder), "verify.folder")

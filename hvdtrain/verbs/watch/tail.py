@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hvdtrain.errors import reason_of
+
 _SEEN = 64
 
 
@@ -35,7 +37,7 @@ class Tail:
             with self.path.open("rb") as file:
                 return self._read(file.fileno())
         except OSError as error:  # such as a handle that is stale: the server will know the file again
-            self.trouble = error.strerror or str(error)
+            self.trouble = reason_of(error)
             return [], False
 
     def _gone(self) -> tuple[list[bytes], bool]:

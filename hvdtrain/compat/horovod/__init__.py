@@ -8,6 +8,7 @@ are equal bit by bit, layers may be frozen and unfrozen, a rank without a batch 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from hvdtrain.compat.grouped import (
@@ -171,6 +172,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ELSEWHERE:
-        raise AttributeError(f"hvdtrain.compat.horovod has no '{name}': {ELSEWHERE[name]}")
-    raise AttributeError(f"hvdtrain.compat.horovod has no '{name}'")
+    if name not in ELSEWHERE:
+        raise AttributeError(f"hvdtrain.compat.horovod has no '{name}'")
+    why = f"hvdtrain.compat.horovod has no '{name}': {ELSEWHERE[name]}"
+    # `from ... import name` asks whether there is the name, and would say no more than that there is not.
+    is_import = sys._getframe(1).f_code.co_filename.startswith("<frozen importlib")
+    raise ImportError(why, name=name) if is_import else AttributeError(why)
