@@ -213,10 +213,6 @@ class Collectives(ABC):
         """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective."""
         return self.all_gather_pickled(value, self.named("all_gather_object", name))
 
-    def scatter_object(self, values: Sequence[T] | None, name: str | None = None) -> T:
-        """Return on rank r the r-th of rank 0's values; they must pickle. Other ranks may pass None. Collective."""
-        return cast(T, self.scatter_pickled(values, self.named("scatter_object", name)))
-
     def barrier(self, name: str | None = None) -> None:
         """Wait until every rank is here. Collective."""
         self.all_reduce(torch.zeros(1), "sum", name and f"barrier.{name}")
@@ -274,11 +270,6 @@ class Collectives(ABC):
     @abstractmethod
     def all_gather_pickled(self, value: T, name: str) -> list[T]:
         """Return every rank's value, ordered by rank. Collective."""
-
-    def scatter_pickled(self, values: Sequence[Any] | None, name: str) -> Any:
-        """Return this rank's of rank 0's values: here all are sent to all, one after the other. Collective."""
-        each = (self.broadcast_pickled(values and values[rank], name, 0) for rank in range(self.size))
-        return [value if rank == self.rank else None for rank, value in enumerate(each)][self.rank]
 
     def answer_with_zeros(self) -> int:
         """Give zeros to whatever the others reduce until every rank has come here; returns the last one. Collective.
