@@ -42,8 +42,7 @@ def methods(given: argparse.Namespace, warmup: int) -> dict[str, list[str]]:
     warm = ["--comm.compression-warmup-steps", str(warmup)]
     local = ["--comm.sync", "local", "--comm.period", str(period)]
     also = dict(text.split("=", 1) for text in given.also)
-    return {
-        **{name: flags.split() for name, flags in also.items()},
+    known = {
         "every step": [],
         "every step, bf16": ["--comm.compression", "bf16"],
         "every step, int8": ["--comm.compression", "int8"],
@@ -59,6 +58,7 @@ def methods(given: argparse.Namespace, warmup: int) -> dict[str, list[str]]:
             *("--comm.fragments", "4", "--comm.overlap-steps", str(-(-period // 8))),
         ],
     }
+    return {**known, **{name: flags.split() for name, flags in also.items()}}
 
 
 def period_of(flags: list[str]) -> int:
@@ -67,9 +67,10 @@ def period_of(flags: list[str]) -> int:
 
 
 def shape(given: argparse.Namespace) -> list[str]:
-    """Return hvdtrain's flags for the model and the batch."""
+    """Return hvdtrain's flags for the model, the batch and the precision."""
     model = ("--model.num-layers", str(given.layers), "--model.hidden-size", str(given.hidden))
-    return [*model, "--model.num-heads", str(given.hidden // 32), "--train.global-batch-size", str(given.batch)]
+    batch = ("--train.global-batch-size", str(given.batch), "--train.precision", given.precision)
+    return [*model, "--model.num-heads", str(given.hidden // 32), *batch]
 
 
 def run(command: list[str], timeout: int = 1800) -> None:
@@ -124,7 +125,7 @@ def ddp(given: argparse.Namespace, hook: str, steps: int, folder: Path) -> float
     model = {"layers": given.layers, "hidden_size": given.hidden, "heads": given.hidden // 32}
     description = {**model, "intermediate_size": None, "length": LENGTH, "batch": given.batch // given.hosts}
     description |= {"ranks": given.hosts, "runner": "ddp"}
-    description |= {"precision": "fp32", "compile": "none", "hook": hook, "hook_rank": given.rank}
+    description |= {"precision": given.precision, "compile": "none", "hook": hook, "hook_rank": given.rank}
     description |= {"steps": steps, "times": str(times)}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "bare_loops.py"), json.dumps(description)]
     ranks = []
@@ -199,7 +200,8 @@ class Times:
             if name in DDP:
                 return ddp(given, DDP[name], given.windows * WINDOW, Path(folder))
             flags = self.flags[name]
-            steps = 3 * period_of(flags) or given.windows * WINDOW
+            period = period_of(flags) or WINDOW
+            steps = period * max(3, -(-given.windows * WINDOW // period))
             return ours(given, flags, steps, Path(folder) / "run")
 
     def rows(self) -> list[str]:
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=128, help="size; a head for each 32")
     parser.add_argument("--batch", type=int, default=16, help="samples of all hosts in a step")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours, and of DDP's autocast")
     parser.add_argument("--period", type=int, default=50)
     parser.add_argument("--warmup", type=int, default=WARMUP, help="exact steps before PowerSGD and top-k begin")
     parser.add_argument("--rank", type=int, default=RANK, help="of PowerSGD")
@@ -241,7 +244,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help=f"of {WINDOW} steps, of methods that average in each")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="rate and one-way delay in ms")
     parser.add_argument("--only", nargs="+", help="methods whose names fit one of these patterns")
-    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=FLAGS", help="more methods, by train's flags")
+    parser.add_argument("--also", nargs="+", default=[], metavar="NAME=FLAGS", help="more methods, or others of a name")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, no more times are measured")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -249,7 +252,7 @@ def main() -> None:
         machine.describe(),
         "",
         f"recipe lm: {given.layers} layers x {given.hidden}, a global batch of {given.batch} x {LENGTH} bytes,"
-        " one thread a rank",
+        f" one thread a rank, {given.precision}",
         "",
     ]
     if given.seeds:

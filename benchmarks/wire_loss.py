@@ -62,11 +62,10 @@ def trained(given: argparse.Namespace, text: str, seed: int) -> tuple[float, flo
     settings: dict[str, object] = {"model.num_layers": given.layers, "model.hidden_size": given.hidden}
     settings |= {"model.num_heads": given.hidden // 32, "data.sequence_length": given.length}
     settings |= {"train.global_batch_size": given.batch, "train.seed": seed, "train.steps": given.steps}
-    settings |= {"comm.compression": name}
+    settings |= {"comm.compression": name, "train.precision": "fp32"}
     settings |= {"comm.compression_warmup_steps": int(warmup[0])} if warmup else {}
     for key, _, value in (word.partition("=") for word in words):
         settings |= {key if "." in key else f"comm.{key}": number(value)} if value else {}
-    settings |= {"train.precision": "fp32"}
     one_at_a_time = threading.Lock()  # the text is prepared once
 
     def work(world: World) -> tuple[float, float]:

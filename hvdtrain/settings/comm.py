@@ -49,14 +49,18 @@ class CommConfig(Section):
     arXiv:2311.08105)."""
     outer_lr: float | None = setting(None, above=0, several_ranks=True)
     """local: by what the mean update is multiplied. None: 1, or 0.7 with --comm.outer nesterov."""
-    outer_momentum: float = setting(0.9, above=0, below=1, several_ranks=True)
-    """local: the momentum of --comm.outer nesterov."""
+    outer_momentum: float | None = setting(None, minimum=0, below=1, several_ranks=True)
+    """local: the momentum of --comm.outer nesterov; 0.9 in the paper, for hundreds of averages. None: 1 - outer_lr /
+    sqrt(ranks), with which what all ranks move by alike counts sqrt(ranks) times in the long run."""
     fragments: int = setting(1, above=0, several_ranks=True)
     """local: average the model in so many parts, each once in a period and at a step of its own (arXiv:2501.18512)."""
     overlap_steps: int = setting(0, minimum=0, several_ranks=True)
     """local: steps that an average may take to arrive, while training goes on."""
+    overlap_rule: Literal["mix", "delayed"] = setting("mix", several_ranks=True)
+    """local: what stays of a rank's own weights when an average arrives late. mix: a share of them (arXiv:2501.18512).
+    delayed: all that it has moved by since it sent (arXiv:2006.00441)."""
     overlap_mix: float = setting(0.5, minimum=0, below=1, several_ranks=True)
-    """local: how much of a rank's own weights stays when an average arrives late: 0 none."""
+    """local: that share, of --comm.overlap-rule mix: 0 none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,10 +85,13 @@ class CommConfig(Section):
             yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
         if self.sync != "local":
             names = ("period", "sync_warmup_steps", "outer", "outer_lr", "outer_momentum", "fragments")
-            for name in (*names, "overlap_steps", "overlap_mix"):
+            for name in (*names, "overlap_steps", "overlap_rule", "overlap_mix"):
                 yield name, "it belongs to --comm.sync local"
             return
         if self.outer != "nesterov":
             yield "outer_momentum", "it belongs to --comm.outer nesterov"
         if not self.overlap_steps:
-            yield "overlap_mix", "it belongs to --comm.overlap-steps"
+            for name in ("overlap_rule", "overlap_mix"):
+                yield name, "it belongs to --comm.overlap-steps"
+        elif self.overlap_rule != "mix":
+            yield "overlap_mix", "it belongs to --comm.overlap-rule mix"

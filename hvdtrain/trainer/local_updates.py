@@ -25,7 +25,8 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.settings import Config
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.component import Component
-from hvdtrain.trainer.outer_updates import OuterUpdates, Schedule, moved_by_name
+from hvdtrain.trainer.fragments import Schedule
+from hvdtrain.trainer.outer_updates import OuterUpdates
 from hvdtrain.trainer.sharded import Sharded
 from hvdtrain.trainer.strategy import EveryStep, Strategy, model_tensors
 from hvdtrain.trainer.wire import redistributed
@@ -44,8 +45,10 @@ def strategy_of(config: Config, size: int) -> Strategy:
     Raises:
         ConfigError: another setting needs ranks that are equal after every step.
     """
-    if config.comm.sync == "every-step" or size == 1:
-        return Sharded() if config.optim.shard and size > 1 else EveryStep()
+    if size == 1:
+        return EveryStep() if config.comm.sync == "every-step" else OneRank()
+    if config.comm.sync == "every-step":
+        return Sharded() if config.optim.shard else EveryStep()
     refused = {
         "--train.precision fp16": config.train.precision == "fp16",
         "--train.ema": config.train.ema is not None,
@@ -118,8 +121,34 @@ class LocalUpdates(Strategy):
             _part(training, OwnProgress).average()
 
 
+class OneRank(EveryStep):
+    """Nobody to average with: a rank that goes on where several have trained apart."""
+
+    def components(self, job: Job) -> list[Component]:
+        """Return what says so."""
+        return [LeftAlone(job)]
+
+
+class LeftAlone(Component):
+    """Says what becomes of several ranks' own progress on one."""
+
+    name = "own_progress"
+    is_replicated = False
+
+    def __init__(self, job: Job) -> None:
+        self._say = job.log.say
+
+    def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
+        """Say it; the mean is in the model, rank 0's state in the optimizer."""
+        self._say(
+            f"WARNING: {len(states)} ranks have trained apart, and one goes on: from the mean of their weights, with"
+            " the optimizer's state of rank 0, and nothing of the outer optimizer or of what was still to send"
+        )
+        return None
+
+
 class OwnProgress(Component):
-    """What each rank has for itself: weights within a period, its optimizer's state, what its codec remembers."""
+    """What each rank has for itself: weights and updates within a period, its optimizer's state, its codec's memory."""
 
     name = "own_progress"
     is_replicated = False
@@ -135,11 +164,11 @@ class OwnProgress(Component):
         self._training = training
 
     def _own(self) -> dict[str, Tensor]:
-        """Return what differs between ranks within a period: weights that the optimizer moves, and buffers."""
+        """Return what differs between ranks within a period: weights that learn, and buffers."""
         assert self._training is not None
         model = self._training.model
-        frozen = dict(model.named_parameters()).keys() - moved_by_name(model, self._training).keys()
-        return {name: tensor.detach() for name, tensor in model_tensors(model).items() if name not in frozen}
+        equal = dict(model.named_parameters()).keys() - self._outer.names()
+        return {name: tensor.detach() for name, tensor in model_tensors(model).items() if name not in equal}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -158,8 +187,8 @@ class OwnProgress(Component):
     def average(self) -> None:
         """Put the ranks' mean into the model. Collective."""
         assert self._training is not None
-        weights = moved_by_name(self._training.model, self._training)
-        self._job.world.average_tensors([weight.detach() for weight in weights.values()], "local.weights")
+        weights, averaged = self._training.model.named_parameters(), self._outer.names()
+        self._job.world.average_tensors([item.detach() for name, item in weights if name in averaged], "local.weights")
         buffers = self._training.component(ChangingBuffers)
         if buffers is not None:
             buffers.average(self._job.world)
@@ -170,7 +199,7 @@ class OwnProgress(Component):
             return {}
         is_equal = self._strategy.is_equal_after(self._training.step)
         weights = {} if is_equal else self._kept if self._kept is not None else self._own()
-        state = {"weights": weights, "optimizer": self._training.optimizer.state_dict()}
+        state = {"weights": weights, "optimizer": self._training.optimizer.state_dict(), "sent": self._outer.sent}
         return {**state, "codec": [codec.state_dict() for codec in self._outer.codecs]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -180,6 +209,7 @@ class OwnProgress(Component):
         for codec, own in zip(self._outer.codecs, _as_list(state["codec"]), strict=False):
             codec.load_state_dict(own)
         own = self._own()
+        self._outer.sent = {name: tensor.to(own[name].device) for name, tensor in state.get("sent", {}).items()}
         with torch.no_grad():
             for name, tensor in state["weights"].items():
                 own[name].copy_(tensor)

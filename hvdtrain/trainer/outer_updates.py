@@ -9,19 +9,24 @@ step t,
 
     V <- outer step from V along mean_i(dW_i)        V are the weights of the last average
     W_i <- mix W_i + (1 - mix) V                     without an overlap: W_i <- V
+
+or, with `--comm.overlap-rule delayed`, `W_i <- V + (W_i - W_i(t))`: what a rank has moved by since it sent is kept
+(arXiv:2006.00441).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.walk import owned_by
-from hvdtrain.trainer.component import Component
+from hvdtrain.trainer.component import Component, Step
+from hvdtrain.trainer.fragments import Schedule, in_fragments
 from hvdtrain.trainer.model import wide_type
 from hvdtrain.trainer.wire import about, in_parts
 from hvdtrain.world import Codec, codec_for
@@ -33,48 +38,6 @@ if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
 
 NESTEROV_LR = 0.7  # as DiLoCo's, arXiv:2311.08105, section 3.1
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """After which steps each fragment begins to travel, and after which its mean is taken."""
-
-    period: int
-    fragments: int
-    overlap_steps: int
-    warmup_steps: int = 0
-    """At first, after each of which everything is averaged; periods begin afterwards."""
-
-    @classmethod
-    def of(cls, comm: CommConfig) -> Schedule:
-        """Return the one that the settings ask for."""
-        return cls(comm.period, comm.fragments, comm.overlap_steps, comm.sync_warmup_steps)
-
-    def warms_up(self, step: int) -> bool:
-        """Return whether the average after `step` completed steps is one of the first, without an outer optimizer."""
-        return step <= self.warmup_steps
-
-    def is_equal_after(self, step: int) -> bool:
-        """Return whether all ranks have the same weights after `step` completed steps."""
-        if step == 0 or self.warms_up(step):
-            return True
-        is_whole = self.fragments == 1 and self.overlap_steps == 0
-        return is_whole and (step - self.warmup_steps) % self.period == 0
-
-    def begins(self, step: int) -> list[int]:
-        """Return the fragments that begin to travel after `step` completed steps."""
-        if 0 < step <= self.warmup_steps:
-            return [*range(self.fragments)]
-        local = step - self.warmup_steps
-        offsets = [fragment * self.period // self.fragments for fragment in range(self.fragments)]
-        return [p for p, offset in enumerate(offsets) if local > 0 and (local - offset) % self.period == 0]
-
-    def ends(self, step: int) -> list[int]:
-        """Return those whose means are taken then."""
-        if self.warms_up(step):
-            return self.begins(step)
-        begun = step - self.overlap_steps
-        return [] if self.warms_up(begun) else self.begins(begun)
 
 
 class OuterUpdates(Component):
@@ -90,23 +53,32 @@ class OuterUpdates(Component):
         """Of each fragment: its averages are steps of its own."""
         self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
         self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
-        self._momentum = comm.outer_momentum if is_nesterov else 0.0
-        self._mix = comm.overlap_mix if comm.overlap_steps else 0.0
+        self._momentum = _momentum(comm.outer_momentum, self._lr, job.world.size) if is_nesterov else 0.0
+        late = comm.overlap_mix if comm.overlap_rule == "mix" else None
+        self._mix = late if comm.overlap_steps else 0.0
+        """None: all that was moved by since is kept."""
         self._training: Training | None = None
         self._last: dict[str, Tensor] = {}
         self._velocity: dict[str, Tensor] = {}
-        self._fragments: list[list[str]] = []
+        self._fragments: list[list[str]] = [[] for _ in self.codecs]
+        self._frozen: dict[str, nn.Parameter] = {}
+        """What the optimizer has and nothing has moved yet: it does not travel."""
+        self._num_owned = 0
+        """Parameters of the optimizer when that was last found out."""
         self._under_way: dict[int, Callable[[], dict[str, Tensor]]] = {}
         self._means: dict[str, Tensor] = {}
         """Those that have arrived before they are due."""
+        self.sent: dict[str, Tensor] = {}
+        """This rank's own updates of what is under way, or has not been taken."""
         self.about = self._about(comm)
         self.about += f"\n{wire}" if (wire := about(job, self.codecs[0])) else ""
 
     def _about(self, comm: CommConfig) -> str:
-        what = f"Nesterov's momentum {self._momentum:g}, " if self._momentum else ""
+        what = f"Nesterov's momentum {self._momentum:.3g}, " if self._momentum else ""
         steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
         parts = f" in {comm.fragments} fragments" if comm.fragments > 1 else ""
-        late = f", taken {comm.overlap_steps} steps later, own weights x {self._mix:g}" if comm.overlap_steps else ""
+        own = "what was moved by meanwhile kept" if self._mix is None else f"own weights x {self._mix:g}"
+        late = f", taken {comm.overlap_steps} steps later, {own}" if comm.overlap_steps else ""
         first = f", in each of the first {comm.sync_warmup_steps:,} steps" if comm.sync_warmup_steps else ""
         return (
             f"updates:    averaged {steps}{parts}{late}{first}, not gradients ({what}outer learning rate {self._lr:g})"
@@ -117,14 +89,40 @@ class OuterUpdates(Component):
         self._training = training
 
     def begin(self, model: nn.Module) -> None:
-        """Begin with the weights as they are."""
-        moved = moved_by_name(model, self._training)
-        self._last = {
-            name: parameter.detach().to(wide_type(parameter.dtype), copy=True) for name, parameter in moved.items()
-        }
-        self._fragments = in_fragments({name: last.numel() for name, last in self._last.items()}, len(self.codecs))
-        if self._momentum:
-            self._velocity = {name: torch.zeros_like(last) for name, last in self._last.items()}
+        """See what may learn; where memory is counted and nothing is trained, begin with it."""
+        self._frozen = moved_by_name(model, self._training)
+        if self._training is None:
+            self._take_in(list(self._frozen))
+
+    @torch.no_grad()
+    def after_backward(self, training: Training, step: Step) -> None:
+        """Take in what begins to learn, before it is moved for the first time: all ranks have it alike."""
+        num_owned = sum(len(group["params"]) for group in training.optimizer.param_groups)
+        if num_owned != self._num_owned:
+            self._num_owned = num_owned
+            moved = moved_by_name(training.model, training)
+            self._frozen = {name: parameter for name, parameter in moved.items() if name not in self._last}
+        self._take_in([name for name, parameter in self._frozen.items() if parameter.requires_grad])
+
+    def _take_in(self, names: Sequence[str]) -> None:
+        """Begin to average parameters; those that come later join the smallest fragment, others stay where they are."""
+        for name in names:
+            self._last[name] = _widened(self._frozen.pop(name))
+            if self._momentum:
+                self._velocity[name] = torch.zeros_like(self._last[name])
+        if names and not any(self._fragments):
+            self._fragments = self._divided()
+        elif names:
+            for name in names:
+                sizes = [sum(self._last[own].numel() for own in fragment) for fragment in self._fragments]
+                self._fragments[sizes.index(min(sizes))].append(name)
+
+    def _divided(self) -> list[list[str]]:
+        return in_fragments({name: last.numel() for name, last in self._last.items()}, len(self.codecs))
+
+    def names(self) -> Collection[str]:
+        """Return what is averaged: parameters that learn, or have learned."""
+        return self._last.keys()
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -158,6 +156,8 @@ class OuterUpdates(Component):
             names = [name for name in own if self._last[name].dtype == dtype]
             updates = {name: moved[name].detach().to(dtype, copy=True).sub_(self._last[name]) for name in names}
             means |= updates
+            if self._mix is None:
+                self.sent |= {name: update.clone() for name, update in updates.items()}
             for i, some in enumerate(in_parts(updates, self._chunk_bytes)):
                 waits.append(self._start(codec, f"outer.{fragment}", f"{dtype}.{i}", some, updates))
 
@@ -192,7 +192,13 @@ class OuterUpdates(Component):
             if name in self._means and name in moved:
                 last, own, mean = self._last[name], moved[name], self._means.pop(name)
                 if as_it_is:
+                    self.sent.pop(name, None)
                     own.copy_(last.add_(mean))
+                    continue
+                if self._mix is None:  # another number of ranks has gone on from the mean of those that sent
+                    since = own.to(last.dtype) - last - self.sent.pop(name, mean)
+                    self._move(name, mean)
+                    own.copy_(since.add_(last))
                     continue
                 self._move(name, mean)
                 own.copy_(last + self._mix * (own.to(last.dtype) - last) if self._mix else last)
@@ -207,14 +213,23 @@ class OuterUpdates(Component):
         """Return the weights of the last average, the momentum, and means that are not due yet; see `arrive`."""
         assert not self._under_way
         state = {"last": self._last, "velocity": self._velocity, "means": self._means}
-        return {name: tensors for name, tensors in state.items() if tensors or name == "last"}
+        kept: dict[str, Any] = {name: tensors for name, tensors in state.items() if tensors or name == "last"}
+        return {**kept, "fragments": self._fragments} if len(self.codecs) > 1 else kept
 
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved average."""
+        assert self._training is not None
+        moved = moved_by_name(self._training.model, self._training)
+        self._take_in([name for name in state["last"] if name in moved and name not in self._last])
         for name, last in self._last.items():
             last.copy_(state["last"][name])
-        for name, velocity in self._velocity.items():
-            velocity.copy_(state["velocity"][name])
+        for name, velocity in state.get("velocity", {}).items():
+            if name in self._velocity:
+                self._velocity[name].copy_(velocity)
+        fragments = state.get("fragments", [])
+        are_mine = len(fragments) == len(self.codecs) and {*itertools.chain(*fragments)} == self._last.keys()
+        self._fragments = [list(names) for names in fragments] if are_mine else self._divided()
         self._means = {
             name: mean.to(self._last[name].device, self._last[name].dtype)
             for name, mean in state.get("means", {}).items()
@@ -222,19 +237,17 @@ class OuterUpdates(Component):
         }
 
 
-def in_fragments(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Return names in so many lists of neighbours, about equally large; one may be empty.
+def _momentum(given: float | None, outer_lr: float, size: int) -> float:
+    """Return the momentum that was asked for, or one with which alike updates count sqrt(ranks) times in the long run.
 
-    Args:
-        sizes: of tensors by name, in the model's order.
-        count: of the lists.
+    That is outer_lr / (1 - momentum). Each rank's optimizer sees the noise of its own share of the batch: Adam's second
+    moment is larger for it, and its steps along the gradient are smaller, by up to sqrt(ranks).
     """
-    fragments: list[list[str]] = [[] for _ in range(count)]
-    total, before = max(1, sum(sizes.values())), 0
-    for name, size in sizes.items():
-        fragments[min(count - 1, count * (2 * before + size) // (2 * total))].append(name)
-        before += size
-    return fragments
+    return given if given is not None else max(0.0, 1 - outer_lr / math.sqrt(size))
+
+
+def _widened(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to(wide_type(parameter.dtype), copy=True)
 
 
 def moved_by_name(model: nn.Module, training: Training | None) -> dict[str, nn.Parameter]:

@@ -132,8 +132,8 @@ def read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str,
 def handed_out(world: World, components: Sequence[Component], found: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return what rank 0 has read, on every rank; of what ranks have for themselves, each its own. Collective.
 
-    The states of other ranks, which may be as large as the model each, come one after the other and are let go. Where
-    another number of ranks has saved, all of them are kept: from these follows what each one goes on with.
+    These may be as large as the model each, and no rank is sent another one's. Where another number of ranks has saved,
+    all of them are: from these follows what each one goes on with.
     """
     apart: dict[str, list[Any]] = {}
     if found is not None:
@@ -146,11 +146,7 @@ def handed_out(world: World, components: Sequence[Component], found: dict[str, A
         return None
     for name in names:
         kept: list[Any] = [None] * world.size
-        for rank in range(world.size):
-            of_rank = apart[name][rank] if world.rank == 0 else None
-            of_rank = world.broadcast_object(of_rank, f"resume.{name}")
-            if rank == world.rank:
-                kept[rank] = of_rank
+        kept[world.rank] = world.scatter_object(apart.get(name), f"resume.{name}")
         state["components"][name] = kept
     return state
 

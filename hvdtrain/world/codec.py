@@ -119,7 +119,10 @@ class Codec(ABC):
         return None
 
     def left_over(self) -> Mapping[str, Tensor]:
-        """Return what this rank has not sent yet, by tensor: its sum over the ranks is missing in the means so far."""
+        """Return what this rank has not sent yet, by tensor: its sum over the ranks is missing in the means so far.
+
+        In the order in which numbers lie in the bucket, which is that of the parameter's memory.
+        """
         return {}
 
     def tensor_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:

@@ -6,8 +6,6 @@ rank that is one call ahead hangs the job.
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
@@ -25,6 +23,7 @@ from hvdtrain.process.stray import stray_hint
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.collectives import added_in_order
+from hvdtrain.world.scattering import dumped, loaded, scattered
 from hvdtrain.world.streams import keep_for_stream
 from hvdtrain.world.world import World
 
@@ -130,7 +129,7 @@ class HorovodWorld(World):
     def broadcast_pickled(self, value: Any, name: str, root: int) -> Any:
         """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""
         tensors: list[Tensor] = []
-        pickled = _dump(value, tensors) if self.rank == root else b""
+        pickled = dumped(value, tensors) if self.rank == root else b""
         shapes = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
         message = (pickled, shapes) if self.rank == root else None
         with self.progress.during("communication"):
@@ -141,12 +140,23 @@ class HorovodWorld(World):
                 for shape, dtype, kind in shapes
             ]
         self.broadcast_tensors({str(i): tensor for i, tensor in enumerate(tensors)}, name, root)
-        return value if self.rank == root else _load(pickled, tensors)
+        return value if self.rank == root else loaded(pickled, tensors)
 
     def all_gather_pickled(self, value: T, name: str) -> list[T]:
         """Gather pickles; meant for small values."""
         with self.progress.during("communication"):
             return cast("list[T]", hvd.allgather_object(value, name=name))
+
+    def scatter_pickled(self, values: Sequence[Any] | None, name: str) -> Any:
+        """Send each rank its own alone."""
+        return scattered(self, values, name, self._scatter)
+
+    def _scatter(self, parts: Tensor, lengths: Sequence[int], name: str) -> Tensor:
+        """Return what rank 0 has for this rank in its flat `parts`, rank 0's own first; others give an empty one."""
+        self.hand(parts, name)
+        splits = torch.tensor(lengths if self.rank == 0 else [0] * self.size, dtype=torch.int32)
+        wait = self._waiting(hvd.alltoall_async(parts, splits=splits, name=name))
+        return cast(Tensor, cast(Any, wait())[0])
 
     def answer_with_zeros(self) -> int:
         """Call Horovod's `join`."""
@@ -201,35 +211,3 @@ class _Waiting:
             return bool(hvd.poll(self._handle))
         except (ValueError, RuntimeError):  # its result was fetched meanwhile
             return True
-
-
-class _TensorPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is not Tensor:
-            return None
-        self.tensors.append(obj.detach())
-        return len(self.tensors) - 1
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        tensor: Tensor = self.tensors[pid]
-        return tensor
-
-
-def _dump(value: Any, tensors: list[Tensor]) -> bytes:
-    file = io.BytesIO()
-    _TensorPickler(file, tensors).dump(value)
-    return file.getvalue()
-
-
-def _load(pickled: bytes, tensors: list[Tensor]) -> Any:
-    return _TensorUnpickler(io.BytesIO(pickled), tensors).load()

@@ -180,6 +180,15 @@ class World(Collectives):
         state = self.together(lambda: read_state(Path(path)) if self.rank == 0 else None, "load")
         return self.broadcast_object(state, "load")
 
+    def scatter_object(self, values: Sequence[T] | None, name: str | None = None) -> T:
+        """Return on rank r the r-th of rank 0's values; they must pickle. Other ranks may pass None. Collective."""
+        return cast(T, self.scatter_pickled(values, self.named("scatter_object", name)))
+
+    def scatter_pickled(self, values: Sequence[Any] | None, name: str) -> Any:
+        """Return this rank's of rank 0's values: here all are sent to all, one after the other. Collective."""
+        each = (self.broadcast_pickled(values and values[rank], name, 0) for rank in range(self.size))
+        return [value if rank == self.rank else None for rank, value in enumerate(each)][self.rank]
+
     def together(self, action: Callable[[], T], name: str) -> T:
         """Run `action` on every rank; where it raises HvdtrainError on any, raise the same on all. Collective.
 

@@ -91,12 +91,14 @@ def by_formula(job, steps, outer_lr, momentum):
     [
         ({}, 1.0, 0.0),
         ({"outer_lr": 0.5, "bucket_mib": 1}, 0.5, 0.0),
-        ({"outer": "nesterov"}, 0.7, 0.9),
+        ({"outer": "nesterov", "outer_momentum": 0.9}, 0.7, 0.9),  # DiLoCo's
+        ({"outer": "nesterov"}, 0.7, None),
         ({"outer": "nesterov", "outer_lr": 0.3, "outer_momentum": 0.5, "period": 3}, 0.3, 0.5),
     ],
 )
 def test_updates_are_averaged_by_the_formula(world, shared_dir, comm, outer_lr, momentum):
     job = job_of(world, shared_dir / "run", **comm)
+    momentum = 1 - outer_lr / world.size**0.5 if momentum is None else momentum
     expected, own = by_formula(job, STEPS, outer_lr, momentum)
     training = trained(job)
     assert largest_gap(weights(training.model), weights(own)) < 1e-12

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError, LaunchError, UsageError
-from hvdtrain.world import World, horovod
+from hvdtrain.world import World, horovod, scattering
 from hvdtrain.world.horovod import HorovodWorld
 
 DTYPES = [torch.float16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]
@@ -65,6 +65,29 @@ def test_objects_with_tensors_arrive_bitwise(world, dtype):
         assert received[name].dtype == dtype
         assert received[name].shape == sent[name].shape
         assert torch.equal(received[name], sent[name])
+
+
+def test_each_rank_is_sent_its_own_object_alone(world, monkeypatch):
+    monkeypatch.setattr(scattering, "ROUND_BYTES", 64)  # what is sent takes several rounds
+
+    def of(rank):
+        torch.manual_seed(rank)
+        kinds = {str(dtype): (torch.randn(rank, 3) * 9).to(dtype).t() for dtype in (*DTYPES, torch.bool)}
+        odd = [torch.randn((), dtype=torch.complex64), torch.ones(1).expand(5), torch.randn(7).bfloat16()]
+        odd.append({"rank": rank})
+        return kinds, odd, torch.zeros(0, 2), "x" * 100 * rank
+
+    before = world.handed_bytes["scattered"]
+    received = world.scatter_object([of(rank) for rank in range(world.size)] if world.rank == 0 else None, "scattered")
+    sent = world.handed_bytes["scattered"] - before
+    (kinds, odd, empty, text), (own_kinds, own_odd, _, own_text) = received, of(world.rank)
+    for name, tensor in own_kinds.items():
+        assert kinds[name].dtype == tensor.dtype
+        assert torch.equal(kinds[name], tensor), name
+    assert all(torch.equal(one, other) for one, other in zip(odd[:3], own_odd[:3], strict=True))
+    assert (odd[3], text, empty.shape) == ({"rank": world.rank}, own_text, (0, 2))
+    most = sum(3000 + 100 * rank + sum(t.nbytes for t in of(rank)[0].values()) + 42 for rank in range(1, world.size))
+    assert 0 < sent < most if world.rank == 0 else sent == 0
 
 
 def test_broadcast_state_makes_ranks_bitwise_equal(world):

@@ -20,6 +20,8 @@ class Meeting:
     def __init__(self, size):
         self.size = size
         self.parts = {}
+        self.taken = {}
+        """How many ranks have had what all brought: a long training would keep every message."""
         self.failed = False
         self.condition = threading.Condition()
 
@@ -43,7 +45,11 @@ class Meeting:
                 if not self.condition.wait(max(0.0, deadline - time.monotonic())):
                     missing = sorted(set(range(self.size)) - set(self.parts[key]))
                     raise TimeoutError(f"ranks {missing} never came to {key}")
-            return [self.parts[key][rank] for rank in range(self.size)]
+            found = [self.parts[key][rank] for rank in range(self.size)]
+            self.taken[key] = self.taken.get(key, 0) + 1
+            if self.taken[key] == self.size:
+                del self.parts[key], self.taken[key]
+            return found
 
 
 class ThreadWorld(World):

@@ -69,6 +69,7 @@ SHARED = {
     "comm.outer_momentum": (0.5, {"comm.sync": "local", "comm.outer": "nesterov"}),
     "comm.fragments": (2, {"comm.sync": "local"}),
     "comm.overlap_steps": (2, {"comm.sync": "local"}),
+    "comm.overlap_rule": ("delayed", {"comm.sync": "local", "comm.overlap_steps": 2}),
     "comm.overlap_mix": (0.1, {"comm.sync": "local", "comm.overlap_steps": 2}),
     "log.every": 2,
     "log.grad_norms": True,

@@ -85,7 +85,7 @@ def test_a_network_that_one_does_not_have():
     other = other_network(GIGABIT, "25gbit,5us")
     assert other.outside_latency_s == pytest.approx(5e-6)
     assert 1 / other.outside_byte_s == pytest.approx(25e9 / 8 * 0.957)
-    for wrong in ("25gbit", "fast,5us", "0gbit,1us", "1gbit,5s"):
+    for wrong in ("25gbit", "fast,5us", "0gbit,1us", "1gbit,5s", ".gbit,1us", "1.2.3gbit,1us", "1gbit,.us"):
         with pytest.raises(ConfigError, match="--link"):
             other_network(None, wrong)
 

@@ -31,8 +31,8 @@ _OF_FORMATS = {
     "topk": LossChange(0.1195, "wire_loss.txt: 1 %, 200 steps, the first 20 exact, 2 seeds"),
 }
 _LOCAL = {
-    "average": LossChange(0.0684, "slow_links.txt: 300 steps, a period of 50, 1 seed"),
-    "nesterov": LossChange(0.1546, "slow_links.txt: 300 steps, a period of 50, 1 seed"),
+    "average": LossChange(0.0620, "local_outer.txt: 1,500 steps, a period of 20, 2 ranks, 1 seed"),
+    "nesterov": LossChange(0.0312, "local_outer.txt: 1,500 steps, a period of 20, 2 ranks, 1 seed"),
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hvdtrain.trainer.outer_updates import in_fragments
+from hvdtrain.trainer.fragments import in_fragments
 from hvdtrain.verbs.plan.step import Bucket, Compute, Send, StepTime
 from hvdtrain.world.asking import MOST_SECONDS, MOST_STEPS
 

@@ -29,6 +29,7 @@ from hvdtrain.verbs.plan.kinds import Controller, Kinds, Layout, factors
 
 __all__ = ["Controller", "Layout", "Network", "Pace", "Timing", "fit", "other_network", "paced"]
 
+_NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 # What Ethernet, IP and TCP leave of a wire's bits.
 _PAYLOAD = 0.957
 # What another collective's latency and bytes may be to those that the all-reduces tell of.
@@ -173,7 +174,7 @@ def other_network(measured: Network | None, given: str, controller: Controller =
     Raises:
         ConfigError: `given` is something else.
     """
-    match = re.fullmatch(r"([\d.]+)\s*([kmg])bit(?:/s)?\s*,\s*([\d.]+)\s*(us|ms)", given.strip().lower())
+    match = re.fullmatch(rf"({_NUMBER})\s*([kmg])bit(?:/s)?\s*,\s*({_NUMBER})\s*(us|ms)", given.strip().lower())
     if match is None:
         raise ConfigError(f"--link {given}: write a rate and a one-way latency, such as 25gbit,5us or 200mbit,1ms")
     rate = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]

@@ -15,6 +15,7 @@ from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row, judged
 from hvdtrain.verbs.verify.trial import Trial, smallest_divisor
 from hvdtrain.world import codec_for, plain_sum
+from hvdtrain.world.filling import lies_densely, like
 
 # From 65536 on, the loss scale is halved as often as the first gradients overflow.
 _MOST_BACK_OFFS = 17
@@ -97,7 +98,9 @@ def _averaged_gradients(trial: Trial) -> tuple[dict[str, Tensor], dict[str, Tens
             total = torch.stack(world.all_gather_object(own.cpu(), f"verify.gradient.{key}")).sum(0)
         averaged[key], expected[key] = gradients[parameter].cpu().double(), total
         if key in kept:
-            averaged[key] += world.all_reduce(kept[key].cpu().double(), "sum", f"verify.kept.{key}").view(total.shape)
+            left = world.all_reduce(kept[key].cpu().double(), "sum", f"verify.kept.{key}")
+            # Buckets hold numbers as they lie in the parameter's memory, such as channels last.
+            averaged[key] += like(left.view(-1), parameter) if lies_densely(parameter) else left.view(total.shape)
     return averaged, expected, witness
 
 

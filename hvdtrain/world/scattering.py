@@ -1,0 +1,95 @@
+"""Objects with tensors on their way: apart from their pickle, and, where each rank gets its own, to that rank alone."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from hvdtrain.world.carriers import bits_of
+
+if TYPE_CHECKING:
+    from hvdtrain.world.world import World
+
+ROUND_BYTES = 64 << 20
+"""That are sent at a time, to all ranks together: rank 0 holds them beside the objects."""
+_NOTHING = torch.zeros(0, dtype=torch.uint8)
+Scatter = Callable[[Tensor, Sequence[int], str], Tensor]
+"""Sends parts of flat bytes, of these lengths, from rank 0 to one rank each; returns this rank's. Collective."""
+
+
+def scattered(world: World, values: Sequence[Any] | None, name: str, scatter: Scatter) -> Any:
+    """Return this rank's of the values that rank 0 has, one for each rank; tensors are in host memory. Collective.
+
+    Pickles come first, then the bytes of the tensors in them, in rounds: no rank receives another one's.
+    """
+    of_ranks: list[list[Tensor]] = [[] for _ in range(world.size)]
+    outlines = [b""] * world.size
+    for rank in range(1, world.size if values is not None else 1):
+        pickled = dumped(cast(Any, values)[rank], of_ranks[rank])
+        of_ranks[rank] = [tensor.cpu().contiguous() for tensor in of_ranks[rank]]
+        outlines[rank] = pickle.dumps((pickled, [(tensor.shape, tensor.dtype) for tensor in of_ranks[rank]]))
+    joined = torch.frombuffer(bytearray(b"".join(outlines)), dtype=torch.uint8) if any(outlines) else _NOTHING
+    outline = scatter(joined, [*map(len, outlines)], name)
+    sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in of_ranks]
+    most, step = world.broadcast_object(max(sizes), name), max(1, ROUND_BYTES // world.size)
+    pickled, own = b"", list[Tensor]()
+    if world.rank:
+        pickled, forms = pickle.loads(outline.numpy().tobytes())
+        own = [torch.empty(shape, dtype=dtype) for shape, dtype in forms]
+    for start in range(0, most, step):
+        parts = [part for tensors in of_ranks for part in _cut(tensors, start, start + step)]
+        lengths = [max(0, min(size, start + step) - start) for size in sizes]
+        received = scatter(torch.cat(parts) if parts else _NOTHING, lengths, name)
+        targets = [*_cut(own, start, start + step)]
+        for target, part in zip(targets, torch.split(received, [len(target) for target in targets]), strict=True):
+            target.copy_(part)
+    return values[0] if values is not None else loaded(pickled, own)
+
+
+def _cut(tensors: Sequence[Tensor], start: int, end: int) -> Iterator[Tensor]:
+    """Yield views of what lies from `start` to `end` in the bytes of contiguous tensors, one after the other."""
+    offset = 0
+    for tensor in tensors:
+        first, last = max(start - offset, 0), min(end - offset, tensor.nbytes)
+        if first < last:
+            yield bits_of(tensor, "a saved state")[0].view(torch.uint8)[first:last]
+        offset += tensor.nbytes
+
+
+def dumped(value: Any, tensors: list[Tensor]) -> bytes:
+    """Return a value pickled without the plain tensors in it, which are appended to `tensors`."""
+    file = io.BytesIO()
+    _TensorPickler(file, tensors).dump(value)
+    return file.getvalue()
+
+
+def loaded(pickled: bytes, tensors: Sequence[Tensor]) -> Any:
+    """Return what was `dumped`, with these tensors in it."""
+    return _TensorUnpickler(io.BytesIO(pickled), tensors).load()
+
+
+class _TensorPickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) is not Tensor:
+            return None
+        self.tensors.append(obj.detach())
+        return len(self.tensors) - 1
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        tensor: Tensor = self.tensors[pid]
+        return tensor
