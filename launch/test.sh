@@ -52,7 +52,7 @@ lint() {
 summarize() {
   (cd "$logs" && grep -H -E '^(FAILED|ERROR) ' -- *) | sed 's/:/: /' || true
   awk '
-    FNR == 1 { lane = FILENAME; sub(/.*\//, "", lane) }
+    FNR == 1 { lane = FILENAME; sub(/.*\//, "", lane); if (lane != "lint") seen[lane] = 1 }
     / in [0-9.]+s/ && /passed|failed|error|no tests ran|deselected/ {
       gsub(/=+ | =+/, ""); said[lane] = $0
     }
@@ -63,6 +63,12 @@ summarize() {
         for (i = 2; i <= n; i++) total[words[i]] += words[i - 1]
       }
       failed = total["failed"] + total["error"] + total["errors"]
+      for (lane in seen) {
+        if (!(lane in said)) {
+          printf "FAILED %s: its process ended in the midst of a test, the one behind its last line\n", lane
+          failed++
+        }
+      }
       printf "tests: %d passed, %d failed, %d skipped\n", total["passed"], failed, total["skipped"]
     }' "$logs"/*
 }
