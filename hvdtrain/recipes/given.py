@@ -148,9 +148,13 @@ def _refuse_others(optim: OptimConfig, given: Mapping[str, Any], source: Source)
         others = [] if key.replace("-", "_") in own else [*owners(key.replace("-", "_"))]
         if others:
             raise ConfigError(
-                f"{source.name(f'optim.{key}')} is a setting of {' and '.join(others)}, and the optimizer is"
+                f"{source.name(f'optim.{key}')} is a setting of {_listed(others)}, and the optimizer is"
                 f" {optim.name}: leave it out, or give --optim.name {others[0]}"
             )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _without_replaced(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:

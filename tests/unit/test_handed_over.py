@@ -209,11 +209,8 @@ def test_sparse_buffers_are_compared(layout):
 
 
 @pytest.mark.slow
-def test_a_training_step_that_is_compiled_as_a_whole(monkeypatch):
+def test_a_training_step_that_is_compiled_as_a_whole():
     """`torch.compile` of the function around backward and step: averaging is left out of it."""
-    monkeypatch.setattr(
-        torch._dynamo.config, "recompile_limit", 100
-    )  # ranks are threads here, and share what is compiled
 
     def work(world):
         model = line(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -231,7 +228,8 @@ def test_a_training_step_that_is_compiled_as_a_whole(monkeypatch):
             step(share(world, torch.linspace(-1, 1, 24, dtype=torch.float64).view(8, 3).roll(number, 0)))
         return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
-    with warnings.catch_warnings():
+    # Ranks are threads here, and share what is compiled.
+    with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=100):
         warnings.simplefilter("ignore")  # of the compiler's own
         alone, ranks = weights_of(work)
     for ours in ranks:

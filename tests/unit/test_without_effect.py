@@ -34,8 +34,10 @@ def other_value(name):
     kind = next((part for part in typing.get_args(kind) if typing.get_origin(part) is typing.Literal), kind)
     if typing.get_origin(kind) is typing.Literal:
         return next(value for value in reversed(typing.get_args(kind)) if value != default and ":" not in value)
-    least = next(item.metadata["limits"].get("above", 0) for path, item, _ in fields_of(Recipe()) if path == name)
-    return 1 + OTHERS[float] if least >= 1 else OTHERS[type(default)]
+    limits = next(item.metadata["limits"] for path, item, _ in fields_of(Recipe()) if path == name)
+    if default is None and "below" in limits:
+        return OTHERS[float]
+    return 1 + OTHERS[float] if limits.get("above", 0) >= 1 else OTHERS[type(default)]
 
 
 def with_setting(job, name, value):
