@@ -31,7 +31,7 @@ def test_its_steps_are_those_of_the_run(tmp_path, monkeypatch):
 def test_it_cannot_be_saved(tmp_path):
     real = job_of(tmp_path)
     job = rehearse(real.task, real.config, SOLO)
-    with Saver(job) as saver, pytest.raises(ValueError, match="a rehearsal has no directory"):
+    with pytest.raises(ValueError, match="a rehearsal has no directory"), Saver(job) as saver:
         saver.save(start_training(job), {})
 
 
