@@ -58,13 +58,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    runners: dict[str, tuple[int, int | None]] = {f"{mib} MiB": (2, mib) for mib in given.sizes}
-    runners["two alone"] = runners["one rank"] = (1, None)
+    # How many ranks, the size of buckets, and how many launches at the same time.
+    runners: dict[str, tuple[int, int | None, int]] = {f"{mib} MiB": (2, mib, 1) for mib in given.sizes}
+    runners |= {"two alone": (1, None, 2), "one rank": (1, None, 1)}
     times: dict[str, list[float]] = {name: [] for name in runners}
     for repeat in range(given.repeats):
-        for name, (ranks, mib) in runners.items():
+        for name, (ranks, mib, launches) in runners.items():
             with ThreadPoolExecutor() as pool:
-                own = [pool.submit(launch, ranks, mib, given) for _ in range(2 if name == "two alone" else 1)]
+                own = [pool.submit(launch, ranks, mib, given) for _ in range(launches)]
             times[name].append(max(seconds.result() for seconds in own))
             print(f"repeat {repeat + 1}: {name} {1e3 * times[name][-1]:.1f} ms", file=sys.stderr, flush=True)
     first = times[next(iter(runners))]

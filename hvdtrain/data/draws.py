@@ -55,8 +55,7 @@ class Draws:
         seed = self.seed_of(i)
         seed_all(own, seed)
         torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
+        seed_numpy_and_python(seed)
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,12 @@ class Request:
     samples: Tensor
     """int64 `(n,)`."""
     draws: Draws
+
+
+def seed_numpy_and_python(seed: int) -> None:
+    """Seed the generators of the whole process that are not torch's."""
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 @contextlib.contextmanager

@@ -19,11 +19,14 @@ BufferPlace = tuple[nn.Module, str]
 
 
 def buffer_places(model: nn.Module, is_saved: bool = False) -> list[BufferPlace]:
-    """Return where a model has its buffers, of which only those that are part of its state, if asked for."""
+    """Return where a model has its buffers, of which only those that are part of its state, if asked for.
+
+    One that a module has by two names has two places.
+    """
     return [
         (module, name)
         for module in model.modules()
-        for name, _ in module.named_buffers(recurse=False)
+        for name, _ in module.named_buffers(recurse=False, remove_duplicate=False)
         if not is_saved or is_saved_buffer(module, name)
     ]
 

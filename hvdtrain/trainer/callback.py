@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hvdtrain.data.nested import map_tensors
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.arguments import misfit
 from hvdtrain.trainer.component import Component, Step
@@ -94,8 +95,9 @@ class Callback:
         """Take what `state_dict` returned."""
 
 
-# Method -> how many arguments it is given.
+# How other trainers' methods begin, which a user may believe to be called.
 _LIKE_HOOKS = ("on_", "after_", "before_")
+# Method -> how many arguments it is given.
 _METHODS = {"begin": 1, "after_step": 1, "after_evaluation": 2, "state_dict": 0, "load_state_dict": 1}
 
 
@@ -147,15 +149,6 @@ def _never_called(callback: Any) -> list[str]:
     return sorted({name for name in names if name.startswith(_LIKE_HOOKS) and callable(getattr(callback, name))})
 
 
-def _without_tensors(value: Any) -> Any:
-    """Return nested values with None in the place of tensors."""
-    if isinstance(value, Mapping):
-        return {key: _without_tensors(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_tensors(item) for item in value]
-    return None if isinstance(value, torch.Tensor) else value
-
-
 class CallbackComponent(Component):
     """A callback as a component of the job."""
 
@@ -190,7 +183,7 @@ class CallbackComponent(Component):
         world, own = self._run.world, getattr(self._callback, "state_dict", None)
         if own is None or world.size == 1 or self._has_warned:
             return
-        if not world.agrees(_without_tensors(self.state_dict()), f"{self.name}.state"):
+        if not world.agrees(map_tensors(lambda tensor: None, self.state_dict()), f"{self.name}.state"):
             self._has_warned = True
             self._log.say(
                 f"WARNING: state_dict() of the callback {type(self._callback).__name__} is not the same on all ranks: a"

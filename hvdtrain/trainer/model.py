@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.attention import use_onednn_attention
+from hvdtrain.models.kept import buffer_places
 from hvdtrain.models.linear import takes_onednn, use_onednn
-from hvdtrain.models.private_torch import apply_to_tensors, compile_in_place, is_saved_buffer
+from hvdtrain.models.private_torch import apply_to_tensors, compile_in_place
 from hvdtrain.settings import Config, ModelConfig, Precision
 from hvdtrain.trainer.compiling import blocks_of, note_compilations, what_is_compiled
 from hvdtrain.trainer.precision import takes_onednn_attention
@@ -112,12 +113,13 @@ def _computed_again(block: nn.Module) -> tuple[AbstractContextManager[None], Abs
 
     @contextmanager
     def first() -> Iterator[None]:
-        before.extend((module, name, buffer.clone()) for module, name, buffer in _buffers(block, is_saved=True))
+        saved = buffer_places(block, is_saved=True)
+        before.extend((module, name, getattr(module, name).clone()) for module, name in saved)
         yield
 
     @contextmanager
     def again() -> Iterator[None]:
-        kept = [*_buffers(block)]
+        kept = [(module, name, getattr(module, name)) for module, name in buffer_places(block)]
         for module, name, buffer in kept:
             setattr(module, name, buffer.clone())
         for module, name, buffer in before:
@@ -129,10 +131,3 @@ def _computed_again(block: nn.Module) -> tuple[AbstractContextManager[None], Abs
                 setattr(module, name, buffer)
 
     return first(), again()
-
-
-def _buffers(block: nn.Module, is_saved: bool = False) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for module in block.modules():
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if not is_saved or is_saved_buffer(module, name):
-                yield module, name, buffer

@@ -225,31 +225,31 @@ class MicroBatchRandomness:
         Random numbers derive from a place in the run (seed, step), not from history: resuming needs no saved state.
         """
         seed = _seed_of(*place, *positions[:1].tolist())
-        self._seed(seed)
+        self.generators.seed(seed)
         if self._is_needed is False and not self.is_observed:
             kept = self._kept_buffers()
             result = forward()
             self._note_buffers(kept)
-            if self._is_untouched(seed):
+            if self.generators.is_untouched(seed):
                 backward(result)
                 return result
-            self._seed(seed)
+            self.generators.seed(seed)
             kept.put_back()
         self._mode = mode = SampleRandomness(positions, _seed_of(*place))
         mode.own_draws = self.own_draws if self.is_observed else None
         kept = self._kept_buffers() if self._is_needed is None else KeptBuffers([])
         with mode:
             result = forward()
-            self._is_needed = not self._is_untouched(seed)
+            self._is_needed = not self.generators.is_untouched(seed)
             self._note_buffers(kept)
             self._note(mode, seed)
             backward(result)
         return result
 
     @contextlib.contextmanager
-    def observed(self, is_first: bool, say: Callable[[str], None]) -> Iterator[None]:
-        """Find out what the first micro-batch draws, and say what of it belongs to no sample."""
-        if not is_first or self.is_observed or self._is_needed is False:  # a compiled model would be cut to pieces
+    def observed(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Find out what a micro-batch draws, the first one, and say what of it belongs to no sample."""
+        if self.is_observed or self._is_needed is False:  # a compiled model would be cut to pieces
             yield
             return
         self.is_observed = True
@@ -283,12 +283,6 @@ class MicroBatchRandomness:
         """
         with self._mode.apart() if self._mode is not None else contextlib.nullcontext():
             return function(argument)
-
-    def _seed(self, seed: int) -> None:
-        self.generators.seed(seed)
-
-    def _is_untouched(self, seed: int) -> bool:
-        return self.generators.is_untouched(seed)
 
     def _note(self, mode: SampleRandomness, seed: int) -> None:
         """Note what a forward pass has drawn from."""

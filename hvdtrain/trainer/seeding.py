@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvdtrain.data.draws import seed_numpy_and_python
 from hvdtrain.data.own_generators import Generator, seed_all, states_of
 from hvdtrain.models.private_torch import is_freshly_seeded
 
@@ -38,8 +39,7 @@ class Generators:
             seed_all(self.own, seed)
         for generator in self._of_torch.values():
             generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_numpy_and_python(seed)
 
     def is_untouched(self, seed: int) -> bool:
         """Return whether nothing has drawn from torch's since they were given this seed."""

@@ -30,7 +30,7 @@ from hvdtrain.trainer.update import update
 from hvdtrain.trainer.values import added, as_sums, as_totals, count_targets, no_totals
 from hvdtrain.world import digest_of
 
-_NO_AUTOCAST = nullcontext()
+_NO_CONTEXT = nullcontext()
 
 
 def train_step(job: Job, training: Training) -> None:
@@ -51,8 +51,7 @@ def train_step(job: Job, training: Training) -> None:
     micro_batches = job.order.micro_batches(number, world.rank, training.runs_in_step)
     is_checked = training.is_unchecked and _all_ranks_read(job, training)
     for place, positions in enumerate(micro_batches):
-        with training.randomness.observed(is_checked and place == 0, job.log.say):
-            part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
+        part = _micro_batch(job, training, place, positions, num_targets, is_checked and place == 0)
         totals = added(totals, part)
     training.optimizer.synchronize()
     step = Step(number + 1, totals, num_targets, samples.numel())
@@ -116,7 +115,8 @@ def _micro_batch(
         else:
             sums["loss"].backward(factor)  # type: ignore[no-untyped-call]
 
-    sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
+    with training.randomness.observed(job.log.say) if is_checked else _NO_CONTEXT:
+        sums = training.randomness.run(positions, (train.seed, training.step), forward, backward)
     return as_totals(sums, task.metrics, world)
 
 
@@ -181,5 +181,5 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     """Return the context in which the model runs."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if dtype is None and not torch.is_autocast_enabled(device.type):
-        return _NO_AUTOCAST
+        return _NO_CONTEXT
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)

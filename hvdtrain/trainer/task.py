@@ -271,15 +271,11 @@ def build_task(recipe: Recipe, say: Callable[[str], None]) -> Task:
     Raises:
         UsageError: data is missing, or settings do not fit it.
     """
-    import random
-
-    import numpy as np
     import torch
 
-    from hvdtrain.data.draws import kept_random_state
+    from hvdtrain.data.draws import kept_random_state, seed_numpy_and_python
 
     with kept_random_state():
         torch.manual_seed(recipe.train.seed)
-        np.random.seed(recipe.train.seed % 2**32)
-        random.seed(recipe.train.seed)
+        seed_numpy_and_python(recipe.train.seed)
         return recipe.build(say)

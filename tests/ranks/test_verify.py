@@ -24,7 +24,7 @@ from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.settings import plan_batch
 from hvdtrain.trainer import saved_state
 from hvdtrain.trainer.buffers import ChangingBuffers
-from hvdtrain.trainer.randomness import MicroBatchRandomness
+from hvdtrain.trainer.seeding import Generators
 from hvdtrain.verbs.verify.checks import all_checks
 from hvdtrain.verbs.verify.exactness import check_average, check_one_rank
 from hvdtrain.verbs.verify.nature import find_nature
@@ -216,8 +216,8 @@ def test_numbers_of_micro_batches_are_a_warning_and_no_failure(world, shared_dir
 
 @pytest.mark.ranks(2, 4)
 def test_numbers_that_are_the_same_on_all_ranks_are_found(world, shared_dir, monkeypatch):
-    right = MicroBatchRandomness._seed
-    monkeypatch.setattr(MicroBatchRandomness, "_seed", lambda self, seed: right(self, 1))
+    right = Generators.seed
+    monkeypatch.setattr(Generators, "seed", lambda self, seed: right(self, 1))
     assert failures(rows_of([9], world, shared_dir, small(kind="mixed"))) == [9]
 
 

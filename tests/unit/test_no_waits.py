@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_operator_counts import training_of
 from thread_world import Meeting, ThreadWorld
-from torch.utils._python_dispatch import TorchDispatchMode
+from waiting_copies import Copies
 
 import hvdtrain
 from hvdtrain.models.private_torch import FakeTensorMode
@@ -26,7 +26,6 @@ from hvdtrain.world import carriers, collectives
 from hvdtrain.world.codecs import CODECS
 from hvdtrain.world.memory import Memory
 
-aten = torch.ops.aten
 META = torch.device("meta")
 WAYS = {
     "as it is": {},
@@ -42,27 +41,6 @@ WAYS = {
     "compression powersgd": {"comm": CommConfig(compression="powersgd:2", compression_min_size=64)},
     "compression topk": {"comm": CommConfig(compression="topk:0.1", compression_min_size=64)},
 }
-
-
-class Copies(TorchDispatchMode):
-    """Notes copies from host memory to the device for which the host waits: a GPU must then have done all it has."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.num_others = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is aten._to_copy.default and kwargs.get("device") == META and not args[0].is_meta:
-            self.note(args[0], kwargs.get("non_blocking"))
-        elif func is aten.copy_.default and args[0].is_meta and not args[1].is_meta:
-            self.note(args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
-        return func(*args, **kwargs)
-
-    def note(self, tensor, non_blocking):
-        self.num_others += bool(non_blocking)
-        if not non_blocking:
-            self.found.append(tensor)
 
 
 def twin():

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from waiting_copies import Copies
 
 from hvdtrain.models.private_torch import is_freshly_seeded
 from hvdtrain.trainer import random_attention
@@ -183,22 +183,6 @@ def test_samples_draw_their_own_numbers_in_any_micro_batch(name):
     assert len({str(row) for row in whole.tolist()}) == 6
     for sizes in SPLITS.values():
         assert by_parts(BY_SAMPLE[name], sizes).equal(whole)
-
-
-class Copies(TorchDispatchMode):
-    """Notes the copies to another device for which the host waits."""
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.num_others = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and kwargs.get("device") not in (None, args[0].device):
-            self.num_others += bool(kwargs.get("non_blocking"))
-            if not kwargs.get("non_blocking"):
-                self.found.append(args[0])
-        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("name", [name for name in BY_SAMPLE if name[0].islower()] + ["what drops a layer"])

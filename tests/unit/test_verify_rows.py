@@ -13,7 +13,8 @@ from hvdtrain.settings import plan_batch
 from hvdtrain.trainer import Recipe
 from hvdtrain.trainer.component import Component
 from hvdtrain.trainer.modes import Modes
-from hvdtrain.trainer.randomness import MicroBatchRandomness, SampleRandomness
+from hvdtrain.trainer.randomness import SampleRandomness
+from hvdtrain.trainer.seeding import Generators
 from hvdtrain.verbs.verify.kept import check_kept
 from hvdtrain.verbs.verify.nature import find_nature
 from hvdtrain.verbs.verify.random_numbers import check_random
@@ -60,8 +61,8 @@ def test_which_case_it_is(tmp_path, case):
 
 
 def test_seeds_that_are_all_the_same(tmp_path, monkeypatch):
-    nature, right = nature_of(tmp_path), MicroBatchRandomness._seed
-    monkeypatch.setattr(MicroBatchRandomness, "_seed", lambda self, seed: right(self, 7))
+    nature, right = nature_of(tmp_path), Generators.seed
+    monkeypatch.setattr(Generators, "seed", lambda self, seed: right(self, 7))
     (row,) = check_random(nature)
     assert row.status == "FAIL"
 

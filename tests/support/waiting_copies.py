@@ -1,0 +1,27 @@
+"""Notes the copies between devices for which the host waits: a GPU must then have done all that it was given."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class Copies(TorchDispatchMode):
+    """Keeps what is copied so, in `found`, and counts the copies that nobody waits for, in `num_others`."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.num_others = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._to_copy.default and kwargs.get("device") not in (None, args[0].device):
+            self.note(args[0], kwargs.get("non_blocking"))
+        elif func is aten.copy_.default and args[0].device != args[1].device:
+            self.note(args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        return func(*args, **kwargs)
+
+    def note(self, tensor, non_blocking):
+        self.num_others += bool(non_blocking)
+        if not non_blocking:
+            self.found.append(tensor)
