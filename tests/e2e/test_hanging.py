@@ -1,5 +1,6 @@
 """Nobody is left hanging: whoever hangs or is lost is named, and whoever is left alone saves and ends."""
 
+import contextlib
 import json
 import os
 import re
@@ -61,7 +62,10 @@ def wait_for(condition, seconds=120):
 def listening(pid):
     """Return the sockets by which a process listens for others."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    links = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since the folder was read
+            links.append(str(path.readlink()))
     return {row[9] for row in rows if row[3] == "0A"} & {link[8:-1] for link in links if link.startswith("socket:[")}
 
 
