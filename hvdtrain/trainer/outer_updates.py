@@ -89,6 +89,8 @@ class OuterUpdates(Component):
     def attach(self, training: Training) -> None:
         """See the optimizer."""
         self._training = training
+        if self.schedule.overlap_steps:
+            self._world.give_way()
 
     def begin(self, model: nn.Module) -> None:
         """See what may learn; where memory is counted and nothing is trained, begin with it."""

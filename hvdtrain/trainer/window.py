@@ -68,14 +68,16 @@ class MetricWindow(Component):
         self._set(torch.zeros_like(self._on_device))
 
     def metrics(self, training: Training) -> dict[str, float]:
-        """Return the means, and the learning rate and the gradient norm of the last step before `start_line`."""
-        assert self._under_way is not None
-        (*sums, num_targets), training.ranks = self._under_way()
+        """Return the means, and the learning rate and the gradient norm of the last step before `start_line`. Collective."""
+        if self._under_way is None:
+            self.start_line(training)
+        wait, self._under_way = self._under_way, None
+        assert wait is not None
+        (*sums, num_targets), training.ranks = wait()
         metrics: dict[str, float] = {}
         if num_targets:
             metrics = {f"train/{name}": total / num_targets for name, total in zip(self._names, sums, strict=True)}
         self.loss = metrics.get("train/loss", math.nan)
-        self._under_way = None
         return {**metrics, **self._own}
 
     def state_dict(self) -> dict[str, Any]:

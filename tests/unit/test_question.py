@@ -154,7 +154,7 @@ def test_an_answer_is_not_waited_for_behind_what_travels():
         world.start_all_reduce = noted
         clock = Clock()
         asking, step = Asking(world, optimizer, clock=clock), 0
-        for step in range(20):  # noqa: B007  `noted` sees it
+        for step in range(20):
             asking.ask(step >= 2, 12 - step)
             clock.now += 1.0
             if asking.answer():
