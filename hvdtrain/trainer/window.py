@@ -68,7 +68,7 @@ class MetricWindow(Component):
         self._set(torch.zeros_like(self._on_device))
 
     def metrics(self, training: Training) -> dict[str, float]:
-        """Return the means, and the learning rate and the gradient norm of the last step before `start_line`. Collective."""
+        """Return the means, and rate and gradient norm of the last step before `start_line`. Collective."""
         if self._under_way is None:
             self.start_line(training)
         wait, self._under_way = self._under_way, None
