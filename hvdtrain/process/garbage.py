@@ -1,0 +1,21 @@
+"""When Python looks for garbage: not while modules are imported, and never at what they have made. Standard library only.
+
+torch and what it brings along are some hundred thousand objects that stay to the end. While they are made Python looks
+at all of them again and again, and later, in the midst of a step, each time that it looks at everything.
+"""
+
+from __future__ import annotations
+
+import gc
+
+
+def rest() -> None:
+    """Have it look for none until `go_on`."""
+    gc.disable()
+
+
+def go_on() -> None:
+    """Have it look for garbage again where it rests, and leave alone all that is there by now."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
