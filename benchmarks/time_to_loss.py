@@ -140,8 +140,8 @@ def main() -> None:
         besides.append(our_seconds - step_seconds)
         ratios.append(our_seconds / seconds)
         rows.append(
-            f"{seed:4}  {seconds:9.1f}  {loss:9.4f}  {our_seconds:9.1f}  {step_seconds:9.1f}  {our_loss:9.4f}  {steps:6}"
-            f"  {ratios[-1]:6.3f}  {'reached' if our_loss <= loss else 'MISSED'}"
+            f"{seed:4}  {seconds:9.1f}  {loss:9.4f}  {our_seconds:9.1f}  {step_seconds:9.1f}  {our_loss:9.4f}"
+            f"  {steps:6}  {ratios[-1]:6.3f}  {'reached' if our_loss <= loss else 'MISSED'}"
         )
         print(rows[-1], file=sys.stderr, flush=True)
     result = "\n".join(

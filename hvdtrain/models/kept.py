@@ -44,11 +44,13 @@ class KeptBuffers:
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
         self.take()
 
-    @torch.no_grad()
     def take(self) -> None:
         """Keep them as they are now; into the memory of before, where it fits."""
-        if not self._places:
-            return
+        if self._places:
+            self._take()
+
+    @torch.no_grad()
+    def _take(self) -> None:
         there = [(module, name, getattr(module, name)) for module, name in self._places]
         now = [place for place in there if isinstance(place[2], Tensor)]
         if self._buffers and len(now) == len(self._buffers) and all(map(_is_like, self._buffers, now)):

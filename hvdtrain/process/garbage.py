@@ -1,4 +1,4 @@
-"""When Python looks for garbage: not while modules are imported, and never at what they have made. Standard library only.
+"""When Python looks for garbage: not during imports, and never at what they have made. Standard library only.
 
 torch and what it brings along are some hundred thousand objects that stay to the end. While they are made Python looks
 at all of them again and again, and later, in the midst of a step, each time that it looks at everything.
