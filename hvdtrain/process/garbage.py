@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import gc
 
+_resting: list[bool] = []
+"""That it was told to rest; a program that has switched it off itself keeps it so."""
+
 
 def rest() -> None:
     """Have it look for none until `go_on`."""
-    gc.disable()
+    if gc.isenabled():
+        gc.disable()
+        _resting.append(True)
 
 
 def go_on() -> None:
-    """Have it look for garbage again where it rests, and leave alone all that is there by now."""
-    if not gc.isenabled():
+    """Have it look for garbage again where it was told to rest, and leave alone all that is there by now."""
+    if _resting:
+        _resting.clear()
         gc.freeze()
         gc.enable()

@@ -1,5 +1,6 @@
 """Who started this process, threads, and devices."""
 
+import gc
 import os
 import pwd
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hvdtrain.errors import DataError, LaunchError
+from hvdtrain.process import garbage
 from hvdtrain.process.job import command_of
 from hvdtrain.process.launch import Launch, detect_launch, give_home, prepare_process, threads_per_rank
 from hvdtrain.process.output import while_read
@@ -165,6 +167,44 @@ def test_open_mpi_looks_for_no_one_sided_libfabric_unless_somebody_has_chosen(tm
     alone = {"PATH": str(program.parent), "HOME": str(tmp_path / "home")}
     prepare_process(alone)
     assert "OMPI_MCA_btl" not in alone
+
+
+LOOKS = """
+import gc
+from hvdtrain import Recipe
+from hvdtrain.errors import ConfigError
+class Looks(Recipe):
+    def build(self, say):
+        raise ConfigError(f"looks: {gc.isenabled()}, leaves alone: {gc.get_freeze_count() > 100_000}")
+def recipe():
+    return Looks()
+"""
+
+
+def test_python_looks_for_garbage_again_when_all_is_imported(tmp_path):
+    (tmp_path / "looks.py").write_text(LOOKS)
+    command = [sys.executable, "-m", "hvdtrain", "train", "looks.py", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "hvdtrain: looks: True, leaves alone: True\n")
+
+
+def test_a_program_that_has_switched_the_collector_off_keeps_it_so():
+    gc.disable()
+    try:
+        garbage.rest()
+        garbage.go_on()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    garbage.go_on()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    garbage.rest()
+    assert not gc.isenabled()
+    garbage.go_on()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
 
 
 def test_one_gpu_a_rank():
