@@ -118,8 +118,9 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     is_evaluating = is_last or is_due(job, step, job.config.eval.every)
     evaluated: dict[str, float] = {}
     was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
-    due = (job.config.checkpoint.every, job.config.health.replica_check_every)
-    if not (is_evaluating or is_stop or any(is_due(job, step, every) for every in due)):
+    is_saved = is_due(job, step, job.config.checkpoint.every)
+    is_checked = is_due(job, step, job.config.health.replica_check_every)
+    if not (is_evaluating or is_stop or is_saved or is_checked):
         return evaluated
     run.lines.finish()
     with run.stopwatch.paused():
@@ -135,10 +136,10 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
         is_stop = is_stop or training.is_evaluation_due
         if evaluated and not is_last:
             job.log.write(step, evaluated)
-        is_saving = is_stop or is_best(training, evaluated) or is_due(job, step, job.config.checkpoint.every)
+        is_saving = is_stop or is_best(training, evaluated) or is_saved
         if evaluated if is_last else is_saving:
             _save(run, evaluated)
-        elif is_due(job, step, job.config.health.replica_check_every):
+        elif is_checked:
             _check_replicas(job, training)
     if is_stop and (not is_last or training.is_evaluation_due):
         run.saver.finish()
