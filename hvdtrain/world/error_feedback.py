@@ -187,9 +187,11 @@ class ErrorFeedback(Codec):
         for piece in self._owed.pop(name):
             self.errors.put(piece.name, torch.zeros_like(piece.whole), users is None or users[piece.place] > 0)
         pieces, kept, is_finite = self._fresh.pop(name)
+        answers = is_finite.expand(1) if users is None else is_finite & (users > 0)
+        # A GPU would have to be waited for.
+        good: Sequence[bool | Tensor] = answers.tolist() if answers.device.type == "cpu" else answers.unbind()
         for piece, error in zip(pieces, kept, strict=True):
-            answer = is_finite if users is None else is_finite & (users[piece.place] > 0)
-            is_good = bool(answer) if error.device.type == "cpu" else answer  # a GPU would have to be waited for
+            is_good = good[0 if users is None else piece.place]
             self.errors.put(piece.name, error, is_good)
             self.keep_more(piece, is_good)
 

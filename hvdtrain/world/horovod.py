@@ -6,7 +6,9 @@ rank that is one call ahead hangs the job.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import horovod.torch as hvd
@@ -29,6 +31,7 @@ from hvdtrain.world.world import World
 
 T = TypeVar("T")
 _KNOWS_BFLOAT16 = hasattr(mpi_lib, "horovod_torch_allreduce_async_torch_BFloat16Tensor")
+_CYCLE, _NAP_MS = "HOROVOD_CYCLE_TIME", 100
 _OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max, "adasum": hvd.Adasum}
 
 
@@ -181,7 +184,8 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
         LaunchError: Horovod sees another number of ranks than the launcher started: each would train alone.
     """
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups}
-    hvd.init(process_sets=list(sets.values()))
+    with _long_naps(is_wanted=not sets):
+        hvd.init(process_sets=list(sets.values()))
     if hvd.size() != launch.size:
         hint = stray_hint(launch)
         raise LaunchError(
@@ -191,6 +195,25 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
             " HOROVOD_CONTROLLER"
         )
     return HorovodWorld(launch, sets)
+
+
+@contextlib.contextmanager
+def _long_naps(*, is_wanted: bool) -> Iterator[None]:
+    """Have the engine that Horovod starts within, if it is one that wakes for work, seldom look for it when idle.
+
+    What is enqueued wakes it. But a look that has begun is a negotiation with all ranks, whose end what is enqueued
+    meanwhile waits for: on a slow network an engine that looks every 10 ms is always in one. What the user has set is
+    left alone, and so is an engine that does not wake, or asks in other ways.
+    """
+    others = ("HOROVOD_CACHE_CAPACITY", "HOROVOD_DYNAMIC_PROCESS_SETS", _CYCLE)
+    is_set = is_wanted and _KNOWS_BFLOAT16 and not any(name in os.environ for name in others)
+    if is_set:
+        os.environ[_CYCLE] = str(_NAP_MS)
+    try:
+        yield
+    finally:
+        if is_set:
+            del os.environ[_CYCLE]
 
 
 class _Waiting:

@@ -23,14 +23,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from hvdtrain.settings.compression import AUTO
-from hvdtrain.world.error_feedback import MIN_SIZE, ErrorFeedback, Parts, Piece, Round, flat
+from hvdtrain.world.error_feedback import MIN_SIZE, Parts, Piece, Round, flat
+from hvdtrain.world.low_rank import LowRank, orthonormal, sides, split
 from hvdtrain.world.memory import Memory
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
 
 
-class PowerSGD(ErrorFeedback):
+class PowerSGD(LowRank):
     """Low-rank gradients with error feedback.
 
     A tensor of two and more dimensions is a matrix of its first dimension by all others.
@@ -52,31 +53,15 @@ class PowerSGD(ErrorFeedback):
         *,
         min_saving: float = 1.0,
     ) -> None:
-        super().__init__(min_size, warmup_steps, exact)
+        super().__init__(rank, min_size, warmup_steps, exact, min_saving=min_saving)
         self.name = f"powersgd:{rank}"
-        self._rank = rank
-        self._min_saving = min_saving
         self._factors = Memory()
         """Q of the last step, transposed, by tensor; alike on all ranks."""
         self._fresh_factors: dict[str, Tensor] = {}
 
-    def compresses(self, shape: torch.Size) -> bool:
-        """Return whether it is a matrix that is large enough, and whose factors are smaller."""
-        if len(shape) < 2 or not super().compresses(shape):
-            return False
-        return self._factor_size(shape) * self._min_saving < shape.numel()
-
-    def _factor_size(self, shape: torch.Size) -> int:
-        rows, columns = _sides(shape)
-        return min(self._rank, rows, columns) * (rows + columns)
-
     def tensor_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Return the bytes of both factors, or of the tensor as it is."""
-        return self.wire_bytes(self._factor_size(shape) if self.compresses(shape) else shape.numel(), dtype)
-
-    def wire_bytes(self, count: int, dtype: torch.dtype) -> int:
-        """Return the bytes of numbers that are sent as they are."""
-        return count * self.buffer_type(dtype).itemsize
+        return self.wire_bytes(self.factor_size(shape) if self.compresses(shape) else shape.numel(), dtype)
 
     def begin(self, world: World, name: str, parts: Parts) -> Round:
         """Send this rank's part of all P."""
@@ -84,8 +69,8 @@ class PowerSGD(ErrorFeedback):
 
     def _factor(self, piece: Piece) -> Tensor:
         """Return Q of the last step, or random numbers that are alike on all ranks."""
-        rows, columns = _sides(piece.whole.shape)
-        like = piece.whole.new_empty(min(self._rank, rows, columns), columns)
+        _, columns = sides(piece.whole.shape)
+        like = piece.whole.new_empty(self.rank_of(piece.whole.shape), columns)
         kept = self._factors.get(piece.name, like)
         if kept is not None:
             return kept
@@ -113,13 +98,13 @@ class PowerSGD(ErrorFeedback):
 
 
 class _PowerIteration(Round):
-    """Both all-reduces of a bucket."""
+    """Both rounds of a bucket."""
 
     def __init__(
         self, world: World, name: str, parts: Parts, factors: Sequence[Tensor], kept_factors: dict[str, Tensor]
     ) -> None:
         self._world, self._name, self._parts = world, name, parts
-        self._matrices = [piece.whole.view(_sides(piece.whole.shape)) for piece in parts.pieces]
+        self._matrices = [piece.whole.view(sides(piece.whole.shape)) for piece in parts.pieces]
         self._kept_factors = kept_factors
         products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
         self._shapes = [product.shape for product in products]
@@ -127,47 +112,37 @@ class _PowerIteration(Round):
         self._wait_first = world.start_all_reduce_(message, "sum", f"{name}.p")
         self._wait_second: Callable[[], Tensor] | None = None
         self._bases: list[Tensor] = []
-        self._errors: list[Tensor] = []
+        self._own: list[Tensor] = []
 
     def advance(self) -> None:
         """Make the sum of all P orthonormal and send this rank's part of all Q."""
         if self._wait_second is not None:
             return
-        *products, exact = _split(self._wait_first(), self._shapes)
+        *products, exact = split(self._wait_first(), self._shapes)
         self._parts.take_exact(exact)
         # Where P is not finite, the basis is not either, and no rank keeps anything of the step.
-        self._bases = [torch.linalg.qr(product)[0] for product in products]
+        self._bases = orthonormal(products)
         own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
-        self._errors = [
-            torch.addmm(matrix, basis, factor, alpha=-1)
-            for matrix, basis, factor in zip(self._matrices, self._bases, own, strict=True)
-        ]
         self._shapes = [factor.shape for factor in own]
         self._wait_second = self._world.start_all_reduce_(flat(own, exact), "sum", f"{self._name}.q") if own else _none
+        self._own = own
 
     def finish(self) -> tuple[list[Tensor], Tensor]:
         """Multiply the factors."""
         self.advance()
         assert self._wait_second is not None
+        errors = [  # while Q travels
+            torch.addmm(matrix, basis, factor, alpha=-1)
+            for matrix, basis, factor in zip(self._matrices, self._bases, self._own, strict=True)
+        ]
         message = self._wait_second()
-        *factors, _ = _split(message, self._shapes)
+        *factors, _ = split(message, self._shapes)
         for piece, matrix, basis, factor in zip(self._parts.pieces, self._matrices, self._bases, factors, strict=True):
             torch.mm(basis, factor, out=matrix)
             self._kept_factors[piece.name] = factor.clone()  # of its own: the message is all of them
-        errors = zip(self._errors, self._parts.pieces, strict=True)
-        return [error.view(piece.whole.shape) for error, piece in errors], message.isfinite().all()
+        kept = [error.view(piece.whole.shape) for error, piece in zip(errors, self._parts.pieces, strict=True)]
+        return kept, message.isfinite().all()
 
 
 def _none() -> Tensor:
     return torch.zeros(0)
-
-
-def _sides(shape: torch.Size) -> tuple[int, int]:
-    return shape[0], shape[1:].numel()
-
-
-def _split(message: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """Return the matrices at the beginning of a message, and the rest of it."""
-    sizes = [shape.numel() for shape in shapes]
-    *parts, rest = torch.split_with_sizes(message, [*sizes, len(message) - sum(sizes)])
-    return [*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), rest]

@@ -93,7 +93,9 @@ def test_a_part_of_the_mean_fits_into_fp16_where_the_whole_gradient_does_not(fil
     assert all(torch.equal(view, (own.double() / 6).half()) for view, own in zip(views, gradients, strict=True))
 
 
-@pytest.mark.parametrize(("compression", "expected"), [("none", 4), ("fp16", 4), ("int8", 1), ("powersgd:1", 2)])
+@pytest.mark.parametrize(
+    ("compression", "expected"), [("none", 4), ("fp16", 4), ("int8", 1), ("powersgd:1", 2), ("acpsgd:1", 1)]
+)
 def test_a_format_that_leaves_few_bytes_travels_in_few_parts(compression, expected):
     """Each part makes such a format wait for the network twice: they stay together."""
     world = EchoWorld(torch.device("cpu"), 2)
