@@ -8,14 +8,16 @@ what it remembers added:
     Q = sum over the ranks of M^T P        all-reduce of m x r numbers
     mean = P Q^T                           what is kept: M - P (M^T P)^T, of this rank's own M
 
-All P of a bucket, and what is sent as it is, travel in one all-reduce, and all Q in another. Q is kept transposed,
-`(r, m)`: so both products go through M by its rows, in a fraction of the time.
+All P of a bucket, and what is sent as it is, travel in one all-reduce as soon as backward has finished the bucket; the Q
+of all buckets in another one, when backward is over. Q is kept transposed, `(r, m)`: so both products go through M by
+its rows, in a fraction of the time.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +69,18 @@ class PowerSGD(LowRank):
         """Send this rank's part of all P."""
         return _PowerIteration(world, name, parts, [self._factor(piece) for piece in parts.pieces], self._fresh_factors)
 
+    def advance(self, world: World, rounds: Sequence[Round]) -> None:
+        """Send this rank's part of all Q, of all buckets of a type in one message."""
+        groups: dict[tuple[torch.dtype, torch.device], list[tuple[_PowerIteration, Tensor]]] = {}
+        for own in rounds:
+            if isinstance(own, _PowerIteration) and own.wait_second is None:
+                factors = own.factors()
+                groups.setdefault((factors.dtype, factors.device), []).append((own, factors))
+        for group in groups.values():
+            joined = _Joined(world, f"{group[0][0].name}.q", [factors for _, factors in group])
+            for number, (own, _) in enumerate(group):
+                own.wait_second = partial(joined.part, number)
+
     def _factor(self, piece: Piece) -> Tensor:
         """Return Q of the last step, or random numbers that are alike on all ranks."""
         _, columns = sides(piece.whole.shape)
@@ -98,45 +112,41 @@ class PowerSGD(LowRank):
 
 
 class _PowerIteration(Round):
-    """Both rounds of a bucket."""
+    """A bucket on its way: all P by themselves, all Q with those of other buckets."""
 
     def __init__(
         self, world: World, name: str, parts: Parts, factors: Sequence[Tensor], kept_factors: dict[str, Tensor]
     ) -> None:
-        self._world, self._name, self._parts = world, name, parts
+        self.name, self._parts = name, parts
         self._matrices = [piece.whole.view(sides(piece.whole.shape)) for piece in parts.pieces]
         self._kept_factors = kept_factors
         products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
         self._shapes = [product.shape for product in products]
         message = flat([*products, *parts.exact], parts.exact[-1])
         self._wait_first = world.start_all_reduce_(message, "sum", f"{name}.p")
-        self._wait_second: Callable[[], Tensor] | None = None
         self._bases: list[Tensor] = []
         self._own: list[Tensor] = []
+        self.wait_second: Callable[[], Tensor] | None = None
+        """Waits for this bucket's Q, flat, once they are on their way."""
 
-    def advance(self) -> None:
-        """Make the sum of all P orthonormal and send this rank's part of all Q."""
-        if self._wait_second is not None:
-            return
+    def factors(self) -> Tensor:
+        """Make the sum of all P orthonormal; returns this rank's part of all Q, `(n,)`."""
         *products, exact = split(self._wait_first(), self._shapes)
         self._parts.take_exact(exact)
         # Where P is not finite, the basis is not either, and no rank keeps anything of the step.
         self._bases = orthonormal(products)
-        own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
-        self._shapes = [factor.shape for factor in own]
-        self._wait_second = self._world.start_all_reduce_(flat(own, exact), "sum", f"{self._name}.q") if own else _none
-        self._own = own
+        self._own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
+        return flat(self._own, exact)
 
     def finish(self) -> tuple[list[Tensor], Tensor]:
         """Multiply the factors."""
-        self.advance()
-        assert self._wait_second is not None
+        assert self.wait_second is not None
         errors = [  # while Q travels
             torch.addmm(matrix, basis, factor, alpha=-1)
             for matrix, basis, factor in zip(self._matrices, self._bases, self._own, strict=True)
         ]
-        message = self._wait_second()
-        *factors, _ = split(message, self._shapes)
+        message = self.wait_second()
+        factors = split(message, [own.shape for own in self._own])[:-1]
         for piece, matrix, basis, factor in zip(self._parts.pieces, self._matrices, self._bases, factors, strict=True):
             torch.mm(basis, factor, out=matrix)
             self._kept_factors[piece.name] = factor.clone()  # of its own: the message is all of them
@@ -144,5 +154,17 @@ class _PowerIteration(Round):
         return kept, message.isfinite().all()
 
 
-def _none() -> Tensor:
-    return torch.zeros(0)
+class _Joined:
+    """A message of several buckets' parts, all of one type and device, that are added over the ranks."""
+
+    def __init__(self, world: World, name: str, parts: Sequence[Tensor]) -> None:
+        self._lengths = [len(part) for part in parts]
+        total = torch.cat(list(parts))
+        self._wait = world.start_all_reduce_(total, "sum", name) if len(total) else lambda: total
+        self._sums: Sequence[Tensor] | None = None
+
+    def part(self, number: int) -> Tensor:
+        """Wait, and return the sum of one of the parts."""
+        if self._sums is None:
+            self._sums = torch.split_with_sizes(self._wait(), self._lengths)
+        return self._sums[number]
