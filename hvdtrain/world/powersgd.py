@@ -8,8 +8,8 @@ what it remembers added:
     Q = sum over the ranks of M^T P        all-reduce of m x r numbers
     mean = P Q^T                           what is kept: M - P (M^T P)^T, of this rank's own M
 
-All P of a bucket, and what is sent as it is, travel in one all-reduce as soon as backward has finished the bucket; the Q
-of all buckets in another one, when backward is over. Q is kept transposed, `(r, m)`: so both products go through M by
+All P of a bucket, and what is sent as it is, travel in one all-reduce as soon as backward has finished the bucket; the
+Q of all buckets in another one, when backward is over. Q is kept transposed, `(r, m)`: so both products go through M by
 its rows, in a fraction of the time.
 """
 
