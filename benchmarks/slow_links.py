@@ -37,7 +37,7 @@ DDP = {"DDP, Gloo": "", "DDP, Gloo, fp16 hook": "fp16", "DDP, Gloo, PowerSGD hoo
 
 
 def methods(given: argparse.Namespace, warmup: int) -> dict[str, list[str]]:
-    """Return hvdtrain's flags for each method; `warmup` exact steps come before PowerSGD, ACP-SGD and top-k."""
+    """Return hvdtrain's flags for each method; `warmup` exact steps come before PowerSGD and top-k."""
     period, rank = given.period, given.rank
     warm = ["--comm.compression-warmup-steps", str(warmup)]
     local = ["--comm.sync", "local", "--comm.period", str(period)]
@@ -47,7 +47,6 @@ def methods(given: argparse.Namespace, warmup: int) -> dict[str, list[str]]:
         "every step, bf16": ["--comm.compression", "bf16"],
         "every step, int8": ["--comm.compression", "int8"],
         f"every step, PowerSGD {rank}": ["--comm.compression", f"powersgd:{rank}", *warm],
-        f"every step, ACP-SGD {rank}": ["--comm.compression", f"acpsgd:{rank}", *warm],
         "every step, top 1 %": ["--comm.compression", "topk:0.01", *warm],
         f"local, {period} steps": local,
         f"DiLoCo, {period} steps": [*local, "--comm.outer", "nesterov"],
@@ -237,10 +236,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="samples of all hosts in a step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours, and of DDP's autocast")
     parser.add_argument("--period", type=int, default=50)
-    parser.add_argument(
-        "--warmup", type=int, default=WARMUP, help="exact steps before PowerSGD, ACP-SGD and top-k begin"
-    )
-    parser.add_argument("--rank", type=int, default=RANK, help="of PowerSGD and ACP-SGD")
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="exact steps before PowerSGD and top-k begin")
+    parser.add_argument("--rank", type=int, default=RANK, help="of PowerSGD")
     parser.add_argument("--steps", type=int, default=300, help="of the trainings whose loss is compared")
     parser.add_argument("--seeds", type=int, default=3, help="0: times alone")
     parser.add_argument("--repeats", type=int, default=3)

@@ -15,22 +15,22 @@ from hvdtrain.settings.fields import Section, setting
 class CommConfig(Section):
     """What travels between the ranks."""
 
-    compression: Literal["none", "fp16", "bf16", "int8", "powersgd:R", "acpsgd:R", "topk:P"] | str = setting(
+    compression: Literal["none", "fp16", "bf16", "int8", "powersgd:R", "topk:P"] | str = setting(
         "none", several_ranks=True
     )
     """Format of gradients on the wire. fp16 halves the bytes and rounds each gradient to 11 bits; bf16 halves them too,
     and rounds to 8 bits with the range of fp32. The others send an approximation and remember what it leaves out for
-    later steps: int8 numbers of 8 bits, powersgd:4 matrices of rank 4 (arXiv:1905.13727), acpsgd:4 their two factors in
-    turn, one a step (arXiv:2306.08881), topk:0.01 the largest 1 % of the numbers of each tensor."""
+    later steps: int8 numbers of 8 bits, powersgd:4 matrices of rank 4 (arXiv:1905.13727), topk:0.01 the largest 1 % of
+    the numbers of each tensor."""
     compression_min_size: int = setting(1024, above=0, several_ranks=True)
-    """int8, powersgd, acpsgd and topk send tensors of fewer numbers as they are."""
+    """int8, powersgd and topk send tensors of fewer numbers as they are."""
     compression_warmup_steps: int = setting(0, minimum=0, several_ranks=True)
-    """int8, powersgd, acpsgd and topk send everything as it is in so many steps of a run (or averages, of --comm.sync
-    local) before they begin."""
+    """int8, powersgd and topk send everything as it is in so many steps of a run (or averages, of --comm.sync local)
+    before they begin."""
     compression_exact: str = setting("auto", several_ranks=True)
-    """Parameters that int8, powersgd, acpsgd and topk send as they are, by patterns of their names, as in
-    "*embed*,lm_head.weight". auto: with powersgd and acpsgd the weights of embeddings and of the output layer; none:
-    small ones alone."""
+    """Parameters that int8, powersgd and topk send as they are, by patterns of their names, as in
+    "*embed*,lm_head.weight". auto: with powersgd the weights of embeddings and of the output layer; none: small ones
+    alone."""
     bucket_mib: int = setting(25, above=0, maximum=1 << 20, changeable=True, several_ranks=True)
     """Gradients travel in parts of this size (the first of 1 MiB), each as soon as backward has finished it."""
     op: Literal["average", "adasum"] = setting("average", several_ranks=True)
@@ -80,7 +80,7 @@ class CommConfig(Section):
         """Yield what lays out buckets where there are none, and what belongs to local updates."""
         if parse_compression(self.compression)[0] in EXACT:
             for name in ("compression_min_size", "compression_warmup_steps", "compression_exact"):
-                yield name, "it is for --comm.compression int8, powersgd, acpsgd and topk"
+                yield name, "it is for --comm.compression int8, powersgd and topk"
         if self.op == "adasum":
             yield "bucket_mib", "--comm.op adasum sends each gradient by itself"
         if self.sync != "local":

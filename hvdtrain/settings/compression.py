@@ -8,20 +8,20 @@ from hvdtrain.errors import ConfigError
 
 EXACT = ("none", "fp16", "bf16")
 """Formats in which every number travels in every step, rounded at the most."""
-APPROXIMATE = ("int8", "powersgd", "acpsgd", "topk")
+APPROXIMATE = ("int8", "powersgd", "topk")
 """Formats that remember what they leave out."""
 AUTO, NOTHING = "auto", "none"
 """Words of `--comm.compression-exact`; anything else of it is patterns of names."""
-SPARING = ("powersgd", "acpsgd")
+SPARING = ("powersgd",)
 """Formats that send the weights of a vocabulary as they are unless told otherwise: low ranks serve them worst."""
 _CHOICES = (
-    "none, fp16, bf16, int8, powersgd:R or acpsgd:R (R is the rank, as in powersgd:4), or topk:P (P is the share of the"
-    " numbers that is sent, as in topk:0.01)"
+    "none, fp16, bf16, int8, powersgd:R (R is the rank, as in powersgd:4) or topk:P (P is the share of the numbers that"
+    " is sent, as in topk:0.01)"
 )
 
 
 def parse_compression(text: str) -> tuple[str, float]:
-    """Return the name of a format and its number: a rank (powersgd, acpsgd), topk's share, 0 for the others.
+    """Return the name of a format and its number: powersgd's rank, topk's share, 0 for those that have none.
 
     Raises:
         ConfigError: there is no such format, or its number is none that it can take.
@@ -30,7 +30,7 @@ def parse_compression(text: str) -> tuple[str, float]:
     if name in (*EXACT, "int8") and not colon:
         return name, 0.0
     value = _number(number)
-    if name in SPARING and value >= 1 and value == int(value) and value <= 1 << 16:
+    if name == "powersgd" and value >= 1 and value == int(value) and value <= 1 << 16:
         return name, value
     if name == "topk" and 0 < value <= 1:
         return name, value

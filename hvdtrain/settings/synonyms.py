@@ -56,7 +56,7 @@ _SETTINGS = {
     "optim.beta2": "adam_beta2",
     "optim.eps": "epsilon adam_epsilon opt_eps",
     "comm.compression": (
-        "fp16_allreduce compress gradient_compression wire_dtype powersgd acpsgd topk powersgd_rank fp16_compression"
+        "fp16_allreduce compress gradient_compression wire_dtype powersgd topk powersgd_rank fp16_compression"
         " grad_compression"
     ),
     "comm.compression_warmup_steps": "start_powersgd_iter compression_warmup",

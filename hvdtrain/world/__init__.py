@@ -1,6 +1,5 @@
 """The ranks: who they are, what they exchange, how gradients are averaged. Horovod and MPI live in here only."""
 
-from hvdtrain.world.acpsgd import AcpSGD
 from hvdtrain.world.asking import Asking
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer
 from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
@@ -25,7 +24,6 @@ from hvdtrain.world.world import World
 
 __all__ = [
     "CODECS",
-    "AcpSGD",
     "Asking",
     "Averaging",
     "BesideGradients",

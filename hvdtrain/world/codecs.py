@@ -9,7 +9,6 @@ from torch import nn
 
 from hvdtrain.settings import CommConfig
 from hvdtrain.settings.compression import EXACT, parse_compression
-from hvdtrain.world.acpsgd import AcpSGD
 from hvdtrain.world.codec import AsTheyAre, Bf16, Codec, Fp16
 from hvdtrain.world.int8 import Int8
 from hvdtrain.world.powersgd import PowerSGD
@@ -20,7 +19,6 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "fp16": Fp16,
     "bf16": Bf16,
     "int8": Int8,
-    "acpsgd": lambda number, **options: AcpSGD(int(number), **options),
     "powersgd": lambda number, **options: PowerSGD(int(number), **options),
     "topk": TopK,
 }

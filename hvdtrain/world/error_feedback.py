@@ -111,10 +111,13 @@ class ErrorFeedback(Codec):
     def begin(self, world: World, name: str, parts: Parts) -> Round:
         """Put a bucket on the wire, in collectives whose names begin with `name`. Collective."""
 
-    def advance(self, world: World, rounds: Sequence[Round]) -> None:
-        """Begin the second rounds of buckets that have not; in an order that is alike on all ranks. Collective."""
-        for own in rounds:
-            own.advance()
+    def advance(self, world: World, rounds: Mapping[str, Round]) -> None:
+        """Begin the second rounds of buckets, by name, that have not. Collective.
+
+        They come in the order in which this rank has sent them, which may be another one on another rank.
+        """
+        for name in sorted(rounds):
+            rounds[name].advance()
 
     def compresses(self, shape: torch.Size) -> bool:
         """Return whether a tensor of this shape is compressed."""
@@ -164,7 +167,7 @@ class ErrorFeedback(Codec):
 
         def finish() -> Tensor:
             # The second rounds of all buckets leave together: their latencies would add up one after the other.
-            self.advance(world, [self._under_way[other] for other in sorted(self._under_way)])
+            self.advance(world, self._under_way)
             kept, is_finite = self._under_way.pop(name).finish()
             self._fresh[name] = parts.pieces, kept, is_finite
             return part

@@ -16,7 +16,7 @@ its rows, in a fraction of the time.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from hvdtrain.settings.compression import AUTO
-from hvdtrain.world.error_feedback import MIN_SIZE, Parts, Piece, Round, flat
-from hvdtrain.world.low_rank import LowRank, orthonormal, sides, split
+from hvdtrain.world.error_feedback import MIN_SIZE, ErrorFeedback, Parts, Piece, Round, flat
 from hvdtrain.world.memory import Memory
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
 
 
-class PowerSGD(LowRank):
+class PowerSGD(ErrorFeedback):
     """Low-rank gradients with error feedback.
 
     A tensor of two and more dimensions is a matrix of its first dimension by all others.
@@ -55,27 +54,45 @@ class PowerSGD(LowRank):
         *,
         min_saving: float = 1.0,
     ) -> None:
-        super().__init__(rank, min_size, warmup_steps, exact, min_saving=min_saving)
+        super().__init__(min_size, warmup_steps, exact)
         self.name = f"powersgd:{rank}"
+        self._rank = rank
+        self._min_saving = min_saving
         self._factors = Memory()
         """Q of the last step, transposed, by tensor; alike on all ranks."""
         self._fresh_factors: dict[str, Tensor] = {}
 
+    def compresses(self, shape: torch.Size) -> bool:
+        """Return whether it is a matrix that is large enough, and whose factors are smaller."""
+        if len(shape) < 2 or not super().compresses(shape):
+            return False
+        return self._factor_size(shape) * self._min_saving < shape.numel()
+
+    def _factor_size(self, shape: torch.Size) -> int:
+        rows, columns = _sides(shape)
+        return min(self._rank, rows, columns) * (rows + columns)
+
     def tensor_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Return the bytes of both factors, or of the tensor as it is."""
-        return self.wire_bytes(self.factor_size(shape) if self.compresses(shape) else shape.numel(), dtype)
+        return self.wire_bytes(self._factor_size(shape) if self.compresses(shape) else shape.numel(), dtype)
+
+    def wire_bytes(self, count: int, dtype: torch.dtype) -> int:
+        """Return the bytes of numbers that are sent as they are."""
+        return count * self.buffer_type(dtype).itemsize
 
     def begin(self, world: World, name: str, parts: Parts) -> Round:
         """Send this rank's part of all P."""
         return _PowerIteration(world, name, parts, [self._factor(piece) for piece in parts.pieces], self._fresh_factors)
 
-    def advance(self, world: World, rounds: Sequence[Round]) -> None:
+    def advance(self, world: World, rounds: Mapping[str, Round]) -> None:
         """Send this rank's part of all Q, of all buckets of a type in one message."""
+        # Those sent first have arrived: they are multiplied while the rest travels.
+        known = {name: own for name, own in rounds.items() if isinstance(own, _PowerIteration)}
+        found = {name: (own, own.factors()) for name, own in known.items() if own.wait_second is None}
         groups: dict[tuple[torch.dtype, torch.device], list[tuple[_PowerIteration, Tensor]]] = {}
-        for own in rounds:
-            if isinstance(own, _PowerIteration) and own.wait_second is None:
-                factors = own.factors()
-                groups.setdefault((factors.dtype, factors.device), []).append((own, factors))
+        for name in sorted(found):
+            own, factors = found[name]
+            groups.setdefault((factors.dtype, factors.device), []).append((own, factors))
         for group in groups.values():
             joined = _Joined(world, f"{group[0][0].name}.q", [factors for _, factors in group])
             for number, (own, _) in enumerate(group):
@@ -83,8 +100,8 @@ class PowerSGD(LowRank):
 
     def _factor(self, piece: Piece) -> Tensor:
         """Return Q of the last step, or random numbers that are alike on all ranks."""
-        _, columns = sides(piece.whole.shape)
-        like = piece.whole.new_empty(self.rank_of(piece.whole.shape), columns)
+        rows, columns = _sides(piece.whole.shape)
+        like = piece.whole.new_empty(min(self._rank, rows, columns), columns)
         kept = self._factors.get(piece.name, like)
         if kept is not None:
             return kept
@@ -118,7 +135,7 @@ class _PowerIteration(Round):
         self, world: World, name: str, parts: Parts, factors: Sequence[Tensor], kept_factors: dict[str, Tensor]
     ) -> None:
         self.name, self._parts = name, parts
-        self._matrices = [piece.whole.view(sides(piece.whole.shape)) for piece in parts.pieces]
+        self._matrices = [piece.whole.view(_sides(piece.whole.shape)) for piece in parts.pieces]
         self._kept_factors = kept_factors
         products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
         self._shapes = [product.shape for product in products]
@@ -131,10 +148,10 @@ class _PowerIteration(Round):
 
     def factors(self) -> Tensor:
         """Make the sum of all P orthonormal; returns this rank's part of all Q, `(n,)`."""
-        *products, exact = split(self._wait_first(), self._shapes)
+        *products, exact = _split(self._wait_first(), self._shapes)
         self._parts.take_exact(exact)
         # Where P is not finite, the basis is not either, and no rank keeps anything of the step.
-        self._bases = orthonormal(products)
+        self._bases = _orthonormal(products)
         self._own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
         return flat(self._own, exact)
 
@@ -146,7 +163,7 @@ class _PowerIteration(Round):
             for matrix, basis, factor in zip(self._matrices, self._bases, self._own, strict=True)
         ]
         message = self.wait_second()
-        factors = split(message, [own.shape for own in self._own])[:-1]
+        factors = _split(message, [own.shape for own in self._own])[:-1]
         for piece, matrix, basis, factor in zip(self._parts.pieces, self._matrices, self._bases, factors, strict=True):
             torch.mm(basis, factor, out=matrix)
             self._kept_factors[piece.name] = factor.clone()  # of its own: the message is all of them
@@ -168,3 +185,31 @@ class _Joined:
         if self._sums is None:
             self._sums = torch.split_with_sizes(self._wait(), self._lengths)
         return self._sums[number]
+
+
+def _sides(shape: torch.Size) -> tuple[int, int]:
+    """Return the rows and columns of the matrix that a tensor is taken for."""
+    return shape[0], shape[1:].numel()
+
+
+def _split(message: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return the matrices at the beginning of a message, and the rest of it."""
+    sizes = [shape.numel() for shape in shapes]
+    *parts, rest = torch.split_with_sizes(message, [*sizes, len(message) - sum(sizes)])
+    return [*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), rest]
+
+
+def _orthonormal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return for each matrix `(n, r)` a basis `(n, r)` of its columns: QR by Householder's reflections.
+
+    That has no zero to divide by where a matrix is of lower rank. Those of one shape are given to it together.
+    """
+    bases: list[Tensor] = [*matrices]
+    places: dict[torch.Size, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        places.setdefault(matrix.shape, []).append(place)
+    for own in places.values():
+        found = torch.linalg.qr(torch.stack([matrices[place] for place in own]))[0]
+        for place, basis in zip(own, found, strict=True):
+            bases[place] = basis
+    return bases

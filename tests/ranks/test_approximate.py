@@ -12,9 +12,9 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.settings import CommConfig
 from hvdtrain.trainer import fit
 from hvdtrain.trainer.wire import check_compression
-from hvdtrain.world import AcpSGD, Int8, PowerSGD, TopK
+from hvdtrain.world import Int8, PowerSGD, TopK
 
-CODECS = ["powersgd:1", "acpsgd:1", "topk:0.1", "int8"]
+CODECS = ["powersgd:1", "topk:0.1", "int8"]
 
 
 def job_of(world, run_dir, compression, **options):
@@ -29,7 +29,7 @@ def alike(world, tensors, name):
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.same_on_gloo
-@pytest.mark.parametrize("kind", [lambda: PowerSGD(1, 6), lambda: AcpSGD(1, 6), lambda: TopK(0.1, 6), lambda: Int8(6)])
+@pytest.mark.parametrize("kind", [lambda: PowerSGD(1, 6), lambda: TopK(0.1, 6), lambda: Int8(6)])
 def test_nothing_is_lost_on_the_wire(world, kind):
     """The sum of the means, and of what the ranks remember, is that of the mean gradients; all ranks have the same."""
     codec = kind()

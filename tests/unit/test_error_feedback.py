@@ -1,4 +1,4 @@
-"""PowerSGD, ACP-SGD, top-k and int8 against the papers' formulas, and what they remember; ranks are threads."""
+"""PowerSGD, top-k and int8 against the papers' formulas written out, and what they remember; ranks are threads."""
 
 import copy
 import math
@@ -11,18 +11,15 @@ from thread_world import run_ranks
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import CommConfig
-from hvdtrain.world import AcpSGD, Int8, PowerSGD, TopK, codec_for, codec_of
+from hvdtrain.world import Int8, PowerSGD, TopK, codec_for, codec_of
 from hvdtrain.world.int8 import BLOCK, read, rounded
 from hvdtrain.world.topk import largest
 
 KINDS = {
     "powersgd": lambda **options: PowerSGD(1, **{"min_size": 4, "min_saving": 0.0, **options}),
-    "acpsgd": lambda **options: AcpSGD(1, **{"min_size": 4, "min_saving": 0.0, **options}),
     "topk": lambda **options: TopK(0.1, **{"min_size": 4, **options}),
     "int8": lambda **options: Int8(**{"min_size": 4, **options}),
 }
-COUNTED = {"steps", "turns"}
-"""What goes on in a skipped step, too."""
 SHAPES = {"matrix": (6, 5), "kernel": (4, 3, 2), "vector": (7,), "small": (2,), "wide": (3, 200)}
 
 
@@ -100,63 +97,6 @@ def test_powersgd_is_the_papers(size, bucket_bytes):
         assert all(torch.equal(a[n], b[n]) for (a, _), (b, _) in zip(found, ranks[0][0], strict=True) for n in a)
         assert all(torch.equal(factors[n], q) for n, q in ranks[0][1].items())
     assert torch.equal(first[0][0]["matrix"], ranks[0][0][0][0]["matrix"]) or bucket_bytes == 1
-
-
-def acpsgd_by_the_paper(steps, size, name, first_q):
-    """Algorithm 2 of arXiv:2306.08881 for one matrix: P in the first step, Q in the next, each from the other."""
-    errors, q = [torch.zeros(SHAPES[name]).double().flatten(1)] * size, first_q
-    means = []
-    for number, step in enumerate(steps):
-        whole = [gradient(step, w, name).flatten(1) + errors[w] for w in range(size)]
-        if number % 2 == 0:
-            q, _ = torch.linalg.qr(q)
-            products = [(m @ q) @ q.T for m in whole]
-            p = sum(m @ q for m in whole) / size
-            means.append((p @ q.T).view(SHAPES[name]))
-        else:
-            p, _ = torch.linalg.qr(p)
-            products = [p @ (m.T @ p).T for m in whole]
-            q = sum(m.T @ p for m in whole) / size
-            means.append((p @ q.T).view(SHAPES[name]))
-        errors = [m - product for m, product in zip(whole, products, strict=True)]
-    return means, [error.view(SHAPES[name]) for error in errors]
-
-
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
-def test_acpsgd_is_the_papers(size, bucket_bytes):
-    ranks = run_ranks(size, lambda world: averaged(world, AcpSGD(2, min_size=8), range(5), bucket_bytes=bucket_bytes))
-    for name in ("matrix", "wide"):
-        probe = AcpSGD(2, min_size=8)
-        piece = type("Piece", (), {"name": name, "whole": torch.zeros(SHAPES[name]).double()})
-        means, errors = acpsgd_by_the_paper(range(5), size, name, probe._factor(piece, "right").T)
-        for rank, found in enumerate(ranks):
-            for (of_step, _), expected in zip(found, means, strict=True):
-                assert (of_step[name] - expected).abs().max() < 1e-12
-            assert (found[-1][1][name] * size - errors[rank]).abs().max() < 1e-12
-            assert all(torch.equal(found[i][0][name], ranks[0][i][0][name]) for i in range(5))
-
-
-def test_the_factors_of_acpsgd_take_turns_for_each_tensor():
-    """One that is sent in every other step only, as a fragment of local updates is, has both all the same."""
-
-    def work(world):
-        codec = AcpSGD(1, min_size=4)
-        averaged(world, codec, range(1))
-        first = codec.state_dict()
-        codec.lay_out("bucket", [("wide", torch.Size((3, 200)))])
-        for step in range(1, 3):
-            codec.start(world, "more", "bucket", gradient(step, world.rank, "wide").flatten())()
-            codec.received("bucket", None)
-            codec.settle(False)
-        return first, codec.state_dict()
-
-    first, last = run_ranks(2, work)[0]
-    assert (first["turns"]["wide"], first["turns"]["matrix"]) == (1, 1)
-    assert (last["turns"]["wide"], last["turns"]["matrix"]) == (3, 1)
-    assert "wide" not in first["right"]
-    assert "wide" in last["right"]
-    assert not torch.equal(first["left"]["wide"], last["left"]["wide"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -280,7 +220,7 @@ def test_a_step_that_is_not_finite_is_seen_by_all_and_leaves_no_trace(kind, size
         assert seen == [True, False, True]
         before, after = states[1], states[3]  # the save after a skipped step is the one before it
         assert after["steps"] == before["steps"] + 1
-        for part in after.keys() - COUNTED:
+        for part in after.keys() - {"steps"}:
             assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
         assert states[4]["steps"] == 2
         assert all(tensor.isfinite().all() for tensor in states[5]["errors"].values())
@@ -307,7 +247,7 @@ def test_a_loss_scaler_that_skips_on_the_device_leaves_no_trace(kind):
     for first, second in run_ranks(2, work):
         assert first["steps"] == 1
         assert second["steps"] == 2
-        for part in first.keys() - COUNTED:
+        for part in first.keys() - {"steps"}:
             assert all(torch.equal(kept, second[part][name]) for name, kept in first[part].items())
 
 
@@ -450,17 +390,16 @@ def test_another_number_of_ranks_goes_on_with_the_sum(kind):
 def test_the_bytes_are_those_that_it_says(kind, size):
     def work(world):
         codec = KINDS[kind]()
-        averaged(world, codec, range(2), dtype=torch.float32)  # ACP-SGD sends one factor and the other
+        averaged(world, codec, range(1), dtype=torch.float32)
         return world.handed_bytes["gradients"], codec
 
     handed, codec = run_ranks(size, work)[0]
-    of_a_step = sum(codec.tensor_bytes(torch.Size(shape), torch.float32) for shape in SHAPES.values())
-    said = 2 * (of_a_step + 4 * len(SHAPES))
+    said = sum(codec.tensor_bytes(torch.Size(shape), torch.float32) for shape in SHAPES.values()) + 4 * len(SHAPES)
     if kind == "int8" and size > 2:  # shares are whole blocks, what is sent as it is goes to all; and then the sums
         assert handed > said
     else:
         assert handed == said
-    plain = 2 * sum(4 * math.prod(shape) for shape in SHAPES.values())
+    plain = sum(4 * math.prod(shape) for shape in SHAPES.values())
     assert kind == "int8" or said < plain
 
 
@@ -477,8 +416,6 @@ def test_names():
         "powersgd:0",
         "powersgd:1.5",
         "powersgd:x",
-        "acpsgd",
-        "acpsgd:0.5",
         "topk:0",
         "topk:2",
         "topk:nan",
@@ -487,7 +424,7 @@ def test_names():
         "",
     ]
     for text in wrong:
-        with pytest.raises(ConfigError, match="choose none, fp16, bf16, int8, powersgd:R or acpsgd:R"):
+        with pytest.raises(ConfigError, match="choose none, fp16, bf16, int8, powersgd:R"):
             CommConfig(compression=text)
     assert dict(CommConfig().unused())["compression_min_size"].startswith("it is for")
 

@@ -55,7 +55,7 @@ SHARED = {
     "optim.kernel": ("foreach", "loop"),
     "optim.momentum": (0.5, {"optim.name": "sgd"}),
     "optim.embedding_lr_factor": (3.0, {"optim.name": "muon"}),
-    "comm.compression": ("fp16", "bf16", "int8", "powersgd:2", "acpsgd:2", "topk:0.1"),
+    "comm.compression": ("fp16", "bf16", "int8", "powersgd:2", "topk:0.1"),
     "comm.compression_min_size": (10, {"comm.compression": "int8"}),
     "comm.compression_warmup_steps": (3, {"comm.compression": "topk:0.1"}),
     "comm.compression_exact": ("*weight", {"comm.compression": "int8"}),

@@ -26,7 +26,7 @@ from hvdtrain.trainer.unfreezing import GradualUnfreezing
 from hvdtrain.world.filling import like
 
 STEPS, LR, TOKENS = 6, 0.1, 40
-FORMATS = ("none", "fp16", "bf16", "int8", "powersgd:1", "acpsgd:1", "topk:0.1")
+FORMATS = ("none", "fp16", "bf16", "int8", "powersgd:1", "topk:0.1")
 EXACT = ("none", "fp16", "bf16")
 
 

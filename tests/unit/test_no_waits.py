@@ -39,7 +39,6 @@ WAYS = {
     "fragments": {"comm": CommConfig(sync="local", period=2, fragments=2, overlap_steps=1, outer="nesterov")},
     **{f"compression {name}": {"comm": CommConfig(compression=name)} for name in ("fp16", "bf16", "int8")},
     "compression powersgd": {"comm": CommConfig(compression="powersgd:2", compression_min_size=64)},
-    "compression acpsgd": {"comm": CommConfig(compression="acpsgd:2", compression_min_size=64)},
     "compression topk": {"comm": CommConfig(compression="topk:0.1", compression_min_size=64)},
 }
 

@@ -133,7 +133,6 @@ def wide():
 WAYS = {
     "topk": {"compression": "topk:0.1"},
     "powersgd": {"compression": "powersgd:2"},
-    "acpsgd": {"compression": "acpsgd:2"},
     "int8": {"compression": "int8"},
     "local": {"sync": "local", "period": 3},
     "local, int8, nesterov": {"sync": "local", "period": 2, "outer": "nesterov", "compression": "int8"},

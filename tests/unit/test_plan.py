@@ -152,7 +152,7 @@ def test_fragments_of_buckets_hold_what_there_was(count):
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
-@pytest.mark.parametrize("compression", ["none", "fp16", "bf16", "int8", "powersgd:2", "acpsgd:2", "topk:0.1"])
+@pytest.mark.parametrize("compression", ["none", "fp16", "bf16", "int8", "powersgd:2", "topk:0.1"])
 def test_planned_bytes_are_those_that_ranks_hand_over(compression, size):
     """For any number of ranks, by the codec itself, against a world whose ranks are threads."""
     shapes = ((64, 48), (33,), (300, 5))
@@ -172,7 +172,7 @@ def test_parts_of_a_bucket_travel_together_in_formats_that_gain_nothing_by_parts
     parts = [Bucket(0.2, 8, ((2,),), exact=(0,), exact_for=("powersgd",), whole=0), Bucket(0.5, 16, ((4,),), whole=0)]
     parts += [Bucket(1.0, 12, ((3,),), whole=1)]
     assert travelling(parts, "fp16") == parts
-    for compression in ("powersgd:4", "acpsgd:4", "topk:0.01", "int8"):
+    for compression in ("powersgd:4", "topk:0.01", "int8"):
         first, second = travelling(parts, compression)
         assert (first.ready, first.num_bytes, first.shapes, first.exact) == (0.5, 24, ((2,), (4,)), (0,))
         assert second == parts[2]

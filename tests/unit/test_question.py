@@ -30,7 +30,7 @@ def answers(world, used=(0, 1, 2), **averaging):
     return heard, gradients, getattr(world, "sent", [])
 
 
-@pytest.mark.parametrize("compression", ["none", "fp16", "bf16", "int8", "powersgd:2", "acpsgd:2", "topk:0.1"])
+@pytest.mark.parametrize("compression", ["none", "fp16", "bf16", "int8", "powersgd:2", "topk:0.1"])
 def test_one_yes_is_heard_by_all_ranks(compression):
     for heard, gradients, sent in run_ranks(2, lambda world: answers(world, compression=compression)):
         assert heard == [bool(yes) for yes in YES]

@@ -157,7 +157,6 @@ def test_it_is_the_papers(tmp_path, comm, size):
         {"overlap_rule": "delayed"},
         {"outer": "nesterov", "compression": "int8"},
         {"compression": "powersgd:1", "overlap_rule": "delayed"},
-        {"compression": "acpsgd:1"},
     ],
     ids=str,
 )
@@ -296,7 +295,7 @@ def test_every_combination_trains_or_is_refused_in_one_sentence(tmp_path):
 
     def work(world):
         found = {}
-        formats = ("none", "fp16", "bf16", "int8", "powersgd:1", "acpsgd:1", "topk:0.3")
+        formats = ("none", "fp16", "bf16", "int8", "powersgd:1", "topk:0.3")
         ways = itertools.product((False, True), (None, 0.5), ("every-step", "local"), formats)
         for shard, ema, sync, compression in ways:
             job = job_of(world, tmp_path, sync=sync, compression=compression)

@@ -14,7 +14,7 @@ from hvdtrain.verbs.plan.network import Network
 from hvdtrain.verbs.plan.step import Bucket, Send, travelling
 from hvdtrain.world import Message, codec_of, messages_of
 
-FORMATS = ("none", "fp16", "bf16", "int8", "powersgd:4", "acpsgd:8", "topk:0.01")
+FORMATS = ("none", "fp16", "bf16", "int8", "powersgd:4", "topk:0.01")
 """That are planned for, besides the recipe's own."""
 
 
