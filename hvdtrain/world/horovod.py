@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -34,6 +34,7 @@ T = TypeVar("T")
 _KNOWS_BFLOAT16 = hasattr(mpi_lib, "horovod_torch_allreduce_async_torch_BFloat16Tensor")
 # A thread that is so much nicer has a tenth of a core that another one wants (Linux, sched(7)).
 _NICER = 10
+_CYCLE, _NAP_MS = "HOROVOD_CYCLE_TIME", 100
 _OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max, "adasum": hvd.Adasum}
 
 
@@ -193,7 +194,8 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
     """
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups}
     before = _threads()
-    hvd.init(process_sets=list(sets.values()))
+    with _long_naps(is_wanted=not sets):
+        hvd.init(process_sets=list(sets.values()))
     if hvd.size() != launch.size:
         hint = stray_hint(launch)
         raise LaunchError(
@@ -210,6 +212,25 @@ def _threads() -> set[int]:
     with contextlib.suppress(OSError):
         return {int(path.name) for path in Path("/proc/self/task").iterdir()}
     return set()
+
+
+@contextlib.contextmanager
+def _long_naps(*, is_wanted: bool) -> Iterator[None]:
+    """Have the engine that Horovod starts within, if it is one that wakes for work, seldom look for it when idle.
+
+    What is enqueued wakes it. But a look that has begun is a negotiation with all ranks, whose end what is enqueued
+    meanwhile waits for: on a slow network an engine that looks every 10 ms is always in one. What the user has set is
+    left alone, and so is an engine that does not wake, or asks in other ways.
+    """
+    others = ("HOROVOD_CACHE_CAPACITY", "HOROVOD_DYNAMIC_PROCESS_SETS", _CYCLE)
+    is_set = is_wanted and _KNOWS_BFLOAT16 and not any(name in os.environ for name in others)
+    if is_set:
+        os.environ[_CYCLE] = str(_NAP_MS)
+    try:
+        yield
+    finally:
+        if is_set:
+            del os.environ[_CYCLE]
 
 
 class _Waiting:
