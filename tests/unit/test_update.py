@@ -18,7 +18,7 @@ from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
 from hvdtrain.trainer import update as update_module
-from hvdtrain.trainer.loop import step_metrics
+from hvdtrain.trainer.line import step_metrics
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.stopwatch import Stopwatch
 from hvdtrain.trainer.strategy import model_tensors
