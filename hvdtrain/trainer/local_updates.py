@@ -189,6 +189,12 @@ class OwnProgress(Component):
             codec.load_state_dict(own)
         own = self._own()
         self._outer.sent = {name: tensor.to(own[name].device) for name, tensor in state.get("sent", {}).items()}
+        if state["weights"] and self._strategy.is_equal_after(self._training.step):
+            self._job.log.say(
+                "WARNING: ranks have trained apart, and by the settings of now they are equal after step"
+                f" {self._training.step:,}: they go on from the mean of their weights"
+            )
+            state = {**state, "weights": {}}
         with torch.no_grad():
             for name, tensor in state["weights"].items():
                 own[name].copy_(tensor)

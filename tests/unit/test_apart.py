@@ -195,6 +195,8 @@ BEGUN = {
         ("apart", WHOLE, 1, "2 ranks have trained apart, and one goes on: from the mean"),
         ("apart", WHOLE, 2, None),
         ("apart", WHOLE | {"outer": "nesterov"}, 2, None),
+        ("apart", {"period": 3}, 2, "by the settings of now they are equal after step 6: they go on from the mean"),
+        ("parts", STREAMED | {"compression": "int8", "sync_warmup_steps": 7}, 2, "they are equal after step 6: they"),
         ("parts", STREAMED | {"compression": "int8", "fragments": 3}, 2, "updates still to send, and go on with other"),
         ("parts", STREAMED | {"compression": "int8", "fragments": 1}, 3, "updates still to send, and go on with other"),
         ("parts", STREAMED, 2, "updates still to send, and go on with --comm.compression none: it is dropped"),
