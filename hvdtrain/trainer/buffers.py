@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import is_fake, is_saved_buffer
+from hvdtrain.models.private_modules import has_buffers, is_saved_buffer
+from hvdtrain.models.private_torch import is_fake
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.world import BesideGradients, World, digest_of, per_rank_buffers
 
@@ -122,7 +123,8 @@ class ChangingBuffers(Component):
             self._average(world, self.names or [])
 
     def _has_buffers(self) -> bool:
-        return self._model is not None and next(self._model.buffers(), None) is not None
+        model = self._model
+        return model is not None and has_buffers(model) and next(model.buffers(), None) is not None
 
     def _find_out(self, world: World) -> bool:
         """Find out which buffers change where modules were not in these modes before; returns whether. Collective."""
