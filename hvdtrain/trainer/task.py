@@ -288,6 +288,6 @@ def build_task(recipe: Recipe, say: Callable[[str], None]) -> Task:
             asked = re.search(r"allocate ([0-9]+) bytes", str(error))
             what = f", {in_units(int(asked[1]))} at once" if asked else ""
             raise ConfigError(
-                f"what the recipe builds takes more memory than there is{what}: make the model smaller, or read less data"
-                " into memory"
+                f"what the recipe builds takes more memory than there is{what}: make the model smaller, or read less"
+                " data into memory"
             ) from error

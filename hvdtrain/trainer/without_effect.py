@@ -64,8 +64,8 @@ def _too_short(job: Job) -> Iterator[str]:
         warmup = min(comm.sync_warmup_steps, steps)
         why = f"in {steps:,} steps{f', {warmup:,} of them warm-up' if warmup else ''}"
         yield (
-            f"updates:    no effect of --comm.period {comm.period} and what belongs to it: {why}, no average of a period"
-            " is taken but the mean at the end"
+            f"updates:    no effect of --comm.period {comm.period} and what belongs to it: {why}, no average of a"
+            " period is taken but the mean at the end"
         )
     sent, what = (schedule.averages(steps), "averages") if is_local else (steps, "steps")
     if parse_compression(comm.compression)[0] not in EXACT and 0 < sent <= comm.compression_warmup_steps:

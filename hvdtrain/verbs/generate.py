@@ -162,8 +162,8 @@ class NativeWriter:
         longest, most = max(map(len, rows)), self._shape.max_length
         if longest > most:
             sys.stderr.write(
-                f"WARNING: a prompt has {longest:,} tokens, and the model, which was trained on {most:,} at a time, sees"
-                " the last of them alone\n"
+                f"WARNING: a prompt has {longest:,} tokens, and the model, which was trained on {most:,} at a time,"
+                " sees the last of them alone\n"
             )
         drawn = sample(
             self._model,
