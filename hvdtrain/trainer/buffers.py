@@ -165,7 +165,8 @@ class ChangingBuffers(Component):
         now = _digests(self._model)
         changed = [name for name, digest in now.items() if not digest.equal(self._before.get(name, ~digest))]
         everyone = world.all_gather_object(changed, "buffers.changed")
-        return [name for name in now if any(name in names for names in (self.names or (), *everyone))]
+        known = {*(self.names or ()), *(name for names in everyone for name in names)}
+        return [name for name in now if name in known]
 
     def _average(self, world: World, names: list[str]) -> None:
         world.average_tensors(self._named(names), "buffers")

@@ -52,7 +52,7 @@ class WireFormat(Component):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the codec go on from what it remembered; say where another format has no use for it."""
-        if any(state.values()) and not self._codec.remembers:
+        if state and not self._codec.remembers:
             _say_dropped(self._job, self._codec, self._job.world.size)
             return
         self._codec.load_state_dict(dict(state))
