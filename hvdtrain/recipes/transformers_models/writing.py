@@ -135,15 +135,18 @@ class TransformersWriter:
 def most_tokens(model: nn.Module) -> int | None:
     """Return how many tokens a model can be shown at most, None where it has no table of positions that ends.
 
-    Rotary and relative positions go on; a learned one beyond the table is an error, on a GPU the end of the process.
+    Most rotary and relative positions go on; one beyond a table, learned or not (GPT-J), is an error, on a GPU the end
+    of the process.
     """
     own: Any = model
     words, limit = own.get_input_embeddings(), getattr(own.config, "max_position_embeddings", None)
     if not isinstance(limit, int):
         return None
-    tables = [item for item in model.modules() if isinstance(item, nn.Embedding) and item is not words]
+    modules = [item for item in model.modules() if item is not words]
+    tables = [item.num_embeddings for item in modules if isinstance(item, nn.Embedding)]
+    tables += [len(table) for item in modules if isinstance(table := getattr(item, "embed_positions", None), Tensor)]
     # OPT's table has two more: its positions begin at 2.
-    return limit if any(limit <= table.num_embeddings <= limit + 2 for table in tables) else None
+    return limit if any(limit <= length <= limit + 2 for length in tables) else None
 
 
 class _Listener:
