@@ -56,8 +56,10 @@ class Sampling:
     """Of the random draws; prompt number i of a batch draws with seed + i, whatever else is in the batch."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature = {self.temperature} must not be negative; 0 takes the likeliest token")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature = {self.temperature} must be finite and not negative; 0 takes the likeliest token"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k = {self.top_k} must be greater than 0; leave it out to draw among all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -190,8 +192,9 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
         return likeliest
     count = len(logits) if sampling.top_k is None else min(sampling.top_k, len(logits))
     values, tokens = logits.topk(count)  # the likeliest first
-    probabilities = (values / sampling.temperature).softmax(dim=0)
-    _check(float(probabilities[0]))
+    _check(float(values[0]))
+    # What softmax does anyway; here it keeps quotients by a temperature next to 0 from being infinite.
+    probabilities = ((values - values[0]) / sampling.temperature).softmax(dim=0)
     if sampling.top_p is not None:
         before = probabilities.cumsum(0) - probabilities
         probabilities = probabilities.where(before < sampling.top_p, 0)

@@ -29,7 +29,8 @@ class ChangingBuffers(Component):
     largest. Then all ranks are equal at the end of every step, and it matters not at which step a run is saved. Once
     it is known which they are, they travel beside the gradients of every step.
 
-    A step that does not count leaves them as they were: running statistics would stay nan for good.
+    A step that does not count leaves them as they were: running statistics would stay nan for good. Where ranks train
+    apart (`--comm.sync local`) that is each one's own matter: they are averaged after it, where all are to be equal.
 
     Those that the model's `state_dict()` leaves out (`persistent=False`) are in a checkpoint by this: a run that goes
     on would begin with what the model was built with.
@@ -61,14 +62,19 @@ class ChangingBuffers(Component):
         self._kept = {name: buffer.clone() for name, buffer in model.named_buffers() if name in self._before}
 
     def after_backward(self, training: Training, step: Step) -> None:
-        """Average, where ranks are to be equal after this step."""
-        if training.strategy.is_equal_after(step.number):
+        """Average, where a step counts on all ranks or on none; else find out which they are, if that is not known."""
+        if training.strategy.agrees:
             self.average(self._world)
+        elif self._has_buffers():
+            self._find_out(self._world)
 
     def after_update(self, training: Training, step: Step) -> None:
-        """Undo what a step has done that does not count."""
+        """Undo what a step has done that does not count; average what other ranks' steps have left."""
         if self.names is not None and (self.names or self._kept):
             self._undo(self.names, training.model, step)
+        if not training.strategy.agrees and training.strategy.is_equal_after(step.number):
+            self.average(self._world)
+            self.keep()
 
     @torch.no_grad()
     def _undo(self, names: list[str], model: nn.Module, step: Step) -> None:
@@ -102,19 +108,37 @@ class ChangingBuffers(Component):
             )
             self._average(self._world, late)
 
+    def keep(self) -> None:
+        """Take what the buffers hold now for what the last step that counts has left."""
+        assert self._model is not None
+        buffers = dict(self._model.named_buffers())
+        self._kept = {name: buffers[name].clone() for name in self._kept if name in buffers}
+
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
-        if self._model is None or not has_buffers(self._model) or next(self._model.buffers(), None) is None:
+        if not self._has_buffers():
             return
-        modes, are_equal = [module.training for module in self._model.modules()], self._beside.has_arrived()
-        if self.names is None or modes != self._modes:
-            self.names, self._modes, are_equal = self._changed(world), modes, False
-        if world.size > 1 and not are_equal:
-            self._average(world, self.names)
+        has_arrived, is_new = self._beside.has_arrived(), self._find_out(world)
+        if world.size > 1 and (is_new or not has_arrived):
+            self._average(world, self.names or [])
+
+    def _has_buffers(self) -> bool:
+        model = self._model
+        return model is not None and has_buffers(model) and next(model.buffers(), None) is not None
+
+    def _find_out(self, world: World) -> bool:
+        """Find out which buffers change where modules were not in these modes before; returns whether. Collective."""
+        assert self._model is not None
+        modes = [module.training for module in self._model.modules()]
+        if self.names is not None and modes == self._modes:
+            return False
+        self.names, self._modes = self._changed(world), modes
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the buffers that a step changes and the model's own state leaves out, where ranks agree on them."""
-        if self._model is None or not self._job.strategy.agrees:
+        strategy = self._job.strategy
+        if self._model is None or not (strategy.agrees or strategy.is_made_equal):
             return {}
         own, buffers = _left_out(self._model), dict(self._model.named_buffers())
         if any(is_fake(buffer) for buffer in buffers.values()):  # of a dry run: what a step changes is not known
@@ -133,12 +157,16 @@ class ChangingBuffers(Component):
             self._kept[name] = saved.to(device, copy=True)
 
     def _changed(self, world: World) -> list[str]:
-        """Return the names of the buffers that have changed on any rank since training began. Collective."""
+        """Return the names of the buffers that have changed on any rank since training began. Collective.
+
+        One that a step has changed is among them also where that step did not count, and it is as it was.
+        """
         assert self._model is not None
         now = _digests(self._model)
         changed = [name for name, digest in now.items() if not digest.equal(self._before.get(name, ~digest))]
         everyone = world.all_gather_object(changed, "buffers.changed")
-        return [name for name in now if any(name in names for names in everyone)]
+        known = {*(self.names or ()), *(name for names in everyone for name in names)}
+        return [name for name in now if name in known]
 
     def _average(self, world: World, names: list[str]) -> None:
         world.average_tensors(self._named(names), "buffers")

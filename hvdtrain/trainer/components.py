@@ -10,6 +10,7 @@ from hvdtrain.trainer.early_stopping import EarlyStopping
 from hvdtrain.trainer.ema import WeightAverage
 from hvdtrain.trainer.grad_norms import GradNorms
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.left_behind import own_progress, unsent_gradients
 from hvdtrain.trainer.modes import Frozen, Modes
 from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.plateau import Plateau
@@ -40,6 +41,8 @@ COMPONENTS: tuple[ComponentFactory, ...] = (
     EarlyStopping.of,
     SkippedSteps,
     WireFormat.of,
+    unsent_gradients,
+    own_progress,
     BucketOrder.of,
     Traffic.of,
     StreamPlace.of,

@@ -36,6 +36,17 @@ class Schedule:
         is_whole = self.fragments == 1 and self.overlap_steps == 0
         return is_whole and (step - self.warmup_steps) % self.period == 0
 
+    def averages(self, num_steps: int) -> int:
+        """Return how often a fragment begins to travel in so many steps, at the most."""
+        first = min(self.warmup_steps, num_steps)
+        left, offset = num_steps - first, self.period // self.fragments
+        return first + max(left // self.period, (left - offset) // self.period + 1 if self.fragments > 1 else 0)
+
+    def ever_ends(self, num_steps: int) -> bool:
+        """Return whether a mean is taken in so many steps after those of the warm-up."""
+        first = self.period // self.fragments
+        return self.warmup_steps + first + self.overlap_steps <= num_steps
+
     def begins(self, step: int) -> list[int]:
         """Return the fragments that begin to travel after `step` completed steps."""
         if 0 < step <= self.warmup_steps:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -45,10 +44,8 @@ def strategy_of(config: Config, size: int) -> Strategy:
     Raises:
         ConfigError: another setting needs ranks that are equal after every step.
     """
-    if size == 1:
-        return EveryStep() if config.comm.sync == "every-step" else OneRank()
-    if config.comm.sync == "every-step":
-        return Sharded() if config.optim.shard else EveryStep()
+    if size == 1 or config.comm.sync == "every-step":
+        return Sharded() if config.optim.shard and size > 1 else EveryStep()
     refused = {
         "--train.precision fp16": config.train.precision == "fp16",
         "--train.ema": config.train.ema is not None,
@@ -103,12 +100,19 @@ class LocalUpdates(Strategy):
         """Return when the last average that has been begun is due."""
         return _part(training, OuterUpdates).busy_until
 
-    def made_equal(self, world: World, training: Training) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def made_equal(self, world: World, training: Training) -> Iterator[None]:
         """Within a period, have the mean of the ranks' weights and buffers in the model for a while."""
-        if self.is_equal_after(training.step):
-            return contextlib.nullcontext()
-        _part(training, OuterUpdates).arrive()
-        return _part(training, OwnProgress).averaged()
+        self.is_made_equal = True
+        try:
+            if self.is_equal_after(training.step):
+                yield
+                return
+            _part(training, OuterUpdates).arrive()
+            with _part(training, OwnProgress).averaged():
+                yield
+        finally:
+            self.is_made_equal = False
 
     def replicated_tensors(self, training: Training, with_optimizer: bool) -> dict[str, Tensor]:
         """Return the model at the end of a period, nothing within it; the optimizer is each rank's own."""
@@ -123,32 +127,6 @@ class LocalUpdates(Strategy):
         if not self.is_equal_after(training.step):
             _part(training, OuterUpdates).arrive()
             _part(training, OwnProgress).average()
-
-
-class OneRank(EveryStep):
-    """Nobody to average with: a rank that goes on where several have trained apart."""
-
-    def components(self, job: Job) -> list[Component]:
-        """Return what says so."""
-        return [LeftAlone(job)]
-
-
-class LeftAlone(Component):
-    """Says what becomes of several ranks' own progress on one."""
-
-    name = "own_progress"
-    is_replicated = False
-
-    def __init__(self, job: Job) -> None:
-        self._say = job.log.say
-
-    def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
-        """Say it; the mean is in the model, rank 0's state in the optimizer."""
-        self._say(
-            f"WARNING: {len(states)} ranks have trained apart, and one goes on: from the mean of their weights, with"
-            " the optimizer's state of rank 0, and nothing of the outer optimizer or of what was still to send"
-        )
-        return None
 
 
 class OwnProgress(Component):
@@ -210,13 +188,23 @@ class OwnProgress(Component):
         """Go on as this rank, or from the mean of all."""
         assert self._training is not None
         self._training.optimizer.load_state_dict(state["optimizer"])
-        for codec, own in zip(self._outer.codecs, _as_list(state["codec"]), strict=False):
+        saved = _as_list(state["codec"])
+        for codec, own in zip(self._outer.codecs, saved if self._takes(saved) else (), strict=False):
             codec.load_state_dict(own)
         own = self._own()
         self._outer.sent = {name: tensor.to(own[name].device) for name, tensor in state.get("sent", {}).items()}
+        if state["weights"] and self._strategy.is_equal_after(self._training.step):
+            self._job.log.say(
+                "WARNING: ranks have trained apart, and by the settings of now they are equal after step"
+                f" {self._training.step:,}: they go on from the mean of their weights"
+            )
+            state = {**state, "weights": {}}
         with torch.no_grad():
             for name, tensor in state["weights"].items():
                 own[name].copy_(tensor)
+        buffers = self._training.component(ChangingBuffers)
+        if buffers is not None:
+            buffers.keep()
 
     def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
         """Return what another number of ranks goes on with: the mean of the weights, an optimizer's state of those."""
@@ -226,13 +214,25 @@ class OwnProgress(Component):
         )
         of_ranks = [_as_list(state["codec"]) for state in states]
         codecs: list[Any] = []
-        for fragment, codec in enumerate(self._outer.codecs):
-            own = [of_rank[fragment] for of_rank in of_ranks if fragment < len(of_rank)]
+        for fragment, codec in enumerate(self._outer.codecs if self._takes(of_ranks[0]) else ()):
+            own = [of_rank[fragment] for of_rank in of_ranks]
             # What is said of one fragment holds for all.
             is_first = not any(codecs)
             codecs.append(redistributed(self._job, codec, own) if is_first else codec.merged(own, self._job.world.size))
         kept = [codec or {} for codec in codecs]
         return {"weights": {}, "optimizer": states[rank % len(states)]["optimizer"], "codec": kept}
+
+    def _takes(self, saved: Sequence[Any]) -> bool:
+        """Return whether the fragments' codecs can take up what was saved of as many; say where something is lost."""
+        codecs = self._outer.codecs
+        if len(saved) == len(codecs) and codecs[0].remembers:
+            return True
+        if any(saved):
+            other = f"--comm.compression {codecs[0].name}" if len(saved) == len(codecs) else "other --comm.fragments"
+            self._job.log.say(
+                f"WARNING: ranks had a part of their updates still to send, and go on with {other}: it is dropped"
+            )
+        return False
 
 
 def _as_list(saved: Any) -> list[Any]:

@@ -39,6 +39,8 @@ class Strategy(ABC):
     """Whether `optimizer_state` is a copy in host memory already."""
     divides_state: bool = False
     """Whether each rank has a part of the optimizer's state, and no rank all of it."""
+    is_made_equal: bool = False
+    """Whether ranks that train apart have been made equal for a while (`made_equal`)."""
     rests_between_updates: bool = False
     """Whether nothing but an update changes weights and the optimizer's state, whatever is saved or evaluated."""
 

@@ -12,6 +12,7 @@ from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.optim.table import build_optimizer
 from hvdtrain.process.arguments import misfit
 from hvdtrain.settings import Config
+from hvdtrain.settings.units import in_units
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ Batch = Any
 
 
 _REDUCTIONS = ("sum", "mean")
+_NO_MEMORY = "DefaultCPUAllocator"  # in what torch says, of no type of its own, where host memory is at its end
 
 
 def _check_kinds(part: Any) -> None:
@@ -269,7 +271,7 @@ def build_task(recipe: Recipe, say: Callable[[str], None]) -> Task:
     What `build` draws without a seed of its own is that of `--train.seed`. The caller's generators stay as they are.
 
     Raises:
-        UsageError: data is missing, or settings do not fit it.
+        UsageError: data is missing, settings do not fit it, or there is no memory for what is built.
     """
     import torch
 
@@ -278,4 +280,14 @@ def build_task(recipe: Recipe, say: Callable[[str], None]) -> Task:
     with kept_random_state():
         torch.manual_seed(recipe.train.seed)
         seed_numpy_and_python(recipe.train.seed)
-        return recipe.build(say)
+        try:
+            return recipe.build(say)
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or _NO_MEMORY in str(error)):
+                raise
+            asked = re.search(r"allocate ([0-9]+) bytes", str(error))
+            what = f", {in_units(int(asked[1]))} at once" if asked else ""
+            raise ConfigError(
+                f"what the recipe builds takes more memory than there is{what}: make the model smaller, or read less"
+                " data into memory"
+            ) from error

@@ -51,7 +51,10 @@ class WireFormat(Component):
         return self._codec.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the codec go on from what it remembered."""
+        """Let the codec go on from what it remembered; say where another format has no use for it."""
+        if state and not self._codec.remembers:
+            _say_dropped(self._job, self._codec, self._job.world.size)
+            return
         self._codec.load_state_dict(dict(state))
 
     def redistribute(self, states: Sequence[Mapping[str, Any]], rank: int) -> Mapping[str, Any] | None:
@@ -71,6 +74,9 @@ def redistributed(job: Job, codec: Codec, states: Sequence[Mapping[str, Any]]) -
     size = job.world.size
     if not any(states):
         return None
+    if size > 1 and not codec.remembers:
+        _say_dropped(job, codec, len(states))
+        return None
     if size == 1:
         job.log.say(
             f"WARNING: {len(states)} ranks had a part of their gradients still to send (--comm.compression"
@@ -84,6 +90,13 @@ def redistributed(job: Job, codec: Codec, states: Sequence[Mapping[str, Any]]) -
             f" {codec.name}), and {size} go on: each with an equal part of the sum"
         )
     return merged
+
+
+def _say_dropped(job: Job, codec: Codec, count: int) -> None:
+    job.log.say(
+        f"WARNING: {count} ranks had a part of their gradients still to send, and --comm.compression {codec.name} sends"
+        " all of each step's own: it is dropped"
+    )
 
 
 def in_parts(tensors: Mapping[str, Tensor], num_bytes: int) -> Iterator[list[str]]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from hvdtrain.data.readers import says_it_reads_ahead
 from hvdtrain.process.launch import threads_per_rank
+from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.trainer.due import is_due
+from hvdtrain.trainer.fragments import Schedule
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.precision import has_products
 
@@ -25,7 +27,7 @@ _FEW_WORKERS = 2  # a recipe may have so many by itself
 def without_effect(job: Job) -> list[str]:
     """Return a line for each reason, with the settings that it concerns; none that are at their defaults."""
     return [
-        *(*_alone(job), *_slow(job), *_adasum(job)),
+        *(*_alone(job), *_slow(job), *_adasum(job), *_too_short(job)),
         *(*_ahead(job), *_crowded(job), *_kept(job), *_offloaded(job)),
     ]
 
@@ -49,6 +51,27 @@ def _slow(job: Job) -> Iterator[str]:
         yield (
             f"precision:  {precision} makes products many times slower on this CPU, which has no instructions for them:"
             " fp32 is faster (--train.precision auto)"
+        )
+
+
+def _too_short(job: Job) -> Iterator[str]:
+    """Yield a line where what travels between ranks, or when, would begin after the run's last step."""
+    comm, steps = job.config.comm, job.num_steps
+    if job.world.size == 1:
+        return
+    schedule, is_local = Schedule.of(comm), comm.sync == "local"
+    if is_local and not schedule.ever_ends(steps):
+        warmup = min(comm.sync_warmup_steps, steps)
+        why = f"in {steps:,} steps{f', {warmup:,} of them warm-up' if warmup else ''}"
+        yield (
+            f"updates:    no effect of --comm.period {comm.period} and what belongs to it: {why}, no average of a"
+            " period is taken but the mean at the end"
+        )
+    sent, what = (schedule.averages(steps), "averages") if is_local else (steps, "steps")
+    if parse_compression(comm.compression)[0] not in EXACT and 0 < sent <= comm.compression_warmup_steps:
+        yield (
+            f"wire:       no effect of --comm.compression {comm.compression}: of the {sent:,} {what} of this run the"
+            f" first {comm.compression_warmup_steps:,} send everything as it is (--comm.compression-warmup-steps)"
         )
 
 

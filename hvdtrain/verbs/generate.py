@@ -158,9 +158,16 @@ class NativeWriter:
     ) -> int:
         """Continue the prompts, and return how many tokens were drawn; arguments as in `Writer`."""
         begin = [] if self._shape.begin is None else [self._shape.begin]
+        rows = [begin + self._tokenizer.encode(prompt).tolist() for prompt in prompts]
+        longest, most = max(map(len, rows)), self._shape.max_length
+        if longest > most:
+            sys.stderr.write(
+                f"WARNING: a prompt has {longest:,} tokens, and the model, which was trained on {most:,} at a time,"
+                " sees the last of them alone\n"
+            )
         drawn = sample(
             self._model,
-            [begin + self._tokenizer.encode(prompt).tolist() for prompt in prompts],
+            rows,
             num_tokens,
             context_length=self._shape.max_length,
             sampling=how,

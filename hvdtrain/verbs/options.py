@@ -270,6 +270,10 @@ class GenerateOptions(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag} has no effect: --temperature 0 takes the likeliest token, and draws none")
         _check_checkpoint(self.checkpoint)
 
 

@@ -44,6 +44,11 @@ class Codec(ABC):
         own = next(kind for kind in type(self).__mro__ if _WAYS & vars(kind).keys())
         return world.adds_bfloat16 and dtype == torch.bfloat16 and dtype in vars(own).get("native_types", ())
 
+    @property
+    def remembers(self) -> bool:
+        """Return whether it has a state that a run goes on with."""
+        return type(self).load_state_dict is not Codec.load_state_dict
+
     @abstractmethod
     def buffer_type(self, dtype: torch.dtype) -> torch.dtype:
         """Return the type of the flat buffer that gradients of type `dtype` are written into."""

@@ -78,12 +78,12 @@ class EchoWorld(SoloWorld):
     def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Note it; returns a function that returns it as often as there are ranks."""
         self._note("all_gather", tensor)
-        return lambda: torch.cat([tensor] * self.size)
+        return lambda: tensor.repeat(self.size, *[1] * (tensor.dim() - 1))
 
     def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Note it; returns a function that returns this rank's own part as often as there are ranks."""
         self._note("all_to_all", tensor)
-        return lambda: torch.cat([tensor[: len(tensor) // self.size]] * self.size)
+        return lambda: tensor[: len(tensor) // self.size].repeat(self.size, *[1] * (tensor.dim() - 1))
 
     def _note(self, kind: Kind, tensor: Tensor) -> None:
         self.messages.append(Message(kind, tensor.nbytes, tensor.dtype, self.is_first))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.world.error_feedback import ErrorFeedback, Parts, Round, flat
-from hvdtrain.world.topk import in_order
+from hvdtrain.world.topk import each_rank, in_order
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -94,7 +94,7 @@ class _Gathering(Round):
         self._parts.take_exact(in_order(_numbers(exact, self._exact)))
         all_scales = _numbers(scales, self._scales)
         mean = torch.zeros_like(self._blocks.whole)
-        for own, part in zip(all_scales, codes, strict=True):
+        for own, part in zip(each_rank(all_scales), each_rank(codes), strict=True):
             mean += read(own, part.contiguous().view(torch.int8).view(mean.shape))
         errors = self._blocks.whole - read(self._scales, self._codes)
         return self._blocks.write(mean, errors), all_scales.isfinite().all()
@@ -126,7 +126,7 @@ class _Scattering(Round):
         exact, scales, codes = torch.split_with_sizes(rows, self._widths, 1)
         self._parts.take_exact(in_order(_numbers(exact, self._like)))
         total = self._like.new_zeros(self._share, BLOCK)
-        for own, part in zip(_numbers(scales, self._like), codes, strict=True):
+        for own, part in zip(each_rank(_numbers(scales, self._like)), each_rank(codes), strict=True):
             total += read(own, part.contiguous().view(torch.int8).view(total.shape))
         own_scales, own_codes = rounded(total)
         left = total - read(own_scales, own_codes)

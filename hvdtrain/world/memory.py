@@ -42,7 +42,8 @@ class Memory:
             for name, old in self._before.items():
                 fresh = self._now.get(name)
                 if fresh is not None:
-                    self._now[name] = torch.where(skipped > 0, torch.zeros_like(fresh) if old is None else old, fresh)
+                    then = torch.zeros_like(fresh) if old is None or old.shape != fresh.shape else old
+                    self._now[name] = torch.where(skipped > 0, then, fresh)
         elif skipped:
             self._now = self._settled()
         self._before.clear()

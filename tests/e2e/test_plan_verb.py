@@ -45,6 +45,8 @@ def test_plan(hvdtrain, tmp_path, small_text, launcher, ranks):
         (["plan", "--from", "nowhere"], "--from nowhere cannot be read"),
         (["plan", "lm", "--noise-from", "nowhere"], "--noise-from nowhere cannot be read"),
         (["plan", "lm", "--to", "0"], "--to = 0 must be greater than 0"),
+        (["plan", "lm", "--link", "0gbit,5us"], "--link 0gbit,5us: the rate must be greater than 0"),
+        (["generate", ".", "--temperature", "0", "--top-k", "3"], "--top-k has no effect: --temperature 0 takes"),
         (["plan", "lm", "--too", "8"], "there is no flag '--too'; did you mean '--to'?"),
     ],
 )

@@ -13,6 +13,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.settings import CommConfig
 from hvdtrain.world import Int8, PowerSGD, TopK, codec_for, codec_of
 from hvdtrain.world.int8 import BLOCK, read, rounded
+from hvdtrain.world.memory import Memory
 from hvdtrain.world.topk import largest
 
 KINDS = {
@@ -249,6 +250,16 @@ def test_a_loss_scaler_that_skips_on_the_device_leaves_no_trace(kind):
         assert second["steps"] == 2
         for part in first.keys() - {"steps"}:
             assert all(torch.equal(kept, second[part][name]) for name, kept in first[part].items())
+
+
+def test_what_is_remembered_of_another_shape_is_forgotten_on_the_device():
+    """A factor of another rank, from a checkpoint; the first step is skipped."""
+    for skipped in (0.0, 1.0):
+        memory, fresh = Memory(), torch.ones(4, 3)
+        memory.load_state_dict({"weight": torch.full((2, 3), 5.0)})
+        memory.put("weight", fresh, torch.tensor(True))
+        memory.settle(torch.tensor(skipped))
+        assert torch.equal(memory.now()["weight"], fresh * (1 - skipped))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,15 @@ def test_planned_bytes_are_those_that_ranks_hand_over(compression, size):
 
     said = handed_bytes([Bucket(1.0, 0, shapes)], compression, 100, size)
     assert set(thread_world.run_ranks(size, work)) == {said}
+
+
+@pytest.mark.parametrize("compression", ["none", "fp16", "bf16", "int8", "powersgd:2", "topk:0.1"])
+def test_a_million_ranks_are_planned_for_in_no_time(compression):
+    """Nothing is gone through rank by rank: there are no numbers to add."""
+    began = time.process_time()
+    said = handed_bytes([Bucket(1.0, 0, ((640, 480), (33,)))], compression, 100, 10**6)
+    assert said > 0
+    assert time.process_time() - began < 2
 
 
 def test_parts_of_a_bucket_travel_together_in_formats_that_gain_nothing_by_parts():

@@ -4,11 +4,13 @@ import pytest
 import torch
 from test_components import SOLO, job_of
 
+from hvdtrain.errors import ConfigError
 from hvdtrain.settings import BatchPlan
-from hvdtrain.trainer import train_step
+from hvdtrain.trainer import Recipe, train_step
 from hvdtrain.trainer.rehearsal import FullBatches, rehearse
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.task import build_task
 
 
 def test_its_steps_are_those_of_the_run(tmp_path, monkeypatch):
@@ -26,6 +28,18 @@ def test_its_steps_are_those_of_the_run(tmp_path, monkeypatch):
     pairs = zip(rehearsed.model.state_dict().values(), training.model.state_dict().values(), strict=True)
     assert all(a.equal(b) for a, b in pairs)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [lambda: torch.empty(1 << 55), lambda: bytearray(1 << 60)])
+def test_what_takes_more_memory_than_there_is_is_a_sentence(how):
+    """As a dry run of a model with a matrix of a million by a million."""
+
+    class Huge(Recipe):
+        def build(self, say):
+            return how()
+
+    with pytest.raises(ConfigError, match="takes more memory than there is"):
+        build_task(Huge(), print)
 
 
 def test_it_cannot_be_saved(tmp_path):

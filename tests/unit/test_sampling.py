@@ -228,6 +228,14 @@ def test_draws_are_those_of_torch_multinomial(settings: dict[str, Any]) -> None:
         assert draw(logits, how, ours) == expected
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-5, 1e308])
+def test_extreme_temperatures_are_the_likeliest_token_and_even_shares(temperature: float) -> None:
+    logits = torch.tensor([1.0, 30.0, -700.0, 29.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    drawn = {draw(logits, Sampling(temperature=temperature), generator) for _ in range(60)}
+    assert drawn == ({0, 1, 2, 3} if temperature > 1 else {1})
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", ["nan", "inf", "-inf"])
 def test_logits_that_are_no_numbers_are_an_error(broken: str, temperature: float) -> None:
@@ -257,6 +265,8 @@ def test_a_row_that_is_done_says_no_more() -> None:
         ([0], {"num_tokens": -1}, "num_tokens = -1"),
         ([0], {"context_length": 0}, "context_length = 0"),
         ([0], {"temperature": -0.1}, "temperature = -0.1"),
+        ([0], {"temperature": float("nan")}, "temperature = nan"),
+        ([0], {"temperature": float("inf")}, "temperature = inf"),
         ([0], {"top_k": 0}, "top_k = 0"),
         ([0], {"top_p": 1.5}, "top_p = 1.5"),
     ],

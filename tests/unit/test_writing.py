@@ -9,6 +9,7 @@ from templates import make_chat_tokenizer
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.sampling import Sampling
 from hvdtrain.recipes.transformers_models.loading import write_model_files
+from hvdtrain.recipes.transformers_models.writing import most_tokens
 from hvdtrain.rundir.trained import Trained
 from hvdtrain.verbs.generate import open_writer
 
@@ -101,3 +102,29 @@ def test_weights_that_do_not_fit(tmp_path):
     run.weights.pop("model.norm.weight")
     with pytest.raises(DataError, match=r"the weights of a run do not fit its config\.json: model\.norm\.weight"):
         open_writer(run, False)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neo", "marian", "llama", "bloom", "gptj"])
+def test_a_table_of_positions_ends_the_text_and_not_the_process(family, use_cache, tmp_path, capsys):
+    """What has a table is known by its behaviour: it fails beyond, and up to there it does not."""
+    run, model = trained(tmp_path, family)
+    writer, most = open_writer(run, False), most_tokens(model)
+    known = model.config.get_text_config().max_position_embeddings if family != "bloom" else 64
+    assert most in (None, known)
+    tokens = torch.ones(1, known + 3, dtype=torch.int64)
+    if most is None:
+        with torch.no_grad():
+            model(input_ids=tokens)
+        return
+    with torch.no_grad():
+        model(input_ids=tokens[:, :most])
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=tokens)
+    drawn = []
+    count = writer.write(["hello"], 10 * most, Sampling(temperature=1.0), lambda row, t: drawn.append(t), use_cache)
+    assert count <= most
+    if "ends where the model has no more positions, of which it has" in capsys.readouterr().err:
+        assert count == most + 1 - len(writer._encode("hello"))
+    with pytest.raises(ConfigError, match=f"tokens, and the model has positions for {most:,}: shorten it"):
+        writer.write(["x" * (most + 1)], 3, Sampling(), lambda row, token: False, use_cache)

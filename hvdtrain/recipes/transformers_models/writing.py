@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,8 +74,13 @@ class TransformersWriter:
     ) -> int:
         library = import_transformers()
         tokens = self._encode(prompt)
-        ends = self._ends()
+        ends, most = self._ends(), most_tokens(self._model)
+        if most is not None and len(tokens) > most:
+            raise ConfigError(
+                f"prompt {row + 1} has {len(tokens):,} tokens, and the model has positions for {most:,}: shorten it"
+            )
         listener = _Listener(len(tokens), lambda token: token in ends or add(row, token))
+        asked, num_tokens = num_tokens, num_tokens if most is None else min(num_tokens, most + 1 - len(tokens))
         is_random = how.temperature > 0
         settings = library.GenerationConfig(
             max_new_tokens=num_tokens,
@@ -99,6 +105,10 @@ class TransformersWriter:
                 generation_config=settings,
                 stopping_criteria=[listener],
             )
+        if listener.count == num_tokens < asked and not listener.is_done:
+            sys.stderr.write(
+                f"WARNING: text {row + 1} ends where the model has no more positions, of which it has {most:,}\n"
+            )
         return listener.count
 
     def _encode(self, prompt: str) -> list[int]:
@@ -122,8 +132,28 @@ class TransformersWriter:
         return {end for end in ends if end is not None}
 
 
+def most_tokens(model: nn.Module) -> int | None:
+    """Return how many tokens a model can be shown at most, None where it has no table of positions that ends.
+
+    Most rotary and relative positions go on; one beyond a table, learned or not (GPT-J), is an error, on a GPU the end
+    of the process.
+    """
+    own: Any = model
+    words, limit = own.get_input_embeddings(), getattr(own.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    modules = [item for item in model.modules() if item is not words]
+    tables = [item.num_embeddings for item in modules if isinstance(item, nn.Embedding)]
+    tables += [len(table) for item in modules if isinstance(table := getattr(item, "embed_positions", None), Tensor)]
+    # OPT's table has two more: its positions begin at 2.
+    return limit if any(limit <= length <= limit + 2 for length in tables) else None
+
+
 class _Listener:
     """Hears of each token that is drawn, and says when to stop: a criterion of transformers."""
+
+    is_done = False
+    """What was heard last ends the text."""
 
     def __init__(self, num_shown: int, add: Callable[[int], bool]) -> None:
         self.count = 0
@@ -136,6 +166,7 @@ class _Listener:
         for token in input_ids[0, self._num_shown + self.count :].tolist():
             self.count += 1
             is_done = self._add(token) or is_done
+        self.is_done = is_done
         return torch.tensor([is_done], device=input_ids.device)
 
 

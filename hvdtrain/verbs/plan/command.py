@@ -42,6 +42,8 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
         say(about)
         _show(given, options, {}, say)
         return 0
+    if options.link is not None:
+        other_network(None, options.link)  # refused now, and not when all is measured
     if recipe.comm.sync == "local":  # measured as steps that average, and predicted with all other ways to average
         recipe = dataclasses.replace(recipe, comm=dataclasses.replace(recipe.comm, sync="every-step"))
     return watched(
@@ -80,6 +82,9 @@ def _plan(name: str, recipe: Recipe, options: PlanOptions, world: World) -> int:
     say(head_line("plan", name, world.size, counted(len(set(hosts)), "host"), str(job.plan)))
     if choice:
         say(choice)
+    if options.link is not None:
+        per_host, is_known = options.ranks_per_host or hosts.count(hosts[0]), world.size > len(set(hosts))
+        world.together(lambda: _check_inside(per_host, is_known), "plan.link")
     facts = gather(name, recipe, task, job, hosts, 0 if options.noise_from else options.noise_steps)
     facts = _with_noise(facts, world.broadcast_object(logged, "plan.noise"))
     say(describe(facts))
@@ -114,16 +119,20 @@ def _ask(facts: Facts, options: PlanOptions, size: int = 1) -> Answer:
 def _on_other_network(facts: Facts, options: PlanOptions) -> Facts:
     assert options.link is not None
     per_host = options.ranks_per_host or facts.ranks_per_host
-    if per_host > 1 and (facts.network is None or facts.network.inside_byte_s is None):
-        raise ConfigError(
-            f"--link describes the links between hosts, and nothing is known of the {per_host} ranks inside one:"
-            " measure on as many ranks, or give --ranks-per-host 1"
-        )
+    _check_inside(per_host, facts.network is not None and facts.network.inside_byte_s is not None)
     changed = {
         name: None if network is None and name == "fp16_network" else other_network(network, options.link)
         for name, network in (("network", facts.network), ("fp16_network", facts.fp16_network))
     }
     return dataclasses.replace(facts, ranks_per_host=per_host, **changed)  # type: ignore[arg-type]
+
+
+def _check_inside(per_host: int, is_known: bool) -> None:
+    if per_host > 1 and not is_known:
+        raise ConfigError(
+            f"--link describes the links between hosts, and nothing is known of the {per_host} ranks inside one:"
+            " measure on as many ranks, or give --ranks-per-host 1"
+        )
 
 
 def _show(given: Answer, options: PlanOptions, environment: dict[str, Any], say: Speaker) -> None:
