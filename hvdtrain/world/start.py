@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -164,7 +165,10 @@ def check_controller(launch: Launch) -> None:
 
 def _solo_device() -> torch.device:
     """Return the GPU that is current: 0, unless a program has chosen another one by `torch.cuda.set_device`."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    with _starting_cuda():
+        return torch.device("cuda", torch.cuda.current_device())
 
 
 def _own_device(world: World, gpus_of_ranks: Sequence[tuple[str, ...]]) -> torch.device:
@@ -185,8 +189,15 @@ def visible_gpus() -> tuple[str, ...]:
     """
     if not torch.cuda.is_available():
         return ()
-    try:
+    with _starting_cuda():
         return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+
+
+@contextlib.contextmanager
+def _starting_cuda() -> Iterator[None]:
+    """Within, CUDA that does not start, as on a card that another process has for itself, is a LaunchError."""
+    try:
+        yield
     except RuntimeError as error:
         raise LaunchError(
             f"CUDA does not start on {socket.gethostname()} ({' '.join(str(error).split())[:200]}): nvidia-smi shows"
