@@ -111,12 +111,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=780, help="of all checks together")
     parser.add_argument("--setup", action="store_true", help="run launch/setup.sh first, within that time")
     parser.add_argument("--only", help="checks whose names have this text")
+    parser.add_argument("--after", choices=[check.name for check in CHECKS], help="go on behind this check")
     parser.add_argument("--output", type=Path, default=Path("gpu_checks.txt"))
     given = parser.parse_args()
     end = time.monotonic() + given.seconds
     if given.setup:
         subprocess.run([str(REPOSITORY / "launch" / "setup.sh")], check=True, timeout=given.seconds)
-    checks = [check for check in CHECKS if not given.only or given.only in check.name]
+    behind = 1 + [check.name for check in CHECKS].index(given.after) if given.after else 0
+    checks = [check for check in CHECKS[behind:] if not given.only or given.only in check.name]
     summary, details = [f"machine: {card()}", ""], []
     has_failed = False
     for check in checks:
