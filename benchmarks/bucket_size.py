@@ -39,7 +39,7 @@ def launch(ranks: int, mib: int | None, given: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [*start, sys.executable, "-m", "hvdtrain", "train", "lm", "--run-dir", folder, *SETTINGS]
         command += ["--train.steps", str(given.steps), "--train.precision", given.precision]
-        command += [] if mib is None else ["--comm.bucket-mib", str(mib)]
+        command += [*([] if mib is None else ["--comm.bucket-mib", str(mib)]), *given.settings]
         paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environ, timeout=600, capture_output=True, text=True)
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("settings", nargs="*", help="more of `train lm`, after --")
     given = parser.parse_args()
     # How many ranks, the size of buckets, and how many launches at the same time.
     runners: dict[str, tuple[int, int | None, int]] = {f"{mib} MiB": (2, mib, 1) for mib in given.sizes}

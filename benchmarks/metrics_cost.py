@@ -37,7 +37,7 @@ from hvdtrain.rundir.log import MetricLog  # noqa: E402
 from hvdtrain.rundir.sinks import JsonLines  # noqa: E402
 from hvdtrain.trainer import Job, settle, train_step  # noqa: E402
 from hvdtrain.trainer.device_clock import progress_of  # noqa: E402
-from hvdtrain.trainer.loop import step_metrics  # noqa: E402
+from hvdtrain.trainer.line import step_metrics  # noqa: E402
 from hvdtrain.trainer.slow_network import SlowNetwork  # noqa: E402
 from hvdtrain.trainer.slow_ranks import SlowRanks  # noqa: E402
 from hvdtrain.trainer.spikes import Spikes  # noqa: E402

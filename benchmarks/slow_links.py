@@ -109,7 +109,7 @@ def ours(given: argparse.Namespace, flags: list[str], steps: int, folder: Path) 
     """Return the seconds of a step of hvdtrain on the hosts."""
     where = ",".join(f"node{i + 1}:1" for i in range(given.hosts))
     launch = ["horovodrun", f"--{given.controller}", "--disable-cache", "--network-interfaces", "eth0"]
-    launch += ["--mpi-args=--mca btl_tcp_flags 1"] if given.controller == "mpi" else []
+    launch += [f"--mpi-args={given.mpi_args}"] if given.controller == "mpi" else []
     launch += ["-np", str(given.hosts), "-H", where, sys.executable]
     train = ["-m", "hvdtrain", "train", "lm", "--run-dir", str(folder), "--train.steps", str(steps)]
     train += ["--log.every", str(period_of(flags) or WINDOW), "--eval.every", "none"]
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--cluster", help="the script that makes the hosts; without it, losses alone")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--controller", choices=("mpi", "gloo"), default="mpi", help="of hvdtrain's ranks on the hosts")
+    parser.add_argument("--mpi-args", default="--mca btl_tcp_flags 1", help="as horovodrun takes them")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=128, help="size; a head for each 32")
     parser.add_argument("--batch", type=int, default=16, help="samples of all hosts in a step")

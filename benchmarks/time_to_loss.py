@@ -35,15 +35,15 @@ from speed import prepare_nanogpt  # noqa: E402
 LENGTH, BATCH = 128, 16
 
 
-def ours(given: argparse.Namespace, seed: int) -> tuple[float, float, int]:
-    """Return one command's seconds, its last held-out loss in nats a token, and its steps."""
+def ours(given: argparse.Namespace, seed: int) -> tuple[float, float, float, int]:
+    """Return one command's seconds, those of its steps, its last held-out loss in nats a token, and how many steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(given.ranks), sys.executable]
         command += ["-m", "hvdtrain", "train", "lm", "--run-dir", folder, "--train.seed", str(seed), *given.settings]
         seconds = timed(command, REPOSITORY, threads=1)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in lines if "val/loss" in line][-1]
-        return seconds, last["val/loss"], last["step"]
+        return seconds, last["time/train_s"], last["val/loss"], last["step"]
 
 
 def timed(command: list[str], folder: Path, threads: int) -> float:
@@ -133,14 +133,15 @@ def main() -> None:
 
     tried = {rate: theirs(given, given.seeds[0], rate) for rate in given.rates}
     best = min(tried, key=lambda rate: tried[rate][1])
-    rows, ratios = [], []
+    rows, ratios, besides = [], [], []
     for seed in given.seeds:
         seconds, loss = tried[best] if seed == given.seeds[0] else theirs(given, seed, best)
-        our_seconds, our_loss, steps = ours(given, seed)
+        our_seconds, step_seconds, our_loss, steps = ours(given, seed)
+        besides.append(our_seconds - step_seconds)
         ratios.append(our_seconds / seconds)
         rows.append(
-            f"{seed:4}  {seconds:9.1f}  {loss:9.4f}  {our_seconds:9.1f}  {our_loss:9.4f}  {steps:6}  {ratios[-1]:6.3f}"
-            f"  {'reached' if our_loss <= loss else 'MISSED'}"
+            f"{seed:4}  {seconds:9.1f}  {loss:9.4f}  {our_seconds:9.1f}  {step_seconds:9.1f}  {our_loss:9.4f}"
+            f"  {steps:6}  {ratios[-1]:6.3f}  {'reached' if our_loss <= loss else 'MISSED'}"
         )
         print(rows[-1], file=sys.stderr, flush=True)
     result = "\n".join(
@@ -151,10 +152,11 @@ def main() -> None:
             f" {given.nanogpt_steps} steps, one process of {len(os.sched_getaffinity(0))} threads; learning rates: "
             + ", ".join(f"{rate:g} ({loss:.4f})" for rate, (_, loss) in tried.items()),
             "",
-            "seed  nanoGPT s  held-out   hvdtrain s held-out   steps   ratio",
+            "seed  nanoGPT s  held-out   hvdtrain s  its steps  held-out   steps   ratio",
             *rows,
             "",
             f"hvdtrain's time / nanoGPT's: {machine.spread(ratios)}",
+            f"hvdtrain's seconds besides its steps: {machine.spread(besides, 2)}",
         )
     )
     print(result)

@@ -8,17 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
+from hvdtrain.process import garbage
 from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
-from hvdtrain.process.output import print_anything, while_read
+from hvdtrain.process.output import print_anything, silent_unless, while_read
 from hvdtrain.process.stop import StoppedEarly, end_on_signals, hear_all
 from hvdtrain.process.stray import leave_to_rank_0, stray_hint
 from hvdtrain.process.working_directory import is_gone, search_last
@@ -58,6 +57,7 @@ class Invocation:
         """Do it; returns the exit code."""
         module, _, function = VERBS[self.verb].answer.partition(":")
         answer = getattr(importlib.import_module(module), function)
+        garbage.go_on()
         if self.grid is not None:
             return int(answer(self.grid, self.options))
         return int(answer(self.recipe_name, self.recipe, self.options) if self.recipe else answer(self.options))
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         search_last()
         print_anything()
         end_on_signals()
+        garbage.rest()
     # A sweep computes nothing itself, and hands its environment on to ranks, each of which prepares itself.
     launch = detect_launch() if arguments[:1] == ["sweep"] else prepare_process()
     try:
@@ -114,7 +115,7 @@ def _other_program(name: str) -> Callable[[list[str]], int]:
 
 def _run(arguments: list[str], launch: Launch) -> int:
     try:
-        with _silent_unless(launch.rank == 0):
+        with silent_unless(launch.rank == 0):
             invocation = parse(arguments)
     except UsageError as error:
         return _refuse(error, launch)
@@ -275,19 +276,6 @@ def _answer(text: str, launch: Launch) -> int:
         return leave_to_rank_0(launch)
     sys.stdout.write(text)
     return 0
-
-
-@contextlib.contextmanager
-def _silent_unless(talks: bool) -> Iterator[None]:
-    if talks:
-        yield
-        return
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
 
 
 def _refuse(error: HvdtrainError, launch: Launch) -> int:

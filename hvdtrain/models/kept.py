@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import copy_all_, is_saved_buffer
+from hvdtrain.models.private_modules import is_saved_buffer
+from hvdtrain.models.private_torch import copy_all_
 
 BufferPlace = tuple[nn.Module, str]
 """A module and the name that one of its buffers has there."""
@@ -43,9 +44,13 @@ class KeptBuffers:
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor | None]] = []
         self.take()
 
-    @torch.no_grad()
     def take(self) -> None:
         """Keep them as they are now; into the memory of before, where it fits."""
+        if self._places:
+            self._take()
+
+    @torch.no_grad()
+    def _take(self) -> None:
         there = [(module, name, getattr(module, name)) for module, name in self._places]
         now = [place for place in there if isinstance(place[2], Tensor)]
         if self._buffers and len(now) == len(self._buffers) and all(map(_is_like, self._buffers, now)):

@@ -117,8 +117,9 @@ def _by_one_product(x: Tensor, layers: Sequence[Any]) -> list[Tensor]:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    is_plain = type(x) is Tensor and x.ndim > 1 and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    if not is_plain or x.numel() * weight.shape[0] < _FEWEST_PRODUCTS:
+    if x.numel() * weight.shape[0] < _FEWEST_PRODUCTS:  # asked first: it answers for the layers that take no time
+        return False
+    if type(x) is not Tensor or x.ndim < 2 or not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu":
         return False
     is_traced = torch.compiler.is_compiling() or is_transformed()
     return not is_traced and not torch.is_autocast_enabled("cpu")

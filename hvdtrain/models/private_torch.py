@@ -1,4 +1,4 @@
-"""Every use of what torch does not promise to keep, here, in `private_attention.py` and for optimizers in `optim/`.
+"""Every use of what torch does not promise to keep, here, in `private_*.py` beside it, and for optimizers in `optim/`.
 
 Seen in torch 2.13: who changes its version looks here first. Nothing else reaches into torch's private names.
 """
@@ -38,7 +38,6 @@ __all__ = [
     "is_fake",
     "is_freshly_seeded",
     "is_held_by_others",
-    "is_saved_buffer",
     "is_transformed",
     "is_watched",
     "norm_of",
@@ -193,11 +192,6 @@ def is_freshly_seeded(generator: torch.Generator, seed: int) -> bool:
     head = struct.pack("<QiiQ", seed, 1, 1, 0) if generator.device.type == "cpu" else struct.pack("<QQ", seed, 0)
     state = generator.get_state()  # in host memory
     return ctypes.string_at(state.data_ptr(), len(head)) == head
-
-
-def is_saved_buffer(module: nn.Module, name: str) -> bool:
-    """Return whether a buffer of the module itself is part of its state."""
-    return name not in module._non_persistent_buffers_set
 
 
 def norm_of(tensors: Sequence[Tensor]) -> Tensor:

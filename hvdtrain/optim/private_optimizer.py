@@ -26,6 +26,25 @@ def postpone_compiler() -> None:
     for function in list(vars(torch.optim.Optimizer).values()):
         if getattr(function, "__code__", None) is _KEPT_AWAY.__code__:
             _call_directly(function)
+    for kind in [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]:
+        _step_directly(kind)
+
+
+def _step_directly(kind: Any) -> None:
+    """Have a class of torch's step without torch's compiler, on whose behalf it loads that, until something compiles.
+
+    Also as a part of another optimizer, or where it is only tried: such steps are called by their own name.
+    """
+    step: Any = vars(kind).get("step")
+    if getattr(step, "__code__", None) is not _GRAD_SWITCHED.__code__:  # or one was made before, which has loaded it
+        return
+    direct = _switching_grad(step.__wrapped__)
+
+    @functools.wraps(step.__wrapped__)
+    def late(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        return (step if "torch._dynamo" in sys.modules else direct)(optimizer, *args, **kwargs)
+
+    kind.step = late
 
 
 def _nothing() -> None:

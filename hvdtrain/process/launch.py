@@ -15,6 +15,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain.process.transports import leave_out_ofi
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 DATA_WORKER = "HVDTRAIN_DATA_WORKER"
 """Environment variable of the processes that read a rank's data: names which one it is."""
@@ -133,6 +135,8 @@ def prepare_process(environ: MutableMapping[str, str] = os.environ) -> Launch:
     cores = len(_affinity(0) | (_affinity(os.getppid())))
     if launch.local_size * int_or(environ.get(THREAD_VARIABLES[0]), threads) >= cores:
         environ.setdefault(_YIELD, "1")
+    if launch.launcher in ("mpirun", "srun"):
+        leave_out_ofi(environ)
     # Gradients travel in buckets of a fixed layout; fusing them further would depend on timing (world/exchange.py).
     environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     if not any(name.startswith("MALLOC_") for name in environ):

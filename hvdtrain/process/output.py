@@ -8,6 +8,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import reason_of
@@ -17,6 +18,20 @@ def print_anything() -> None:
     """Have standard output take any sign: a locale may know fewer than what is printed (`±`, what a model writes)."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def silent_unless(talks: bool) -> Iterator[None]:
+    """Print nothing within, unless it `talks`."""
+    if talks:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
 
 
 def while_read(answer: Callable[[], int]) -> int:

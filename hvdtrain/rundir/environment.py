@@ -15,7 +15,7 @@ import torch
 _PACKAGES = ("hvdtrain", "horovod", "torch", "torchvision", "numpy", "mpi4py", "tokenizers", "transformers")
 # Of the environment only what explains a run: the rest may hold secrets (Horovod has a key of its own there, too).
 _VARIABLES = (
-    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "OMPI_MCA_mpi_yield_when_idle"),
+    *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_btl"),
     *("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS", "HOROVOD_FUSION_THRESHOLD", "HOROVOD_CYCLE_TIME"),
 )
 

@@ -26,9 +26,11 @@ class Interval:
 
         A share of an epoch that is no whole number of steps comes with the step that completes it.
         """
-        steps = self.number if self.unit == "steps" else self.number * steps_per_epoch
         if self.unit == "seconds" or step <= 0:
             return False
+        if self.unit == "steps":
+            return step % self.number == 0
+        steps = self.number * steps_per_epoch
         return _times(step, steps) > _times(step - 1, steps)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import is_fake, is_saved_buffer
+from hvdtrain.models.private_modules import has_buffers, is_saved_buffer
+from hvdtrain.models.private_torch import is_fake
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.world import BesideGradients, World, digest_of, per_rank_buffers
 
@@ -103,7 +104,7 @@ class ChangingBuffers(Component):
 
     def average(self, world: World) -> None:
         """Make changed buffers equal on all ranks, by one all-reduce a kind. Collective."""
-        if self._model is None or next(self._model.buffers(), None) is None:
+        if self._model is None or not has_buffers(self._model) or next(self._model.buffers(), None) is None:
             return
         modes, are_equal = [module.training for module in self._model.modules()], self._beside.has_arrived()
         if self.names is None or modes != self._modes:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-
-import torch
+import math
 
 from hvdtrain.settings.intervals import Every, Interval, parse_every
 from hvdtrain.trainer.job import Job
@@ -12,6 +11,8 @@ from hvdtrain.trainer.job import Job
 
 def is_due(job: Job, step: int, every: Every | None) -> bool:
     """Tell whether something that happens every so many steps or epochs happens after `step` completed steps."""
+    if type(every) is int:  # asked three times after each step
+        return step > 0 and step % every == 0
     return every is not None and _interval(every).is_due(step, job.order.steps_per_epoch)
 
 
@@ -24,23 +25,25 @@ def _interval(every: Every) -> Interval:
 class LogDue:
     """Says which steps end with a line of metrics.
 
-    Where lines go by seconds, all ranks agree at each line on the step of the next, from how long steps take.
+    Where lines go by seconds, each says after which step the next one comes, from how long the slowest
+    rank's steps take.
     """
 
     def __init__(self, job: Job, step: int) -> None:
         self._job = job
         self._interval = parse_every("log.every", job.config.log.every, seconds=True)
-        self._next = step + 1
+        self._next: float = step + 1
 
     def after(self, step: int) -> bool:
         """Tell whether there is a line after `step` completed steps."""
         if self._interval.unit == "seconds":
-            return step >= self._next
+            is_due = step >= self._next
+            if is_due:
+                self._next = math.inf  # until the line is there
+            return is_due
         return self._interval.is_due(step, self._job.order.steps_per_epoch)
 
     def note(self, step: int, step_s: float) -> None:
-        """Take the time, in seconds, of a step before the line that has just been written. Collective."""
+        """Take the seconds of a step of the slowest rank before a line that has just been written; alike on all."""
         if self._interval.unit == "seconds":
-            seconds = torch.tensor(step_s, dtype=torch.float64, device="cpu")
-            slowest = float(self._job.world.all_reduce(seconds, "max", "log.step_s"))
-            self._next = step + max(1, round(self._interval.number / max(slowest, 1e-9)))
+            self._next = step + max(1, round(self._interval.number / max(step_s, 1e-9)))

@@ -99,6 +99,10 @@ class LocalUpdates(Strategy):
         """Average the updates that it is time for."""
         _part(training, OuterUpdates).after_step(training.step)
 
+    def busy_until(self, training: Training) -> int:
+        """Return when the last average that has been begun is due."""
+        return _part(training, OuterUpdates).busy_until
+
     def made_equal(self, world: World, training: Training) -> AbstractContextManager[None]:
         """Within a period, have the mean of the ranks' weights and buffers in the model for a while."""
         if self.is_equal_after(training.step):

@@ -10,22 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from hvdtrain.data.stream import ENDLESS
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.run_files import lacks_its_end
 from hvdtrain.process.stop import StopRequest
-from hvdtrain.trainer.device_clock import finish, progress_of
-from hvdtrain.trainer.due import LogDue, is_due
+from hvdtrain.trainer.device_clock import progress_of
+from hvdtrain.trainer.due import is_due
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.line import Lines
 from hvdtrain.trainer.lone_samples import check_lone_samples
-from hvdtrain.trainer.rank_figures import figures_of, metrics_of
 from hvdtrain.trainer.resumed import resume_lines
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import Training, replicated_tensors, start_training
 from hvdtrain.trainer.step import train_step
 from hvdtrain.trainer.stopwatch import Stopwatch, counts_of
-from hvdtrain.trainer.values import count_targets
 from hvdtrain.world import Asking
 
 
@@ -37,6 +35,7 @@ class _Run:
     training: Training
     stopwatch: Stopwatch
     saver: Saver
+    lines: Lines
     request: StopRequest
     ended: str = ""
     """Why a component has ended the run before its last step."""
@@ -77,23 +76,19 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
         training.use_evaluated_weights()
         return evaluated
     with training, Saver(job) as saver, StopRequest(job.config.train.max_time_s) as request:
-        run, log_due = _Run(job, training, stopwatch, saver, request), LogDue(job, training.step)
+        lines = Lines(job, training, stopwatch, saver)
+        run = _Run(job, training, stopwatch, saver, lines, request)
         asking = Asking(job.world, training.optimizer)
         if training.is_evaluation_due:
             run.ended = ended
             evaluated = _evaluate_and_save(run, is_stop=False)
         training.is_unchecked = True
         while training.step < job.num_steps and not run.ended:
-            asking.ask(request.reason is not None)
+            asking.ask(request.reason is not None, training.strategy.busy_until(training) - training.step)
             train_step(job, training)
             is_stop = asking.answer()
             run.ended = training.reason_to_end(job.world, is_evaluated=False)
-            if training.step == job.num_steps or run.ended or log_due.after(training.step):
-                metrics = step_metrics(job, training, stopwatch)
-                job.log.write(training.step, {**metrics, **saver.metrics()})
-                log_due.note(training.step, metrics["time/step_s"])
-            else:
-                job.log.advance(training.step)
+            lines.after_step(asking.steps, training.step == job.num_steps or bool(run.ended))
             evaluated = _evaluate_and_save(run, is_stop)
         asking.close()
         saver.finish()
@@ -123,9 +118,11 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     is_evaluating = is_last or is_due(job, step, job.config.eval.every)
     evaluated: dict[str, float] = {}
     was_due, training.is_evaluation_due = training.is_evaluation_due, is_evaluating
-    due = (job.config.checkpoint.every, job.config.health.replica_check_every)
-    if not (is_evaluating or is_stop or any(is_due(job, step, every) for every in due)):
+    is_saved = is_due(job, step, job.config.checkpoint.every)
+    is_checked = is_due(job, step, job.config.health.replica_check_every)
+    if not (is_evaluating or is_stop or is_saved or is_checked):
         return evaluated
+    run.lines.finish()
     with run.stopwatch.paused():
         training.before_looking()
         if is_last and not was_due:
@@ -139,10 +136,10 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
         is_stop = is_stop or training.is_evaluation_due
         if evaluated and not is_last:
             job.log.write(step, evaluated)
-        is_saving = is_stop or is_best(training, evaluated) or is_due(job, step, job.config.checkpoint.every)
+        is_saving = is_stop or is_best(training, evaluated) or is_saved
         if evaluated if is_last else is_saving:
             _save(run, evaluated)
-        elif is_due(job, step, job.config.health.replica_check_every):
+        elif is_checked:
             _check_replicas(job, training)
     if is_stop and (not is_last or training.is_evaluation_due):
         run.saver.finish()
@@ -187,25 +184,3 @@ def is_best(training: Training, evaluated: Mapping[str, float]) -> bool:
     before = training.best_loss
     training.best_loss = min(before, evaluated.get("val/loss", math.inf))
     return training.best_loss < before
-
-
-def step_metrics(job: Job, training: Training, stopwatch: Stopwatch) -> dict[str, float]:
-    """Return the components' figures of the steps since the last call, and where their time has gone. Collective.
-
-    Raises:
-        DivergedError: as `train_step`.
-    """
-    world = job.world
-    finish(world.device)  # a line of metrics reads what lies there, and would wait all the same
-    lap = stopwatch.lap(training.step)
-    own = job.order.micro_batches(training.step - 1, world.rank, training.runs_in_step) if training.step else []
-    training.figures = figures_of(lap, sum(map(len, own)), world.device)
-    epochs = training.step / job.order.steps_per_epoch
-    metrics: dict[str, float] = {"train/epoch": epochs} if job.order.num_samples < ENDLESS else {}
-    for component in training.components:
-        metrics.update(component.metrics(training))
-    num_targets = count_targets(job.task.train_data, job.order.global_batch(training.step - 1))
-    metrics[f"throughput/{job.task.unit}_per_s"] = num_targets / lap.step_s
-    metrics["time/step_s"] = lap.step_s
-    metrics["time/left_s"] = lap.step_s * (job.num_steps - training.step)
-    return {**metrics, **metrics_of(lap, training.ranks)}

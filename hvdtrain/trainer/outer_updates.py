@@ -66,6 +66,8 @@ class OuterUpdates(Component):
         self._num_owned = 0
         """Parameters of the optimizer when that was last found out."""
         self._under_way: dict[int, Callable[[], dict[str, Tensor]]] = {}
+        self.busy_until = 0
+        """The step after which the last of them is due."""
         self._means: dict[str, Tensor] = {}
         """Those that have arrived before they are due."""
         self.sent: dict[str, Tensor] = {}
@@ -87,6 +89,8 @@ class OuterUpdates(Component):
     def attach(self, training: Training) -> None:
         """See the optimizer."""
         self._training = training
+        if self.schedule.overlap_steps:
+            self._world.give_way()
 
     def begin(self, model: nn.Module) -> None:
         """See what may learn; where memory is counted and nothing is trained, begin with it."""
@@ -132,6 +136,7 @@ class OuterUpdates(Component):
             self._world.progress.enter("communication")
         for fragment in begins:
             self._under_way[fragment] = self._send(fragment)
+            self.busy_until = step + (0 if self.schedule.warms_up(step) else self.schedule.overlap_steps)
         for fragment in ends:
             self._take(fragment, self.schedule.warms_up(step))
 

@@ -209,6 +209,7 @@ class MicroBatchRandomness:
         self._kept: KeptBuffers | None = None
         """The buffers that a pass may change; None before the first one."""
         self._mode: SampleRandomness | None = None
+        self._first: tuple[Tensor | None, list[int]] = (None, [])
         self.is_observed = is_observed
         self.is_by_sample = False
         """Whether numbers were drawn that belong to samples."""
@@ -224,7 +225,9 @@ class MicroBatchRandomness:
 
         Random numbers derive from a place in the run (seed, step), not from history: resuming needs no saved state.
         """
-        seed = _seed_of(*place, *positions[:1].tolist())
+        if positions is not self._first[0]:  # steps are cut alike
+            self._first = positions, positions[:1].tolist()
+        seed = _seed_of(*place, *self._first[1])
         self.generators.seed(seed)
         if self._is_needed is False and not self.is_observed:
             kept = self._kept_buffers()

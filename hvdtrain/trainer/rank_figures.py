@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,9 +37,11 @@ class RankFigures(NamedTuple):
     """The most memory of its GPU that it has held."""
     wait_s: float = 0.0
     """Waiting for averages that are still on the wire, for the network or for ranks that come later."""
+    skipped: float = 0.0
+    """Steps that were skipped."""
 
 
-def figures_of(lap: Lap, samples: int, device: torch.device) -> RankFigures:
+def figures_of(lap: Lap, samples: int, device: torch.device, skipped: int = 0) -> RankFigures:
     """Return this rank's figures."""
     split = lap.split
     own_s = sum(seconds for part, seconds in split.items() if part not in ("communication", OTHER))
@@ -55,23 +57,33 @@ def figures_of(lap: Lap, samples: int, device: torch.device) -> RankFigures:
         most_bytes(),
         torch.cuda.max_memory_allocated(device) if is_gpu else 0,
         split["communication"],
+        skipped,
     )
 
 
-def sums_and_figures(world: World, sums: Tensor, own: RankFigures) -> tuple[list[float], list[RankFigures]]:
-    """Return the ranks' sums of `sums`, float64 `(n,)`, and the figures of every rank, alike on all. Collective.
+def start_sums_and_figures(
+    world: World, sums: Tensor, own: RankFigures
+) -> Callable[[], tuple[list[float], list[RankFigures]]]:
+    """Begin to add the ranks' `sums`, float64 `(n,)`. Collective.
+
+    What it returns waits for the sums and for the figures of every rank, alike on all.
 
     The figures travel behind the sums: each rank leaves the others' places empty, so that a sum is what one has put in.
     """
     if world.size == 1:
-        return sums.tolist(), [own]
+        return lambda: (sums.tolist(), [own])
     width = len(own)
     places = torch.zeros(world.size, width, dtype=torch.float64)
     places[world.rank] = torch.tensor(own, dtype=torch.float64)
     flat = torch.cat([sums, places.flatten().to(sums.device)])
-    numbers = world.all_reduce(flat, "sum", "train.metrics").tolist()
-    rows = [numbers[place : place + width] for place in range(len(sums), len(numbers), width)]
-    return numbers[: len(sums)], [RankFigures(*row) for row in rows]
+    wait = world.start_all_reduce(flat, "sum", "train.metrics")
+
+    def arrived() -> tuple[list[float], list[RankFigures]]:
+        numbers = wait().tolist()
+        rows = [numbers[place : place + width] for place in range(len(sums), len(numbers), width)]
+        return numbers[: len(sums)], [RankFigures(*row) for row in rows]
+
+    return arrived
 
 
 # Of more ranks a line would have more bytes of these than of everything else: then the median and the slowest tell.

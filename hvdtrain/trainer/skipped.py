@@ -47,16 +47,28 @@ class SkippedSteps(Component):
         """Note whose outcome is on its way."""
         self._pending = step
 
+    def in_window(self) -> int:
+        """Return how many steps were skipped since the last line, up to the last step.
+
+        Raises:
+            DivergedError: as `after_backward`.
+        """
+        self._settle()
+        return self._in_window
+
     def metrics(self, training: Training) -> dict[str, float]:
         """Return how many steps were skipped, if any.
 
         Raises:
             DivergedError: as `after_backward`.
         """
-        self._settle()
-        skipped, self._in_window = self._in_window, 0
-        if not self.is_replicated:
-            skipped = int(self._job.world.all_reduce(skipped, "sum", "skipped"))
+        if self.is_replicated:
+            self._settle()
+            skipped, self._in_window = self._in_window, 0
+        else:  # as many as have been told: there may be more by now
+            told = [int(figures.skipped) for figures in training.ranks]
+            skipped = sum(told)
+            self._in_window -= told[self._job.world.rank]
             if skipped:
                 self._job.log.say(f"WARNING: {skipped} steps of single ranks were skipped up to here, not being finite")
         return {"train/skipped_steps": skipped} if skipped else {}

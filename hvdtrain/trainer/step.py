@@ -31,6 +31,7 @@ from hvdtrain.trainer.values import added, as_sums, as_totals, count_targets, no
 from hvdtrain.world import digest_of
 
 _NO_CONTEXT = nullcontext()
+_CAST_TO: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train_step(job: Job, training: Training) -> None:
@@ -168,6 +169,8 @@ def forward_batch(job: Job, model: nn.Module, batch: Batch) -> dict[str, Tensor]
 def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch:
     """Move a batch; its real numbers take the type of the weights where that is not the model's own."""
     dtype, is_gpu = own_type(precision), device.type == "cuda"
+    if dtype is None and device.type == "cpu" and type(batch) is tuple and all(map(_is_on_cpu, batch)):
+        return batch  # as it is, and nobody can change it
 
     def move(tensor: Tensor) -> Tensor:
         if dtype is None:
@@ -177,9 +180,13 @@ def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch
     return map_tensors(move, batch)
 
 
+def _is_on_cpu(part: object) -> bool:
+    return type(part) is Tensor and part.is_cpu
+
+
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which the model runs."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = _CAST_TO.get(precision)
     if dtype is None and not torch.is_autocast_enabled(device.type):
         return _NO_CONTEXT
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)

@@ -68,6 +68,10 @@ class Strategy(ABC):
     def after_update(self, world: World, training: Training) -> None:
         """Do what the strategy does after an update, such as to average weights. Collective."""
 
+    def busy_until(self, training: Training) -> int:
+        """Return the step after which all that is on the wire now will have been taken; alike on all ranks."""
+        return 0
+
     @abstractmethod
     def made_equal(self, world: World, training: Training) -> AbstractContextManager[None]:
         """Return a context in which every rank's model holds the weights to save and to evaluate. Collective."""

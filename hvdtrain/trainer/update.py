@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import cast
 
 import torch
@@ -56,11 +57,14 @@ def _counts(step: Step, at_once: bool) -> Tensor:
     return norm.isfinite() if limit == math.inf else norm.isfinite() & (norm <= limit)
 
 
+_IS_SPARSE = operator.attrgetter("is_sparse")
+# What torch adds to a norm before it divides by it.
+_TORCHS_EPS = 1e-6
 # Nobody writes into them.
 _ANSWERS = {answer: torch.tensor(answer) for answer in (False, True)}
 
 
-def _clip(job: Job, training: Training, by_optimizer: bool) -> tuple[Tensor, Tensor | None]:
+def _clip(job: Job, training: Training, by_optimizer: bool = False) -> tuple[Tensor, Tensor | None]:
     """Return the gradient's Euclidean norm; scale the gradient down to `max_grad_norm` if it is longer. Collective.
 
     Where the optimizer can do so, which reads and writes each number once less, return what it is to divide it by.
@@ -68,14 +72,19 @@ def _clip(job: Job, training: Training, by_optimizer: bool) -> tuple[Tensor, Ten
     max_norm, strategy = job.config.train.max_grad_norm, training.strategy
     parameters = strategy.moved(training)
     gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
-    if not any(gradient.is_sparse for gradient in gradients):
+    if not any(map(_IS_SPARSE, gradients)):
         norm = strategy.norm_of(job.world, gradients)
         if max_norm is not None and by_optimizer and norm.dtype != torch.float64:  # kernels take a number of fp32
-            return norm, ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)  # as torch has it, the other way up
-        if max_norm is not None:
+            return norm, ((norm.float() + _TORCHS_EPS) / max_norm).clamp(min=1.0)  # as torch has it, the other way up
+        if max_norm is not None and not (job.world.reads_at_once and _is_within(norm, max_norm)):
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm, None
     return _clip_sparse(parameters, max_norm), None
+
+
+def _is_within(norm: Tensor, max_norm: float) -> bool:
+    """Return whether torch would multiply gradients of this norm by 1: a pass over all of them that changes nothing."""
+    return bool((max_norm / (norm + _TORCHS_EPS)).item() >= 1)
 
 
 def _clip_sparse(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.rank_figures import sums_and_figures
+from hvdtrain.trainer.rank_figures import RankFigures, start_sums_and_figures
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.state import Training
@@ -33,6 +33,9 @@ class MetricWindow(Component):
         self._on_host = [0.0] * (len(self._names) + 1)
         """In host memory nothing waits for a device: there these are the totals, and the others stay 0."""
         self._last: Step | None = None
+        self._under_way: Callable[[], tuple[list[float], list[RankFigures]]] | None = None
+        self._own: dict[str, float] = {}
+        """What a line that has been begun says of this rank's last step."""
         self.loss = math.nan
         """The mean of the last line, alike on all ranks."""
 
@@ -56,21 +59,26 @@ class MetricWindow(Component):
         else:
             self._on_device.copy_(totals)
 
-    def metrics(self, training: Training) -> dict[str, float]:
-        """Return the means, the learning rate and the gradient norm of the last step, and begin a new window.
+    def start_line(self, training: Training) -> None:
+        """Send the sums of this window, and what the rank tells of its steps' time, and begin another. Collective."""
+        self._under_way = start_sums_and_figures(self._world, self._totals(), training.figures)
+        self._own = {"train/lr": training.rates.rate}
+        if self._last is not None:
+            self._own["train/grad_norm"] = float(self._last.grad_norm)
+        self._set(torch.zeros_like(self._on_device))
 
-        What the ranks tell of their steps' time travels with the sums.
-        """
-        (*sums, num_targets), training.ranks = sums_and_figures(self._world, self._totals(), training.figures)
+    def metrics(self, training: Training) -> dict[str, float]:
+        """Return the means, and rate and gradient norm of the last step before `start_line`. Collective."""
+        if self._under_way is None:
+            self.start_line(training)
+        wait, self._under_way = self._under_way, None
+        assert wait is not None
+        (*sums, num_targets), training.ranks = wait()
         metrics: dict[str, float] = {}
         if num_targets:
             metrics = {f"train/{name}": total / num_targets for name, total in zip(self._names, sums, strict=True)}
         self.loss = metrics.get("train/loss", math.nan)
-        metrics["train/lr"] = training.rates.rate
-        if self._last is not None:
-            metrics["train/grad_norm"] = float(self._last.grad_norm)
-        self._set(torch.zeros_like(self._on_device))
-        return metrics
+        return {**metrics, **self._own}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's sums."""

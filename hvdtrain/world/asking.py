@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # An answer is read at most so many steps, or seconds, after its question.
 MOST_STEPS, MOST_SECONDS = 16, 1.0
+# So many seconds, or steps, lie between an answer and the next question: while one is on its way, Horovod looks for
+# messages, and takes processor time from training.
+MOST_STEPS_BETWEEN, SECONDS_BETWEEN = 16, 0.5
 # Waiting for so small a share of a step is none.
 _NO_WAIT = 0.05
 
@@ -53,16 +56,26 @@ class Asking:
         self.steps = 1
         """From a question to its answer; alike on all ranks."""
         self._wanted = 1
-        self._left = 0
+        self._between = 0
+        self._left = self._until_next = 0
 
-    def ask(self, own: bool) -> None:
-        """Say before a step what this rank answers. Collective."""
+    def ask(self, own: bool, busy_steps: int = 0) -> None:
+        """Say before a step what this rank answers. Collective.
+
+        Args:
+            own: the answer.
+            busy_steps: for so many steps the wire may be taken by what was sent before; alike on all ranks. Where
+                answers are late, this one is not waited for meanwhile.
+        """
         if not self._is_rare:
             self._answer = ask_with_gradients(self._world, self._optimizer, own, self._name)
+        elif self._until_next:
+            self._until_next -= 1
         elif self._wait is None:
-            message = torch.tensor([float(own), float(self._wanted)], device="cpu")
+            message = torch.tensor([float(own), self._wanted, -self._between], dtype=torch.float32, device="cpu")
             self._wait = self._world.start_all_reduce(message, "max", self._name)
-            self._left, self._fastest, self._asked = self.steps, math.inf, self._clock()
+            self._left, self._fastest = max(self.steps, busy_steps), math.inf
+            self._asked = self._clock()
         self._stepped = self._clock()
 
     def answer(self) -> bool:
@@ -74,11 +87,12 @@ class Asking:
         self._fastest = min(self._fastest, began - self._stepped)
         if self._wait is None or self._left > 0:
             return False
-        is_yes, steps = self._wait().tolist()
+        is_yes, steps, between = self._wait().tolist()
         self._wait = None
         now = self._clock()
         self._wanted = wanted_steps(self.steps, self._fastest, now - began, now - self._asked)
-        self.steps = int(steps)
+        self._between = min(MOST_STEPS_BETWEEN, int(SECONDS_BETWEEN / max(self._fastest, 1e-9)))
+        self.steps, self._until_next = int(steps), int(-between)
         return bool(is_yes)
 
     def close(self) -> None:

@@ -111,6 +111,14 @@ class ErrorFeedback(Codec):
     def begin(self, world: World, name: str, parts: Parts) -> Round:
         """Put a bucket on the wire, in collectives whose names begin with `name`. Collective."""
 
+    def advance(self, world: World, rounds: Mapping[str, Round]) -> None:
+        """Begin the second rounds of buckets, by name, that have not. Collective.
+
+        They come in the order in which this rank has sent them, which may be another one on another rank.
+        """
+        for name in sorted(rounds):
+            rounds[name].advance()
+
     def compresses(self, shape: torch.Size) -> bool:
         """Return whether a tensor of this shape is compressed."""
         return shape.numel() >= self.min_size
@@ -159,8 +167,7 @@ class ErrorFeedback(Codec):
 
         def finish() -> Tensor:
             # The second rounds of all buckets leave together: their latencies would add up one after the other.
-            for other in sorted(self._under_way):
-                self._under_way[other].advance()
+            self.advance(world, self._under_way)
             kept, is_finite = self._under_way.pop(name).finish()
             self._fresh[name] = parts.pieces, kept, is_finite
             return part
@@ -187,9 +194,11 @@ class ErrorFeedback(Codec):
         for piece in self._owed.pop(name):
             self.errors.put(piece.name, torch.zeros_like(piece.whole), users is None or users[piece.place] > 0)
         pieces, kept, is_finite = self._fresh.pop(name)
+        answers = is_finite.expand(1) if users is None else is_finite & (users > 0)
+        # A GPU would have to be waited for.
+        good: Sequence[bool | Tensor] = answers.tolist() if answers.device.type == "cpu" else answers.unbind()
         for piece, error in zip(pieces, kept, strict=True):
-            answer = is_finite if users is None else is_finite & (users[piece.place] > 0)
-            is_good = bool(answer) if error.device.type == "cpu" else answer  # a GPU would have to be waited for
+            is_good = good[0 if users is None else piece.place]
             self.errors.put(piece.name, error, is_good)
             self.keep_more(piece, is_good)
 

@@ -6,7 +6,10 @@ rank that is one call ahead hangs the job.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import horovod.torch as hvd
@@ -29,15 +32,18 @@ from hvdtrain.world.world import World
 
 T = TypeVar("T")
 _KNOWS_BFLOAT16 = hasattr(mpi_lib, "horovod_torch_allreduce_async_torch_BFloat16Tensor")
+# A thread that is so much nicer has a tenth of a core that another one wants (Linux, sched(7)).
+_NICER = 10
+_CYCLE, _NAP_MS = "HOROVOD_CYCLE_TIME", 100
 _OPS = {"sum": hvd.Sum, "mean": hvd.Average, "min": hvd.Min, "max": hvd.Max, "adasum": hvd.Adasum}
 
 
 class HorovodWorld(World):
     """The ranks of a Horovod job, over MPI, Gloo or NCCL. Make one with `hvdtrain.init()`."""
 
-    def __init__(self, launch: Launch, groups: Mapping[tuple[int, ...], Any]) -> None:
+    def __init__(self, launch: Launch, groups: Mapping[tuple[int, ...], Any], threads: Collection[int] = ()) -> None:
         self.launch = launch
-        self._groups = groups
+        self._groups, self._threads = groups, threads
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.device = torch.device("cpu")
@@ -47,6 +53,12 @@ class HorovodWorld(World):
     def adds_bfloat16(self) -> bool:  # type: ignore[override]
         """Return whether Horovod has the edits that bring it, and the tensors are MPI's or Gloo's; NCCL's are not."""
         return _KNOWS_BFLOAT16 and self.device.type == "cpu"
+
+    def give_way(self) -> None:
+        """Lower the priority of the threads that Horovod has started: a process may, and may not take it back."""
+        for thread in self._threads:
+            with contextlib.suppress(OSError):  # it has ended, or this is not Linux
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, 0) + _NICER)
 
     def check_averaging(self, averaging: Averaging) -> None:
         """Refuse Adasum where Horovod's cannot be had: under Gloo it hangs after an error."""
@@ -181,7 +193,9 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
         LaunchError: Horovod sees another number of ranks than the launcher started: each would train alone.
     """
     sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in groups}
-    hvd.init(process_sets=list(sets.values()))
+    before = _threads()
+    with _long_naps(is_wanted=not sets):
+        hvd.init(process_sets=list(sets.values()))
     if hvd.size() != launch.size:
         hint = stray_hint(launch)
         raise LaunchError(
@@ -190,7 +204,33 @@ def start(launch: Launch, groups: Sequence[tuple[int, ...]] = ()) -> HorovodWorl
             f" another launcher. Run {setup_command()} with this MPI's mpicc and mpirun first on PATH, and unset"
             " HOROVOD_CONTROLLER"
         )
-    return HorovodWorld(launch, sets)
+    return HorovodWorld(launch, sets, _threads() - before)
+
+
+def _threads() -> set[int]:
+    """Return the numbers of this process's threads, as Linux has them."""
+    with contextlib.suppress(OSError):
+        return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+    return set()
+
+
+@contextlib.contextmanager
+def _long_naps(*, is_wanted: bool) -> Iterator[None]:
+    """Have the engine that Horovod starts within, if it is one that wakes for work, seldom look for it when idle.
+
+    What is enqueued wakes it. But a look that has begun is a negotiation with all ranks, whose end what is enqueued
+    meanwhile waits for: on a slow network an engine that looks every 10 ms is always in one. What the user has set is
+    left alone, and so is an engine that does not wake, or asks in other ways.
+    """
+    others = ("HOROVOD_CACHE_CAPACITY", "HOROVOD_DYNAMIC_PROCESS_SETS", _CYCLE)
+    is_set = is_wanted and _KNOWS_BFLOAT16 and not any(name in os.environ for name in others)
+    if is_set:
+        os.environ[_CYCLE] = str(_NAP_MS)
+    try:
+        yield
+    finally:
+        if is_set:
+            del os.environ[_CYCLE]
 
 
 class _Waiting:

@@ -8,14 +8,16 @@ what it remembers added:
     Q = sum over the ranks of M^T P        all-reduce of m x r numbers
     mean = P Q^T                           what is kept: M - P (M^T P)^T, of this rank's own M
 
-All P of a bucket, and what is sent as it is, travel in one all-reduce, and all Q in another. Q is kept transposed,
-`(r, m)`: so both products go through M by its rows, in a fraction of the time.
+All P of a bucket, and what is sent as it is, travel in one all-reduce as soon as backward has finished the bucket; the
+Q of all buckets in another one, when backward is over. Q is kept transposed, `(r, m)`: so both products go through M by
+its rows, in a fraction of the time.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +84,20 @@ class PowerSGD(ErrorFeedback):
         """Send this rank's part of all P."""
         return _PowerIteration(world, name, parts, [self._factor(piece) for piece in parts.pieces], self._fresh_factors)
 
+    def advance(self, world: World, rounds: Mapping[str, Round]) -> None:
+        """Send this rank's part of all Q, of all buckets of a type in one message."""
+        # Those sent first have arrived: they are multiplied while the rest travels.
+        known = {name: own for name, own in rounds.items() if isinstance(own, _PowerIteration)}
+        found = {name: (own, own.factors()) for name, own in known.items() if own.wait_second is None}
+        groups: dict[tuple[torch.dtype, torch.device], list[tuple[_PowerIteration, Tensor]]] = {}
+        for name in sorted(found):
+            own, factors = found[name]
+            groups.setdefault((factors.dtype, factors.device), []).append((own, factors))
+        for group in groups.values():
+            joined = _Joined(world, f"{group[0][0].name}.q", [factors for _, factors in group])
+            for number, (own, _) in enumerate(group):
+                own.wait_second = partial(joined.part, number)
+
     def _factor(self, piece: Piece) -> Tensor:
         """Return Q of the last step, or random numbers that are alike on all ranks."""
         rows, columns = _sides(piece.whole.shape)
@@ -113,56 +129,66 @@ class PowerSGD(ErrorFeedback):
 
 
 class _PowerIteration(Round):
-    """Both all-reduces of a bucket."""
+    """A bucket on its way: all P by themselves, all Q with those of other buckets."""
 
     def __init__(
         self, world: World, name: str, parts: Parts, factors: Sequence[Tensor], kept_factors: dict[str, Tensor]
     ) -> None:
-        self._world, self._name, self._parts = world, name, parts
+        self.name, self._parts = name, parts
         self._matrices = [piece.whole.view(_sides(piece.whole.shape)) for piece in parts.pieces]
         self._kept_factors = kept_factors
         products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
         self._shapes = [product.shape for product in products]
         message = flat([*products, *parts.exact], parts.exact[-1])
         self._wait_first = world.start_all_reduce_(message, "sum", f"{name}.p")
-        self._wait_second: Callable[[], Tensor] | None = None
         self._bases: list[Tensor] = []
-        self._errors: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self.wait_second: Callable[[], Tensor] | None = None
+        """Waits for this bucket's Q, flat, once they are on their way."""
 
-    def advance(self) -> None:
-        """Make the sum of all P orthonormal and send this rank's part of all Q."""
-        if self._wait_second is not None:
-            return
+    def factors(self) -> Tensor:
+        """Make the sum of all P orthonormal; returns this rank's part of all Q, `(n,)`."""
         *products, exact = _split(self._wait_first(), self._shapes)
         self._parts.take_exact(exact)
         # Where P is not finite, the basis is not either, and no rank keeps anything of the step.
-        self._bases = [torch.linalg.qr(product)[0] for product in products]
-        own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
-        self._errors = [
-            torch.addmm(matrix, basis, factor, alpha=-1)
-            for matrix, basis, factor in zip(self._matrices, self._bases, own, strict=True)
-        ]
-        self._shapes = [factor.shape for factor in own]
-        self._wait_second = self._world.start_all_reduce_(flat(own, exact), "sum", f"{self._name}.q") if own else _none
+        self._bases = _orthonormal(products)
+        self._own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
+        return flat(self._own, exact)
 
     def finish(self) -> tuple[list[Tensor], Tensor]:
         """Multiply the factors."""
-        self.advance()
-        assert self._wait_second is not None
-        message = self._wait_second()
-        *factors, _ = _split(message, self._shapes)
+        assert self.wait_second is not None
+        errors = [  # while Q travels
+            torch.addmm(matrix, basis, factor, alpha=-1)
+            for matrix, basis, factor in zip(self._matrices, self._bases, self._own, strict=True)
+        ]
+        message = self.wait_second()
+        factors = _split(message, [own.shape for own in self._own])[:-1]
         for piece, matrix, basis, factor in zip(self._parts.pieces, self._matrices, self._bases, factors, strict=True):
             torch.mm(basis, factor, out=matrix)
             self._kept_factors[piece.name] = factor.clone()  # of its own: the message is all of them
-        errors = zip(self._errors, self._parts.pieces, strict=True)
-        return [error.view(piece.whole.shape) for error, piece in errors], message.isfinite().all()
+        kept = [error.view(piece.whole.shape) for error, piece in zip(errors, self._parts.pieces, strict=True)]
+        return kept, message.isfinite().all()
 
 
-def _none() -> Tensor:
-    return torch.zeros(0)
+class _Joined:
+    """A message of several buckets' parts, all of one type and device, that are added over the ranks."""
+
+    def __init__(self, world: World, name: str, parts: Sequence[Tensor]) -> None:
+        self._lengths = [len(part) for part in parts]
+        total = torch.cat(list(parts))
+        self._wait = world.start_all_reduce_(total, "sum", name) if len(total) else lambda: total
+        self._sums: Sequence[Tensor] | None = None
+
+    def part(self, number: int) -> Tensor:
+        """Wait, and return the sum of one of the parts."""
+        if self._sums is None:
+            self._sums = torch.split_with_sizes(self._wait(), self._lengths)
+        return self._sums[number]
 
 
 def _sides(shape: torch.Size) -> tuple[int, int]:
+    """Return the rows and columns of the matrix that a tensor is taken for."""
     return shape[0], shape[1:].numel()
 
 
@@ -171,3 +197,19 @@ def _split(message: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     sizes = [shape.numel() for shape in shapes]
     *parts, rest = torch.split_with_sizes(message, [*sizes, len(message) - sum(sizes)])
     return [*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), rest]
+
+
+def _orthonormal(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return for each matrix `(n, r)` a basis `(n, r)` of its columns: QR by Householder's reflections.
+
+    That has no zero to divide by where a matrix is of lower rank. Those of one shape are given to it together.
+    """
+    bases: list[Tensor] = [*matrices]
+    places: dict[torch.Size, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        places.setdefault(matrix.shape, []).append(place)
+    for own in places.values():
+        found = torch.linalg.qr(torch.stack([matrices[place] for place in own]))[0]
+        for place, basis in zip(own, found, strict=True):
+            bases[place] = basis
+    return bases

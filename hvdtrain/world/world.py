@@ -56,6 +56,12 @@ class World(Collectives):
         """Whether reading a tensor's value waits for nothing; a GPU computes while Python goes on."""
         return self.device.type == "cpu"
 
+    def give_way(self) -> None:
+        """Have what carries messages leave the processors to this process's own work, where both want them, for good.
+
+        For messages that nobody waits for: Open MPI looks for them without pause, and would take half of a core.
+        """
+
     def wrap(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, averaging: Averaging | None = None, **fields: Any
     ) -> WrappedOptimizer:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CheckpointConfig, CommConfig, Config, EvalConfig, HealthConfig, TrainConfig
 from hvdtrain.trainer import Task, fit, settle, train_step
+from hvdtrain.trainer.line import step_metrics
 from hvdtrain.trainer.local_updates import OuterUpdates
 from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.stopwatch import Stopwatch
 
 STEPS, LR = 10, 0.05
 
@@ -176,9 +180,7 @@ def test_a_step_that_is_not_finite_is_left_out_by_its_rank_alone(world, shared_d
     assert (largest_gap(weights(training.model), before) == 0) == (world.rank == 1)
     for _ in range(2):
         train_step(job, training)
-    metrics = {}
-    for component in training.components:
-        metrics.update(component.metrics(training))
+    metrics = step_metrics(job, training, Stopwatch())
     assert metrics["train/skipped_steps"] == 1
 
 
@@ -189,3 +191,13 @@ def test_what_needs_equal_ranks_is_refused(world, shared_dir):
     config = dataclasses.replace(job.config, train=dataclasses.replace(job.config.train, ema=0.9))
     with pytest.raises(ConfigError, match=r"--train\.ema needs .* --comm\.sync local"):
         settle(job.task, config, world, RunDirectory(shared_dir / "run"), MetricLog(None, []))
+
+
+def test_averages_that_may_be_late_leave_the_processors_to_training(world, shared_dir):
+    """Horovod's thread has a lower priority then, for good, and the one that trains its own."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    fit(job_of(world, shared_dir, overlap_steps=2))
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    threads = [int(path.name) for path in Path("/proc/self/task").iterdir()]
+    nicer = [thread for thread in threads if os.getpriority(os.PRIO_PROCESS, thread) > before]
+    assert bool(nicer) == (world.size > 1)

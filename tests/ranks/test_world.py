@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -30,6 +31,28 @@ def test_each_rank_has_its_place(world):
     assert world.local_size == world.size  # one host
     assert world.device.type == "cpu"
     assert world.launch.size == world.size
+
+
+def test_an_idle_engine_naps_unless_the_user_has_set_its_cycle(world, monkeypatch):
+    assert "HOROVOD_CYCLE_TIME" not in os.environ  # what is set for the start alone is not handed on to programs
+    monkeypatch.setattr(horovod, "_KNOWS_BFLOAT16", True)
+    with horovod._long_naps(is_wanted=True):
+        assert float(os.environ["HOROVOD_CYCLE_TIME"]) == 100
+    assert "HOROVOD_CYCLE_TIME" not in os.environ
+    with horovod._long_naps(is_wanted=False):  # with process sets, those in none wait for the others' looks
+        assert "HOROVOD_CYCLE_TIME" not in os.environ
+    monkeypatch.setenv("HOROVOD_CACHE_CAPACITY", "0")
+    with horovod._long_naps(is_wanted=True):
+        assert "HOROVOD_CYCLE_TIME" not in os.environ
+    monkeypatch.delenv("HOROVOD_CACHE_CAPACITY")
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", "2")
+    with horovod._long_naps(is_wanted=True):
+        assert os.environ["HOROVOD_CYCLE_TIME"] == "2"
+    assert os.environ["HOROVOD_CYCLE_TIME"] == "2"
+    monkeypatch.delenv("HOROVOD_CYCLE_TIME")
+    monkeypatch.setattr(horovod, "_KNOWS_BFLOAT16", False)  # as released, the engine would sleep on
+    with horovod._long_naps(is_wanted=True):
+        assert "HOROVOD_CYCLE_TIME" not in os.environ
 
 
 def test_all_reduce(world):

@@ -104,3 +104,15 @@ def test_a_format_that_leaves_few_bytes_travels_in_few_parts(compression, expect
         model(torch.ones(1, 512)).sum().backward()
         optimizer.step()
     assert sum(message.num_bytes > 4 for message in world.messages) == expected  # of PowerSGD, two for a bucket
+
+
+def test_second_factors_of_all_buckets_are_one_message():
+    world = EchoWorld(torch.device("cpu"), 2)
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512, bias=False) for _ in range(6)))  # 1 MiB each
+    averaging = Averaging(compression="powersgd:1", bucket_bytes=2 << 20)
+    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, averaging)
+    for _ in range(2):
+        world.messages.clear()
+        model(torch.ones(1, 512)).sum().backward()
+        optimizer.step()
+    assert sum(message.num_bytes > 4 for message in world.messages) == 3 + 1

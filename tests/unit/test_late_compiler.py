@@ -46,6 +46,39 @@ def test_it_is_loaded_late_and_then_all_is_as_torch_has_it():
     assert done.stdout.splitlines() == ["False False", "torch._dynamo.eval_frame"]
 
 
+EACH = """
+import sys, torch
+import hvdtrain
+from hvdtrain.optim.divisible import divisions
+from hvdtrain.optim.muon import MuonConfig
+from hvdtrain.optim.sgd import SgdConfig
+model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(3, 2))
+kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and kind is not torch.optim.Optimizer]
+kinds = [kind for kind in kinds if kind not in (torch.optim.LBFGS, torch.optim.SparseAdam)]
+hvdtrain.init()
+made = [kind([torch.nn.Parameter(torch.ones(2, 2))]) for kind in kinds]
+made += [config.build(model) for config in (MuonConfig(peak_lr=0.1), SgdConfig(peak_lr=0.1, momentum=0.9))]
+for optimizer in made:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    type(optimizer).step(optimizer)
+    print(type(optimizer).__name__, *{"torch._dynamo", "sympy"} & {*sys.modules})
+print(divisions(made[-2]), *{"torch._dynamo", "sympy"} & {*sys.modules})
+"""
+
+
+def test_no_step_of_torchs_loads_it_whoever_takes_it():
+    """As a part of Muon's, or where it is only tried to see how far it can be divided."""
+    done = subprocess.run([sys.executable, "-c", EACH], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    *each, last = done.stdout.splitlines()
+    assert len(each) > 12
+    assert {"AdamW", "Muon", "Composite", "RMSprop"} <= {*each}
+    assert all(len(line.split()) == 1 for line in each)
+    assert last == "['parameters', 'elements', 'elements']"
+
+
 CLASSES = [
     torch.optim.SGD,
     torch.optim.Adam,

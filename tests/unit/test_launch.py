@@ -1,5 +1,6 @@
 """Who started this process, threads, and devices."""
 
+import gc
 import os
 import pwd
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hvdtrain.errors import DataError, LaunchError
+from hvdtrain.process import garbage
 from hvdtrain.process.job import command_of
 from hvdtrain.process.launch import Launch, detect_launch, give_home, prepare_process, threads_per_rank
 from hvdtrain.process.output import while_read
@@ -125,6 +127,84 @@ def test_threads_and_yielding_are_set_unless_the_user_did(monkeypatch):
     environ = {**ranks, "OMPI_MCA_mpi_yield_when_idle": "0"}
     prepare_process(environ)
     assert environ["OMPI_MCA_mpi_yield_when_idle"] == "0"
+
+
+RANKS = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("given", "home", "site", "expected"),
+    [
+        ({}, None, None, "^ofi"),
+        ({}, "# btl = self\nbtl_tcp_if_include = eth0\npml = ob1\n", "mtl = ^ofi\n", "^ofi"),
+        ({}, "btl=self,tcp\n", None, None),
+        ({}, None, "mtl = ^ofi\n  btl = ^uct,openib,ofi\n", None),
+        ({}, None, "btl_ofi_mode = 2\n", None),
+        ({"OMPI_MCA_btl": "self,tcp"}, None, None, "self,tcp"),
+        ({"OMPI_MCA_btl": "^openib"}, None, None, "^openib,ofi"),
+        ({"OMPI_MCA_btl_ofi_mode": "2"}, None, None, None),
+        ({"OMPI_MCA_btl_ofi_mode": "2", "OMPI_MCA_btl": "^openib"}, None, None, "^openib"),
+        ({"OMPI_MCA_mca_base_param_files": "mine"}, None, None, None),
+        ({"OPAL_PREFIX": "", "PATH": "/nowhere"}, None, None, None),
+    ],
+)
+def test_open_mpi_looks_for_no_one_sided_libfabric_unless_somebody_has_chosen(tmp_path, given, home, site, expected):
+    """It sleeps for a second where there is none; a choice in its own files would be overruled by a variable."""
+    program = tmp_path / "mpi" / "bin" / "mpirun"
+    for file, text in (
+        (program, ""),
+        (tmp_path / "home" / ".openmpi" / "mca-params.conf", home),
+        (tmp_path / "mpi" / "etc" / "openmpi-mca-params.conf", site),
+    ):
+        file.parent.mkdir(parents=True)
+        if text is not None:
+            file.write_text(text)
+    program.chmod(0o755)
+    environ = {**RANKS, "PATH": str(program.parent), "HOME": str(tmp_path / "home"), **given}
+    if not Path("/etc/openmpi").exists() or expected != "^ofi":
+        prepare_process(environ)
+        assert environ.get("OMPI_MCA_btl") == expected
+    alone = {"PATH": str(program.parent), "HOME": str(tmp_path / "home")}
+    prepare_process(alone)
+    assert "OMPI_MCA_btl" not in alone
+
+
+LOOKS = """
+import gc
+from hvdtrain import Recipe
+from hvdtrain.errors import ConfigError
+class Looks(Recipe):
+    def build(self, say):
+        raise ConfigError(f"looks: {gc.isenabled()}, leaves alone: {gc.get_freeze_count() > 100_000}")
+def recipe():
+    return Looks()
+"""
+
+
+def test_python_looks_for_garbage_again_when_all_is_imported(tmp_path):
+    (tmp_path / "looks.py").write_text(LOOKS)
+    command = [sys.executable, "-m", "hvdtrain", "train", "looks.py", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "hvdtrain: looks: True, leaves alone: True\n")
+
+
+def test_a_program_that_has_switched_the_collector_off_keeps_it_so():
+    gc.disable()
+    try:
+        garbage.rest()
+        garbage.go_on()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    garbage.go_on()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    garbage.rest()
+    assert not gc.isenabled()
+    garbage.go_on()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
 
 
 def test_one_gpu_a_rank():

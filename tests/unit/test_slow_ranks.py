@@ -15,8 +15,8 @@ from hvdtrain.process.usage import HostCounts, host_counts, involuntary_switches
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer import settle
 from hvdtrain.trainer.lasting import TRIES
-from hvdtrain.trainer.loop import step_metrics
-from hvdtrain.trainer.rank_figures import RankFigures, metrics_of, sums_and_figures
+from hvdtrain.trainer.line import step_metrics
+from hvdtrain.trainer.rank_figures import RankFigures, metrics_of, start_sums_and_figures
 from hvdtrain.trainer.slow_ranks import Host, Medians, SlowJudge, SlowRanks, cause_of, sentences
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.step import train_step
@@ -145,7 +145,7 @@ def test_figures_travel_with_the_sums_to_the_last_bit():
     def work(world):
         own = RankFigures(*(world.rank + 1 / (3 + place) for place in range(len(RankFigures._fields))))
         sums = torch.tensor([0.1 * (world.rank + 1), 7.0], dtype=torch.float64)
-        return sums_and_figures(world, sums, own), own, world.sent
+        return start_sums_and_figures(world, sums, own)(), own, world.sent
 
     results = run_ranks(3, work)
     for (sums, ranks), _, sent in results:

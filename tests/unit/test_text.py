@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from hvdtrain.data.config import TextConfig
+from hvdtrain.data.text import known
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
 from hvdtrain.data.text.sources import find_sources
 from hvdtrain.data.text.stream import prepare_text
@@ -432,6 +434,27 @@ def test_the_baseline_is_fitted_to_a_part_of_a_large_text_and_says_so(corpus, tm
     assert "(fitted to the first 0 of 0 MB, tested on the first 0 of 0 MB)" in lm_task._compare(
         {"val/bits_per_byte": 2.0}, text
     )
+
+
+def test_the_baseline_is_counted_once_for_a_text(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(known, "_SETTLED_NS", 0)
+    text, counted = prepare_text(config(corpus, tmp_path)), []
+    fit = lm_task.TrigramModel.fit
+    monkeypatch.setattr(lm_task.TrigramModel, "fit", lambda symbols: counted.append(len(symbols)) or fit(symbols))
+    shown = [lm_task._compare({"val/bits_per_byte": 2.0}, text) for _ in range(3)]
+    assert len(set(shown)) == len(counted) == 1
+    monkeypatch.setattr(lm_task, "_TRIGRAM_SYMBOLS", 50)
+    assert lm_task._compare({"val/bits_per_byte": 2.0}, text) != shown[0]
+    assert counted[1:] == [50]
+    monkeypatch.undo()
+    monkeypatch.setattr(known, "_SETTLED_NS", 0)
+    for path in (text.train_text_path, text.val_text_path):  # whichever changes, it is counted anew
+        symbols = np.fromfile(path, np.uint16)
+        path.write_bytes(symbols[::-1].tobytes())
+        counts = lm_task.TrigramModel.fit(np.fromfile(text.train_text_path, np.uint16))
+        asked = np.fromfile(text.val_text_path, np.uint16)
+        expected = counts.nats(asked) / int((asked < 256).sum()) / math.log(2)
+        assert f"{expected:13.3f}" in lm_task._compare({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
 
 
 def test_an_end_of_text_by_another_name(tmp_path):

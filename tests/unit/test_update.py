@@ -1,5 +1,6 @@
 """Steps that are not finite leave no trace, and a step asks the device nothing that it would have to wait for."""
 
+import dataclasses
 import math
 
 import pytest
@@ -16,7 +17,8 @@ from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import Config, HealthConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
-from hvdtrain.trainer.loop import step_metrics
+from hvdtrain.trainer import update as update_module
+from hvdtrain.trainer.line import step_metrics
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.stopwatch import Stopwatch
 from hvdtrain.trainer.strategy import model_tensors
@@ -174,28 +176,16 @@ def test_where_nothing_waits_the_steps_are_bitwise_the_same(tmp_path, optim, lim
     assert ends[0][0]["train/skipped_steps"] == 1
 
 
-class Passes(TorchDispatchMode):
-    """Counts passes over all gradients that only multiply them."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket in (torch.ops.aten._foreach_mul_, torch.ops.aten.mul_)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("optim", [ADAMW, SGD], ids=["adamw", "sgd"])
 def test_a_fused_optimizer_clips_as_it_steps(tmp_path, optim):
     """Gradients are read and written once less; the step is that of clipped ones, and they stay clipped."""
     ends, counts = [], []
     for world in (SoloWorld, Device):
         job, training = start(tmp_path, optim, world=world, limit=0.01)
-        with Passes() as passes:
+        with Products() as products:
             for _ in range(8):
                 train_step(job, training)
-        counts.append(passes.count)
+        counts.append(products.count)
         parameters = [*training.model.parameters()]
         assert float(torch.nn.utils.get_total_norm([p.grad for p in parameters])) == pytest.approx(0.01, rel=1e-3)
         ends.append([tensor.detach().clone() for p in parameters for tensor in (p, p.grad)])
@@ -224,3 +214,37 @@ def test_the_norm_is_bitwise_torchs_own(shapes, dtype):
     assert norm_of(tensors).equal(torch.nn.utils.get_total_norm(tensors))
     mixed = [*tensors, torch.ones(2, dtype=torch.float16), torch.ones(3)]
     assert norm_of(mixed).equal(torch.nn.utils.get_total_norm(mixed))
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications of many tensors by one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._foreach_mul_.Tensor, torch.ops.aten.mul_.Tensor)
+        return func(*args, **(kwargs or {}))
+
+
+# Gradients of norm 5, at the limit and on both sides of it: torch adds a millionth to the norm.
+@pytest.mark.parametrize("limit", [1.0, 4.999999, 5.0, 5.0000005, 5.000001, 5.0000015, 5.00001, 1e9])
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+def test_a_gradient_within_its_limit_is_passed_over_without_a_product(tmp_path, limit, value):
+    """Bitwise what torch's clipping makes of it: a product by 1 is left out, and no other."""
+    job, training = start(tmp_path, ADAMW, world=SoloWorld)
+    config = dataclasses.replace(job.config, train=dataclasses.replace(job.config.train, max_grad_norm=limit))
+    given = [torch.tensor([[3.0 * value]]), torch.tensor([4.0])]
+    expected = nn.Linear(1, 1)
+    for model in (training.model, expected):
+        model.weight.grad, model.bias.grad = (gradient.clone() for gradient in given)
+    norm = nn.utils.clip_grad_norm_(expected.parameters(), limit)
+    with Products() as products:
+        found, _ = update_module._clip(dataclasses.replace(job, config=config), training)
+    assert found.nan_to_num().equal(norm.nan_to_num())
+    for own, of_torch in zip(training.model.parameters(), expected.parameters(), strict=True):
+        assert own.grad.nan_to_num(7.0).equal(of_torch.grad.nan_to_num(7.0))
+    is_changed = not all(map(torch.equal, given, (p.grad for p in expected.parameters())))
+    assert (products.count == 0) == (limit >= 5.000001 and value == 1.0)
+    assert is_changed <= (products.count > 0)

@@ -17,7 +17,7 @@ from hvdtrain.rundir.sinks import describe
 from hvdtrain.settings import Config, LogConfig, ModelConfig, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
 from hvdtrain.trainer.flops import flops_per_step, with_flops
-from hvdtrain.trainer.loop import step_metrics
+from hvdtrain.trainer.line import step_metrics
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.stopwatch import Stopwatch
 from hvdtrain.trainer.utilization import METRIC, Utilization

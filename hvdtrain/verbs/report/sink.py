@@ -8,10 +8,6 @@ from collections.abc import Callable
 
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.sinks.sink import Metrics
-from hvdtrain.verbs.report.command import write_page
-from hvdtrain.verbs.report.page import page_of
-from hvdtrain.verbs.report.runs import read_run
-from hvdtrain.verbs.report.shell import bokeh_source
 
 # The first report is taken to cost so much, with the import of Bokeh; of later ones it is known.
 FIRST_COST_S = 3.0
@@ -75,9 +71,19 @@ class ReportSink:
         try:
             if self._run.metrics.stat().st_size > _MOST_BYTES:
                 return
-            write_page(self._run.report, page_of([read_run(self._run.path)], bokeh_source()))
+            _write(self._run)
         except Exception as error:  # of any type, from a library of others: no report is worth a run
             self._has_failed = True
             self._say(f"warning: {self._run.report} cannot be written ({error!r}); training goes on without it")
         self._since = self._clock()
         self._cost_s = self._since - started
+
+
+def _write(run: RunDirectory) -> None:
+    """Write the report of a run. What that takes is imported now: a short run has none."""
+    from hvdtrain.verbs.report.command import write_page
+    from hvdtrain.verbs.report.page import page_of
+    from hvdtrain.verbs.report.runs import read_run
+    from hvdtrain.verbs.report.shell import bokeh_source
+
+    write_page(run.report, page_of([read_run(run.path)], bokeh_source()))
