@@ -121,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nccl", type=Path, required=True, help="folder that has include/nccl.h")
     parser.add_argument("--capabilities", default="80,90", help="of the GPUs that kernels are compiled for")
+    parser.add_argument("--only", default="", help="files whose names have this text")
     parser.add_argument("--link", action="store_true", help="build the library, too")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -131,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hvdtrain-compile-") as name:
         folder = Path(name)
         variables, source = environment(folder, asked), sources(folder, asked)
-        files = configure(source, folder / "tree", variables)
+        files = [item for item in configure(source, folder / "tree", variables) if given.only in item["file"]]
         with ThreadPoolExecutor(recipe.available_cores()) as pool:
             said = list(pool.map(lambda item: run(words_of(item), Path(item["directory"]), variables), files))
         if given.link:

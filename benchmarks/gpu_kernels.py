@@ -4,7 +4,8 @@
 
 A block of lm-124m in bf16, 16 x 1024 tokens, forward and backward, goes through torch's compiler as far as to the
 kernels that it would have Triton write: no GPU and no Triton is there, nothing is computed. What is put together is so
-in the kernel that uses it, as on GPUs; else the compiler decides as for CPUs: a kernel more or less is possible.
+as on GPUs; else the compiler decides as for CPUs: a kernel more or less is possible.
+What lies outside of the blocks is not compiled but for the loss, and is counted by arithmetic.
 A byte counts once for each kernel that reads or writes it; the times are those bytes at the rate of an H100's memory,
 so no kernel is faster. Products and attention are a library's, and limited by what they compute.
 """
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,7 +30,7 @@ from torch import Tensor  # noqa: E402
 from torch._dynamo.backends.common import aot_autograd  # noqa: E402
 from torch._functorch._aot_autograd.utils import make_boxed_func  # noqa: E402
 from torch._functorch.partitioners import min_cut_rematerialization_partition  # noqa: E402
-from torch._inductor import config  # noqa: E402
+from torch._inductor import config, lowering  # noqa: E402
 from torch._inductor.compile_fx import _recursive_post_grad_passes  # noqa: E402
 from torch._inductor.debug import DebugContext  # noqa: E402
 from torch._inductor.decomposition import select_decomp_table  # noqa: E402
@@ -42,7 +44,9 @@ from hvdtrain.models.decoder import Decoder, rotary_tables  # noqa: E402
 from hvdtrain.models.private_torch import FakeTensorMode  # noqa: E402
 from hvdtrain.recipes import load_recipe  # noqa: E402
 
-BATCH, LENGTH = 16, 1024
+BATCH, LENGTH, VOCAB = 16, 1024, 50_304
+IN_PLACE = {"max_pointwise_cat_inputs": 1, "max_complex_pointwise_cat_inputs": 1}
+"""Has the compiler write what is put together into parts of the whole, instead of choosing by place in one kernel."""
 BYTES_PER_S = 3.35e12  # of an H100 SXM's memory, by its data sheet
 
 
@@ -56,9 +60,24 @@ class Kernel(NamedTuple):
     """That it reads and writes."""
 
 
+def put_together_as_on_gpus() -> None:
+    """Have the compiler decide as for GPUs whether what is put together is a kernel of its own, from now on.
+
+    It asks for the device in the function that does so, and nowhere else: there the answer is another one.
+    """
+    asked = 'cpu_device = inputs[0].get_device().type == "cpu"'
+    source = inspect.getsource(lowering.cat)
+    if source.count(asked) != 1:
+        raise SystemExit("torch's compiler puts tensors together in another way than in torch 2.13: look at it anew")
+    exec(source.replace(asked, "cpu_device = False"), vars(lowering))
+    for name in lowering.lowerings:
+        if str(name).startswith("aten.cat"):
+            lowering.lowerings[name] = lowering.cat
+
+
 def kernels_of(traced: torch.fx.GraphModule, inputs: Sequence[Tensor], mode: FakeTensorMode) -> list[Kernel]:
     """Return the kernels for what was traced with these tensors, which have no storage."""
-    as_for_gpus = config.patch(cpu_backend="triton", force_pointwise_cat=True)
+    as_for_gpus = config.patch(cpu_backend="triton")
     with as_for_gpus, V.set_fake_mode(mode), V.set_debug_handler(DebugContext()), torch.no_grad():
         _recursive_post_grad_passes(traced, is_inference=False)
         graph = GraphLowering(traced, example_inputs=inputs)
@@ -134,7 +153,10 @@ def kernels_of_part(module: torch.fx.GraphModule) -> list[Kernel]:
 
 
 def block_kernels(
-    joined: bool = True, residual: torch.dtype = torch.float32, blocks: int = 1
+    joined: bool = True,
+    residual: torch.dtype = torch.float32,
+    blocks: int = 1,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[list[Kernel], list[Kernel]]:
     """Return the kernels of a compiled block, forward and backward.
 
@@ -142,6 +164,7 @@ def block_kernels(
         joined: as blocks are on GPUs; else by a product for each weight.
         residual: type of what is added from block to block.
         blocks: compiled as one.
+        options: of the compiler.
     """
     found: list[torch.fx.GraphModule] = []
 
@@ -182,7 +205,8 @@ def block_kernels(
     )
     with patches[0], patches[1], torch.autocast("cpu", torch.bfloat16):
         torch.compile(compute, backend=backend, fullgraph=True)(x, rope).sum().backward()
-    forward, backward = map(kernels_of_part, found)
+    with config.patch(dict(options or {})):
+        forward, backward = map(kernels_of_part, found)
     return forward, backward
 
 
@@ -197,15 +221,40 @@ def rows_of(title: str, kernels: Sequence[Kernel]) -> list[str]:
     return [head, *(f"  {kernel.num_bytes / 1e6:8.1f} MB  {kernel.name[:110]}" for kernel in kernels), ""]
 
 
+def rows_outside() -> list[str]:
+    """Return what is passed over outside of the blocks, by arithmetic: parameters and logits times bytes."""
+    shape: Any = load_recipe("lm-124m").model
+    with torch.device("meta"):
+        model = Decoder(shape, VOCAB)
+    weights, table, logits = model.num_parameters(), VOCAB * shape.hidden_size, BATCH * LENGTH * VOCAB
+    passes = {
+        "logits, read twice, and their gradient": 6 * logits,
+        "the output layer's weight, cast": 6 * table,
+        "its gradient of the first of two chunks, in fp32": 6 * table,
+        "that of the second, added": 10 * table,
+        "the sum, times what backward begins with": 8 * table,
+        "the embedding's gradient: zeros, and its sum with the output layer's": 16 * table,
+        "the norm of all gradients": 4 * weights,
+        "clipping by a pass of its own, as before": 8 * weights,
+        "clipping by the optimizer's kernel, which writes gradients back": 4 * weights,
+        "AdamW: four numbers read, three written": 28 * weights,
+    }
+    head = f"outside of the blocks, {weights:,} parameters, a vocabulary of {VOCAB:,}, by arithmetic:"
+    rows = (f"  {size / 1e6:8.1f} MB  {size / BYTES_PER_S * 1e3:.3f} ms  {name}" for name, size in passes.items())
+    return [head, *rows, ""]
+
+
 def main() -> None:
     """Count, print and write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     lines = [machine.describe(), "", "counted, not measured: no GPU was there", ""]
+    put_together_as_on_gpus()
     ways: dict[str, dict[str, Any]] = {
         "products apart": {"joined": False},
         "products joined, as it is": {},
+        "what is put together where it is made": {"options": IN_PLACE},
         "bfloat16 added from block to block": {"residual": torch.bfloat16},
         "two compiled as one": {"blocks": 2},
     }
@@ -214,6 +263,7 @@ def main() -> None:
         lines += rows_of(f"a block, {name}, forward", forward) + rows_of(f"a block, {name}, backward", backward)
         own = sum(kernel.num_bytes for kernel in (*forward, *backward) if not kernel.is_others) / way.get("blocks", 1)
         lines[-1:] = [f"twelve blocks, {name}: {12 * own / BYTES_PER_S * 1e3:.2f} ms in what passes over memory", ""]
+    lines += rows_outside()
     print("\n".join(lines))
     if given.output:
         given.output.write_text("\n".join(lines).rstrip() + "\n")

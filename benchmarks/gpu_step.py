@@ -24,13 +24,14 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from hvdtrain.verbs.bench.flops import data_sheet_peak  # noqa: E402
+import torch._inductor.config  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from hvdtrain.process.launch import Launch  # noqa: E402
 from hvdtrain.recipes import load_recipe  # noqa: E402
 from hvdtrain.trainer import train_step  # noqa: E402
+from hvdtrain.trainer.peaks import data_sheet_peak  # noqa: E402
 from hvdtrain.trainer.rehearsal import rehearse  # noqa: E402
 from hvdtrain.trainer.state import start_training  # noqa: E402
 from hvdtrain.world import SoloWorld  # noqa: E402
@@ -50,7 +51,7 @@ def recipe_of(given: argparse.Namespace, folder: Path) -> Any:
         train=dataclasses.replace(
             recipe.train, micro_batch_size=given.micro_batch, accum_steps=1, global_batch_size=None
         ),
-        model=dataclasses.replace(recipe.model, compile=given.compile),
+        model=dataclasses.replace(recipe.model, compile=given.compile, loss_chunk=given.loss_chunk),
         data=dataclasses.replace(recipe.data, tokenizer="byte", vocab_size=VOCAB, **paths),
     )
 
@@ -68,10 +69,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", choices=["none", "blocks", "model"], default="blocks")
     parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--loss-chunk", type=int, help="positions whose logits exist at a time")
+    parser.add_argument("--inductor", nargs="*", default=[], help="NAME=NUMBER of torch's compiler")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this torch sees no GPU")
+    for word in given.inductor:
+        name, _, number = word.partition("=")
+        if not hasattr(torch._inductor.config, name):
+            sys.exit(f"torch {torch.__version__} has no {name}")
+        setattr(torch._inductor.config, name, int(number))
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(given, Path(folder))
         world = SoloWorld(torch.device("cuda", 0), Launch("none"))
@@ -104,7 +112,8 @@ def main() -> None:
     lines = [
         machine.describe(),
         "",
-        f"compiled: {given.compile}; {given.micro_batch} x {recipe.data.sequence_length} tokens: {step * 1e3:.1f} ms a"
+        f"compiled: {' '.join([given.compile, *given.inductor])}; loss in chunks of {given.loss_chunk or 'as it is'};"
+        f" {given.micro_batch} x {recipe.data.sequence_length} tokens: {step * 1e3:.1f} ms a"
         f" step, {tokens / step:,.0f} tokens/s{share}; {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most",
         f"kernels: {total / STEPS / 1e3:.1f} ms a step in {sum(event.count for event in kernels) / STEPS:.0f} launches",
         *(

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.draws import Request
 from hvdtrain.data.nested import map_tensors
+from hvdtrain.data.pinned import pinned
 from hvdtrain.data.readers import BatchSource, Inline, Reader, Threaded, says_it_is_in_memory, says_it_reads_ahead
 from hvdtrain.data.workers import WorkerPool
 
@@ -108,7 +107,7 @@ class Loader:
             self._start(wanted)
         self._read_ahead()
         batch = self._ahead.popleft()[1]()
-        return map_tensors(Tensor.pin_memory, batch) if self._pin_memory else batch
+        return map_tensors(pinned, batch) if self._pin_memory else batch
 
     def _start(self, place: _Place) -> None:
         step, number = place

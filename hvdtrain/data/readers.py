@@ -121,7 +121,9 @@ class Threaded:
         self.depth = depth
         self._source = source
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._calls,), name="hvdtrain-data", daemon=True).start()
+        # A new thread is on GPU 0: what a data set puts on "the" GPU would lie on that of another rank.
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        threading.Thread(target=_work, args=(self._calls, gpu), name="hvdtrain-data", daemon=True).start()
         self.close = weakref.finalize(self, self._calls.put, None)
 
     def start(self, request: Request) -> Callable[[], Any]:
@@ -154,8 +156,12 @@ def _says(data: Dataset, name: str) -> bool:
     return bool(vars(owner).get(name, False))
 
 
-def _work(calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None]) -> None:
+def _work(
+    calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None], gpu: int | None = None
+) -> None:
     torch.set_num_threads(1)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     while (job := calls.get()) is not None:
         call, answers = job
         try:

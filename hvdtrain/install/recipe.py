@@ -158,6 +158,12 @@ def find_gpu(torch: Torch, environ: Mapping[str, str], nccl_folders: list[Path],
 
     Horovod cannot be built without CUDA beside a CUDA torch: its build finds torch's CUDA and asks for the toolkit.
     """
+    if "+rocm" in torch.version:
+        raise SetupError(
+            f"torch {torch.version} is a build for AMD's GPUs, and hvdtrain trains on NVIDIA's and on CPUs.",
+            f"python3 -m pip install 'torch=={torch.version.partition('+')[0]}+cpu' --index-url"
+            " https://download.pytorch.org/whl/cpu",
+        )
     if not torch.cuda:
         return None
     toolkit = preflight.find_cuda(environ)

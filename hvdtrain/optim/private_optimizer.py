@@ -82,13 +82,26 @@ def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def skipping_where(optimizer: Any, is_skipped: Tensor) -> Iterator[None]:
-    """Within, such an optimizer's `step` leaves everything as it is where `is_skipped`, bool, a scalar, is True."""
+def skipping_where(optimizer: Any, is_skipped: Tensor, divisor: Tensor | None = None) -> Iterator[None]:
+    """Within, such an optimizer's `step` leaves everything as it is where `is_skipped`, bool, a scalar, is True.
+
+    Where it is not, it divides the gradients by `divisor` first, a scalar, and they stay so: as a loss scaler has it.
+    """
     optimizer.found_inf = is_skipped.float()
+    if divisor is not None:
+        optimizer.grad_scale = divisor
     try:
         yield
     finally:
         del optimizer.found_inf
+        if divisor is not None:
+            del optimizer.grad_scale
+
+
+def is_looked_at(optimizer: Any) -> bool:
+    """Return whether hooks that are not hvdtrain's run before each step: they shall see what the step will take."""
+    hooks = (*_BEFORE_EACH.values(), *optimizer._optimizer_step_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("hvdtrain.") for hook in hooks)
 
 
 def tell_scaler(scaler: Any, optimizer: torch.optim.Optimizer, is_infinite: Tensor) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvdtrain.data.pinned import PinnedMemory
+
 
 def to_host(tensor: Tensor) -> Tensor:
     """Return a copy that lies in host memory and changes no more."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor.detach())
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
 class Snapshot:
@@ -33,6 +34,7 @@ class Snapshot:
         self._stream: Any = self._streams.Stream()
         self._given: list[tuple[Tensor, Tensor]] = []
         """What is to be copied, and where to."""
+        self._memory = PinnedMemory(device.type == "cuda")
         self._targets: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
         """Memory of the set before that the new one has not taken."""
         self._arrived: Any = None
@@ -50,8 +52,7 @@ class Snapshot:
         if tensor.device.type != self._device.type:
             return to_host(tensor)
         kept = self._targets.get((tensor.shape, tensor.dtype))
-        is_gpu = self._device.type == "cuda"
-        target = kept.pop() if kept else torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_gpu)
+        target = kept.pop() if kept else self._memory.empty(tensor.shape, tensor.dtype)
         self._given.append((tensor.detach(), target))
         return target
 

@@ -195,6 +195,8 @@ def start_training(job: Job) -> Training:
         ResumeError: the checkpoint belongs to another model, other data or other settings.
     """
     world = job.world
+    if world.device.type == "cuda":  # streams and events are those of the current one
+        torch.cuda.set_device(world.device)
     data = compare_data(job) if job.directory is not None else {}
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
     components = build_components(job)

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.optim.private_optimizer import can_skip_by_itself, skipping_where
+from hvdtrain.optim.private_optimizer import can_skip_by_itself, is_looked_at, skipping_where
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.component import Step
 from hvdtrain.trainer.job import Job
@@ -31,13 +31,14 @@ def update(job: Job, training: Training, step: Step) -> None:
         step: what is known of the step; learns the norm and whether it is finite.
     """
     optimizer, at_once = training.optimizer, job.world.reads_at_once
-    step.grad_norm = _clip(job, training)
+    by_itself = can_skip_by_itself(optimizer) and not at_once
+    step.grad_norm, divisor = _clip(job, training, by_itself and not is_looked_at(optimizer))
     factor = math.prod((component.lr_factor() for component in training.acting("lr_factor")), start=job.lr_factor)
     rate = learning_rate(job.config.optim, training.step, job.num_steps) * factor
     training.rates.set(optimizer, rate)
     step.is_finite = training.strategy.agree(job.world, _counts(step, at_once))
-    if can_skip_by_itself(optimizer) and not at_once:
-        with skipping_where(optimizer, ~step.is_finite):
+    if by_itself:
+        with skipping_where(optimizer, ~step.is_finite, divisor):
             optimizer.step()
     elif step.is_finite:  # on a GPU, this waits
         optimizer.step()
@@ -63,17 +64,22 @@ _TORCHS_EPS = 1e-6
 _ANSWERS = {answer: torch.tensor(answer) for answer in (False, True)}
 
 
-def _clip(job: Job, training: Training) -> Tensor:
-    """Return the gradient's Euclidean norm; scale the gradient down to `max_grad_norm` if it is longer. Collective."""
+def _clip(job: Job, training: Training, by_optimizer: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return the gradient's Euclidean norm; scale the gradient down to `max_grad_norm` if it is longer. Collective.
+
+    Where the optimizer can do so, which reads and writes each number once less, return what it is to divide it by.
+    """
     max_norm, strategy = job.config.train.max_grad_norm, training.strategy
     parameters = strategy.moved(training)
     gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
     if not any(map(_IS_SPARSE, gradients)):
         norm = strategy.norm_of(job.world, gradients)
+        if max_norm is not None and by_optimizer and norm.dtype != torch.float64:  # kernels take a number of fp32
+            return norm, ((norm.float() + _TORCHS_EPS) / max_norm).clamp(min=1.0)  # as torch has it, the other way up
         if max_norm is not None and not (job.world.reads_at_once and _is_within(norm, max_norm)):
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm
-    return _clip_sparse(parameters, max_norm)
+        return norm, None
+    return _clip_sparse(parameters, max_norm), None
 
 
 def _is_within(norm: Tensor, max_norm: float) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from hvdtrain.data.readers import says_it_reads_ahead
 from hvdtrain.process.launch import threads_per_rank
+from hvdtrain.settings import Precision
 from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.trainer.due import is_due
 from hvdtrain.trainer.fragments import Schedule
 from hvdtrain.trainer.job import Job
-from hvdtrain.trainer.precision import has_products
+from hvdtrain.trainer.precision import has_products, is_fast_in_bf16
 
 _MOST_KEPT = 10_000  # multiples that are looked at
 _FEW_WORKERS = 2  # a recipe may have so many by itself
@@ -46,6 +47,8 @@ def _alone(job: Job) -> Iterator[str]:
 
 def _slow(job: Job) -> Iterator[str]:
     precision, device = job.config.train.precision, job.world.device
+    if device.type == "cuda" and not is_fast_in_bf16(device):
+        yield from _slow_on_old_card(precision, torch.cuda.get_device_name(device))
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "bf16-true": torch.bfloat16}.get(precision)
     if dtype is not None and device.type == "cpu" and not has_products(dtype):
         yield (
@@ -73,6 +76,17 @@ def _too_short(job: Job) -> Iterator[str]:
             f"wire:       no effect of --comm.compression {comm.compression}: of the {sent:,} {what} of this run the"
             f" first {comm.compression_warmup_steps:,} send everything as it is (--comm.compression-warmup-steps)"
         )
+
+
+def _slow_on_old_card(precision: Precision, card: str) -> Iterator[str]:
+    """Yield a line where a card that came before the A100 lacks what a precision needs."""
+    if precision in ("bf16", "bf16-true"):
+        yield (
+            f"precision:  {precision} is slow on a {card}, which has no products for it, and its blocks are not"
+            " compiled: --train.precision fp16 is what it is fast in"
+        )
+    if precision == "tf32":
+        yield f"precision:  no effect of --train.precision tf32: a {card} has none, and multiplies fp32"
 
 
 def _adasum(job: Job) -> Iterator[str]:

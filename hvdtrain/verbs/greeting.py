@@ -21,6 +21,7 @@ from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.precision import takes_onednn_attention
 from hvdtrain.trainer.without_effect import without_effect
 from hvdtrain.world import codec_for
+from hvdtrain.world.unused_gpus import unused_gpus
 
 
 def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "") -> str:
@@ -45,6 +46,11 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
         f"directory:  {job.run}",
         *without_effect(job),
     ]
+    unused = unused_gpus() if world.device.type == "cpu" else ""
+    if unused:
+        lines.append(
+            f"warning:    trains on the CPU, with GPUs {unused}. CUDA_VISIBLE_DEVICES= (empty) says that it is meant"
+        )
     cores, machine = ranks[0]["cores"], os.cpu_count() or 1
     if world.launch.launcher == "mpirun" and cores < machine // world.local_size:
         lines.append(f"warning:    mpirun binds each rank to {cores} of {machine} cores: add --bind-to none to it")

@@ -109,7 +109,10 @@ def choose_device(world: World) -> None:
     if not world.launch.is_parallel:
         return
     host = socket.gethostname()
-    gpus = [gpus for name, gpus in world.all_gather_object((host, visible_gpus()), "doctor.gpus") if name == host]
+    seen: tuple[str, ...] = ()
+    with contextlib.suppress(LaunchError):  # CUDA does not start, which is said elsewhere
+        seen = visible_gpus()
+    gpus = [gpus for name, gpus in world.all_gather_object((host, seen), "doctor.gpus") if name == host]
     device = torch.device("cpu")
     with contextlib.suppress(LaunchError):
         device = pick_device(gpus, world.local_rank)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.pinned import PinnedMemory
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import takes_turns
@@ -57,6 +58,8 @@ class Offload:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._host: dict[tuple[Tensor, str], Tensor] = {}
         """Where each entry lies in host memory: the same memory is used again in every step."""
+        self._memory: dict[bool, PinnedMemory] = {}
+        """Where more of it comes from: for parameters on GPUs, and for others."""
         self.take_over(optimizer)
 
     def take_over(self, optimizer: torch.optim.Optimizer) -> None:
@@ -110,8 +113,9 @@ class Offload:
     def _in_host_memory(self, parameter: Tensor, key: str, value: Tensor) -> Tensor:
         found = self._host.get((parameter, key))
         if found is None or (found.shape, found.stride(), found.dtype) != (value.shape, value.stride(), value.dtype):
-            found = torch.empty_like(value, device="cpu", pin_memory=_pins(parameter))
-            self._host[parameter, key] = found
+            is_pinned = _pins(parameter)
+            memory = self._memory.get(is_pinned) or self._memory.setdefault(is_pinned, PinnedMemory(is_pinned))
+            found = self._host[parameter, key] = memory.empty_like(value)
         return found
 
     def load(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -29,15 +30,16 @@ def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: 
     ranks that shall be able to reduce among themselves, each smaller than the world.
 
     Raises:
-        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, ranks outnumber GPUs, or
-            NCCL does not start.
+        LaunchError: Horovod is missing or broken, sees other ranks than the launcher, or is not built for the ranks'
+            GPUs; ranks outnumber GPUs; CUDA or NCCL does not start.
     """
     world = connect(groups)
     if not world.launch.is_parallel:
         return world
     host = socket.gethostname()
-    gpus = [gpus for name, gpus in world.all_gather_object((host, visible_gpus()), "gpus") if name == host]
-    world.device = world.together(lambda: pick_device(gpus, world.local_rank), "device")
+    seen = world.together(visible_gpus, "visible")
+    gpus = [gpus for name, gpus in world.all_gather_object((host, seen), "gpus") if name == host]
+    world.device = world.together(lambda: _own_device(world, gpus), "device")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         if world.size > 1:
@@ -162,14 +164,45 @@ def check_controller(launch: Launch) -> None:
 
 
 def _solo_device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the GPU that is current: 0, unless a program has chosen another one by `torch.cuda.set_device`."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    with _starting_cuda():
+        return torch.device("cuda", torch.cuda.current_device())
+
+
+def _own_device(world: World, gpus_of_ranks: Sequence[tuple[str, ...]]) -> torch.device:
+    device = pick_device(gpus_of_ranks, world.local_rank)
+    if world.size > 1 and device.type == "cuda" and not world.built_with & {"nccl", "cuda", "rocm"}:
+        raise LaunchError(
+            f"Horovod is built for CPUs on {socket.gethostname()}, and its ranks have GPUs: run {setup_command()} with"
+            " the CUDA toolkit on PATH and a CUDA torch, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+        )
+    return device
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Return the identity of each GPU that this rank sees."""
+    """Return the identity of each GPU that this rank sees.
+
+    Raises:
+        LaunchError: there are some, and CUDA does not start.
+    """
     if not torch.cuda.is_available():
         return ()
-    return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+    with _starting_cuda():
+        return tuple(str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count()))
+
+
+@contextlib.contextmanager
+def _starting_cuda() -> Iterator[None]:
+    """Within, CUDA that does not start, as on a card that another process has for itself, is a LaunchError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LaunchError(
+            f"CUDA does not start on {socket.gethostname()} ({' '.join(str(error).split())[:200]}): nvidia-smi shows"
+            " whether the cards are well and who uses them; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+        ) from error
 
 
 def pick_device(gpus_of_ranks: Sequence[tuple[str, ...]], local_rank: int) -> torch.device:

@@ -9,7 +9,7 @@ import traceback
 import torch
 from torch import nn
 
-import hvdtrain
+from hvdtrain.world import codec_of, init
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64)
 
@@ -81,6 +81,48 @@ def optimizers(world):
     for compression, limit in (("none", 1e-5), ("fp16", 1e-2), ("bf16", 3e-2)):
         assert trained(world, compression, torch.optim.SGD, lr=0.1, momentum=0.9) < limit, compression
     assert trained(world, "none", torch.optim.AdamW, lr=1e-3, fused=True) < 1e-4
+
+
+def approximate_gradients(world):
+    """Formats that remember what they have not sent: ranks stay equal, bit by bit, and learn."""
+    for compression in ("int8", "powersgd:4", "topk:0.3"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 300), nn.GELU(), nn.Linear(300, 64)).to(world.device)
+        codec = codec_of(compression, min_size=1000)
+        optimizer = world.wrap(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), model, compression=codec)
+        generator = torch.Generator().manual_seed(world.rank)
+        losses = []
+        for _ in range(60):
+            x = torch.randn(32, 64, generator=generator).to(world.device)
+            optimizer.zero_grad()
+            loss = (model(x) - x).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0], (compression, losses[::10])
+        world.check_replicas(dict(model.named_parameters()), f"approximate.{compression}")
+
+
+def approximate_gradients_that_wait_for_nothing(world):
+    """Of PowerSGD: torch may wait for what its bases are made orthogonal by."""
+    model = nn.Linear(300, 300, bias=False).to(world.device)
+    codec = codec_of("powersgd:4", min_size=1000)
+    optimizer = world.wrap(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), model, compression=codec)
+    x = torch.randn(32, 300, device=world.device)
+    for step in range(6):
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        try:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def groups_of_ranks(world):
+    """A group has a communicator of NCCL's own, made by its first collective."""
+    got = world.all_reduce_among((world.rank,), torch.full((1000,), 3.0, device=world.device), f"own.{world.rank}")
+    assert bool((got == 3).all())
 
 
 def sparse_gradients(world):
@@ -189,12 +231,13 @@ def gradient_views(world):
 
 CHECKS = (
     *(all_reduces, gathers, broadcasts, optimizers, gradient_views, sparse_gradients),
-    *(many_in_flight, own_streams, gathers_on_own_streams),
+    *(many_in_flight, own_streams, gathers_on_own_streams, groups_of_ranks),
+    *(approximate_gradients, approximate_gradients_that_wait_for_nothing),
 )
 
 
 def main():
-    world = hvdtrain.init()
+    world = init(lambda launch: [(rank,) for rank in range(launch.size)] if launch.size > 1 else [])
     wrong = {}
     for check in CHECKS:
         try:

@@ -65,6 +65,24 @@ def test_a_save_does_not_wait_and_holds_what_was_there(tmp_path):
     assert all(torch.equal(a, b.cpu()) for a, b in zip(saved, moments, strict=True))
 
 
+def test_blocks_of_page_locked_memory_are_copied_to_without_waiting():
+    from hvdtrain.data.pinned import PinnedMemory
+
+    memory = PinnedMemory(True)
+    source = [torch.randn(size, device=GPU) for size in (3_000_000, 700_000, 5_000_000)]
+    targets = [memory.empty_like(tensor) for tensor in source]
+    assert all(tensor.is_pinned() for tensor in targets)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(CYCLES)
+    for target, tensor in zip(targets, source, strict=True):
+        target.copy_(tensor, non_blocking=True)
+    assert not torch.cuda.current_stream().query()
+    back = [target.to(GPU, non_blocking=True) for target in targets]
+    assert not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(back, source, strict=True))
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_documents_of_transformers_models_by_their_bounds(family):
     from families import as_batch, tiny_model

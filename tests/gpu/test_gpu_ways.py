@@ -140,6 +140,30 @@ def test_tf32_is_another_result_than_fp32():
         assert errors[1] > 10 * errors[0]
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_clipped_step_is_that_of_clipped_gradients(precision):
+    """The optimizer's kernel divides as it goes, and leaves gradients clipped, as torch's own clipping does."""
+    from hvdtrain.optim.private_optimizer import skipping_where
+
+    generator, never = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.bool, device=GPU)
+    start = [torch.randn(1000, 100, generator=generator).to(GPU, precision) for _ in range(3)]
+    gradients = [torch.randn(1000, 100, generator=generator).to(GPU, precision) for _ in range(3)]
+    found = []
+    for by_kernel in (False, True):
+        weights = [nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        norm = nn.utils.get_total_norm(gradients).float()
+        if not by_kernel:
+            nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
+        with skipping_where(optimizer, never, (norm + 1e-6) if by_kernel else None):
+            optimizer.step()
+        found.append([*weights, *(weight.grad for weight in weights)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_bench_frees_what_it_has_measured(tmp_path):
     from hvdtrain.verbs.bench import measure
 
@@ -210,7 +234,7 @@ def test_compiled_dropout_is_that_of_samples():
     x = torch.randn(32, 128, 64, device=GPU)
     found = []
     for model in (plain, fused):
-        randomness = MicroBatchRandomness(GPU, compiled=model if model is fused else None)
+        randomness = MicroBatchRandomness(GPU, model=model, is_compiled=model is fused)
         for step in range(3):
             out = randomness.run(
                 torch.arange(32), (0, step), lambda model=model: model(x), lambda out: out.square().sum().backward()

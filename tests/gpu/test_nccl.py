@@ -59,6 +59,40 @@ def test_a_step_of_two_ranks_waits_for_no_gpu(way):
     assert answer == {"is_busy": True, "is_right": True}
 
 
+SLOW_START = """
+import horovod.torch as hvd, torch
+hvd.init()
+hvd.allreduce(torch.ones(1, device="cuda"), name="first")
+"""
+
+
+def test_a_start_of_nccl_that_takes_too_long_ends_with_what_to_set(tmp_path, monkeypatch):
+    """By the engine's own limit, which is for each communicator; no start takes less than a millisecond."""
+    monkeypatch.setenv("HOROVOD_NCCL_START_LIMIT", "0.001")
+    (tmp_path / "slow_start.py").write_text(SLOW_START)
+    output = run(tmp_path / "slow_start.py", expected=1, timeout=100)
+    assert "NCCL has not started within 0.001 s on rank" in output
+    assert "NCCL_SOCKET_IFNAME" in output
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--optim.shard"],
+        ["--optim.offload", "cpu"],
+        ["--comm.sync", "local", "--comm.period", 5],
+        ["--comm.compression", "powersgd:4"],
+        ["--profile.timeline", "20:22"],
+    ],
+    ids=["shard", "offload", "local", "powersgd", "timeline"],
+)
+def test_ways_of_two_ranks_learn(tmp_path, settings):
+    words = ["-m", "hvdtrain", "train", "lm", "--train.steps", 60, "--log.every", 10, *settings]
+    run(*words, "--run-dir", tmp_path / "run", timeout=120)
+    found = losses(tmp_path / "run")
+    assert found[-1] < 0.8 * found[0]
+
+
 def losses(directory):
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return [line["train/loss"] for line in lines if "train/loss" in line]

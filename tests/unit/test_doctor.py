@@ -272,6 +272,13 @@ def test_cores():
     assert "ranks 0, 1, 2 are pinned to core 0, 1" in bad(ranks)[0].figure
 
 
+def test_gpus_that_torch_does_not_use():
+    ranks = plant(healthy(1), unused_gpus="of AMD: hvdtrain trains on NVIDIA's GPUs and on CPUs")
+    finding = only(ranks)
+    assert (finding.status, "on the CPU, with GPUs of AMD" in finding.figure) == ("warning", True)
+    assert "CUDA_VISIBLE_DEVICES= (empty)" in finding.remedy
+
+
 def test_gpus():
     ranks = healthy(2, 2, gpus=2)
     shared = only(plant(ranks, 2, 3, gpus=("uuid-1-0",), visible_devices="0"))

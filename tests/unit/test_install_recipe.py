@@ -170,6 +170,12 @@ def nccl(tmp_path):
     return tmp_path / "nccl"
 
 
+def test_a_torch_for_amd_is_refused():
+    """Horovod's build would look for AMD's libraries, and fail by a page of CMake."""
+    with pytest.raises(SetupError, match=r"torch 2.9.1\+rocm6.4 is a build for AMD's GPUs"):
+        recipes.find_gpu(dataclasses.replace(CPU_TORCH, version="2.9.1+rocm6.4"), {}, [], "90")
+
+
 def test_a_cpu_torch_gets_a_cpu_build_even_beside_a_toolkit(toolkit, nccl):
     assert recipes.find_gpu(CPU_TORCH, {"CUDA_HOME": str(toolkit)}, [nccl], "90") is None
 

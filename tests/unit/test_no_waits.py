@@ -18,6 +18,7 @@ from waiting_copies import Copies
 import hvdtrain
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.optim import fused_sgd
+from hvdtrain.optim.private_optimizer import is_looked_at
 from hvdtrain.settings import CommConfig, HealthConfig, LogConfig, OptimConfig
 from hvdtrain.trainer import step as step_module
 from hvdtrain.trainer import train_step
@@ -78,6 +79,7 @@ def on_meta(monkeypatch):
 @pytest.mark.usefixtures("on_meta")
 def test_a_step_waits_for_nothing(given):
     job, training = training_of(twin(), **given)
+    assert not is_looked_at(training.optimizer)  # our own hooks want to see no clipped gradients
     train_step(job, training)  # the first one may: it finds out who has gradients
     with Copies() as copies:
         for _ in range(3):

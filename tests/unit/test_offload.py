@@ -146,7 +146,7 @@ def test_between_steps_state_lies_in_host_memory_and_in_steps_where_the_paramete
         parameters = [nn.Parameter(torch.empty(20, 20, device="cuda")) for _ in range(3)]
         optimizer = torch.optim.AdamW(parameters, lr=0.1, foreach=False)
         kept = offload.Offload.__new__(offload.Offload)
-        kept._host = {}
+        kept._host, kept._memory = {}, {}
         places = []
 
         def step(optimizer):

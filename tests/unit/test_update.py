@@ -44,7 +44,7 @@ class Device(SoloWorld):
     reads_at_once = False
 
 
-def start(tmp_path, optim, bad=(), most=20, world=Device):
+def start(tmp_path, optim, bad=(), most=20, world=Device, limit=1.0):
     """Begin a training of one sample a step, in order, whose samples at `bad` are not finite."""
     x = torch.arange(1.0, 9).view(8, 1)
     x[list(bad)] = math.nan
@@ -55,7 +55,8 @@ def start(tmp_path, optim, bad=(), most=20, world=Device):
 
     torch.manual_seed(0)
     task = Task(model=nn.Linear(1, 1), train_data=data, val_data=data, loss_sums=loss)
-    train, health = TrainConfig(steps=8, global_batch_size=1), HealthConfig(max_skipped_steps=most)
+    train = TrainConfig(steps=8, global_batch_size=1, max_grad_norm=limit)
+    health = HealthConfig(max_skipped_steps=most)
     config = Config(train=train, optim=optim, health=health)
     job = settle(task, config, world(torch.device("cpu"), Launch("none")), RunDirectory(tmp_path), Said())
     return job, start_training(job)
@@ -159,19 +160,51 @@ def test_a_step_waits_for_no_device(tmp_path):
     assert questions_in_a_step(tmp_path, LOOP) > 0
 
 
+@pytest.mark.parametrize("limit", [None, 1e6], ids=["no limit", "a limit that is not reached"])
 @pytest.mark.parametrize("optim", [ADAMW, SGD], ids=["adamw", "sgd"])
-def test_where_nothing_waits_the_steps_are_bitwise_the_same(tmp_path, optim):
+def test_where_nothing_waits_the_steps_are_bitwise_the_same(tmp_path, optim, limit):
     """Plain numbers and answers by a look stand for tensors of the device: not a bit differs, nor after a bad step."""
     bad = order_of(start(tmp_path, optim)[0])[2:3]
     ends = []
     for world in (SoloWorld, Device):
-        job, training = start(tmp_path, optim, bad, world=world)
+        job, training = start(tmp_path, optim, bad, world=world, limit=limit)
         for _ in range(8):
             train_step(job, training)
         metrics = {name: value for name, value in step_metrics(job, training, Stopwatch(0)).items() if "train/" in name}
         ends.append((metrics, [parameter.tolist() for parameter in training.model.parameters()]))
     assert ends[0] == ends[1]
     assert ends[0][0]["train/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("optim", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_a_fused_optimizer_clips_as_it_steps(tmp_path, optim):
+    """Gradients are read and written once less; the step is that of clipped ones, and they stay clipped."""
+    ends, counts = [], []
+    for world in (SoloWorld, Device):
+        job, training = start(tmp_path, optim, world=world, limit=0.01)
+        with Products() as products:
+            for _ in range(8):
+                train_step(job, training)
+        counts.append(products.count)
+        parameters = [*training.model.parameters()]
+        assert float(torch.nn.utils.get_total_norm([p.grad for p in parameters])) == pytest.approx(0.01, rel=1e-3)
+        ends.append([tensor.detach().clone() for p in parameters for tensor in (p, p.grad)])
+    assert counts[0] >= 8
+    assert counts[1] == 0
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_who_looks_at_gradients_before_a_step_sees_them_clipped(tmp_path):
+    job, training = start(tmp_path, ADAMW, limit=0.01)
+    seen = []
+
+    def look(optimizer, args, kwargs):
+        seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in training.model.parameters()])))
+
+    training.optimizer.register_step_pre_hook(look)
+    train_step(job, training)
+    assert seen == [pytest.approx(0.01, rel=1e-3)]
 
 
 @pytest.mark.parametrize("shapes", [[(3,)], [(700, 30), (30,), (5, 4, 3)], []])
@@ -208,7 +241,7 @@ def test_a_gradient_within_its_limit_is_passed_over_without_a_product(tmp_path, 
         model.weight.grad, model.bias.grad = (gradient.clone() for gradient in given)
     norm = nn.utils.clip_grad_norm_(expected.parameters(), limit)
     with Products() as products:
-        found = update_module._clip(dataclasses.replace(job, config=config), training)
+        found, _ = update_module._clip(dataclasses.replace(job, config=config), training)
     assert found.nan_to_num().equal(norm.nan_to_num())
     for own, of_torch in zip(training.model.parameters(), expected.parameters(), strict=True):
         assert own.grad.nan_to_num(7.0).equal(of_torch.grad.nan_to_num(7.0))

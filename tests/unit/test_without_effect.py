@@ -11,6 +11,7 @@ from thread_world import run_ranks
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
+from hvdtrain.process.launch import Launch
 from hvdtrain.recipes.given import apply
 from hvdtrain.settings import CheckpointConfig, DataConfig, OptimConfig
 from hvdtrain.settings.fields import fields_of
@@ -18,6 +19,7 @@ from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Recipe, train_step
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.without_effect import without_effect
+from hvdtrain.world import SoloWorld
 
 OTHERS = {int: 7, float: 0.25, bool: True, type(None): 5, str: "*weight"}
 
@@ -129,3 +131,24 @@ def test_checkpoints_that_are_never_kept(tmp_path, every, keep, is_said):
 def test_buckets_that_adasum_does_not_have_are_refused():
     with pytest.raises(ConfigError, match=r"--comm\.bucket-mib has no effect|bucket_mib has no effect"):
         apply(Recipe(), [({"comm": {"op": "adasum", "bucket_mib": 3}}, Source("train()"))])
+
+
+@pytest.mark.parametrize(
+    ("precision", "says"),
+    [
+        ("fp32", ""),
+        ("fp16", ""),
+        ("bf16", "bf16 is slow on a Tesla V100-SXM2-16GB"),
+        ("bf16-true", "bf16-true is slow"),
+        ("tf32", "no effect of --train.precision tf32"),
+    ],
+)
+@pytest.mark.parametrize("is_old", [True, False])
+def test_what_a_card_before_the_a100_lacks(tmp_path, monkeypatch, precision, says, is_old):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not is_old or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-16GB")
+    world = SoloWorld(torch.device("cuda", 0), Launch("none"))
+    job = dataclasses.replace(with_setting(job_of(tmp_path), "train.precision", precision), world=world)
+    lines = without_effect(job)
+    assert len(lines) == bool(says and is_old)
+    assert all(says in line and line.startswith("precision:") for line in lines)

@@ -11,6 +11,7 @@ result polls for it and takes Python's lock at each turn, and a rank that is ear
   idle loop joins one every 10 ms instead of each 1 ms. `HOROVOD_CYCLE_TIME` is heeded as before.
 - **Stream**: on GPUs, the stream of whoever asks for a result waits for it, and the host goes on.
 - **Faults**: wherever a GPU is waited for, NCCL's errors are looked for, and end the job in order.
+- **Limits**: where NCCL starts, is aborted or ends, nothing can be looked for: a time limit ends the process.
 - **Bfloat16**: tensors of that type travel as they are; on CPUs they are added as fp32 and rounded once.
 
 With the response cache off, or process sets that come and go, ranks wait within MPI before the first patient place;
@@ -25,6 +26,7 @@ from hvdtrain.install.engine.bfloat16_cpu import bfloat16_cpu_edits
 from hvdtrain.install.engine.bfloat16_gpu import bfloat16_gpu_edits
 from hvdtrain.install.engine.bfloat16_sums import bfloat16_sum_edits
 from hvdtrain.install.engine.faults import fault_edits
+from hvdtrain.install.engine.limits import limit_edits
 from hvdtrain.install.engine.park import park_edits
 from hvdtrain.install.engine.patience import patience_edits
 from hvdtrain.install.engine.stream import stream_edits
@@ -33,6 +35,6 @@ from hvdtrain.install.engine.wake import wake_edits
 
 def engine_edits() -> tuple[Edit, ...]:
     """Return the changes to the engine."""
-    waiting = (*park_edits(), *wake_edits(), *patience_edits(), *stream_edits(), *fault_edits())
+    waiting = (*park_edits(), *wake_edits(), *patience_edits(), *stream_edits(), *fault_edits(), *limit_edits())
     bfloat16 = (*bfloat16_edits(), *bfloat16_sum_edits(), *bfloat16_cpu_edits(), *bfloat16_gpu_edits())
     return (*waiting, *bfloat16)

@@ -5,7 +5,7 @@ their own left to them: NCCL's all-to-all (no look at all), what goes through th
 (Adasum, the hierarchical all-reduce: a copy waited for the first part), the torus all-reduce (of one of its two
 communicators), and waiting for the tensors that are to be sent (in the thread that does everything).
 
-NCCL's start, `ncclCommInitRank`, cannot be looked at: `world/first_contact.py` ends the process where it hangs.
+NCCL's start and its end cannot be looked at: `limits.py` ends the process where they hang.
 """
 
 from __future__ import annotations

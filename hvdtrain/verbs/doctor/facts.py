@@ -19,10 +19,12 @@ import numpy
 import torch
 
 import hvdtrain
+from hvdtrain.errors import LaunchError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.stray import stray_hint
 from hvdtrain.world import visible_gpus
 from hvdtrain.world.inspect import HorovodBuild, horovod_build, mpi_library
+from hvdtrain.world.unused_gpus import unused_gpus
 
 _SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 _SHARED_MEMORY = Path("/dev/shm")
@@ -31,7 +33,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _VARIABLES = re.compile(
     r"(OMP|MKL)_NUM_THREADS$|NCCL_|GLOO_|UCX_|FI_PROVIDER$|OMPI_MCA_(btl|pml|mtl|coll|oob|mpi|opal_cuda|rmaps)_?"
     r"|HOROVOD_(CONTROLLER|CPU_OPERATIONS|FUSION_THRESHOLD|CYCLE_TIME|CACHE_CAPACITY|HIERARCHICAL_\w+|AUTOTUNE"
-    r"|STALL_\w+|GLOO_TIMEOUT_SECONDS|NUM_NCCL_STREAMS|MPI_THREADS_DISABLE|BATCH_D2D_MEMCOPIES|ELASTIC)$"
+    r"|STALL_\w+|GLOO_TIMEOUT_SECONDS|NCCL_START_LIMIT|NUM_NCCL_STREAMS|MPI_THREADS_DISABLE|BATCH_D2D_MEMCOPIES|ELASTIC)$"
 )
 
 
@@ -74,6 +76,8 @@ class RankFacts:
     """UUID of each GPU that torch sees."""
     num_machine_gpus: int
     """NVIDIA GPUs that the kernel's driver knows of."""
+    unused_gpus: str = ""
+    """Which GPUs torch does not use though nobody has said so, and why."""
     torch_cuda: str | None
     """CUDA version that torch was built for."""
     variables: Mapping[str, str]
@@ -132,7 +136,8 @@ def own_facts(launch: Launch, run_dir: Path) -> RankFacts:
         core_quota=_core_quota(),
         load=os.getloadavg()[0],
         threads=torch.get_num_threads(),
-        gpus=visible_gpus(),
+        gpus=_gpus(),
+        unused_gpus=unused_gpus(),
         num_machine_gpus=len(list(Path("/proc/driver/nvidia/gpus").glob("*"))),
         torch_cuda=torch.version.cuda,
         variables={name: value for name, value in sorted(os.environ.items()) if _VARIABLES.match(name)},
@@ -146,6 +151,14 @@ def own_facts(launch: Launch, run_dir: Path) -> RankFacts:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         addresses=addresses(),
     )
+
+
+def _gpus() -> tuple[str, ...]:
+    """Return those that torch sees; none where CUDA does not start, which another check says."""
+    try:
+        return visible_gpus()
+    except LaunchError:
+        return ()
 
 
 def existing_parent(path: Path) -> Path:

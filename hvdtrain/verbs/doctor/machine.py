@@ -115,7 +115,12 @@ def _unbind(launcher: str) -> str:
 def check_gpus(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     """Each rank a GPU of its own, by UUID; peers visible; NCCL there."""
     if not any(facts.gpus or facts.num_machine_gpus for facts in ranks):
-        yield ok("GPUs", "none: trains on the CPU")
+        others = [facts.unused_gpus for facts in ranks if facts.unused_gpus]
+        if others:
+            figure = f"trains on the CPU, with GPUs {others[0]}"
+            yield warning("GPUs", figure, "CUDA_VISIBLE_DEVICES= (empty) says that it is meant")
+        else:
+            yield ok("GPUs", "none: trains on the CPU")
         return
     yield from _merged(ranks, _gpus_of_host)
     lacking = [
