@@ -384,14 +384,14 @@ def test_facts_become_json():
 def test_run_directories_that_do_not_exist_yet(tmp_path, monkeypatch):
     assert existing_parent(tmp_path / "a" / "b") == tmp_path
     monkeypatch.chdir(tmp_path)
-    assert existing_parent(cli.Path("runs")) == tmp_path
+    assert existing_parent(Path("runs")) == tmp_path
 
 
 def test_command_line(tmp_path):
     report = tmp_path / "doctor.json"
     asked = cli.parse(["doctor", "--json", str(report), "--run-dir", "runs/mine"])
     assert (asked.verb, asked.recipe) == ("doctor", None)
-    assert asked.options == DoctorOptions(json=report, run_dir=cli.Path("runs/mine"))
+    assert asked.options == DoctorOptions(json=report, run_dir=Path("runs/mine"))
     with pytest.raises(ConfigError, match="there is no flag '--jason'; did you mean '--json'"):
         cli.parse(["doctor", "--jason", "x"])
     with pytest.raises(ConfigError, match="'lm' is one word too many"):

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import tomli_w
@@ -375,7 +376,7 @@ def test_types_are_known():
     for name in RECIPE_NAMES:
         for hint in known_flags(load_recipe(name)).values():
             kind = alternatives(hint)[0]
-            assert kind in (int, float, str, bool, cli.Path) or typing.get_origin(kind) in (typing.Literal, tuple), hint
+            assert kind in (int, float, str, bool, Path) or typing.get_origin(kind) in (typing.Literal, tuple), hint
     for verb in cli.VERBS.values():
         assert hints_of(verb.options)
     assert stat.S_ISFIFO  # the zoo's

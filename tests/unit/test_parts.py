@@ -299,7 +299,7 @@ def failing_on(rank, error):
     save = torch.save
 
     def fail(value, path, *more, **named):
-        if path.name == f"state-rank-00{rank}.pt":
+        if getattr(path, "name", "") == f"state-rank-00{rank}.pt":
             raise error
         return save(value, path, *more, **named)
 
