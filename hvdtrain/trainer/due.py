@@ -11,8 +11,6 @@ from hvdtrain.trainer.job import Job
 
 def is_due(job: Job, step: int, every: Every | None) -> bool:
     """Tell whether something that happens every so many steps or epochs happens after `step` completed steps."""
-    if type(every) is int:  # asked three times after each step
-        return step > 0 and step % every == 0
     return every is not None and _interval(every).is_due(step, job.order.steps_per_epoch)
 
 

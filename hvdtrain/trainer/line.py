@@ -48,9 +48,8 @@ class Lines:
         if is_last or self._due.after(training.step):
             self.finish()
             self._wait = start_metrics(self._job, training, self._stopwatch)
-            is_late = not training.strategy.agrees and self._job.world.size > 1
             self._step = self._ready = training.step
-            if is_late:
+            if not training.strategy.agrees:
                 self._ready = max(training.step + late, training.strategy.busy_until(training))
         if self._wait is not None and training.step >= self._ready:
             self.finish()

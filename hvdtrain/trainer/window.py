@@ -61,18 +61,19 @@ class MetricWindow(Component):
 
     def start_line(self, training: Training) -> None:
         """Send the sums of this window, and what the rank tells of its steps' time, and begin another. Collective."""
-        self._under_way = start_sums_and_figures(self._world, self._totals(), training.figures)
+        self._under_way = self._start(training)
+
+    def _start(self, training: Training) -> Callable[[], tuple[list[float], list[RankFigures]]]:
+        wait = start_sums_and_figures(self._world, self._totals(), training.figures)
         self._own = {"train/lr": training.rates.rate}
         if self._last is not None:
             self._own["train/grad_norm"] = float(self._last.grad_norm)
         self._set(torch.zeros_like(self._on_device))
+        return wait
 
     def metrics(self, training: Training) -> dict[str, float]:
         """Return the means, and rate and gradient norm of the last step before `start_line`. Collective."""
-        if self._under_way is None:
-            self.start_line(training)
-        wait, self._under_way = self._under_way, None
-        assert wait is not None
+        wait, self._under_way = self._under_way or self._start(training), None
         (*sums, num_targets), training.ranks = wait()
         metrics: dict[str, float] = {}
         if num_targets:
