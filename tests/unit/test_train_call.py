@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -321,6 +322,8 @@ class Act(hvdtrain.Callback):
         if run.step == 3 and self.what == "chdir":
             os.chdir("elsewhere")
         elif run.step == 3 and self.what == "remove":
+            while not Path("run/checkpoints/step-00000002").is_dir():  # Written meanwhile: rmtree fails on a new file.
+                time.sleep(0.01)
             shutil.rmtree("run")
         elif run.step == 3:
             Path("run").rename("moved")
