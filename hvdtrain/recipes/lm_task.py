@@ -20,7 +20,7 @@ from hvdtrain.data.text.packed import same_document
 from hvdtrain.data.text.stream import PreparedText, prepare_text
 from hvdtrain.data.text.tokenizer import write_tokenizer
 from hvdtrain.data.text.windows import DocumentWindows, Shard, TokenWindows
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, DivergedError
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.documents import attention_type, bounds_of, has_kernel
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
@@ -186,11 +186,18 @@ def _show_sample(model: nn.Module, text: PreparedText, length: int) -> str:
 
 
 def _write_sample(model: nn.Module, text: PreparedText, length: int) -> str:
-    """Return what the model writes from the beginning of a document; "" where nobody knows what tokens mean."""
+    """Return what the model writes from the beginning of a document; "" where nobody knows what tokens mean.
+
+    A model that is broken writes why: it has been trained all the same.
+    """
     if text.tokenizer is None:
         return ""
     assert isinstance(model, Decoder)
     how = Sampling(temperature=0.7, seed=0)
-    drawn = sample(model, [[text.tokenizer.eot]], min(_SAMPLE_TOKENS, 4 * length), context_length=length, sampling=how)
+    most = min(_SAMPLE_TOKENS, 4 * length)
+    try:
+        drawn = [*sample(model, [[text.tokenizer.eot]], most, context_length=length, sampling=how)]
+    except DivergedError as error:
+        return f"(nothing: {error})"
     tokens = [token for (token,) in drawn if token is not None]
     return text.tokenizer.decode([token for token in tokens if token != text.tokenizer.eot])

@@ -73,20 +73,19 @@ def generate(options: GenerateOptions) -> int:
     prompts = options.prompt or (_standard_input(),)
     texts = [Continuation(writer, options.stop) for _ in prompts]
     out = sys.stdout if len(prompts) == 1 else None
-    if out and not options.chat:
-        _write(out, prompts[0])
+    unsaid = [] if options.chat else [*prompts]  # with the first token: the prompt may yet be refused
 
     def add(row: int, token: int) -> bool:
         is_done = texts[row].add(token)
         if out:
-            _write(out, texts[0].take())
+            _write(out, (unsaid.pop() if unsaid else "") + texts[0].take())
         return is_done
 
     started = time.perf_counter()
     count = writer.write(prompts, options.max_tokens, how, add, options.cache)
     seconds = time.perf_counter() - started
     if out:
-        _write(out, texts[0].finish() + "\n")
+        _write(out, (unsaid.pop() if unsaid else "") + texts[0].finish() + "\n")
     else:
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             shown = f"{prompt}\n" if options.chat else prompt

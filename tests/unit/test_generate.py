@@ -3,15 +3,18 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import random
 import re
 import resource
 import shutil
+import types
 
 import pytest
 import torch
 from hugging import import_transformers
+from tiny_models import make_model
 
 from hvdtrain import cli
 from hvdtrain.data.text.tokenizer import BpeTokenizer, ByteTokenizer, load_bpe, train_bpe, write_tokenizer
@@ -20,6 +23,7 @@ from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.interchange import Shape, load_decoder, read_shape, to_llama
 from hvdtrain.models.weights import model_weights
+from hvdtrain.recipes import lm_task
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.rundir.retention import Retention
@@ -342,3 +346,24 @@ def test_standard_input_that_is_no_text_is_refused(monkeypatch):
             standard_input()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffü".encode()), "utf-8"))
     assert standard_input() == "ü"
+
+
+@pytest.mark.parametrize("prompts", [["x" * 99], ["x", "x" * 99], ["x" * 99, "x"]])
+def test_a_prompt_that_is_refused_is_not_printed(tmp_path, capsys, monkeypatch, prompts):
+    """It stood there as though it had been continued."""
+    monkeypatch.setenv("HOROVOD_FUSION_THRESHOLD", "0")  # which each start sets
+    import_transformers()
+    make_model(tmp_path, "gpt2")
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert cli.main(["generate", str(tmp_path), *words]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "positions for 64: shorten it" in said.err
+
+
+def test_a_model_that_is_broken_ends_no_run_that_has_finished():
+    """Its training is over and kept: the sample of its text says why there is none."""
+    model = Decoder(DecoderConfig(num_layers=1, hidden_size=8, num_heads=2), 257)
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    said = lm_task._write_sample(model, types.SimpleNamespace(tokenizer=ByteTokenizer()), 8)
+    assert said.startswith("(nothing: the model's logits are not finite")

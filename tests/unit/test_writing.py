@@ -127,4 +127,4 @@ def test_a_table_of_positions_ends_the_text_and_not_the_process(family, use_cach
     if "ends where the model has no more positions, of which it has" in capsys.readouterr().err:
         assert count == most + 1 - len(writer._encode("hello"))
     with pytest.raises(ConfigError, match=f"tokens, and the model has positions for {most:,}: shorten it"):
-        writer.write(["x" * (most + 1)], 3, Sampling(), lambda row, token: False, use_cache)
+        writer.write(["hi", "x" * (most + 1)], 3, Sampling(), lambda row, token: pytest.fail("too late"), use_cache)

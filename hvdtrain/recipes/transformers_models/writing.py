@@ -66,19 +66,29 @@ class TransformersWriter:
             how: the next token is chosen.
             add: is called with row and token, and returns whether the row is done.
             use_cache: keep what the model knows of the tokens before.
+
+        Raises:
+            ConfigError: a prompt has more tokens than the model has positions; nothing was written.
         """
-        return sum(self._write(row, prompt, num_tokens, how, add, use_cache) for row, prompt in enumerate(prompts))
+        rows, most = [self._encode(prompt) for prompt in prompts], most_tokens(self._model)
+        for row, tokens in enumerate(rows):
+            if most is not None and len(tokens) > most:
+                raise ConfigError(
+                    f"prompt {row + 1} has {len(tokens):,} tokens, and the model has positions for {most:,}: shorten it"
+                )
+        return sum(self._write(row, tokens, num_tokens, how, add, use_cache) for row, tokens in enumerate(rows))
 
     def _write(
-        self, row: int, prompt: str, num_tokens: int, how: Sampling, add: Callable[[int, int], bool], use_cache: bool
+        self,
+        row: int,
+        tokens: Sequence[int],
+        num_tokens: int,
+        how: Sampling,
+        add: Callable[[int, int], bool],
+        use_cache: bool,
     ) -> int:
         library = import_transformers()
-        tokens = self._encode(prompt)
         ends, most = self._ends(), most_tokens(self._model)
-        if most is not None and len(tokens) > most:
-            raise ConfigError(
-                f"prompt {row + 1} has {len(tokens):,} tokens, and the model has positions for {most:,}: shorten it"
-            )
         listener = _Listener(len(tokens), lambda token: token in ends or add(row, token))
         asked, num_tokens = num_tokens, num_tokens if most is None else min(num_tokens, most + 1 - len(tokens))
         is_random = how.temperature > 0
@@ -98,7 +108,7 @@ class TransformersWriter:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(how.seed + row)
             model: Any = self._model
-            inputs = torch.tensor([tokens], device=device)
+            inputs = torch.tensor([[*tokens]], device=device)
             model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
