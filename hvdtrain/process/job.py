@@ -136,9 +136,19 @@ def run_job(
             process.wait()
         if reader:
             reader.join(_SECONDS_FOR_OUTPUT)
+    _tell_signal(code, requests, output)
     if requests.is_early and code not in (0, 2):  # ranks that had no handler yet: nothing was begun, nothing is lost
         return StopRequested.exit_code
     return code if code >= 0 else 1
+
+
+def _tell_signal(code: int, requests: _Requests, output: Callable[[str], object] | None) -> None:
+    """Say which signal has ended what was started, where nobody here has sent one: it cannot say that itself."""
+    if code >= 0 or requests.count:
+        return
+    name = signal.strsignal(-code) or "?"
+    memory = ": that is what the kernel does where memory is used up" if -code == signal.SIGKILL else ""
+    (output or sys.stderr.write)(f"hvdtrain: ended by signal {-code} ({name}){memory}\n")
 
 
 def _wait(

@@ -396,6 +396,35 @@ def test_a_launcher_that_returns_0_without_training_has_failed(capfd):
     assert "2 trials of the sweep failed" in said.err
 
 
+def by_script(code):
+    """Return a sweep whose trials a piece of shell code is in the place of; "$d" is the directory of one."""
+    Path("launcher").write_text(f"for d; do :; done\n{code}\n")
+    return ["sweep", RECIPE, *RATES, "--run-dir", "s", "--launcher", "sh launcher"]
+
+
+@pytest.mark.parametrize(("number", "memory"), [(9, True), (11, False), (15, False)])
+def test_a_trial_that_a_signal_has_ended_says_which(number, memory, capfd):
+    assert main(by_script(f"echo begun; kill -{number} $$")) == 1
+    assert capfd.readouterr().out.count(f"has failed, exit code 1: hvdtrain: ended by signal {number} (") == 2
+    assert ("where memory is used up" in read_sweep(Path("s")).trials[1].why) == memory
+
+
+def test_a_trial_that_has_finished_has_not_failed_whatever_comes_after(capfd):
+    finished = '{"step": 30, "val/loss": 1.0, "event": "finished"}'
+    assert main(by_script(f"""mkdir -p "$d"; echo '{finished}' > "$d/metrics.jsonl"; echo oh; exit 1""")) == 0
+    said = capfd.readouterr().out
+    assert said.count("has finished, and ended with exit code 1: oh") == 2
+    assert "2 trials: 2 finished" in said
+
+
+def test_a_trial_that_is_tried_again_has_not_failed_yet(capfd):
+    """It was stopped on request and had saved, and the table called it failed, for what had been before."""
+    again = by_script("""echo "failed: $(grep -c '"why": "exit code 3' s/sweep.json)"; exit 3""")
+    assert main(again) == main(again) == 1
+    counts = [line for line in capfd.readouterr().out.splitlines() if line.startswith("failed: ")]
+    assert counts == ["failed: 0", "failed: 1", "failed: 1", "failed: 1"]
+
+
 @pytest.fixture
 def slurm(monkeypatch, tmp_path):
     """Stand-ins for Slurm's commands, made of shell code."""

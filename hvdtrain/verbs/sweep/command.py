@@ -14,7 +14,7 @@ from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.options import SweepOptions
 from hvdtrain.verbs.sweep.folder import SweepFolder, open_sweep
 from hvdtrain.verbs.sweep.grid import Grid, label_of
-from hvdtrain.verbs.sweep.local import Ended, say, train_trials
+from hvdtrain.verbs.sweep.local import Ended, say, starter_of, train_trials
 from hvdtrain.verbs.sweep.proposals import check_optuna
 from hvdtrain.verbs.sweep.results import counts_of, results_of, summary_of, table_of, write_results
 from hvdtrain.verbs.sweep.slurm import array_command, check_slurm, submit, waiting_tasks
@@ -40,6 +40,7 @@ def sweep(grid: Grid, options: SweepOptions) -> int:
         check_optuna()
     found = open_sweep(grid.run_dir, grid.facts)
     found.metric, found.goal = options.sweep__metric, options.sweep__goal
+    starter_of(options)
     if options.slurm:
         check_slurm(found, options)
     if options.dry_run:

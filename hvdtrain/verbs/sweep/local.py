@@ -52,6 +52,9 @@ def train_trials(grid: Grid, sweep: SweepFolder, options: SweepOptions) -> Ended
             of = f" of {len(sweep.trials)}" if grid.combinations else ""
             say(f"--- trial {trial.number} ({place + 1}{of}): {label_of(trial.values, trial.values)}")
             lines: deque[str] = deque(maxlen=_LAST_LINES)
+            if trial.why:  # of an earlier try, and no news of this one
+                trial.why = ""
+                sweep.save()
             code = _train(grid.recipe_name, sweep, trial, options, request, lines)
             if request.reason:
                 break
@@ -82,11 +85,20 @@ def _train(
         lines.append(line)
         say(line.rstrip("\n"))
 
-    starter = _words(options.launcher) if options.launcher else None
-    return run_job(options.np, command, show, starter=starter, is_to_stop=lambda: request.reason is not None)
+    return run_job(
+        options.np, command, show, starter=starter_of(options), is_to_stop=lambda: request.reason is not None
+    )
 
 
-def _words(launcher: str) -> list[str]:
+def starter_of(options: SweepOptions) -> list[str] | None:
+    """Return the words of --launcher; None: without one.
+
+    Raises:
+        ConfigError: it is no command.
+    """
+    launcher = options.launcher
+    if launcher is None:
+        return None
     try:
         words = shlex.split(launcher)
     except ValueError as error:
@@ -98,8 +110,10 @@ def _words(launcher: str) -> list[str]:
 
 def _note(sweep: SweepFolder, trial: Trial, code: int, lines: deque[str], ended: Ended) -> None:
     """Note how a trial has ended, and say it where it has not finished."""
-    trial.why = ""
-    if code == 0 and result_of(sweep, trial).state != "finished":
+    has_finished = result_of(sweep, trial).state == "finished"
+    if has_finished and code:
+        say(f"--- trial {trial.number} has finished, and ended with exit code {code}: {_last_words(lines)}")
+    elif code == 0 and not has_finished:
         ended.num_failed += 1
         trial.why = f"what has started it returned 0, but the run has not finished: {_last_words(lines)}"
         say(f"--- trial {trial.number} has failed: {trial.why}; the others go on")
