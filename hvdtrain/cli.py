@@ -201,6 +201,9 @@ def _parse_recipe(name: str, recipe_name: str, flags: list[str]) -> Invocation |
     given = settle_flags(read_flags(flags), known)
     options = make_options(verb.options, {flag: words for flag, words in given.items() if flag in of_verb})
     for_recipe = {flag: words for flag, words in given.items() if flag not in of_verb}
+    if options.instead_of_recipe and (for_recipe or options.config):
+        flag = COMMAND_LINE.name(min(for_recipe, default="config"))
+        raise ConfigError(f"{flag} has no effect beside {options.instead_of_recipe}: nothing is measured, leave it out")
     layers = [(read_toml(options.config), Source(str(options.config)))] if options.config else []
     if verb.has_grid:
         from hvdtrain.verbs.sweep.grid import read_grid

@@ -23,6 +23,11 @@ class RecipeOptions(Section):
     print_config: bool = False
     """Print the resolved settings as TOML, and stop."""
 
+    @property
+    def instead_of_recipe(self) -> str:
+        """Return the flag beside which settings of a recipe have no effect; empty: they have one."""
+        return ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RecipeOptions):
@@ -72,7 +77,7 @@ class PlanOptions(RecipeOptions):
     """Another network between hosts than the one at hand: rate and one-way latency, such as 25gbit,5us."""
     ranks_per_host: int | None = setting(None, above=0, maximum=MOST)
     """Ranks of a host, for --link. None: as measured."""
-    price: float | None = setting(None, minimum=0)
+    price: float | None = setting(None, minimum=0, maximum=10**9)
     """Of a worker and hour, in any currency."""
     output: Path | None = setting(None, path="new directory")
     """Also write plan.json and plan.html to this directory."""
@@ -83,6 +88,19 @@ class PlanOptions(RecipeOptions):
     from_: Path | None = setting(None, path="file or directory")
     """Answer from a plan.json, or a directory with one, instead of measuring; if the directory is that of a run with
     --health.noise-scale, with what it has logged."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ranks_per_host is not None and self.link is None:
+            raise ConfigError("--ranks-per-host has no effect without --link: hosts are as they were measured then")
+        for flag, value in (("--from", self.from_), ("--noise-from", self.noise_from)):
+            if value is not None and self.noise_steps != PlanOptions.noise_steps:
+                raise ConfigError(f"--noise-steps has no effect beside {flag}: no step is trained for the noise scale")
+
+    @property
+    def instead_of_recipe(self) -> str:
+        """Return the flag beside which settings of a recipe have no effect; empty: they have one."""
+        return "" if self.from_ is None else "--from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +136,8 @@ class SweepOptions(RecipeOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.sweep__metric.strip():
-            raise ConfigError("--sweep.metric is empty: name a metric of evaluations, such as val/loss")
+        if "/" not in self.sweep__metric:  # beside them the table has columns such as "state" and "step"
+            raise ConfigError(f"--sweep.metric {self.sweep__metric!r} is none: give one of evaluations, as val/loss is")
         if self.sweep__random and self.sweep__optuna:
             raise ConfigError("give --sweep.random or --sweep.optuna, not both")
         if self.np > 1 and self.launcher:

@@ -14,12 +14,15 @@ import torch
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.optim.noise import NoiseScale, Norms, agreement, noise_of_training, noise_scale, steps_ratio
+from hvdtrain.recipes import load_recipe
 from hvdtrain.rundir.manifest import Manifest, encode_manifest
 from hvdtrain.settings.compression import EXACT
-from hvdtrain.verbs.plan import comparison, costs
+from hvdtrain.verbs.options import PlanOptions
+from hvdtrain.verbs.plan import comparison, costs, plan
 from hvdtrain.verbs.plan.all_reduce import groups_of, sizes_for
 from hvdtrain.verbs.plan.answer import answer, worker_counts
-from hvdtrain.verbs.plan.facts import Facts, compute_on
+from hvdtrain.verbs.plan.calibrate import calibrated
+from hvdtrain.verbs.plan.facts import Facts, compute_on, predict
 from hvdtrain.verbs.plan.local import cut, local_step_time
 from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
 from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, sends_of
@@ -520,3 +523,92 @@ def test_a_plan_is_kept_and_read_again(tmp_path):
             load_json(tmp_path / "other.json")
     with pytest.raises(ConfigError, match="let `plan RECIPE --output "):
         load_json(tmp_path / "nowhere")
+
+
+def leaves(values, path=()):
+    """Yield the path of each plain value."""
+    if isinstance(values, dict | list) and values:
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from leaves(value, (*path, key))
+    elif not isinstance(values, dict | list):
+        yield path
+
+
+@pytest.fixture(scope="module")
+def saved_plan(tmp_path_factory):
+    place = tmp_path_factory.mktemp("plan")
+    known = with_formats(
+        measured_steps_s={1: 0.1, 2: 0.14}, plain_mpi_s={4096: 1e-4}, noise=NoiseScale(9.0, 8.0, 9.0, 9)
+    )
+    known = replace(known, network=paced(GIGABIT, "all_gather", [Timing(Layout(2, 2), 9, 1e-3)]), fp16_network=GIGABIT)
+    known = replace(known, by_micro_batch={8: known.alone, 4: Compute(0.02, 0.03, 0.01)})
+    save_json(place / "plan.json", answer(known, 2), {})
+    return json.loads((place / "plan.json").read_text())
+
+
+@pytest.mark.parametrize("odd", [-1, math.nan, -math.inf, 1e300, 10**400, "x", True, [1], {"x": 1}], ids=repr)
+def test_no_plan_is_made_of_what_was_never_measured(saved_plan, tmp_path, odd):
+    """Each value of a saved plan, one after the other: seconds of -1 gave speeds below 0, nan an answer of nan."""
+    places = list(leaves(saved_plan["facts"]))
+    assert len(places) > 80
+    taken = []
+    for path in places:
+        changed = json.loads(json.dumps(saved_plan))
+        *above, last = ("facts", *path)
+        holder = changed
+        for name in above:
+            holder = holder[name]
+        if type(holder[last]) is type(odd):  # a text is a text
+            continue
+        holder[last] = odd
+        (tmp_path / "plan.json").write_text(json.dumps(changed))
+        with pytest.raises(ConfigError, match=r"was not written by this plan \("):
+            taken.append((path, load_json(tmp_path)))
+    assert not taken
+
+
+def test_a_plan_without_oddities_is_read(saved_plan, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(saved_plan))
+    assert load_json(tmp_path).noise.measurements == 9
+    saved_plan["facts"]["noise"]["high"] = math.inf
+    (tmp_path / "plan.json").write_text(json.dumps(saved_plan))
+    assert load_json(tmp_path).noise.high == math.inf
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2, 8])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_of_several_micro_batches_is_compared_with_such_a_step(accum_steps, ranks):
+    """One micro-batch was compared with a step of several: no recommendation, on the quietest machine."""
+    known = facts(accum_steps=accum_steps)
+    known = replace(known, measured_steps_s=known.alone_measured_s)
+    if ranks == 2:
+        known = calibrated(known, 2, predict(known, 2).total_s)
+    given = answer(known, 4)
+    assert given.recommended is not None, given.reason
+    for row in given.rows:
+        assert known.measured_steps_s.get(row.workers, row.step.total_s) == pytest.approx(row.step.total_s)
+    assert f"one rank:   {given.rows[0].step.total_s * 1e3:.4g} ms a step: " in describe(known)
+    assert (" a micro-batch, " in describe(known)) == (accum_steps > 1)
+
+
+def test_what_ranks_of_a_host_take_from_each_other_is_a_share_of_a_whole_step():
+    shared = Compute(0.03, 0.06, 0.11)  # the optimizer alone takes longer, once in a step
+    for accum_steps, share in ((1, 0.5), (10, 0.1 / 1.01)):
+        known = facts(together=shared, together_ranks=2, ranks_per_host=2, accum_steps=accum_steps, noise=None)
+        known = replace(known, network=Network("mpi", 1e-9, 1e-9, 1e-15, None, None, 0.1, 2))
+        assert f"({share:.0%} of the time at 2 workers)" in answer(known, 2).limit
+
+
+@pytest.mark.parametrize("link", ["0gbit,5us", "0.1kbit,5us", "9999999gbit,5us", "1gbit,60001ms", "1gbit,5us,", "nan"])
+def test_links_that_cannot_be_are_refused(link):
+    with pytest.raises(ConfigError, match=f"--link {link}: (the rate must be from 1kbit|write a rate)"):
+        other_network(None, link)
+
+
+def test_a_saved_plan_answers_for_its_own_recipe(saved_plan, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps(saved_plan))
+    options = PlanOptions(from_=tmp_path, to=2)
+    with pytest.raises(ConfigError, match="holds a plan of lm, not of mnist: measure mnist first"):
+        plan("mnist", load_recipe("mnist"), options)
+    assert plan("lm", load_recipe("lm"), options) == 0
+    assert capsys.readouterr().out.startswith(f"plan lm, from what was measured in {tmp_path}\n")

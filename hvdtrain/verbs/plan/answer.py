@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.plan.comparison import MethodRow, compared
 from hvdtrain.verbs.plan.comparison import recommended as recommended_method
 from hvdtrain.verbs.plan.facts import Facts
@@ -108,9 +109,9 @@ def _contradiction(facts: Facts, rows: Sequence[Row]) -> str:
         predicted = row.step.total_s
         if measured is not None and abs(measured / predicted - 1) > max(_CONTRADICTS, 2 * row.error):
             return (
-                f"a step of {row.workers} workers took {measured * 1e3:.4g} ms, and its parts, measured by themselves,"
-                f" explain {predicted * 1e3:.4g} ms. Something else used the cores or the network meanwhile, or ranks"
-                " share cores: `doctor` looks for that; then measure again"
+                f"a step of {counted(row.workers, 'worker')} took {measured * 1e3:.4g} ms, and its parts, measured"
+                f" by themselves, explain {predicted * 1e3:.4g} ms. Something else used the cores or the network"
+                " meanwhile, or ranks share cores: `doctor` looks for that; then measure again"
             )
     return ""
 

@@ -16,7 +16,7 @@ def calibrated(facts: Facts, size: int, step_s: float) -> Facts:
         size: ranks, at least two.
         step_s: seconds of a step with communication.
     """
-    measured = {1: facts.alone.total_s, size: step_s}
+    measured = {**facts.alone_measured_s, size: step_s}
     facts = dataclasses.replace(facts, measured_steps_s=measured)
     facts = dataclasses.replace(facts, pace=_pace(facts, size))
     return dataclasses.replace(facts, interference=_interference(facts, size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import ConfigError, HvdtrainError
@@ -28,6 +29,9 @@ from hvdtrain.verbs.plan.report import describe, table
 from hvdtrain.verbs.plan.saved import load_json, save_json
 from hvdtrain.world import World, watched
 
+# Where none is named, so that it says nothing of what is in a saved plan.
+_DEFAULT_RECIPE = "lm"
+
 
 def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
     """Answer `plan RECIPE`; returns the exit code. Collective, but for `--from`.
@@ -36,9 +40,15 @@ def plan(name: str, recipe: Recipe, options: PlanOptions) -> int:
         ConfigError: settings do not fit, a file of --from or --noise-from is none, or --output cannot be written.
     """
     if options.from_ is not None:
-        facts = _with_noise(load_json(options.from_), _logged_noise(options))
+        facts = load_json(options.from_)
+        if name != _DEFAULT_RECIPE and Path(name).name != Path(facts.recipe).name:
+            raise ConfigError(
+                f"--from {options.from_} holds a plan of {facts.recipe}, not of {name}: measure {name} first"
+            )
+        facts = _with_noise(facts, _logged_noise(options))
         about, given = _from_file(facts, options)
         say = Speaker(detect_launch().rank == 0)
+        say(f"plan {facts.recipe}, from what was measured in {options.from_}")
         say(about)
         _show(given, options, {}, say)
         return 0

@@ -26,9 +26,9 @@ class Facts:
     ranks_per_host: int
     """Of the hosts that are planned for."""
     alone: Compute
-    """A step of one rank while the others of its host wait."""
+    """A step of one micro-batch, of one rank while the others of its host wait."""
     together: Compute
-    """A step of a rank while all ranks of its host compute, the slowest's."""
+    """A step of one micro-batch, of a rank while all ranks of its host compute, the slowest's."""
     together_ranks: int
     """Ranks of a host that did."""
     spread: float
@@ -41,7 +41,7 @@ class Facts:
     pace: float = 1.0
     """What the network's times in a step are to those of single all-reduces."""
     measured_steps_s: Mapping[int, float] = field(default_factory=dict)
-    """Real steps with communication, by number of ranks."""
+    """Real steps, with all their micro-batches and with communication, by number of ranks."""
     slowest: str = ""
     """Which rank is slower than the others, and by how much; empty if none is."""
     steps_to_target: int | None = None
@@ -72,6 +72,15 @@ class Facts:
     """Whether the world adds bfloat16 as it is."""
     formats: Mapping[str, Format] = field(default_factory=dict)
     """What was measured of each format of gradients."""
+
+    def own_step_s(self, compute: Compute) -> float:
+        """Return the seconds of a step that waits for no other rank, with all its micro-batches."""
+        return step_time(compute, [], accum_steps=self.accum_steps).total_s
+
+    @property
+    def alone_measured_s(self) -> dict[int, float]:
+        """Return the step of one rank, for `measured_steps_s`; none where a step has more than one micro-batch."""
+        return {1: self.alone.total_s} if self.accum_steps == 1 else {}
 
     @property
     def most_samples(self) -> int | None:

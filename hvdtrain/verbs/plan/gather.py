@@ -87,7 +87,7 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         adds_bfloat16=world.adds_bfloat16,
     )
     if network is None:
-        return dataclasses.replace(facts, measured_steps_s={1: alone.compute.total_s})
+        return dataclasses.replace(facts, measured_steps_s=facts.alone_measured_s)
     names = [name for name in dict.fromkeys((recipe.comm.compression, *FORMATS)) if _has_room(name, facts)]
     layout = Layout(world.size, len(set(hosts)))
     formats = measured_formats(world, layout, recipe.comm, names, buckets, (network, fp16))

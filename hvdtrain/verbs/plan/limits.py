@@ -19,7 +19,8 @@ def limit_of(facts: Facts, row: Row) -> str:
         "latency of the network": row.step.latency_s / row.step.total_s,
         "bandwidth of the network": row.step.bandwidth_s / row.step.total_s,
         "cores, caches and memory that the ranks of a host share": 1
-        - facts.alone.total_s / compute_on(facts, Layout.of(row.workers, facts.ranks_per_host)).total_s,
+        - facts.own_step_s(facts.alone)
+        / facts.own_step_s(compute_on(facts, Layout.of(row.workers, facts.ranks_per_host))),
     }
     if row.relative_steps is not None:
         # Of the work of all workers, what a batch so large wastes.

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.settings.units import shortened
 from hvdtrain.verbs.plan.kinds import Controller, Kinds, Layout, factors
 
 __all__ = ["Controller", "Layout", "Network", "Pace", "Timing", "fit", "other_network", "paced"]
@@ -34,6 +35,8 @@ _NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 _PAYLOAD = 0.957
 # What another collective's latency and bytes may be to those that the all-reduces tell of.
 _LEAST, _MOST = 0.2, 5.0
+# Of --link: bits a second, and seconds. Beyond these it is a slip, and tables would be wider than any terminal.
+_SLOWEST, _FASTEST, _LONGEST_S = 1e3, 1e15, 60.0
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,14 @@ def other_network(measured: Network | None, given: str, controller: Controller =
     """
     match = re.fullmatch(rf"({_NUMBER})\s*([kmg])bit(?:/s)?\s*,\s*({_NUMBER})\s*(us|ms)", given.strip().lower())
     if match is None:
-        raise ConfigError(f"--link {given}: write a rate and a one-way latency, such as 25gbit,5us or 200mbit,1ms")
+        raise ConfigError(
+            f"--link {shortened(given)}: write a rate and a one-way latency, such as 25gbit,5us or 200mbit,1ms"
+        )
     rate = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]]
     latency = float(match[3]) * {"us": 1e-6, "ms": 1e-3}[match[4]]
-    if rate <= 0:
-        raise ConfigError(f"--link {given}: the rate must be greater than 0")
+    if not (_SLOWEST <= rate <= _FASTEST and latency <= _LONGEST_S):
+        raise ConfigError(
+            f"--link {shortened(given)}: the rate must be from 1kbit to 1000000gbit, and the latency at most 60000ms"
+        )
     base = measured or Network(controller, 0.0, None, None, None, None, 0.0, 1)
     return replace(base, outside_latency_s=latency, outside_byte_s=8 / rate / _PAYLOAD)

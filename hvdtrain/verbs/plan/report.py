@@ -99,7 +99,7 @@ def describe(facts: Facts) -> str:
             f" {facts.most_samples:,} samples fit"
         )
     if facts.together_ranks > 1:
-        slower = facts.together.total_s / facts.alone.total_s
+        slower = facts.own_step_s(facts.together) / facts.own_step_s(facts.alone)
         lines.append(f"            {slower:.2f} times as long while all {facts.together_ranks} ranks of a host compute")
     if facts.slowest:
         lines.append(f"warning:    {facts.slowest}; the slowest rank's times are used")
@@ -113,10 +113,11 @@ def describe(facts: Facts) -> str:
 def _describe_compute(facts: Facts) -> str:
     alone = facts.alone
     memory = f"; {facts.memory_bytes / 2**30:.2f} GiB" if facts.memory_bytes else ""
+    each = " a micro-batch" if facts.accum_steps > 1 else ""
     return (
-        f"one rank:   {alone.total_s * 1e3:.4g} ms a step: forward {alone.forward_s * 1e3:.4g}, backward"
-        f" {alone.backward_s * 1e3:.4g}, optimizer and the rest {alone.rest_s * 1e3:.4g}; {facts.micro_batch_size}"
-        f" samples x {facts.accum_steps}; steps differ by {facts.spread:.0%}{memory}"
+        f"one rank:   {facts.own_step_s(alone) * 1e3:.4g} ms a step: forward {alone.forward_s * 1e3:.4g}, backward"
+        f" {alone.backward_s * 1e3:.4g}{each}, optimizer and the rest {alone.rest_s * 1e3:.4g};"
+        f" {facts.micro_batch_size} samples x {facts.accum_steps}; steps differ by {facts.spread:.0%}{memory}"
     )
 
 
