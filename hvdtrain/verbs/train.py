@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, UsageError, reason_of
+from hvdtrain.process.early_end import never_silent
 from hvdtrain.process.working_directory import is_gone
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.given import apply, changeable, in_sections, read_toml
@@ -103,7 +104,8 @@ def answer(name: str, recipe: Recipe, options: TrainOptions) -> int:
         LaunchError: there is no world.
         SystemExit: on all ranks alike, with the exit code of what rank 0 has said.
     """
-    run(Request(name, recipe, options.run_dir, options.dry_run, options.allow_config_change), leaves=True)
+    with never_silent():
+        run(Request(name, recipe, options.run_dir, options.dry_run, options.allow_config_change), leaves=True)
     return 0
 
 

@@ -98,3 +98,48 @@ def test_an_exception_that_cannot_be_shown_is_named():
     assert sentence_of(error).startswith("WordlessError: its message cannot be shown, since that raises RuntimeError (")
     assert "in fail" in sentence_of(error)
     assert "WordlessError" in stack_of(error)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "is_said"),
+    [
+        ("os._exit(0)", 1, True),
+        ("os._exit(3)", 3, False),
+        ("os._exit(75)", 75, False),
+        ("os.fork() or os._exit(0); os.wait()", 0, False),
+        (
+            "process = multiprocessing.get_context('fork').Process(target=int); process.start(); process.join()",
+            0,
+            False,
+        ),
+    ],
+)
+def test_no_process_ends_in_silence_as_if_its_run_had_finished(code, expected, is_said):
+    program = "import multiprocessing, os\nfrom hvdtrain.process.early_end import never_silent\nbefore = os._exit\n"
+    program += f"with never_silent():\n    {code}\nassert os._exit is before"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == expected, done.stderr
+    assert ("ended this process by os._exit(0), and the run has not finished" in done.stderr) == is_said
+
+
+LEAVES = """
+import os, torch, hvdtrain
+
+class Sum(hvdtrain.Recipe):
+    def build(self, say):
+        x = torch.randn(32, 4)
+        return hvdtrain.Task(model=torch.nn.Linear(4, 1), train_data=hvdtrain.TensorSamples(x), loss_sums=leave)
+
+def leave(model, batch):
+    os._exit(0)
+
+def recipe():
+    return Sum(train=hvdtrain.TrainConfig(steps=8, global_batch_size=8))
+"""
+
+
+def test_train_says_that_it_was_left(tmp_path):
+    (tmp_path / "mine.py").write_text(LEAVES)
+    command = [sys.executable, "-m", "hvdtrain", "train", "mine.py", "--run-dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "by os._exit(0)" in done.stderr) == (1, True), done.stdout + done.stderr
