@@ -127,8 +127,8 @@ import os, torch, hvdtrain
 
 class Sum(hvdtrain.Recipe):
     def build(self, say):
-        x = torch.randn(32, 4)
-        return hvdtrain.Task(model=torch.nn.Linear(4, 1), train_data=hvdtrain.TensorSamples(x), loss_sums=leave)
+        data = hvdtrain.TensorSamples(torch.randn(32, 4))
+        return hvdtrain.Task(model=torch.nn.Linear(4, 1), train_data=data, val_data=data, loss_sums=leave)
 
 def leave(model, batch):
     os._exit(0)
