@@ -137,7 +137,7 @@ class SweepOptions(RecipeOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "/" not in self.sweep__metric:  # beside them the table has columns such as "state" and "step"
-            raise ConfigError(f"--sweep.metric {self.sweep__metric!r} is none: give one of evaluations, as val/loss is")
+            raise ConfigError(f"--sweep.metric {self.sweep__metric[:80]!r} is none: give an evaluation's, as val/loss")
         if self.sweep__random and self.sweep__optuna:
             raise ConfigError("give --sweep.random or --sweep.optuna, not both")
         if self.np > 1 and self.launcher:

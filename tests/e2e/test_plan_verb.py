@@ -53,7 +53,7 @@ def test_plan(hvdtrain, tmp_path, small_text, launcher, ranks):
         (["plan", "lm", "--price", "1e10"], "--price = 10000000000.0 must be "),
         (
             ["sweep", "lm", "--train.seed", "0,1", "--sweep.metric", ""],
-            "--sweep.metric '' is none: give one of evaluations",
+            "--sweep.metric '' is none: give an evaluation's, as val",
         ),
         (["sweep", "lm", "--train.seed", "0,1", "--sweep.metric", "state"], "--sweep.metric 'state' is none"),
         (["sweep", "lm", "--train.seed", "0,1", "--dry-run", "--launcher", "'x"], "has a quotation mark too few"),

@@ -13,6 +13,7 @@ from hvdtrain.errors import ConfigError, StopRequested
 from hvdtrain.process.job import run_job
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.process.working_directory import module_command
+from hvdtrain.settings.units import shortened
 from hvdtrain.verbs.kit import write_line
 from hvdtrain.verbs.options import SweepOptions
 from hvdtrain.verbs.sweep.folder import SweepFolder, Trial
@@ -102,7 +103,7 @@ def starter_of(options: SweepOptions) -> list[str] | None:
     try:
         words = shlex.split(launcher)
     except ValueError as error:
-        raise ConfigError(f"--launcher {launcher!r} has a quotation mark too few") from error
+        raise ConfigError(f"--launcher {shortened(launcher)!r} has a quotation mark too few") from error
     if not words:
         raise ConfigError("--launcher is empty: give a command such as mpirun -np 4")
     return words
