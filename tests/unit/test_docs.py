@@ -46,7 +46,7 @@ def folder(monkeypatch, tmp_path):
     for name in ("HOROVOD_FUSION_THRESHOLD", "MKL_NUM_THREADS", "OMPI_MCA_mpi_yield_when_idle"):
         monkeypatch.setenv(name, os.environ.get(name, "0"))
     monkeypatch.chdir(tmp_path)
-    for name in ("runs/mine", "runs/a", "runs/b", "runs/c", "my_text", "model", "plan", "clips"):
+    for name in ("runs/mine", "runs/a", "runs/b", "runs/c", "runs/rates", "my_text", "model", "plan", "clips"):
         Path(name).mkdir(parents=True)
     for name in ("my_loop.py", "held_out.txt", "train.bin", "val.bin", "chats.jsonl", "pairs.jsonl", "pairs.tsv"):
         Path(name).touch()
