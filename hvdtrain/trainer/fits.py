@@ -13,6 +13,8 @@ from hvdtrain.settings.values import flattened
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.same_data import explain_resume
 
+_MOST_NAMED = 5
+
 
 def check_fits(job: Job, state: dict[str, Any], data: dict[str, Print]) -> None:
     """Make sure that a checkpoint belongs to the job's settings, batch and data.
@@ -28,11 +30,11 @@ def check_fits(job: Job, state: dict[str, Any], data: dict[str, Print]) -> None:
     now = flattened(to_dict(job.config))
     then = _with_later_settings(flattened(state["config"]), job.config)
     free = (*changeable_settings(job.config), *job.allowed_changes)
-    problems = [
-        f"{name} was {then.get(name)} and is {now.get(name)} now"
-        for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and not _is_in(name, free)
+    different = [
+        name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name) and not _is_in(name, free)
     ]
+    _check_recipe(job, different)
+    problems = [f"{name} was {then.get(name)} and is {now.get(name)} now" for name in different]
     if state["global_batch_size"] != job.plan.global_batch_size:
         problems.append(f"the global batch was {state['global_batch_size']} and is {job.plan.global_batch_size} now")
     change = explain_resume(job, state, data)
@@ -43,6 +45,18 @@ def check_fits(job: Job, state: dict[str, Any], data: dict[str, Print]) -> None:
             f"{job.run} was begun with other settings: {'; '.join(problems)}. Go on with the same ones"
             f" (--config {job.run.config}), choose another --run-dir, or allow a change of what is not"
             " the batch or the model with --allow-config-change SECTION.SETTING"
+        )
+
+
+def _check_recipe(job: Job, different: list[str]) -> None:
+    """Raise ResumeError where a checkpoint has settings that the job's recipe knows nothing of."""
+    known = {name for name, _, _ in fields_of(job.config)}
+    strange = [name for name in different if name not in known and not name.startswith("optim.")]  # each has its own
+    if strange:
+        more = f" and {len(strange) - _MOST_NAMED} more" if len(strange) > _MOST_NAMED else ""
+        raise ResumeError(
+            f"{job.run} is a run of another recipe, or of this one before it was changed, with settings that there are"
+            f" not now ({', '.join(strange[:_MOST_NAMED])}{more}): choose another --run-dir"
         )
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hvdtrain import CheckpointConfig, Config, EvalConfig, OptimConfig, Task, TensorSamples, TrainConfig
 from hvdtrain.errors import ResumeError
 from hvdtrain.optim.schedule import learning_rate
+from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
@@ -135,3 +136,21 @@ def test_a_setting_that_came_later_is_at_its_default(tmp_path):
     changed = dataclasses.replace(job, config=dataclasses.replace(job.config, optim=optim))
     with pytest.raises(ResumeError, match=r"optim\.decay_factor was 0\.1 and is 0\.5 now\. Go on"):
         check_fits(changed, state, {})
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_a_run_of_another_recipe_is_called_that(tmp_path, count):
+    """It was a list of all settings of both, each of which "is None now"."""
+    job = job_of(tmp_path, [])
+    then = to_dict(job.config)
+    then["model"] = {**then.get("model", {}), **{f"width_{number:02}": 3 for number in range(count)}}
+    state = {"config": then, "global_batch_size": job.plan.global_batch_size, "fingerprint": "", "data": {}}
+    with pytest.raises(
+        ResumeError, match=r"is a run of another recipe, or .* \(model\.width_00.*: choose another"
+    ) as said:
+        check_fits(job, state, {})
+    assert ("and 35 more)" in str(said.value)) == (count == 40)
+    assert "None" not in str(said.value)
+    sgd = dataclasses.replace(job, config=dataclasses.replace(job.config, optim=SgdConfig()))
+    with pytest.raises(ResumeError, match=r"optim\.name was adamw and is sgd now"):
+        check_fits(sgd, {**state, "config": to_dict(job.config)}, {})
