@@ -114,6 +114,8 @@ class Supervisor:
         Open MPI 5's mpirun returns 0 when it has lost a host. Metrics may lack their end for other reasons, such as a
         full disk: then it is believed at last.
         """
+        if code == 0 and not self._signals and not run_dir.exists():  # a wrapper that starts nothing
+            say(f"the command returned 0, and there is no run in {run_dir}")
         self._doubts = 0 if code or has_progressed else self._doubts
         if code or self._signals or self._doubts >= _MOST_DOUBTS or not lacks_its_end(run_dir):
             return code

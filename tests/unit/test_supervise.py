@@ -146,3 +146,12 @@ def test_hostile_values_of_flags_are_refused(flags, capsys):
         main([*flags, "--", "true", "--run-dir", "x"])
     assert stop.value.code == 2
     assert f"argument {flags[0]}: invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_a_command_that_does_nothing_is_told(tmp_path, capfd, has_run):
+    if has_run:
+        (tmp_path / "run").mkdir()
+    assert main(["--", "true", "--run-dir", str(tmp_path / "run")]) == 0
+    said = f"supervise: the command returned 0, and there is no run in {tmp_path / 'run'}\n"
+    assert capfd.readouterr().err == ("" if has_run else said)
