@@ -9,10 +9,12 @@ import torch
 from families import tiny_model
 from hugging import import_transformers
 from templates import make_chat_tokenizer
+from tiny_models import make_config
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.hf import ChatEvalConfig, DocumentsConfig, Transformers, TransformersConfig, hf
+from hvdtrain.recipes.transformers_models.loading import check_length
 from hvdtrain.rundir.trained import open_trained
 
 import_transformers()
@@ -182,3 +184,13 @@ def test_it_does_not_matter_how_a_batch_is_cut(place, family, precision, setting
     assert first == pytest.approx(second, rel=tolerance)
     assert ("train/balance_loss" in lines[0]) == ("output_router_logits" in settings)
     assert "val/bits_per_byte" in lines[-1]
+
+
+def test_a_sample_longer_than_the_model_says_how_long_it_may_be():
+    """As of a model of `lm`, which was exported, with the default length of `hf`."""
+    model = import_transformers().AutoModelForCausalLM.from_config(make_config("llama"))
+    check_length(model, 64)
+    with pytest.raises(
+        ConfigError, match="512 is more than the 64 positions of the model: give --data.sequence-length 64,"
+    ):
+        check_length(model, 512)

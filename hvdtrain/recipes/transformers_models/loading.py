@@ -140,7 +140,10 @@ def check_length(model: nn.Module, length: int) -> None:
     settings: Any = model.config
     longest = getattr(settings.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
-        raise ConfigError(f"--data.sequence-length {length} is more than the {longest} positions of the model")
+        raise ConfigError(
+            f"--data.sequence-length {length} is more than the {longest} positions of the model: give"
+            f" --data.sequence-length {longest}, or less"
+        )
 
 
 def num_rows(model: nn.Module) -> int:
