@@ -190,7 +190,5 @@ def test_a_sample_longer_than_the_model_says_how_long_it_may_be():
     """As of a model of `lm`, which was exported, with the default length of `hf`."""
     model = import_transformers().AutoModelForCausalLM.from_config(make_config("llama"))
     check_length(model, 64)
-    with pytest.raises(
-        ConfigError, match=r"more than the 64 positions of the model: give --data\.sequence-length 64,"
-    ):
+    with pytest.raises(ConfigError, match=r"more than the 64 positions of the model: give --data\.sequence-length 64,"):
         check_length(model, 512)
