@@ -13,6 +13,7 @@ from pathlib import Path
 import heartbeat_rank as acts
 import pytest
 import torch
+from waiting import wait_for
 
 from hvdtrain.process.launch import Launch
 from hvdtrain.world import SoloWorld
@@ -63,13 +64,6 @@ def job(begin, tmp_path):
     return job
 
 
-def wait_for(condition, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-
-
 def ended(processes, folder, seconds=60):
     """Return exit code and standard error of each rank."""
     for process in processes:
@@ -97,7 +91,7 @@ def listening(pid):
 
 def test_farewells_are_no_deaths(job, tmp_path):
     ranks = job(acts.go_on, acts.go_on, acts.go_on)
-    assert not any(listening(process.pid) for process in ranks)  # all are in: nobody may come any more
+    wait_for(lambda: not any(listening(process.pid) for process in ranks))  # all are in: nobody may come any more
     (tmp_path / "over").touch()
     assert ended(ranks, tmp_path) == [(0, "")] * 3
 

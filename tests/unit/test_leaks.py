@@ -22,7 +22,7 @@ LEAKS = {
 
 @pytest.mark.slow
 def test_what_is_left_behind_fails_the_test(tmp_path):
-    (tmp_path / "conftest.py").write_text(CONFTEST.read_text().replace("SECONDS_TO_END = 5", "SECONDS_TO_END = 1"))
+    (tmp_path / "conftest.py").write_text(CONFTEST.read_text().replace("SECONDS_TO_END = 30", "SECONDS_TO_END = 2"))
     tests = "\n".join(f"def test_{i}(): {code}" for i, (code, _) in enumerate(LEAKS.values()))
     (tmp_path / "test_it.py").write_text(f"import os, pathlib, subprocess, threading, time\nleft = []\n{tests}\n")
     command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-rE", "test_it.py"]

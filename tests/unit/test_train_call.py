@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import wait_for_saves
 
 import hvdtrain
 from hvdtrain.process.job import start_ranks
@@ -322,10 +322,10 @@ class Act(hvdtrain.Callback):
         if run.step == 3 and self.what == "chdir":
             os.chdir("elsewhere")
         elif run.step == 3 and self.what == "remove":
-            while not Path("run/checkpoints/step-00000002").is_dir():  # Written meanwhile: rmtree fails on a new file.
-                time.sleep(0.01)
+            wait_for_saves()  # rmtree fails on a file that comes meanwhile, and the save on a folder that has gone
             shutil.rmtree("run")
         elif run.step == 3:
+            wait_for_saves()
             Path("run").rename("moved")
 
 
