@@ -52,12 +52,11 @@ def begin(context, tmp_path):
 
 @pytest.fixture
 def job(begin, tmp_path):
-    """Start ranks, and tell them to act once they have met and reported for a while."""
+    """Start ranks, and tell them to act once they have met and heard of each other's steps."""
 
     def job(*what):
         ranks = begin(*what)
-        wait_for(lambda: all((tmp_path / f"up-{rank}").exists() for rank in range(len(what))))
-        time.sleep(0.6)
+        wait_for(lambda: all((tmp_path / f"heard-{rank}").exists() for rank in range(len(what))))
         (tmp_path / "go").touch()
         return ranks
 
