@@ -29,7 +29,7 @@ contact_gpus(Hanging(torch.device("cpu"), Launch("none")), 0.2)
 
 def test_a_hang_ends_with_what_to_set(monkeypatch):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
-    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "NCCL has not started within 0.2 s on rank 0" in done.stderr

@@ -25,7 +25,7 @@ def python(code, **more):
 
 
 def ended(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
@@ -92,7 +92,7 @@ def test_the_clock_runs_since_the_launcher_was_started(tmp_path):
         "with StopRequest(1.5) as r: print(r.reason)\nwith StopRequest(6000) as r: print(r.reason)"
     )
     done = subprocess.run(
-        [launcher, sys.executable, tmp_path / "rank.py"], capture_output=True, text=True, timeout=60, check=True
+        [launcher, sys.executable, tmp_path / "rank.py"], capture_output=True, text=True, timeout=120, check=True
     )
     seconds, short, long = done.stdout.splitlines()
     assert 2 <= float(seconds) < 600
@@ -114,7 +114,7 @@ def test_a_launcher_that_is_gone_is_a_request(tmp_path, is_in_shell):
     process.kill()
     assert process.stdout.read().strip() == "the launcher is gone"  # to the end: the rank has left, too
     process.stdout.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
@@ -134,7 +134,7 @@ def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
     assert "stopped by the loss of its launcher: nothing is lost" in process.stdout.read()
     assert time.monotonic() - started < 30
     process.stdout.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 OWN = (
@@ -189,7 +189,7 @@ def test_a_program_that_is_lost_ends_the_ranks_that_it_has_started(tmp_path, dep
     assert says in process.stdout.read()  # to the end: the rank has left, too
     assert time.monotonic() - started < 30
     process.stdout.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 def test_owners_of_another_host_or_container_are_not_looked_for(monkeypatch):
