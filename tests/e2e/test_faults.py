@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import FAULTY as RECIPE
 from conftest import processes_naming
+from patience import wait_for
 from safetensors.torch import load_file
-from waiting import wait_for
 
 pytestmark = pytest.mark.alone
 

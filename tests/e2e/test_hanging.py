@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import FAULTY as RECIPE
 from conftest import LAUNCHERS, processes_naming
-from waiting import catches, wait_for
+from patience import catches, wait_for
 
 from hvdtrain.process.marked import training_among
 

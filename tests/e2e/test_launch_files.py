@@ -6,7 +6,7 @@ import signal
 import pytest
 import yaml
 from conftest import BIN, REPOSITORY
-from waiting import wait_for
+from patience import wait_for
 
 pytestmark = pytest.mark.alone
 

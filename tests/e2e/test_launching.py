@@ -13,7 +13,7 @@ import time
 
 import pytest
 from conftest import environment
-from waiting import catches, wait_for
+from patience import catches, wait_for
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, LaunchError

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from builds import make_environment
+from patience import wait_for
 from planted import can_make_namespaces
-from waiting import wait_for
 
 from hvdtrain.install.__main__ import parse
 from hvdtrain.install.environment import Environment

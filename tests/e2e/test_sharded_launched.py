@@ -7,8 +7,8 @@ import sys
 
 import torch
 from conftest import LAUNCHERS
+from patience import wait_for
 from safetensors.torch import load_file
-from waiting import wait_for
 
 
 def test_a_sharded_run_is_killed_and_goes_on_at_other_sizes(start, hvdtrain, tiny_lm, tmp_path):

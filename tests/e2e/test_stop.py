@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import LAUNCHERS
+from patience import wait_for, whole_lines
 from safetensors.torch import load_file
-from waiting import wait_for, whole_lines
 
 pytestmark = pytest.mark.alone
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from waiting import wait_for
+from patience import wait_for
 
 from hvdtrain.world import door as module
 from hvdtrain.world.door import MOST_VISITORS, Door, knock

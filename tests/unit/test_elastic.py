@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from waiting import wait_for
+from patience import wait_for
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.aside import Aside, accused_hosts, sizes_of_logs

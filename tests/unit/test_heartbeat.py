@@ -13,7 +13,7 @@ from pathlib import Path
 import heartbeat_rank as acts
 import pytest
 import torch
-from waiting import wait_for
+from patience import wait_for
 
 from hvdtrain.process.launch import Launch
 from hvdtrain.world import SoloWorld

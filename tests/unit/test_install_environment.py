@@ -13,7 +13,7 @@ from pathlib import Path
 import pip
 import pytest
 from builds import check_lock, fake_mpi, make_environment, script
-from waiting import wait_for
+from patience import wait_for
 
 import hvdtrain
 from hvdtrain.install import mpi, packages, steps

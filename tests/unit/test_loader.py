@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from waiting import wait_for
+from patience import wait_for
 
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.data.draws import Draws, is_same_state, kept_random_state, random_state

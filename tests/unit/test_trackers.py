@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from digits import write_digits
+from patience import wait_for
 from test_train_call import RECIPE, Line, environment  # noqa: F401  a fixture
-from waiting import wait_for
 
 import hvdtrain
 from hvdtrain.errors import ConfigError

@@ -319,7 +319,7 @@ class Act(hvdtrain.Callback):
         self.what = what
 
     def after_step(self, run):
-        from waiting import wait_for_saves  # here: a process of its own runs this file, without tests/support
+        from patience import wait_for_saves  # here: a process of its own runs this file, without tests/support
 
         if run.step == 3:
             wait_for_saves()  # rmtree fails on a file that comes meanwhile, and the save on a folder that has gone

@@ -8,8 +8,8 @@ import time
 import types
 
 import pytest
+from patience import wait_for
 from safetensors.torch import save_file
-from waiting import wait_for
 
 from hvdtrain.data.text import chat
 from hvdtrain.data.text.deadline import at_most

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import wait_for
 from users_data import Augmented, Bad, Locked, Pair
-from waiting import wait_for
 
 from hvdtrain.data.loader import Loader, Reading
 from hvdtrain.data.order import SampleOrder
