@@ -164,12 +164,13 @@ def outside_of_compilers(function: _Function) -> _Function:
     return cast(_Function, call)
 
 
-def on_compilation(begin: Callable[[], None], end: Callable[[], None]) -> None:
-    """Have these called, in the compiling thread, whenever torch.compile begins and ends to compile something."""
-    from torch._dynamo import callback  # takes seconds to import
+def on_compilation(begin: Callable[..., None], end: Callable[..., None]) -> None:
+    """Have a compiling thread call these as torch.compile begins and ends; `torch._dynamo.reset()` forgets them."""
+    from torch._dynamo.callback import callback_handler  # takes seconds to import
 
-    callback.on_compile_start(lambda _: begin())
-    callback.on_compile_end(lambda _: end())
+    for known, one in ((callback_handler.start_callbacks, begin), (callback_handler.end_callbacks, end)):
+        if one not in known:  # each is called once, however often it is given
+            known.append(one)
 
 
 def apply_to_tensors(model: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:

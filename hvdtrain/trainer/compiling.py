@@ -33,10 +33,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 class _Watched:
-    """The world whose progress is noted; the compiler's callbacks are the process's, and stay."""
+    """The world whose progress is noted; the compiler's callbacks are the process's."""
 
     world: weakref.ref[World] | None = None
-    is_registered = False
     progress: Progress | None = None
     """That of the compilation under way."""
     before: str = ""
@@ -45,19 +44,17 @@ class _Watched:
 def note_compilations(world: World) -> None:
     """Have this rank's progress say when it compiles, which takes minutes and is no hang, from now on."""
     _Watched.world = weakref.ref(world)
-    if not _Watched.is_registered:
-        _Watched.is_registered = True
-        on_compilation(_begin, _end)
+    on_compilation(_begin, _end)  # a notebook may have called torch._dynamo.reset() since the last training
 
 
-def _begin() -> None:
+def _begin(*_: object) -> None:
     world = _Watched.world() if _Watched.world is not None else None
     if world is not None:
         _Watched.progress, _Watched.before = world.progress, world.progress.read().phase
         world.progress.enter("compilation")
 
 
-def _end() -> None:
+def _end(*_: object) -> None:
     progress, _Watched.progress = _Watched.progress, None
     if progress is not None and progress.read().phase == "compilation":
         progress.enter(_Watched.before)  # type: ignore[arg-type]

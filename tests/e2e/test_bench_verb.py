@@ -11,13 +11,13 @@ RECIPE = REPOSITORY / "tests" / "support" / "faulty_recipe.py"
 @pytest.mark.alone
 @pytest.mark.parametrize(("launcher", "ranks"), [(None, 1), ("mpirun", 2)])
 def test_the_parts_are_the_whole(hvdtrain, tmp_path, launcher, ranks):
-    arguments = ("--steps", "4", "--rounds", "2", "--pause", "0.02", "--json", "answer.json", "--no-knobs")
+    arguments = ("--steps", "4", "--rounds", "2", "--pause", "0.1", "--json", "answer.json", "--no-knobs")
     done = hvdtrain("bench", RECIPE, *arguments, launcher=launcher, ranks=ranks)
     assert done.code == 0, done.text
     answer = json.loads((tmp_path / "answer.json").read_text())
     (row,) = answer["variants"]
     assert sum(row["parts_s"].values()) == pytest.approx(row["step_s"], rel=0.3)
-    assert row["parts_s"]["forward"] > 0.02  # the pause lies there
+    assert row["parts_s"]["forward"] > 0.1  # the pause lies there, and is most of a step on any machine
     assert row["samples_per_s"] == pytest.approx(16 / row["step_s"])
     # 8 x 32 and 32 x 1 weights, 2 operations each, 3 passes, 16 samples
     assert answer["flops_per_step"] == 3 * 2 * 16 * (8 * 32 + 32)

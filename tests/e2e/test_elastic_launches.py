@@ -58,7 +58,7 @@ def test_a_launcher_that_returns_0_too_early_is_not_believed(run, listed, tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["a script that hangs", "too few", "a launcher without ranks", "a pause"])
 def test_a_signal_ends_it_at_every_stage(start, listed, tmp_path, stage, number):
-    launcher = ["sh", "-c", "touch begun; trap 'exit 75' USR1; while :; do sleep 0.1; done", "{ranks}"]
+    launcher = ["sh", "-c", "trap 'exit 75' USR1; touch begun; while :; do sleep 0.1; done", "{ranks}"]
     where = HERE
     if stage == "a script that hangs":
         where = ["--hosts-script", "sh -c 'touch begun; sleep 600'", "--ssh", "true"]
@@ -70,7 +70,7 @@ def test_a_signal_ends_it_at_every_stage(start, listed, tmp_path, stage, number)
     until((tmp_path / "begun").exists, process)
     time.sleep(1.0)
     os.kill(process.pid, number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "Traceback" not in out
     assert not processes_naming(tmp_path)
@@ -78,9 +78,9 @@ def test_a_signal_ends_it_at_every_stage(start, listed, tmp_path, stage, number)
 
 def test_a_launcher_whose_supervisor_is_killed_is_asked_to_stop(start, listed, tmp_path):
     """It has no rank on this host that could notice; a process that outlives the supervisor does."""
-    launcher = "touch begun; trap 'touch asked; exit 75' USR1; while :; do sleep 0.1; done"
+    launcher = "trap 'touch asked; exit 75' USR1; touch begun; while :; do sleep 0.1; done"
     process = start(*SUPERVISE, *HERE, "--", "sh", "-c", launcher, "{ranks}", "--run-dir", "run")
     until((tmp_path / "begun").exists, process)
     process.kill()
-    process.communicate(timeout=60)  # to the end of the output: the launcher has left
+    process.communicate(timeout=120)  # to the end of the output: the launcher has left
     assert (tmp_path / "asked").exists()

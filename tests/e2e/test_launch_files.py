@@ -2,11 +2,11 @@
 
 import os
 import signal
-import time
 
 import pytest
 import yaml
 from conftest import BIN, REPOSITORY
+from patience import wait_for
 
 pytestmark = pytest.mark.alone
 
@@ -22,10 +22,8 @@ def site(tmp_path):
 
 
 def wait_for_training(run_dir):
-    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 90
-    while not (log.exists() and '"step": 4' in log.read_text()):
-        assert time.monotonic() < deadline, "it does not train"
-        time.sleep(0.1)
+    log = run_dir / "metrics.jsonl"
+    wait_for(lambda: log.exists() and '"step": 4' in log.read_text(), what="it does not train")
 
 
 def finished(run_dir):
@@ -45,7 +43,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(run, start, tmp_path, site,
     process = start(REPOSITORY / "launch" / script, *LONG, **site, **more)
     wait_for_training(tmp_path / "run")
     os.kill(process.pid, number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert out.startswith("+ ")  # the plain command
     assert "on request" in out
@@ -65,7 +63,7 @@ def test_lsf_with_the_variables_that_it_sets(start, tmp_path, site):
     process = start(REPOSITORY / "launch" / "lsf.sh", HVDTRAIN_ARGUMENTS=arguments, **lsf, **site)
     wait_for_training(tmp_path / "run")
     os.kill(process.pid, signal.SIGUSR1)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "on request (SIGUSR1, rank" in out
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from conftest import environment
+from patience import catches, wait_for
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, LaunchError
@@ -98,7 +99,7 @@ def test_one_rank_gets_signals_too(start):
     process = start(sys.executable, "-c", job)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=120) == 75
 
 
 def test_a_signal_before_there_are_ranks_is_passed_on_later(start):
@@ -111,9 +112,9 @@ def test_a_signal_before_there_are_ranks_is_passed_on_later(start):
     )
     process = start(sys.executable, "-c", job)
     assert process.stdout.readline() == "job\n"
-    time.sleep(1)
+    wait_for(lambda: catches(process.pid, signal.SIGTERM))  # the launcher has just been started
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=120) == 75
 
 
 @pytest.mark.parametrize("ranks", [0, -1, 2.0, True, "2", None, 10**6])
@@ -157,13 +158,14 @@ def test_a_function_on_two_ranks(monkeypatch):
 def test_the_command_line_starts_its_own_ranks_and_passes_a_signal_on(start, tiny_lm, tmp_path):
     command = [sys.executable, "-m", "hvdtrain", "-np", "2", *tiny_lm, "--train.steps", "100000", "--run-dir", "run"]
     process = start(*command)
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run" / "checkpoints" / "latest").exists():
-        assert time.monotonic() < deadline
+
+    def has_saved():
         assert process.poll() is None, process.stdout.read()
-        time.sleep(0.1)
+        return (tmp_path / "run" / "checkpoints" / "latest").exists()
+
+    wait_for(has_saved)
     os.kill(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
     assert "2 ranks" in out
     assert "stopped" in out

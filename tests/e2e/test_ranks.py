@@ -26,6 +26,6 @@ def test_inside(run, launcher, ranks, left_out):
     start = [word.format(n=ranks) for word in LAUNCHERS[launcher]]
     pytest_inside = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--color=no"]
     pytest_inside.append("--capture=sys")  # the stacks of a test that hangs are to be seen
-    done = run(*start, *pytest_inside, RANKS, *left_out, cwd=REPOSITORY, timeout=400)
+    done = run(*start, *pytest_inside, RANKS, *left_out, cwd=REPOSITORY, timeout=1200)
     assert done.code == 0, done.text[-8000:]
     assert len(re.findall(r"\d+ passed", done.text)) == ranks

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from builds import make_environment
+from patience import wait_for
 from planted import can_make_namespaces
 
 from hvdtrain.install.__main__ import parse
@@ -142,7 +143,7 @@ def test_a_second_run_takes_seconds_and_changes_nothing(current):
     start = time.monotonic()
     done = subprocess.run([ROOT / "launch" / "setup.sh"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
     assert stamp.stat().st_mtime_ns == before
 
 
@@ -194,13 +195,14 @@ def test_local_lets_every_rank_save_when_it_is_asked_to_stop(tmp_path, number, c
     job = subprocess.Popen([ROOT / "launch" / "local.sh", "2"], cwd=tmp_path, stdin=subprocess.DEVNULL)
     try:
         started = [tmp_path / "started-0", tmp_path / "started-1"]
-        deadline = time.monotonic() + 90
-        while not all(file.exists() and file.read_text() for file in started):
+
+        def have_started():
             assert job.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+            return all(file.exists() and file.read_text() for file in started)
+
+        wait_for(have_started)
         job.send_signal(number)
-        assert job.wait(30) == 75
+        assert job.wait(120) == 75
     finally:
         job.kill()
     assert sorted(file.name for file in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import sys
-import time
 
 import pytest
 import torch
 from conftest import LAUNCHERS
+from patience import wait_for, whole_lines
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.alone
@@ -16,16 +16,8 @@ pytestmark = pytest.mark.alone
 CONSTANT = ["--optim.schedule", "constant"]  # the number of steps must not change the learning rate
 
 
-def wait_for(condition, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-
-
 def lines_of(run_dir):
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return whole_lines(run_dir / "metrics.jsonl")
 
 
 def launch(start, tiny_lm, run_dir, launcher, *more):
@@ -88,5 +80,5 @@ def test_a_second_run_on_the_same_directory_is_refused(start, hvdtrain, tiny_lm,
     assert done.code == 2, done.text
     assert f"another run is training in {run_dir} (process {process.pid} on" in done.err
     process.kill()  # a dead holder keeps no lock
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     assert hvdtrain(*arguments, "--train.max-time", "1s").code == 75

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import FAULTY as RECIPE
 from conftest import LAUNCHERS, processes_naming
+from patience import wait_for
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.alone
@@ -87,10 +88,7 @@ def test_a_signal_saves_and_stops_for_good(start, tmp_path, launcher):
     train = [*launch, sys.executable, "-m", "hvdtrain", "train", RECIPE, "--run-dir", tmp_path / "run"]
     process = start(*SUPERVISE, "--", *train, "--train.steps", 100_000, "--pause", 0.01)
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and '"step": 4' in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: log.exists() and '"step": 4' in log.read_text())
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode in (75, 1 if launcher == "horovodrun-gloo" else 75), out
@@ -105,12 +103,9 @@ def test_a_supervisor_that_is_killed_leaves_no_run_behind(start, tmp_path):
     train = [*launch, "train", RECIPE, "--run-dir", tmp_path / "run", "--train.steps", 100_000, "--pause", 0.01]
     process = start(*SUPERVISE, "--", *train, "--checkpoint.every", 1_000_000)
     log = tmp_path / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and '"step": 4' in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: log.exists() and '"step": 4' in log.read_text())
     process.kill()
-    out, _ = process.communicate(timeout=60)  # to the end of the output: all have left
+    out, _ = process.communicate(timeout=120)  # to the end of the output: all have left
     assert "on request (the launcher is gone, rank" in out
     assert (tmp_path / "run" / "checkpoints" / "latest").exists()
     assert not processes_naming(tmp_path)
@@ -122,10 +117,7 @@ def test_a_signal_while_hosts_are_asked_is_not_forgotten(start, tmp_path):
     ssh.chmod(0o755)
     command = ["sh", "-c", "touch started; sleep 60", "-H", "elsewhere:1", "--run-dir", "run"]
     process = start(*SUPERVISE, "--ssh", ssh, "--", *command)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "asked").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((tmp_path / "asked").exists)
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out
@@ -140,10 +132,7 @@ def test_a_signal_before_there_are_ranks_is_passed_on_later(start, tmp_path):
     (tmp_path / "stand-in" / "hvdtrain.py").write_text(rank)
     launcher = f"trap '' USR1; touch begun; sleep 2; PYTHONPATH=stand-in {sys.executable} -m hvdtrain"
     process = start(*SUPERVISE, "--", "sh", "-c", launcher, "--run-dir", "run")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((tmp_path / "begun").exists)
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75, out

@@ -51,5 +51,5 @@ def check_lock(lock) -> None:
         thread = threading.Thread(target=second)
         thread.start()
         assert not entered.wait(0.2)
-    thread.join(10)
+    thread.join(60)
     assert entered.is_set()

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,16 @@ def fork_and_die(plan):
         os._exit(0)
     Path(os.environ["RUN_DIR"], "child").write_text(str(child))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+OF_SAVES = ("full disk", "read-only")
+
+
+def wait_for_saves():
+    """Wait for the thread that writes a checkpoint, if there is one."""
+    for thread in threading.enumerate():
+        if thread.name == "hvdtrain-save":
+            thread.join()
 
 
 HANGS = {
@@ -80,6 +91,8 @@ class Fault:
             os.kill(os.getpid(), getattr(signal, SIGNALS.get(kind) or plan["signal"]))
         if kind in HANGS:
             HANGS[kind](plan)
+        if kind in OF_SAVES:
+            wait_for_saves()  # one that was begun before is none of it
         if kind == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (plan["bytes"], resource.RLIM_INFINITY))
         if kind == "read-only":
@@ -88,6 +101,8 @@ class Fault:
 
     def is_over(self):
         if self.is_here and self.step > self.plan.get("until", self.plan["step"]) > 0:
+            if self.plan["kind"] in OF_SAVES:
+                wait_for_saves()  # one that was begun meanwhile is to fail
             if self.plan["kind"] == "full disk":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             away = Path(os.environ.get("RUN_DIR", "")) / "away"

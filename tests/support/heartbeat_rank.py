@@ -120,11 +120,13 @@ def run(folder, rank, size, act):
     assert beat.start() == [], "a rank is not watched"
     beat.log_to(folder / f"log-{rank}")
     (folder / f"up-{rank}").touch()
-    step = 0
+    step, others = 0, size - 1 if rank == 0 else 1
     while not (folder / "over").exists():
         world.progress.begin_step(step)
         step += 1
         time.sleep(0.05)
+        if [peer.place.step is None for peer in list(beat._peers.values())] == [False] * others:
+            (folder / f"heard-{rank}").touch()
         if (folder / "go").exists():
             act(beat, world)
     world.progress.leave()

@@ -157,7 +157,7 @@ class Hosts:
         assert not (check and done.returncode), f"{script}: {done.stderr}"
         return done.returncode
 
-    def _until(self, condition, what, seconds=20):
+    def _until(self, condition, what, seconds=60):
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:

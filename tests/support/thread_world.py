@@ -11,7 +11,7 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
 from hvdtrain.world import World
 
-SECONDS = 10.0
+SECONDS = 60.0  # a rank may compile meanwhile, on a machine that is busy
 
 
 class Meeting:

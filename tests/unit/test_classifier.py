@@ -304,7 +304,7 @@ def test_no_images_and_no_model(tmp_path):
 def test_settings_need_no_torch():
     code = "import sys; from hvdtrain import cli; cli.parse(['train', 'resnet', '--data.synthetic']);"
     code += "print(sorted({'torch', 'torchvision'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
 
 

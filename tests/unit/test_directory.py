@@ -32,7 +32,7 @@ def test_one_run_at_a_time(tmp_path):
     with pytest.raises(ResumeError, match=rf"another run is training in .*run \(process {other.pid} on"):
         run.claim()
     assert (run.path / "lock").exists()  # it is the other's
-    other.communicate("", timeout=30)
+    other.communicate("", timeout=120)
     run.claim().release()
 
 

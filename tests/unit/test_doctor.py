@@ -237,7 +237,7 @@ def test_a_user_without_a_clone_is_sent_to_no_file_of_it(tmp_path):
     shutil.copytree(Path(hvdtrain.__file__).parent, tmp_path / "hvdtrain", ignore=shutil.ignore_patterns("__pycache__"))
     code = "from hvdtrain.install.clone import *; print(setup_command(), other_environment())"
     command, environ = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("hvdtrain setup "), done.stderr
     assert "launch/" not in done.stdout
     assert setup_command() == "launch/setup.sh"
@@ -338,7 +338,7 @@ def test_every_host_is_in_one_pair_at_a_time(num_hosts):
 
 
 def test_a_pair_is_measured_and_one_that_does_not_answer_is_said(monkeypatch):
-    monkeypatch.setattr("hvdtrain.verbs.doctor.network._PAIR_LIMIT_S", 3.0)
+    monkeypatch.setattr("hvdtrain.verbs.doctor.network._PAIR_LIMIT_S", 20.0)
     own = next((a for a in _own_addresses() if not a.startswith("127.")), None)
     if own is None:
         pytest.skip("no network interface but lo")
@@ -349,7 +349,7 @@ def test_a_pair_is_measured_and_one_that_does_not_answer_is_said(monkeypatch):
     with socket.create_connection((own, port)) as stranger:
         stranger.sendall(b"wrong" * 20)
         pair = _ask([("127.0.0.1", port), (own, port)], b"token", 2, ("a", "b"))
-    server.join(timeout=10)
+    server.join(timeout=120)
     door.close()
     assert pair.bytes_per_s > 1e6
     assert 0 < pair.latency_s < 1

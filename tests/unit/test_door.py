@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from patience import wait_for
 
 from hvdtrain.world import door as module
 from hvdtrain.world.door import MOST_VISITORS, Door, knock
@@ -47,13 +48,6 @@ def porter():
         connection.close()
 
 
-def wait_for(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def come_in(porter, rank):
     """Knock as the heartbeat does: again, where others were in the way."""
     tries = (knock(porter.door.address, TOKEN, rank) for _ in range(5))
@@ -62,7 +56,7 @@ def come_in(porter, rank):
 
 def is_over(connection):
     """Return whether the other side has closed; what it had said before is read."""
-    connection.settimeout(10)
+    connection.settimeout(60)
     try:
         while connection.recv(4096):
             pass
@@ -77,7 +71,7 @@ def test_ranks_come_in_and_can_talk(porter):
     wait_for(lambda: len(porter.came) == 5)
     for rank, connection in connections.items():
         connection.sendall(b"here")
-        porter.came[rank].settimeout(5)
+        porter.came[rank].settimeout(60)
         assert porter.came[rank].recv(4) == b"here"
         connection.close()
 
@@ -97,7 +91,7 @@ def test_a_rank_comes_in_once(porter):
 
 def test_an_answer_cannot_be_used_again(porter):
     """What somebody on the wire has seen of a rank is of no use for another connection."""
-    one, other = (socket.create_connection(porter.door.address, timeout=10) for _ in range(2))
+    one, other = (socket.create_connection(porter.door.address, timeout=60) for _ in range(2))
     number = b"n" * 32
     answer = module._ANSWER.pack(number, 4, module._proof(TOKEN, b"rank", one.recv(32), number, 4))
     other.sendall(answer)
@@ -117,7 +111,7 @@ def test_somebody_else_behind_the_port_is_found_out():
 
             def pretend(server=server, says=says):
                 connection, _ = server.accept()
-                with connection:
+                with connection, contextlib.suppress(OSError):  # who knocks may be gone by now
                     connection.sendall(says)
                     connection.recv(100)
 
@@ -160,7 +154,7 @@ def test_an_adversary_gets_nothing_and_takes_nothing(porter):
     for visitor in kept:
         heard = b""
         with contextlib.suppress(ConnectionError):
-            visitor.settimeout(10)
+            visitor.settimeout(60)
             while part := visitor.recv(4096):
                 heard += part
         assert len(heard) <= 32  # the challenge, and no word of the job
@@ -207,7 +201,7 @@ def test_all_ranks_may_knock_at_once():
     came = {}
     with ThreadPoolExecutor(size) as pool:
         knocks = [pool.submit(knock, ("127.0.0.1", port), b"t" * 32, rank) for rank in range(1, size)]
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while len(came) < size - 1 and time.monotonic() < deadline:
             came.update(door.arrivals())
         assert all(future.result() is not None for future in knocks)

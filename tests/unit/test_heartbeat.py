@@ -13,6 +13,7 @@ from pathlib import Path
 import heartbeat_rank as acts
 import pytest
 import torch
+from patience import wait_for
 
 from hvdtrain.process.launch import Launch
 from hvdtrain.world import SoloWorld
@@ -51,23 +52,15 @@ def begin(context, tmp_path):
 
 @pytest.fixture
 def job(begin, tmp_path):
-    """Start ranks, and tell them to act once they have met and reported for a while."""
+    """Start ranks, and tell them to act once they have met and heard of each other's steps."""
 
     def job(*what):
         ranks = begin(*what)
-        wait_for(lambda: all((tmp_path / f"up-{rank}").exists() for rank in range(len(what))))
-        time.sleep(0.6)
+        wait_for(lambda: all((tmp_path / f"heard-{rank}").exists() for rank in range(len(what))))
         (tmp_path / "go").touch()
         return ranks
 
     return job
-
-
-def wait_for(condition, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
 
 
 def ended(processes, folder, seconds=60):
@@ -97,7 +90,7 @@ def listening(pid):
 
 def test_farewells_are_no_deaths(job, tmp_path):
     ranks = job(acts.go_on, acts.go_on, acts.go_on)
-    assert not any(listening(process.pid) for process in ranks)  # all are in: nobody may come any more
+    wait_for(lambda: not any(listening(process.pid) for process in ranks))  # all are in: nobody may come any more
     (tmp_path / "over").touch()
     assert ended(ranks, tmp_path) == [(0, "")] * 3
 

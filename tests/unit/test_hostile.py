@@ -343,7 +343,7 @@ def test_from_outside(line, zoo):
     done = subprocess.run(
         [sys.executable, "-m", "hvdtrain", *line],
         capture_output=True,
-        timeout=60,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(cli.__file__))},  # noqa: PTH120
         check=False,
     )

@@ -333,7 +333,7 @@ def test_a_reader_that_leaves_ends_an_answer_without_a_traceback(size):
     os.close(reader)
     for stdout, expected in ((writer, (0, "")), (subprocess.DEVNULL, (0, ""))):
         command = [sys.executable, "-c", code.format(f"print('x' * {size}) or 0")]
-        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
         assert (done.returncode, done.stderr) == expected
     os.close(writer)
     with pytest.raises(BrokenPipeError):
@@ -348,8 +348,8 @@ def test_an_answer_that_cannot_be_written_is_said_and_is_no_success(size, is_buf
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     environ |= {} if is_buffered else {"PYTHONUNBUFFERED": "1"}
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environ)
-        deaf = subprocess.run([*command[:2], code.format("print('x') or 0")], stderr=full, timeout=60, env=environ)
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, env=environ)
+        deaf = subprocess.run([*command[:2], code.format("print('x') or 0")], stderr=full, timeout=120, env=environ)
     assert done.returncode == 1
     assert done.stderr == (
         "hvdtrain: standard output cannot be written (No space left on device): the answer is not whole\n"

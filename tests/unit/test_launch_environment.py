@@ -44,7 +44,7 @@ def launched(tmp_path):
     def run(script, **more):
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **variables, **more}
         done = subprocess.run(
-            ["bash", str(LAUNCH / script), "train", "lm"], env=environment, capture_output=True, text=True, timeout=60
+            ["bash", str(LAUNCH / script), "train", "lm"], env=environment, capture_output=True, text=True, timeout=120
         )
         printed = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
         assert printed, done.stdout + done.stderr
@@ -111,7 +111,7 @@ def sourced(tmp_path, **variables):
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr

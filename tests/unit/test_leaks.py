@@ -22,12 +22,12 @@ LEAKS = {
 
 @pytest.mark.slow
 def test_what_is_left_behind_fails_the_test(tmp_path):
-    (tmp_path / "conftest.py").write_text(CONFTEST.read_text().replace("SECONDS_TO_END = 5", "SECONDS_TO_END = 1"))
+    (tmp_path / "conftest.py").write_text(CONFTEST.read_text().replace("SECONDS_TO_END = 30", "SECONDS_TO_END = 2"))
     tests = "\n".join(f"def test_{i}(): {code}" for i, (code, _) in enumerate(LEAKS.values()))
     (tmp_path / "test_it.py").write_text(f"import os, pathlib, subprocess, threading, time\nleft = []\n{tests}\n")
     command = [sys.executable, "-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "-rE", "test_it.py"]
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=120)
     reports = re.findall(
         r"ERROR at teardown of test_(\d) [\s\S]*?\nE +Failed: this test leaves behind: (.*)", done.stdout
     )

@@ -49,7 +49,7 @@ def program(tmp_path_factory):
 
 def run(program, *words, **variables):
     return subprocess.run(
-        [program, *words], capture_output=True, text=True, timeout=30, check=False, env={**variables, "PATH": ""}
+        [program, *words], capture_output=True, text=True, timeout=120, check=False, env={**variables, "PATH": ""}
     )
 
 

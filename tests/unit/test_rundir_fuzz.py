@@ -20,7 +20,7 @@ from hvdtrain.rundir.trained import open_trained
 from hvdtrain.verbs.plan.logged import find_noise
 
 COUNT = int(os.environ.get("HVDTRAIN_FUZZ", "12"))
-SECONDS = 30
+SECONDS = 120
 ODD_VALUES = [None, [], {}, "x", -1, 1e400, True, 2**70, [[]], {"a": None}, "\0", "../../x", "/dev/zero"]
 
 

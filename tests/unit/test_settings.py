@@ -320,7 +320,7 @@ def test_short_names(short):
 
 def test_help_into_a_pipe_that_closes():
     command = f"{sys.executable} -m hvdtrain train lm --help | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("usage:")
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr

@@ -25,7 +25,7 @@ def python(code, **more):
 
 
 def ended(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
@@ -89,13 +89,13 @@ def test_the_clock_runs_since_the_launcher_was_started(tmp_path):
     launcher.chmod(0o755)
     (tmp_path / "rank.py").write_text(
         HEAD + "from hvdtrain.process.ancestors import seconds_since_launch\nprint(seconds_since_launch())\n"
-        "with StopRequest(1.5) as r: print(r.reason)\nwith StopRequest(600) as r: print(r.reason)"
+        "with StopRequest(1.5) as r: print(r.reason)\nwith StopRequest(6000) as r: print(r.reason)"
     )
     done = subprocess.run(
-        [launcher, sys.executable, tmp_path / "rank.py"], capture_output=True, text=True, timeout=60, check=True
+        [launcher, sys.executable, tmp_path / "rank.py"], capture_output=True, text=True, timeout=120, check=True
     )
     seconds, short, long = done.stdout.splitlines()
-    assert 2 <= float(seconds) < 60
+    assert 2 <= float(seconds) < 600
     assert (short, long) == ("--train.max-time is used up", "None")
 
 
@@ -114,7 +114,7 @@ def test_a_launcher_that_is_gone_is_a_request(tmp_path, is_in_shell):
     process.kill()
     assert process.stdout.read().strip() == "the launcher is gone"  # to the end: the rank has left, too
     process.stdout.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
@@ -134,7 +134,7 @@ def test_a_launcher_that_is_lost_before_training_ends_its_ranks(tmp_path):
     assert "stopped by the loss of its launcher: nothing is lost" in process.stdout.read()
     assert time.monotonic() - started < 30
     process.stdout.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 OWN = (
@@ -189,7 +189,7 @@ def test_a_program_that_is_lost_ends_the_ranks_that_it_has_started(tmp_path, dep
     assert says in process.stdout.read()  # to the end: the rank has left, too
     assert time.monotonic() - started < 30
     process.stdout.close()
-    process.wait(timeout=30)
+    process.wait(timeout=120)
 
 
 def test_owners_of_another_host_or_container_are_not_looked_for(monkeypatch):
@@ -234,7 +234,7 @@ def test_who_is_alive():
     assert not Ancestor(child.pid, int(fields[19]) - 1).is_alive()  # another process of the same number
     assert found.age_s() < 60
     child.kill()
-    time.sleep(0.2)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert not found.is_alive()  # nobody has asked for its exit code yet
     child.wait()
     assert not found.is_alive()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from digits import write_digits
+from patience import wait_for
 from test_train_call import RECIPE, Line, environment  # noqa: F401  a fixture
 
 import hvdtrain
@@ -24,7 +25,7 @@ from hvdtrain.rundir.sinks import Background, TensorBoard, build_sinks
 from hvdtrain.rundir.sinks.tracked import image_of, library_of, remember, remembered
 from hvdtrain.settings import LogConfig
 
-SECONDS = 30  # for what takes none, on a machine that is busy
+SECONDS = 60  # for what takes none, on a machine that is busy
 
 
 class Kept:
@@ -78,13 +79,6 @@ class Blocking(Kept):
         super().note(*call)
         if call[0] == self.method:
             self.is_let_go.wait(SECONDS)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_it_is_given_all_in_order_in_one_thread_of_its_own():
@@ -159,6 +153,8 @@ def test_one_that_blocks_holds_nothing_up(method, limits, says):
         log.write(step, {"train/loss": 1.0})
         if method == "begin":
             time.sleep(0.01)
+    if method == "close":
+        wait_for(lambda: len(blocking.calls) == 21)  # its limit is for the closing alone
     log.close()
     assert time.monotonic() - started < SECONDS / 2
     blocking.is_let_go.set()
@@ -176,7 +172,7 @@ def test_several_that_block_are_waited_for_together():
         wait_for(lambda sink=sink: sink.calls)
     started = time.monotonic()
     log.close()
-    assert time.monotonic() - started < 5  # not 10
+    assert time.monotonic() - started < 8  # not 10
     for sink in blocking:
         sink.is_let_go.set()
 

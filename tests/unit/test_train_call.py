@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,7 +222,8 @@ def test_losses_that_are_not_finite_name_the_good_checkpoints(tmp_path):
 
 
 SHORT = """
-import runpy, sys, hvdtrain
+import faulthandler, runpy, sys, hvdtrain
+faulthandler.dump_traceback_later(100, exit=True)
 recipe = runpy.run_path(sys.argv[1])["RECIPE"]
 hvdtrain.train(recipe, run_dir=sys.argv[2], train={"steps": 300}, log={"every": 1})
 sys.stderr.write("done")
@@ -319,14 +319,15 @@ class Act(hvdtrain.Callback):
         self.what = what
 
     def after_step(self, run):
-        if run.step == 3 and self.what == "chdir":
-            os.chdir("elsewhere")
-        elif run.step == 3 and self.what == "remove":
-            while not Path("run/checkpoints/step-00000002").is_dir():  # Written meanwhile: rmtree fails on a new file.
-                time.sleep(0.01)
-            shutil.rmtree("run")
-        elif run.step == 3:
-            Path("run").rename("moved")
+        from patience import wait_for_saves  # here: a process of its own runs this file, without tests/support
+
+        if run.step == 3:
+            wait_for_saves()  # rmtree fails on a file that comes meanwhile, and the save on a folder that has gone
+            {
+                "chdir": lambda: os.chdir("elsewhere"),
+                "remove": lambda: shutil.rmtree("run"),
+                "move": lambda: Path("run").rename("moved"),
+            }[self.what]()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import time
 import types
 
 import pytest
+from patience import wait_for
 from safetensors.torch import save_file
 
 from hvdtrain.data.text import chat
@@ -51,7 +52,7 @@ def test_pipes_devices_and_long_files_are_refused_at_once(tmp_path):
     ):
         with pytest.raises(DataError, match=says):
             read_bounded(tmp_path / path, 100)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     (tmp_path / "long").write_text("[" * 50_000)
     with pytest.raises(DataError, match="is not JSON"):
         read_json(tmp_path / "long")
@@ -151,7 +152,7 @@ def test_a_template_may_not_run_for_ever(monkeypatch):
     started = time.monotonic()
     with pytest.raises(DataError, match="the chat template takes more than"):
         chat.ChatTemplate(tokenizer).passages(chat.Conversation(talk, (False, True)))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     with pytest.raises(DataError, match="that is no template"):
         chat.check_template("x" * 2_000_000, "here")
 
@@ -161,8 +162,7 @@ def test_a_limit_that_is_not_reached_leaves_nothing_behind():
     for _ in range(200):
         with at_most(60, DataError("too long")):
             pass
-    time.sleep(0.1)
-    assert threading.active_count() <= before + 1
+    wait_for(lambda: threading.active_count() <= before + 1)
     with pytest.raises(ValueError, match="mine"), at_most(60, DataError("too long")):
         raise ValueError("mine")
 

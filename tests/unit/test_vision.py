@@ -165,7 +165,7 @@ def test_processes_that_start_together_download_once(tmp_path: Path, monkeypatch
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0] * 4
     assert len((tmp_path / "requests").read_text().split()) == 4  # each file once
     assert not list(root.glob(".download-*"))

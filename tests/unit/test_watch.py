@@ -292,7 +292,7 @@ def test_ctrl_c_in_a_terminal_ends_it(tmp_path):
             seen += os.read(ours, 1 << 16)
     process.send_signal(signal.SIGINT)
     try:
-        while select.select([ours], [], [], 10)[0]:
+        while select.select([ours], [], [], 60)[0]:
             seen += os.read(ours, 1 << 16)
     except OSError:
         pass  # it has left the terminal

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from patience import wait_for
 from users_data import Augmented, Bad, Locked, Pair
 
 from hvdtrain.data.loader import Loader, Reading
@@ -105,9 +105,9 @@ def test_a_worker_that_fails_is_named(kind, says):
 
 def test_a_worker_that_hangs_is_named_and_shows_where_it_is(capfd):
     with loader_of("hang") as patient:
-        patient.read(0, 0)  # it has started
+        patient.read(0, 0)
+        patient.read(0, 1)  # it has started, and hangs next
         patient._reader._workers[0]._patience_s = 1.0
-        patient.read(0, 1)
         with pytest.raises(WorkerError, match=r"data worker 0 of rank 0 \(process \d+\) hangs: .* the samples 4, 5"):
             patient.read(0, 2)
         process = patient._reader._workers[0]._process
@@ -158,10 +158,7 @@ def test_signals_to_the_job_leave_workers_alone_and_they_end_with_their_rank(tmp
         assert rank.stdout.readline() == "alive\n"
         assert is_running(int(process))
         rank.kill()
-    until = time.monotonic() + 10
-    while is_running(int(process)) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not is_running(int(process))
+    wait_for(lambda: not is_running(int(process)))
 
 
 def test_a_loop_of_ones_own_without_guard_is_told_what_to_write(tmp_path):
