@@ -164,11 +164,12 @@ def _check_type(hint: Any, name: str, value: Any) -> None:
     A subclass, such as numpy.float64 of float, passes; `to_dict` makes it what it stands for.
     """
     kinds = alternatives(hint)
-    if not any(_is_of(kind, value) for kind in kinds):
+    if not any(is_of(kind, value) for kind in kinds):
         raise ConfigError(f"{name} = {value!r} must be {words_for(hint)}, not of type {type(value).__name__}")
 
 
-def _is_of(kind: Any, value: Any) -> bool:
+def is_of(kind: Any, value: Any) -> bool:
+    """Tell whether a value is of a type that stands in an annotation, unions apart; what it holds is not looked at."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         return value in typing.get_args(kind)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from hvdtrain.errors import ConfigError, DataError, reason_of
 from hvdtrain.optim.noise import NoiseScale
+from hvdtrain.settings.fields import alternatives, is_of, is_optional
 from hvdtrain.settings.untrusted import read_json
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.methods import Format
-from hvdtrain.verbs.plan.network import Controller, Network, Pace
+from hvdtrain.verbs.plan.network import Network, Pace
 from hvdtrain.verbs.plan.step import Bucket, Compute
 
 FORMAT_VERSION = 3
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 # No count, and no number of seconds or bytes, is larger.
 _LARGEST = 1e18
 
@@ -46,38 +47,37 @@ def load_json(path: Path) -> Facts:
             other = f"{file} has format {saved['format_version']!r}, this hvdtrain reads {FORMAT_VERSION}"
             raise ConfigError(f"--from {path}: {other}: measure again with `plan RECIPE --output {file.parent}`")
         facts = _facts_of(saved["facts"])
-        _check("facts", facts)
+        _check("facts", facts, Facts)
         return facts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--from {path}: {file} was not written by this plan ({error!r})") from error
 
 
-def _check(name: str, value: Any, kind: str = "") -> None:
+def _check(name: str, value: Any, hint: Any) -> None:
     """Raise ValueError where a value is not of the type that its field is declared with, or was never measured."""
-    kinds = _KINDS.get(kind.removesuffix(" | None"), ())
-    is_wrong = kinds != () and type(value) not in kinds and not (value is None and kind.endswith("None"))
-    if kind == "Controller":
-        is_wrong = value not in get_args(Controller)
-    elif isinstance(value, int | float):
-        # No gradient is left where the noise scale is infinite.
-        is_wrong = is_wrong or not (0 <= value <= _LARGEST or (value == math.inf and name.startswith("facts.noise.")))
-    if is_wrong:
+    if value is None and is_optional(hint):
+        return
+    kinds = [kind for kind in alternatives(hint) if is_of(kind, value)]
+    if not kinds or (isinstance(value, int | float) and not _is_measured(name, value)):
         raise ValueError(f"{name} is {value!r}")
-    for key, item, kind_of_item in _parts(value, kind):
-        _check(f"{name}.{key}", item, kind_of_item)
+    for key, item, hint_of_item in _parts(value, kinds[0]):
+        _check(f"{name}.{key}", item, hint_of_item)
 
 
-def _parts(value: Any, kind: str) -> Iterator[tuple[object, Any, str]]:
-    """Yield what a value is made of: name, value, and the type that is declared."""
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield field.name, getattr(value, field.name), str(field.type)
-    elif kind.startswith("Mapping"):
-        of_items = kind.partition(", ")[2].removesuffix("]")
-        yield from ((key, item, of_items) for key, item in value.items())
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        of_items = kind.partition("[")[2][:-1].removesuffix(", ...")
-        yield from ((place, item, of_items) for place, item in enumerate(value))
+def _is_measured(name: str, value: float) -> bool:
+    # No gradient is left where the noise scale is infinite.
+    return 0 <= value <= _LARGEST or (value == math.inf and name.startswith("facts.noise."))
+
+
+def _parts(value: Any, kind: Any) -> Iterator[tuple[object, Any, Any]]:
+    """Yield what a value of this type is made of: name, value, and the type that is declared."""
+    if dataclasses.is_dataclass(kind):
+        for name, hint in typing.get_type_hints(kind).items():
+            yield name, getattr(value, name), hint
+    elif isinstance(value, Mapping):
+        yield from ((key, item, typing.get_args(kind)[1]) for key, item in value.items())
+    elif isinstance(value, tuple):
+        yield from ((place, item, typing.get_args(kind)[0]) for place, item in enumerate(value))
 
 
 def _facts_of(values: dict[str, Any]) -> Facts:
