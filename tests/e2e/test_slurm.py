@@ -10,6 +10,7 @@ import pytest
 import slurm
 import torch
 from conftest import BIN, LAUNCHERS, REPOSITORY, environment
+from patience import wait_for
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.beside
@@ -25,13 +26,6 @@ def cluster():
         pytest.skip(reason)
     with slurm.Slurm() as cluster:
         yield cluster
-
-
-def wait_for(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.3)
 
 
 TRAINING = ["train", RECIPE, "--train.steps", STEPS]
