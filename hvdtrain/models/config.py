@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.settings import ModelConfig, setting
@@ -36,6 +37,9 @@ class DecoderConfig(ModelConfig):
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
     """One matrix embeds the tokens and predicts them."""
+    residual_dtype: Literal["fp32", "products"] = "fp32"
+    """Type of the residual stream, which the blocks add to. products: that of the matrix products, with
+    --train.precision bf16 or fp16 in 16 bits: fewer bytes, and each block's sum is rounded."""
     init_from: Path | None = setting(None, path="directory")
     """Begin with the weights in this directory, of a LlamaForCausalLM or an export; the model's shape comes from it."""
     loss_chunk: int | None = setting(None, above=0, changeable=True)

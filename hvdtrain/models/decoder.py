@@ -16,7 +16,7 @@ from hvdtrain.models import one_token
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.documents import Bounds, attend
 from hvdtrain.models.elementwise import RMSNorm, rotate
-from hvdtrain.models.linear import product_of, products
+from hvdtrain.models.linear import product_dtype, product_of, products
 from hvdtrain.models.loss import chunked_loss, next_token_loss, positions_at_once
 
 _INIT_STD = 0.02
@@ -123,6 +123,8 @@ class _Body(nn.Module):
     def forward(self, tokens: Tensor, cache: Cache | None = None, seen: Tensor | Bounds | None = None) -> Tensor:
         """Map tokens, int64 `(B, T)`, to hidden states `(B, T, C)`."""
         x: Tensor = self.embed_tokens(tokens)
+        if self.config.residual_dtype == "products":
+            x = x.to(product_dtype(x))
         length = tokens.shape[1]
         positions = torch.arange(length, device=x.device) if cache is None else cache.begin(length)
         rope = rotary_tables(positions, self.config.head_size, self.config.rope_theta, like=x)

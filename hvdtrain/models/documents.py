@@ -54,12 +54,6 @@ _PLAIN = Scores()
 _KERNEL_TYPES = (torch.float16, torch.bfloat16)
 
 
-def attention_type(tensor: Tensor) -> torch.dtype:
-    """Return the type in which attention of what is like this tensor is computed: its own, or what autocast says."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scores: Scores = _PLAIN) -> Tensor:
     """Return causal attention within documents, `(B, H, T, D)`, of such queries to keys and values `(B, K, T, D)`.
 

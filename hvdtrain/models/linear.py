@@ -69,6 +69,12 @@ def product_of(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return linear if isinstance(layer, _OneDnn) else F.linear
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the type in which products of what is like this tensor are computed: its own, or what autocast says."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return `x @ weight.T + bias` by oneDNN, or as torch does where oneDNN would not be faster.
 

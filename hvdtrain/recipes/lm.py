@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,6 +45,13 @@ class LanguageModel(Recipe):
     model: DecoderConfig = field(default_factory=DecoderConfig)
     data: StreamConfig = field(default_factory=StreamConfig)
     eval: LanguageEvalConfig = field(default_factory=LanguageEvalConfig)
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Yield the type of the residual stream where all products are of that type anyway."""
+        yield from super().unused()
+        precision = self.train.precision
+        if self.model.residual_dtype == "products" and precision not in ("auto", "bf16", "fp16"):
+            yield "model.residual_dtype", f"with --train.precision {precision} there is one type alone"
 
     def build(self, say: Callable[[str], None]) -> Task:
         """Prepare the text, once per host, and build the decoder for its vocabulary."""

@@ -22,8 +22,9 @@ from hvdtrain.data.text.tokenizer import write_tokenizer
 from hvdtrain.data.text.windows import DocumentWindows, Shard, TokenWindows
 from hvdtrain.errors import DataError, DivergedError
 from hvdtrain.models.decoder import Decoder
-from hvdtrain.models.documents import attention_type, bounds_of, has_kernel
+from hvdtrain.models.documents import bounds_of, has_kernel
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
+from hvdtrain.models.linear import product_dtype
 from hvdtrain.models.ngram import TrigramModel
 from hvdtrain.models.sampling import Sampling, sample
 from hvdtrain.recipes.choices import choice_evaluation
@@ -66,7 +67,7 @@ def _loss(recipe: LanguageModel, text: PreparedText) -> Callable[[nn.Module, Bat
 
     def loss(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         tokens, targets, *starts = batch
-        dtype = attention_type(next(model.parameters()))
+        dtype = product_dtype(next(model.parameters()))
         given = tokens.device, dtype, shape.num_heads, shape.kv_heads, shape.head_size
         if starts and has_kernel(*given):
             return {"loss": model(tokens, targets, seen=bounds_of(starts[0], tokens.shape[1]))}

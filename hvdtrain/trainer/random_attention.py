@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hvdtrain.models.documents import attention_type
+from hvdtrain.models.linear import product_dtype
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.randomness import SampleRandomness
@@ -78,7 +78,7 @@ def _can_be_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _as_for_flash(*tensors: Tensor) -> list[Tensor]:
     """Return the tensors in the type in which autocast would have attention computed."""
-    return [tensor.to(attention_type(tensor)) for tensor in tensors]
+    return [tensor.to(product_dtype(tensor)) for tensor in tensors]
 
 
 def one_by_one(seeds: list[int], query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:

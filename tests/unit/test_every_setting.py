@@ -123,6 +123,7 @@ ELSEWHERE = {
     "eval.choices": "unit/test_choices.py",
     "eval.chat": "unit/test_hf_task.py",
     "model.init_from": "e2e/test_generate_verb.py",
+    "model.residual_dtype": "unit/test_decoder.py",
     "data.end_of_text": "unit/test_text.py",
     "data.dataset": "unit/test_vision.py",
     "data.root": "unit/test_vision.py",

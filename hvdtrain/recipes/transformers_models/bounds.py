@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hvdtrain.data.text.packed import begins_of
 from hvdtrain.data.text.windows import starts_of
-from hvdtrain.models.documents import Bounds, Scores, attend, attention_type, bounds_of, has_kernel
+from hvdtrain.models.documents import Bounds, Scores, attend, bounds_of, has_kernel
+from hvdtrain.models.linear import product_dtype
 from hvdtrain.recipes.transformers_models.layouts import Batch, Call, Layout, origins_of
 
 NAME = "hvdtrain_documents"
@@ -67,7 +68,7 @@ def attention(
     strange = [name for name in _NOT_KNOWN if others.get(name) is not None]
     if strange or dropout or value.shape != key.shape or query.shape[2] != key.shape[2]:
         raise ValueError(f"no kernel for documents has {', '.join(strange) or 'dropout, or values of another shape'}")
-    dtype = attention_type(value)  # as for torch's own attention, which autocast knows
+    dtype = product_dtype(value)  # as for torch's own attention, which autocast knows
     scores = Scores(scaling, sliding_window)
     if _asked is not None:
         _asked.add((query.shape[1], key.shape[1], key.shape[3], scores))
