@@ -54,7 +54,7 @@ CHECKS = (
     ),
     tests("a start of NCCL that takes too long", "test_nccl.py", "too_long", 60),
     tests("a clipped step by the optimizer's kernel", "test_gpu_ways.py", "clipped", 60),
-    tests("saves beside the GPU", "test_gpu_saves.py", "does_not_wait or blocks", 90),
+    tests("saves beside the GPU", "test_gpu_saves.py", "does_not_wait or blocks or copied", 90),
     tests("two ranks in ways of their own", "test_nccl.py", "ways_of_two_ranks", 200),
     tests("dropout that is compiled", "test_gpu_ways.py", "compiled_dropout", 90),
     Check(

@@ -61,7 +61,7 @@ def recipe_of(given: argparse.Namespace, folder: Path) -> Any:
         train=dataclasses.replace(
             recipe.train,
             micro_batch_size=given.micro_batch,
-            accum_steps=1,
+            accum_steps=given.accum,
             global_batch_size=None,
             precision=given.precision,
         ),
@@ -113,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", choices=["none", "blocks", "model"], default="blocks")
     parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--accum", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--loss-chunk", type=int, help="positions whose logits exist at a time")
     parser.add_argument("--precision", choices=["bf16", "bf16-true", "fp16", "tf32", "fp32"], default="bf16")
     parser.add_argument("--residual-dtype", choices=["fp32", "products"], default="fp32")
@@ -150,7 +151,7 @@ def main() -> None:
             for _ in range(STEPS):
                 train_step(job, training)
             torch.cuda.synchronize()
-    tokens = given.micro_batch * recipe.data.sequence_length
+    tokens = given.accum * given.micro_batch * recipe.data.sequence_length
     shape = recipe.model
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     flops = tokens * (6 * parameters + 12 * shape.num_layers * shape.hidden_size * recipe.data.sequence_length)
@@ -165,8 +166,8 @@ def main() -> None:
         f"{given.precision}, residual stream {given.residual_dtype}; loss in chunks of"
         f" {given.loss_chunk or 'as it is'}; compiled: {' '.join([given.compile, *given.inductor])}"
         f"{'; products apart' if given.apart else ''}",
-        f"{given.micro_batch} x {recipe.data.sequence_length} tokens: {step * 1e3:.1f} ms a step, the host"
-        f" through after {host * 1e3:.1f}; {tokens / step:,.0f} tokens/s{share};"
+        f"{given.accum} x {given.micro_batch} x {recipe.data.sequence_length} tokens: {step * 1e3:.1f} ms a step,"
+        f" the host through after {host * 1e3:.1f}; {tokens / step:,.0f} tokens/s{share};"
         f" {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most",
         f"kernels: {total / STEPS / 1e3:.1f} ms a step in {sum(event.count for event in kernels) / STEPS:.0f} launches",
         *(

@@ -19,7 +19,8 @@ CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 # What pytest, torch's compiler, OpenMP and tokenizers set when they are first used.
 KNOWN_VARIABLES = ("PYTEST_", "TORCHINDUCTOR_", "TRITON_", "KMP_", "TOKENIZERS_PARALLELISM")
 # Daemons that are started once and end with the process: tqdm's monitor, the pool of torch's compiler, our reader.
-KNOWN_THREADS = ("TMonitor", "SubprocPool", "InductorSubproc", "hvdtrain-data")
+# Those of torch's compiler and autograd stay; "Dummy" is one of theirs that has run Python, as it has on GPUs.
+KNOWN_THREADS = ("TMonitor", "SubprocPool", "InductorSubproc", "subproc_worker_timer", "Dummy", "hvdtrain-data")
 KNOWN_PROCESSES = ("multiprocessing.resource_tracker", "torch/_inductor/compile_worker")
 
 

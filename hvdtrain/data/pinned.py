@@ -26,11 +26,15 @@ _said: list[bool] = []
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """Return a copy in page-locked memory of a dense tensor in host memory; any other as it is."""
+    """Return a copy in page-locked memory of a tensor in host memory; a sparse one, and one of a device, as it is.
+
+    It lies without gaps, whatever the tensor is a part of: to copy one that has gaps, torch would first make another
+    that has none in common memory, and the copy would wait for all that the GPU has to do.
+    """
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return tensor
     try:
-        return tensor.pin_memory()
+        return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
     except RuntimeError as error:
         _say(error)
         return tensor

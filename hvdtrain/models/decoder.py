@@ -17,7 +17,7 @@ from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.documents import Bounds, attend
 from hvdtrain.models.elementwise import RMSNorm, rotate
 from hvdtrain.models.linear import product_dtype, product_of, products
-from hvdtrain.models.loss import chunked_loss, next_token_loss, positions_at_once
+from hvdtrain.models.loss import chunked_loss, is_by_chunks, next_token_loss, positions_at_once
 
 _INIT_STD = 0.02
 
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         hidden = self.model(tokens, cache, seen)
         if targets is not None:
             chunk = self.config.loss_chunk or positions_at_once(self.vocab_size, hidden.device)
-            if targets.numel() > chunk:
+            if is_by_chunks(targets.numel(), self.vocab_size, hidden.device, chunk):
                 return chunked_loss(hidden, self.lm_head.weight, targets, chunk, product_of(self.lm_head))
         logits: Tensor = self.lm_head(hidden)
         return logits if targets is None else next_token_loss(logits, targets)[0]

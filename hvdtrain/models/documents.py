@@ -7,6 +7,7 @@ lengths takes the documents' bounds instead. Whether it is there, and computes t
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import logging
 from typing import Any, NamedTuple
@@ -69,7 +70,9 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, scores
     from torch.nn.attention.varlen import varlen_attn
 
     starts, longest = bounds
-    more: dict[str, Any] = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
+    more: dict[str, Any] = {}
+    if key.shape[1] != query.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        more["enable_gqa"] = True  # torch before 2.12 takes groups without being asked to
     if scores.scale is not None:
         more["scale"] = scores.scale
     window = (-1 if scores.window is None else scores.window - 1, 0)

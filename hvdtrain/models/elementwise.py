@@ -19,6 +19,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., C)` to `(..., C)`."""
         is_plain = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
+        if x.dtype.itemsize < self.weight.dtype.itemsize:  # torch has no kernel that takes both types
+            x = x.to(self.weight.dtype)
         if not is_plain or torch.compiler.is_compiling():
             return super().forward(x)
         normed: Tensor = _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]

@@ -58,6 +58,20 @@ def positions_at_once(num_logits: int, device: torch.device, num_bytes: int | No
     return max(1, (num_bytes or bytes_at_once(device)) // (4 * num_logits))
 
 
+def is_by_chunks(num_targets: int, num_logits: int, device: torch.device, chunk: int) -> bool:
+    """Return whether the loss of so many targets is to be computed by `chunked_loss`.
+
+    It is where the logits would be more than may exist at once; and on GPUs where they are many, be it in a single
+    chunk, since torch's own operators would go over them in fp32 five times instead of over what they are three times.
+    """
+    return num_targets > chunk or (4 * num_targets * num_logits > _BYTES and _is_fused(device))
+
+
+@constant_when_compiled
+def _is_fused(device: torch.device) -> bool:
+    return can_compile_for(device)
+
+
 def chunked_loss(
     hidden: Tensor,
     weight: Tensor,

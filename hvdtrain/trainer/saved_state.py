@@ -36,6 +36,9 @@ def training_state(job: Job, training: Training) -> dict[str, Any]:
     """
     components = _replicated_states(training)
     for name, state in own_states(training).items():
+        if job.world.size == 1:  # whoever saves copies all together, and need not wait for a GPU
+            components[name] = [storable(state, f"the state of '{name}'")]
+            continue
         on_host = storable(state, f"the state of '{name}'", lambda tensor: tensor.detach().cpu())
         components[name] = job.world.all_gather_object(on_host, f"save.{name}")
     return _state(job, training, training.strategy.optimizer_state(job.world, training), components)

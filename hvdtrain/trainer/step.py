@@ -173,9 +173,9 @@ def to_device(batch: Batch, device: torch.device, precision: Precision) -> Batch
         return batch  # as it is, and nobody can change it
 
     def move(tensor: Tensor) -> Tensor:
-        if dtype is None:
-            return tensor.to(device, non_blocking=is_gpu)
-        return tensor.to(device, type_as(tensor, dtype), non_blocking=is_gpu)
+        # In its own type: another one would be made on the host, in memory from which a copy is waited for.
+        moved = tensor.to(device, non_blocking=is_gpu)
+        return moved if dtype is None else moved.to(type_as(tensor, dtype))
 
     return map_tensors(move, batch)
 

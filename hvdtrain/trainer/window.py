@@ -51,7 +51,10 @@ class MetricWindow(Component):
 
     def _totals(self) -> Tensor:
         """Return the sums and the number of targets, float64 `(len(metrics) + 1,)`."""
-        return self._on_device + torch.tensor(self._on_host, dtype=torch.float64, device=self._world.device)
+        totals = self._on_device.clone()
+        if any(self._on_host):  # never of a GPU, which would be waited for
+            totals += torch.tensor(self._on_host, dtype=torch.float64, device=self._world.device)
+        return totals
 
     def _set(self, totals: Tensor) -> None:
         if self._world.reads_at_once:

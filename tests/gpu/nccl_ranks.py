@@ -173,6 +173,7 @@ def gathers_on_own_streams(world):
             total = got.double().sum()
             del got
         taken = [torch.full((size * world.size,), -1.0, device=world.device) for _ in range(4)]
+        stream.synchronize()  # the number is computed there, and would be read by the default stream
         assert float(total) == i * size * world.size, i
         del taken
 

@@ -65,6 +65,25 @@ def test_a_save_does_not_wait_and_holds_what_was_there(tmp_path):
     assert all(torch.equal(a, b.cpu()) for a, b in zip(saved, moments, strict=True))
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_a_batch_is_copied_while_the_gpu_computes(precision, dtype):
+    """Also a part of a larger tensor, as a window's tokens are, and numbers that take another type."""
+    from hvdtrain.data.pinned import pinned
+    from hvdtrain.trainer.step import to_device
+
+    whole = (torch.randint(50_000, (16, 1025)), torch.randn(16, 3, 64, 65))
+    batch = tuple(tensor[..., :-1] for tensor in whole)
+    images = torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(CYCLES)
+    moved = to_device(tuple(pinned(tensor) for tensor in (*batch, images)), GPU, precision)
+    assert not torch.cuda.current_stream().query()
+    assert moved[2].is_contiguous(memory_format=torch.channels_last)
+    for tensor, there in zip((*batch, images), moved, strict=True):
+        wanted = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        assert torch.equal(there.cpu(), wanted)
+
+
 def test_blocks_of_page_locked_memory_are_copied_to_without_waiting():
     from hvdtrain.data.pinned import PinnedMemory
 

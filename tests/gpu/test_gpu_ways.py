@@ -47,6 +47,22 @@ def test_the_loss_is_one_kernel_that_goes_over_the_logits_twice():
     assert code.count(".run(") <= 3  # the gradient and each row's loss; their sum
 
 
+def test_many_logits_that_fit_are_not_gone_over_in_fp32():
+    """A large card holds all of them at once; torch's own loss would make fp32 of them first."""
+    from hvdtrain.models.config import DecoderConfig
+    from hvdtrain.models.decoder import Decoder
+
+    model = Decoder(DecoderConfig(num_layers=1, hidden_size=64, num_heads=2, loss_chunk=4096), 50_304).to(GPU)
+    tokens, peaks = torch.randint(50_304, (4, 1024), device=GPU), []
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(tokens, tokens)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 2.6 * 2 * tokens.numel() * 50_304, peaks  # logits and their gradient, two bytes each
+
+
 def test_products_of_a_block_are_joined_compiled_or_not():
     """Four products forward and eight backward, and the gradients of products that are not."""
     from torch.profiler import ProfilerActivity, profile

@@ -50,7 +50,8 @@ def said(output, key):
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
 def test_everything_that_a_world_does(launcher):
     answer = said(run(HERE / "nccl_ranks.py", launcher=launcher), "wrong")
-    assert answer == {"device": "cuda", "ranks": 2, "wrong": {}}
+    assert not answer["wrong"], "\n\n".join(f"{name}:\n{text}" for name, text in answer["wrong"].items())
+    assert (answer["device"], answer["ranks"]) == ("cuda", 2)
 
 
 @pytest.mark.parametrize("way", ["whole", "shard"])

@@ -285,3 +285,33 @@ def test_feed_forward_size_is_8_thirds_rounded_up_to_64(hidden_size: int, expect
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DecoderConfig(**fields)
+
+
+def test_the_residual_stream_has_the_type_of_the_products() -> None:
+    """With autocast, each block takes and gives 16 bits; gradients are what they are with fp32, to rounding."""
+    tokens, found = random_tokens(), []
+    for residual_dtype, wanted in (("fp32", torch.float32), ("products", torch.bfloat16)):
+        model = build(residual_dtype=residual_dtype)
+        types: set[torch.dtype] = set()
+
+        def note(_: Any, given: Any, out: Tensor, types: set[torch.dtype] = types) -> None:
+            types.update((given[0].dtype, out.dtype))
+
+        for block in model.model.layers:
+            block.register_forward_hook(note)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, tokens)
+        assert types == {wanted}
+        assert loss.dtype == torch.float32
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    (plain, *gradients), (ours, *others) = found
+    assert abs(ours - plain) < 0.01 * plain
+    assert any(not torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+    for one, other in zip(gradients, others, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).norm() < 0.05 * one.norm()
+
+
+def test_without_autocast_the_residual_stream_is_that_of_the_weights() -> None:
+    tokens = random_tokens()
+    assert torch.equal(build(residual_dtype="products")(tokens), build()(tokens))

@@ -46,6 +46,16 @@ def test_autograd_agrees_by_finite_differences():
     assert torch.autograd.gradcheck(lambda h, w: chunked_loss(h, w, few, 3), (hidden[:1, :4], part))
 
 
+def test_many_logits_that_fit_are_for_the_fused_kernel_of_a_gpu(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(models_loss, "can_compile_for", lambda device: device.type == "cuda")
+    assert models_loss.is_by_chunks(101, 300, cpu, 100)
+    assert not models_loss.is_by_chunks(100, 50_304, cpu, 100)
+    assert not models_loss.is_by_chunks(16_384, 50_304, cpu, 20_000)
+    assert models_loss.is_by_chunks(16_384, 50_304, gpu, 20_000)
+    assert not models_loss.is_by_chunks(16_384, 300, gpu, 20_000)  # not worth a compilation
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     hidden, weight, targets = example()

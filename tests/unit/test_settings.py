@@ -43,6 +43,7 @@ WITHOUT_EFFECT = [
     "lm --data.path {file}.bin --data.val-path {file}.bin --data.tokenizer bpe",
     "lm --checkpoint.keep-every 5 --checkpoint.keep-last none",
     "lm --model.linear onednn --train.precision fp64",
+    "lm --model.residual-dtype products --train.precision fp32",
     "lm --optim.name Rprop --optim.weight-decay 0.3",
     "hf --data.vocab-size 300",
     "hf --data.packing stream",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.loss import next_token_loss, positions_at_once
+from hvdtrain.models.loss import is_by_chunks, next_token_loss, positions_at_once
 from hvdtrain.recipes.transformers_models.balance import Balance
 from hvdtrain.recipes.transformers_models.layouts import Batch, Call, Layout
 
@@ -40,6 +40,9 @@ def draws(device: torch.device, work: Callable[[], Any]) -> bool:
 
 class Head(Protocol):
     """What makes logits of hidden states, a part at a time: see `heads`."""
+
+    is_linear: ClassVar[bool]
+    """Logits are a product of the hidden states and a matrix, and nothing is computed twice by making them in parts."""
 
     def num_logits(self, model: nn.Module) -> int:
         """Return those of a position."""
@@ -88,8 +91,9 @@ class DocumentLoss:
 
     def _run(self, model: nn.Module, call: Call, loss_bytes: int | None) -> tuple[Tensor, Any]:
         if self.head is not None:
-            chunk = positions_at_once(self.head.num_logits(model), call.targets.device, loss_bytes)
-            if call.targets.numel() > chunk:
+            width, count, device = self.head.num_logits(model), call.targets.numel(), call.targets.device
+            chunk = positions_at_once(width, device, loss_bytes)
+            if count > chunk or (self.head.is_linear and is_by_chunks(count, width, device, chunk)):
                 output = self.head.body(model, call.inputs)
                 return self.head.loss(model, output, call.targets, chunk), output
         output = run(model, call.inputs)

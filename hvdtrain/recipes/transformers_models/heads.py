@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ Inputs = dict[str, Any]
 @dataclass(frozen=True)
 class ProductHead:
     """Logits are the product of the last hidden states and the output embeddings, `(V, C)`."""
+
+    is_linear: ClassVar[bool] = True
 
     def num_logits(self, model: nn.Module) -> int:
         """Return V."""
@@ -67,6 +69,7 @@ class OwnHead:
 
     part: str
     width: int
+    is_linear: ClassVar[bool] = False
 
     def num_logits(self, model: nn.Module) -> int:
         """Return V."""
