@@ -191,7 +191,11 @@ class Joined(nn.Module):
 
 
 def wide(world, accum_steps, as_views, joins):
-    """Train a network whose gradients fill many buckets; return its weights and the peak, in bytes a parameter."""
+    """Train a network whose gradients fill many buckets; return its weights and memory in bytes a parameter.
+
+    Of the memory the most that was taken; with joined weights, whose copies are there until backward has used them and
+    take as much as gradients do, what is taken behind backward.
+    """
     torch.manual_seed(0)
     layers = [nn.Linear(2048, 2048, bias=False) for _ in range(16)]
     groups = [Joined(*layers[i : i + 2]) for i in range(0, 16, 2)] if joins else layers
@@ -212,10 +216,12 @@ def wide(world, accum_steps, as_views, joins):
         for _ in range(accum_steps):
             x = torch.randn(8, 2048, generator=generator).to(world.device)
             (model(x).square().mean() / accum_steps).backward()
+        behind_backward = torch.cuda.memory_allocated()
         optimizer.step()
     torch.cuda.synchronize()
+    taken = behind_backward if joins else torch.cuda.max_memory_allocated()
     count = sum(parameter.numel() for parameter in model.parameters())
-    return [parameter.detach() for parameter in model.parameters()], torch.cuda.max_memory_allocated() / count
+    return [parameter.detach() for parameter in model.parameters()], taken / count
 
 
 def gradient_views(world):
