@@ -85,12 +85,12 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def loss(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> float:
-    """Return the held-out loss, nats a byte, after a training on this machine."""
+def train_here(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> list[dict[str, float]]:
+    """Train on the ranks of this machine; returns what was logged."""
     launch = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(given.hosts), sys.executable]
     train = ["-m", "hvdtrain", "train", "lm", "--run-dir", str(folder), "--train.steps", str(given.steps)]
     run([*launch, *train, "--train.seed", str(seed), *shape(given), *flags])
-    return lines_of(folder)[-1]["val/loss"]
+    return lines_of(folder)
 
 
 def variables(more: dict[str, str]) -> list[str]:
@@ -153,7 +153,7 @@ def losses(given: argparse.Namespace) -> list[str]:
     for seed in range(given.seeds):
         for name, flags in chosen.items():
             with tempfile.TemporaryDirectory() as folder:
-                found[name].append(loss(given, flags, seed, Path(folder) / "run"))
+                found[name].append(train_here(given, flags, seed, Path(folder) / "run")[-1]["val/loss"])
             print(f"seed {seed}: {name} {found[name][-1]:.4f}", file=sys.stderr, flush=True)
     plain = statistics.mean(found["every step"])
     for name, values in found.items():
@@ -225,9 +225,9 @@ def wanted(given: argparse.Namespace, name: str) -> bool:
     return not given.only or any(fnmatchcase(name, pattern) for pattern in given.only)
 
 
-def main() -> None:
-    """Measure, print and write down."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of what says what is trained, how, and on which links."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", help="the script that makes the hosts; without it, losses alone")
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--controller", choices=("mpi", "gloo"), default="mpi", help="of hvdtrain's ranks on the hosts")
@@ -248,25 +248,40 @@ def main() -> None:
     parser.add_argument("--also", nargs="+", default=[], metavar="NAME=FLAGS", help="more methods, or others of a name")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so many, no more times are measured")
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
-    table = [
+    return parser
+
+
+def head(given: argparse.Namespace) -> list[str]:
+    """Return the lines above a table."""
+    return [
         machine.describe(),
         "",
         f"recipe lm: {given.layers} layers x {given.hidden}, a global batch of {given.batch} x {LENGTH} bytes,"
         f" one thread a rank, {given.precision}",
         "",
     ]
+
+
+def timed(given: argparse.Namespace, table: list[str]) -> Times:
+    """Measure the times on the hosts, writing down what there is so far behind a table."""
+    given.cluster = str(Path(given.cluster).resolve())
+    times = Times(given)
+    run([given.cluster, "up", str(given.hosts), "--emu"])
+    try:
+        times.measure(lambda: write(given, [*table, *times.rows()]))
+    finally:
+        subprocess.run([given.cluster, "down"], check=False, capture_output=True)
+    return times
+
+
+def main() -> None:
+    """Measure, print and write down."""
+    given = make_parser(__doc__).parse_args()
+    table = head(given)
     if given.seeds:
         table += losses(given)
     if given.cluster:
-        given.cluster = str(Path(given.cluster).resolve())
-        timed = Times(given)
-        run([given.cluster, "up", str(given.hosts), "--emu"])
-        try:
-            timed.measure(lambda: write(given, [*table, *timed.rows()]))
-        finally:
-            subprocess.run([given.cluster, "down"], check=False, capture_output=True)
-        table += timed.rows()
+        table += timed(given, table).rows()
     print("\n".join(table))
     write(given, table)
 
