@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from hvdtrain.errors import ConfigError
@@ -85,6 +85,21 @@ class Lookout:
         if self._refusal:
             raise ConfigError(f"there is no list of hosts: {self._refusal}")
         return self._latest
+
+    def missing(self, hosts: Set[str]) -> Look:
+        """Return what the look that is under way finds, if it misses one of these hosts, else what a fresh one does.
+
+        A host that is gone is asked for seconds: to ask it once more would double what is lost with it.
+        """
+        under_way = self._begun
+        if self._latest.number < under_way:
+            while self._latest.number < under_way:
+                time.sleep(_SECONDS_BETWEEN_CHECKS)
+            if not hosts <= self._latest.there:
+                return self._latest
+        look = self.fresh(lambda: False)
+        assert look is not None
+        return look
 
     def _run(self) -> None:
         while not self._is_closing:

@@ -143,8 +143,8 @@ class Members:
             self._proven |= used
         if not has_failed:
             return True
-        look = self.lookout.fresh(lambda: False)
-        lost = used - (look.there if look else used)
+        look = self.lookout.missing(used)
+        lost = used - look.there
         for host in lost | set(accused):
             self._blame(host)
         new = used - self._proven

@@ -446,6 +446,21 @@ class TestMembers:
         assert hosts.members.note_end(True, True, ())
         assert hosts.place() == {"a": 1}
 
+    @pytest.mark.parametrize(("is_there", "looks_more"), [(False, 0), (True, 1)])
+    def test_a_host_that_is_gone_is_not_asked_twice(self, tmp_path, is_there, looks_more):
+        """The look that is under way when a run ends is believed where it misses a host, for which it takes seconds."""
+        (tmp_path / "hosts").write_text("a:1\n")
+        asked = tmp_path / "asked"
+        ssh = program(tmp_path / "ssh", f"touch {asked}; sleep 2; {'true' if is_there else 'false'}")
+        lookout = Lookout(HostsFile(tmp_path / "hosts"), ssh, 0.1)
+        lookout.start()
+        wait_for(asked.exists)
+        under_way = lookout.latest.number + 1
+        look = lookout.missing({"a"})
+        lookout.close()
+        assert look.number == under_way + looks_more
+        assert ("a" in look.there) is is_there
+
     def test_ranks_follow_what_the_batch_lets_be_used(self, job):
         hosts = job("a:3\nb:2\n")
         assert hosts.place() == {"a": 3, "b": 1}
