@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hvdtrain.verbs.kit import counted
+from hvdtrain.errors import counted
 from hvdtrain.verbs.plan.comparison import MethodRow, compared
 from hvdtrain.verbs.plan.comparison import recommended as recommended_method
 from hvdtrain.verbs.plan.facts import Facts

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdtrain import __version__
-from hvdtrain.errors import ConfigError
-from hvdtrain.verbs.kit import counted
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.charts import charts_of, step_interval
 from hvdtrain.verbs.plan.report import describe

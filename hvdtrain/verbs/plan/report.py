@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from hvdtrain.errors import counted
 from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.settings.units import in_units
-from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.network import Network
