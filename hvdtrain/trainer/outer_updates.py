@@ -84,7 +84,7 @@ class OuterUpdates(Component):
         late = f", taken {counted(comm.overlap_steps, 'step')} later, {own}" if comm.overlap_steps else ""
         warmup = comm.sync_warmup_steps
         several = f"each of the first {warmup:,} steps" if warmup > 1 else "the first step"
-        first = f", at first after {several}" if warmup else ""
+        first = f", and after {several}" if warmup else ""
         return (
             f"updates:    averaged {steps}{parts}{late}{first}, not gradients ({what}outer learning rate {self._lr:g})"
         )

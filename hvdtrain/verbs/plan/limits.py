@@ -73,3 +73,10 @@ def _time_to_loss(facts: Facts, workers: int) -> float:
     if facts.noise is None:
         return seconds / batch
     return seconds * steps_ratio(facts.noise.samples, batch, 1.0)
+
+
+def difference(factor: float, of: str = "") -> str:
+    """Return a factor in words: "36% less", "no difference" for what rounds to none; `of` stands behind "less"."""
+    if round(100 * abs(1 - factor)) == 0:
+        return "no difference"
+    return f"{abs(1 - factor):.0%} {'less' if factor < 1 else 'more'}{of}"
