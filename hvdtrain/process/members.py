@@ -127,7 +127,8 @@ class Members:
         if left and not look.problem:
             are_there = look.there.issuperset(left)
             for host in left:  # which is no failure, unless it comes and goes
-                self._put_aside(host, self._aside.blame(host))
+                if host not in look.listed:
+                    self._put_aside(host, self._aside.blame(host))
             return Change(_leaving(left, look), is_saving=are_there)
         return self._growth(look)
 

@@ -410,6 +410,18 @@ class TestMembers:
         change = hosts.change()
         assert (change.reason, change.is_saving) == (reason, not gone)
 
+    def test_a_host_that_has_fewer_slots_again_and_again_is_kept(self, job):
+        """It is listed, and has not failed: to put it aside would take the slots that are left."""
+        hosts = job("a:3\n")
+        for slots in (3, 2, 1):
+            hosts.list(f"a:{slots}\n")
+            assert hosts.place() == {"a": slots}
+            hosts.list(f"a:{slots - 1}\n" if slots > 1 else "a:1\n")
+            if slots > 1:
+                assert hosts.change().reason == "a is listed with fewer slots, and still answers"
+        assert hosts.members._aside.hosts() == set()
+        assert not any("put aside" in line for line in hosts.said)
+
     def test_several_silent_hosts_and_one_slot_are_words_that_fit(self, job):
         hosts = job("a:1\nb:1\nc:1\n", lost_after_s=0.6, min_ranks=1)
         hosts.place()
