@@ -32,6 +32,7 @@ def launch(start, tiny_lm, run_dir, launcher, *more):
         (None, "launcher", signal.SIGINT),
         ("mpirun", "launcher", signal.SIGUSR1),
         ("horovodrun-gloo", 1, signal.SIGTERM),
+        ("horovodrun-gloo", "launcher", signal.SIGTERM),
     ],
 )
 def test_a_signal_stops_all_ranks_and_the_run_goes_on(start, hvdtrain, tiny_lm, tmp_path, launcher, target, number):
