@@ -1,4 +1,4 @@
-"""States of optimizers of any form: undivided, sharded and of ranks that train apart, saved and loaded as each other."""
+"""States of optimizers of any form: undivided, sharded on ranks that train apart, and loaded as each other."""
 
 import copy
 import dataclasses
@@ -84,7 +84,7 @@ def flat(gradient, state):
 
 @kind
 def of_one_number(gradient, state):
-    return gradient / state.setdefault("count", torch.zeros(1, dtype=gradient.dtype)).add_(1)
+    return gradient / float(state.setdefault("count", torch.zeros(1)).add_(1))
 
 
 @kind
