@@ -1,5 +1,7 @@
 """`--optim.shard`: every optimizer, on 2 to 4 ranks in fp64, does what it does undivided, with a part of the state."""
 
+import copy
+
 import pytest
 import torch
 from thread_world import ThreadWorld, run_ranks
@@ -129,6 +131,41 @@ def test_every_optimizer_does_what_it_does_undivided(name):
 @pytest.mark.parametrize("name", ["adamw", "muon", "lamb"])
 def test_on_other_numbers_of_ranks(size, name):
     assert both(size, lambda shard: settings(shard, name))[0] < 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_that_have_nothing_of_a_group_or_nothing_at_all_go_along(name):
+    """A model of a few numbers on four ranks, and a group in which nothing learns."""
+
+    torch.manual_seed(0)
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(18, 1, bias=False), nn.Linear(1, 1), nn.Linear(1, 1))
+    tiny[3].requires_grad_(requires_grad=False)
+
+    def build(optim, model):
+        *_, first, second, frozen = model
+        optimizer = settings_class(name)(name=name, peak_lr=0.01).build(nn.ParameterList([first.weight, second.weight]))
+        for group in ([second.bias], [*frozen.parameters()]):
+            optimizer.add_param_group({"params": group})
+        return optimizer
+
+    def work(size, shard):
+        def of_rank(world):
+            data = TensorSamples(X, Y)
+            task = Task(
+                model=copy.deepcopy(tiny),
+                train_data=data,
+                val_data=data,
+                loss_sums=lambda model, batch: {"loss": (model(batch[0]) - batch[1]).square().sum()},
+                build_optimizer=build,
+            )
+            return weights_of(trained(world, settings(shard, name), task, steps=3)[1])
+
+        return run_ranks(size, of_rank)
+
+    (alone,) = work(1, shard=False)
+    for size, shard in ((2, False), (4, True)):
+        for weights in work(size, shard):
+            assert max((alone[key] - tensor).abs().max().item() for key, tensor in weights.items()) < 1e-12
 
 
 def test_without_clipping_it_is_bitwise():
