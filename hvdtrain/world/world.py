@@ -19,6 +19,7 @@ from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
 from hvdtrain.world.build_info import built_with
+from hvdtrain.world.codec import Codec
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import send_state
@@ -96,6 +97,10 @@ class World(Collectives):
         for other in alive:
             other.yield_to(exchange)
         self._exchanges = [*map(weakref.ref, alive), *([] if exchange in alive else [weakref.ref(exchange)])]
+
+    def serves_another(self, codec: Codec) -> bool:
+        """Tell whether a codec belongs to an optimizer that was wrapped before and is still there."""
+        return any(other.codec is codec for ref in self._exchanges if (other := ref()) is not None)
 
     def not_averaged(self, model: nn.Module) -> list[str]:
         """Return the names of a model's parameters that have a gradient here, and no optimizer that averages it."""
