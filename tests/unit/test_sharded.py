@@ -8,7 +8,7 @@ from thread_world import ThreadWorld, run_ranks
 from torch import nn
 
 from hvdtrain.data.dataset import TensorSamples
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, UsageError
 from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import divisions
 from hvdtrain.optim.table import OPTIMIZERS, settings_class
@@ -404,6 +404,37 @@ def test_a_model_that_is_converted_afterwards_is_said():
         del optimizer
 
     run_ranks(2, work)
+
+
+@pytest.mark.parametrize("clears", ["optimizer", "model", "parameters"])
+def test_in_a_loop_of_ones_own_it_is_the_undivided_step_whoever_clears_gradients(clears):
+    """Also where a layer has no gradient any more, and what is broadcast is the model alone."""
+    torch.manual_seed(0)
+    begin = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 41), nn.Linear(41, 1)).double()
+    x = torch.randn(12, 3, dtype=torch.float64)
+
+    def work(world, shard):
+        model = copy.deepcopy(begin)
+        optimizer = world.wrap(torch.optim.AdamW(model.parameters(), lr=0.01), model, shard=shard)
+        if shard:
+            with pytest.raises(UsageError, match="another part of its state on each rank"):
+                world.broadcast_state(model, optimizer)
+        world.broadcast_state(model)
+        for step in range(6):
+            if step == 3:
+                model[2].requires_grad_(requires_grad=False)
+            for part in (0, 1):  # two passes are added up
+                model(x[2 * world.rank + part :: 4]).square().mean().backward()
+            optimizer.step()
+            if clears == "parameters":
+                for parameter in model.parameters():
+                    parameter.grad = None
+            else:
+                {"optimizer": optimizer, "model": model}[clears].zero_grad()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    plain, sharded = (run_ranks(2, lambda world, shard=shard: work(world, shard))[0] for shard in (False, True))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(plain, sharded, strict=True))
 
 
 def test_whole_parameters_go_where_least_is():
