@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -40,6 +41,14 @@ class Method:
         parts = f", {self.fragments} fragments" if self.fragments > 1 else ""
         late = f", {self.overlap_steps} late" if self.overlap_steps else ""
         return f"{'DiLoCo' if self.outer == 'nesterov' else 'local SGD'}, {self.period} steps{wire}{parts}{late}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of `--comm`, by name."""
+        if self.period is None:
+            return {"compression": self.compression, "sync": "every-step"}
+        own = {"compression": self.compression, "sync": "local", "period": self.period, "outer": self.outer}
+        return {**own, "fragments": self.fragments, "overlap_steps": self.overlap_steps}
 
     @property
     def flags(self) -> str:
