@@ -77,3 +77,9 @@ class StopRequested(HvdtrainError):  # noqa: N818 - what happened is no error
 def reason_of(error: Exception) -> str:
     """Return why something could not be read, written or started: an OSError that Python itself raises has no text."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def counted(number: float, noun: str) -> str:
+    """Return "1 rank", "2 ranks", "1.5 cores": how every message counts."""
+    digits = f"{number:,d}" if isinstance(number, int) else f"{number:g}"
+    return f"{digits} {noun}{'s' * (number != 1)}"

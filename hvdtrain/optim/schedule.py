@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.settings import OptimConfig
 
 
@@ -48,7 +48,7 @@ def describe_schedule(optim: OptimConfig, num_steps: int) -> str:
     warmup = warmup_steps(optim, num_steps)
     if warmup == 0:
         return optim.schedule
-    return f"{optim.schedule} after {warmup:,} step{'' if warmup == 1 else 's'} of warm-up"
+    return f"{optim.schedule} after {counted(warmup, 'step')} of warm-up"
 
 
 def lr_factor(optim: OptimConfig, global_batch_size: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.process.aside import Aside
 from hvdtrain.process.batch_size import asked_batch, saved_batch
 from hvdtrain.process.lookout import Look, Lookout
@@ -111,7 +111,7 @@ class Members:
                 raise TimeoutError(f"{self._shortage(look)}; waited for {self.rules.longest_wait_s:g} s: giving up")
             if now - reminded >= _SECONDS_BETWEEN_REMINDERS:
                 reminded = now
-                self._say(f"{self._shortage(look)}: waiting for {self.rules.min_ranks} ranks' hosts")
+                self._say(f"{self._shortage(look)}: waiting for hosts of {counted(self.rules.min_ranks, 'rank')}")
             pause = 1.0
 
     def change(self) -> Change | None:
@@ -123,14 +123,14 @@ class Members:
             self._recent = look
             for host in silent:
                 self._blame(host)
-            return Change(f"{_names(silent)} has not answered for {self.rules.lost_after_s:g} s", is_saving=False)
+            have = _of(silent, "has", "have")
+            return Change(f"{have} not answered for {self.rules.lost_after_s:g} s", is_saving=False)
         left = [host for host in used if look.listed.get(host, 0) < used[host]]
         if left and not look.problem:
             are_there = look.there.issuperset(left)
-            state = "still answers" if are_there else "does not answer"
             for host in left:  # which is no failure, unless it comes and goes
                 self._put_aside(host, self._aside.blame(host))
-            return Change(f"{_names(left)} is not listed any more, and {state}", is_saving=are_there)
+            return Change(_leaving(left, look), is_saving=are_there)
         return self._growth(look)
 
     def note_end(self, has_failed: bool, has_progressed: bool, accused: Collection[str]) -> bool:
@@ -232,7 +232,7 @@ class Members:
         if not (has_saved or self._is_growth_requested):
             return None
         self._is_growth_requested = False
-        return Change(f"it grows from {now} to {larger.ranks} ranks", is_saving=True, may_take_long=True)
+        return Change(f"growing from {now} to {larger.ranks} ranks", is_saving=True, may_take_long=True)
 
     def _blame(self, host: str) -> None:
         is_new = host not in self._proven and bool(self._proven)
@@ -246,12 +246,12 @@ class Members:
         """Return what there is, in words."""
         slots, aside = look.slots(), self._aside.hosts()
         silent = [host for host in look.listed if host not in look.there]
-        parts = [f"{sum(slots.values())} slots on {_names([*slots])}" if slots else "no host answers"]
+        parts = [f"{counted(sum(slots.values()), 'slot')} on {_names([*slots])}" if slots else "no host answers"]
         parts += [f"{_names(silent)} cannot be reached"] if silent else []
         parts += [f"{_names(sorted(aside))} put aside"] if aside else []
         if slots:
             lets = place(slots, self._most(), self._asked, self._batch).ranks
-            parts += [f"{lets} ranks can be used"] if lets < sum(slots.values()) else []
+            parts += [f"{counted(lets, 'rank')} can be used"] if lets < sum(slots.values()) else []
         return ", ".join(parts)
 
     def _tell_placement(self, placement: Placement, look: Look) -> None:
@@ -260,10 +260,11 @@ class Members:
             self._say(f"without {_names(silent)}, which cannot be reached")
         aside = self._aside.hosts() & set(placement.hosts)
         if aside:
-            self._say(f"{_names(sorted(aside))} was put aside, and is taken: there are no others")
+            was, it = _of(sorted(aside), "was", "were"), "is" if len(aside) == 1 else "are"
+            self._say(f"{was} put aside, and {it} taken: there are no others")
         limit = min(placement.slots, self._most() or placement.slots)
         if placement.ranks < limit:
-            self._say(f"{placement.ranks} of {limit} slots are used: the global batch does not divide among more")
+            self._say(f"using {placement.ranks} of {limit} slots: the global batch does not divide among more")
         self._say(f"starting {placement}")
 
     def _tell_problem(self, look: Look) -> None:
@@ -280,3 +281,22 @@ class Members:
 def _names(hosts: Collection[str]) -> str:
     shown = [*hosts][:_MOST_SHOWN]
     return ", ".join(shown) + (f" and {len(hosts) - _MOST_SHOWN} more" if len(hosts) > _MOST_SHOWN else "")
+
+
+def _of(hosts: Collection[str], one: str, several: str) -> str:
+    """Return the hosts' names and the verb that fits their number."""
+    return f"{_names(hosts)} {one if len(hosts) == 1 else several}"
+
+
+def _leaving(hosts: Collection[str], look: Look) -> str:
+    """Say of hosts in use that there are fewer slots on them, or none, and whether they answer."""
+    gone = [host for host in hosts if host not in look.listed]
+    fewer = [host for host in hosts if host in look.listed]
+    parts = [f"{_of(gone, 'is', 'are')} not listed any more"] if gone else []
+    parts += [f"{_of(fewer, 'is', 'are')} listed with fewer slots"] if fewer else []
+    are_all_there = look.there.issuperset(hosts)
+    if len(hosts) == 1:
+        parts.append("and still answers" if are_all_there else "and does not answer")
+    else:
+        parts.append("and still answer" if are_all_there else "and do not all answer")
+    return ", ".join(parts)

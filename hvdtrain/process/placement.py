@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.errors import ConfigError, LaunchError, counted
 from hvdtrain.process.hosts import HOSTFILES, HOSTS, RANKS, option, whole_number
 from hvdtrain.process.session import horovodrun_options
 
@@ -54,7 +54,7 @@ class Placement:
     def __str__(self) -> str:
         shown = [f"{host} ({ranks})" for host, ranks in self.hosts.items()]
         more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
-        return f"{self.ranks} rank{'' if self.ranks == 1 else 's'} on {', '.join(shown[:_MOST_SHOWN])}{more}"
+        return f"{counted(self.ranks, 'rank')} on {', '.join(shown[:_MOST_SHOWN])}{more}"
 
 
 def place(slots: Mapping[str, int], most: int | None, asked: int | None, batch: Callable[[], Batch]) -> Placement:

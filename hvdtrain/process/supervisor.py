@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from hvdtrain.errors import ConfigError, reason_of
+from hvdtrain.errors import ConfigError, counted, reason_of
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.aside import accused_hosts, sizes_of_logs
 from hvdtrain.process.guard import guarding
@@ -99,7 +99,7 @@ class Supervisor:
                     continue
                 failures = 1 if has_progressed else failures + 1
                 if failures > self.max_restarts:
-                    tried = f"{self.max_restarts} restarts without a new checkpoint"
+                    tried = f"{counted(self.max_restarts, 'restart')} without a new checkpoint"
                     say(f"ended with exit code {code} after {tried}: giving up")
                     return _exit_code(code)
                 self._pause(code, failures, 0.0 if is_known else self.pause_s)
@@ -182,7 +182,8 @@ class Supervisor:
                     self._process = None
                     left = end_all(self.mark)
                     if left:
-                        say(f"process {', '.join(map(str, left))} cannot be ended: the system does not let go of it")
+                        what = "process" if len(left) == 1 else "processes"
+                        say(f"{what} {', '.join(map(str, left))} cannot be ended: the system does not let go")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         """Return the launcher's exit code, 1 where it had to be ended because its ranks or its hosts are gone."""
@@ -210,14 +211,15 @@ class Supervisor:
             if self._change is None:
                 return False
             self._is_asked, self._deadline = False, time.monotonic() + self.grace_s
-            say(f"{self._change.reason}: it is {'asked to save and stop' if self._change.is_saving else 'ended'}")
+            what = "asked to save and stop" if self._change.is_saving else "ended"
+            say(f"{self._change.reason}: the run is {what}")
         if not self._change.is_saving:
             return True
         if not self._is_asked and self._process is not None:
             self._is_asked = ask_to_stop(self.mark, self._process.pid, self._words)
         if self._change.may_take_long or time.monotonic() < self._deadline:
             return False
-        say(f"it has not stopped within {self.grace_s:g} s, and is ended")
+        say(f"the run has not stopped within {self.grace_s:g} s, and is ended")
         return True
 
     @contextlib.contextmanager

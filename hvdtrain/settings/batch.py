@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.settings.sections import TrainConfig
 
 
@@ -21,8 +21,8 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.micro_batch_size} samples x {self.accum_steps} accumulation x {self.world_size}"
-            f" rank{'' if self.world_size == 1 else 's'}"
+            f"{self.micro_batch_size} samples x {self.accum_steps} accumulation x"
+            f" {counted(self.world_size, 'rank')}"
             f" = global batch {self.global_batch_size}"
         )
 
@@ -41,7 +41,7 @@ def plan_batch(train: TrainConfig, world_size: int) -> BatchPlan:
         return BatchPlan(micro * accum * world_size, micro, accum, world_size)
     if micro is not None and accum is not None and micro * accum * world_size != total:
         raise ConfigError(
-            f"--train.micro-batch-size {micro} x --train.accum-steps {accum} x {world_size} ranks"
+            f"--train.micro-batch-size {micro} x --train.accum-steps {accum} x {counted(world_size, 'rank')}"
             f" = {micro * accum * world_size}, not --train.global-batch-size {total}: leave one of the three out"
         )
     name, given = ("micro-batch-size", micro) if micro is not None else ("accum-steps", accum or 1)

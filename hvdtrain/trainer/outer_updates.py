@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.errors import counted
 from hvdtrain.models.walk import owned_by
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.fragments import Schedule, in_fragments
@@ -73,15 +74,17 @@ class OuterUpdates(Component):
         self.sent: dict[str, Tensor] = {}
         """This rank's own updates of what is under way, or has not been taken."""
         self.about = self._about(comm)
-        self.about += f"\n{wire}" if (wire := about(job, self.codecs[0])) else ""
+        self.about += f"\n{wire}" if (wire := about(job, self.codecs[0], "average")) else ""
 
     def _about(self, comm: CommConfig) -> str:
         what = f"Nesterov's momentum {self._momentum:.3g}, " if self._momentum else ""
-        steps = "in every step" if comm.period == 1 else f"every {comm.period:,} steps"
+        steps = "after every step" if comm.period == 1 else f"every {comm.period:,} steps"
         parts = f" in {comm.fragments} fragments" if comm.fragments > 1 else ""
         own = "what was moved by meanwhile kept" if self._mix is None else f"own weights x {self._mix:g}"
-        late = f", taken {comm.overlap_steps} steps later, {own}" if comm.overlap_steps else ""
-        first = f", in each of the first {comm.sync_warmup_steps:,} steps" if comm.sync_warmup_steps else ""
+        late = f", taken {counted(comm.overlap_steps, 'step')} later, {own}" if comm.overlap_steps else ""
+        warmup = comm.sync_warmup_steps
+        several = f"each of the first {warmup:,} steps" if warmup > 1 else "the first step"
+        first = f", and after {several}" if warmup else ""
         return (
             f"updates:    averaged {steps}{parts}{late}{first}, not gradients ({what}outer learning rate {self._lr:g})"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hvdtrain.errors import counted
 from hvdtrain.optim.schedule import learning_rate
 from hvdtrain.trainer.job import Job
 
@@ -27,8 +28,8 @@ def resume_lines(job: Job, step: int, num_steps_then: int | None) -> Iterator[st
     then, now = learning_rate(optim, step, num_steps_then), learning_rate(optim, step, job.num_steps)
     if abs(now - then) > _JUMP * then:
         yield (
-            f"WARNING: the run was to have {num_steps_then:,} steps and has {job.num_steps:,} now: with the schedule"
-            f" {optim.schedule} the learning rate jumps from {then * job.lr_factor:.3g} to {now * job.lr_factor:.3g}."
-            f" To keep it where it is: --optim.schedule constant --optim.warmup-steps 0 --optim.peak-lr {then:.6g}"
-            " --allow-config-change optim"
+            f"WARNING: the run was to have {counted(num_steps_then, 'step')} and has {job.num_steps:,} now: with the"
+            f" schedule {optim.schedule} the learning rate jumps from {then * job.lr_factor:.3g} to"
+            f" {now * job.lr_factor:.3g}. To keep it where it is: --optim.schedule constant"
+            f" --optim.warmup-steps 0 --optim.peak-lr {then:.6g} --allow-config-change optim"
         )

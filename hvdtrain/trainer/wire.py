@@ -62,11 +62,12 @@ class WireFormat(Component):
         return redistributed(self._job, self._codec, states)
 
 
-def about(job: Job, codec: Codec) -> str:
-    """Return a line about what is compressed, where something is and there are several ranks."""
+def about(job: Job, codec: Codec, each: str = "step") -> str:
+    """Return a line about what is compressed, where something is and there are several ranks; `each`: of what."""
     if job.world.size == 1:
         return ""
-    return codec.about([(name, parameter.shape) for name, parameter in trainable_by_name(job.task.model).items()])
+    shapes = [(name, parameter.shape) for name, parameter in trainable_by_name(job.task.model).items()]
+    return codec.about(shapes, each)
 
 
 def redistributed(job: Job, codec: Codec, states: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

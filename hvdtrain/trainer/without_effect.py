@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.data.readers import says_it_reads_ahead
+from hvdtrain.errors import counted
 from hvdtrain.process.launch import threads_per_rank
 from hvdtrain.settings import Precision
 from hvdtrain.settings.compression import EXACT, parse_compression
@@ -65,16 +66,16 @@ def _too_short(job: Job) -> Iterator[str]:
     schedule, is_local = Schedule.of(comm), comm.sync == "local"
     if is_local and not schedule.ever_ends(steps):
         warmup = min(comm.sync_warmup_steps, steps)
-        why = f"in {steps:,} steps{f', {warmup:,} of them warm-up' if warmup else ''}"
+        why = f"in {counted(steps, 'step')}{f', {warmup:,} of them warm-up' if warmup else ''}"
         yield (
             f"updates:    no effect of --comm.period {comm.period} and what belongs to it: {why}, no average of a"
             " period is taken but the mean at the end"
         )
-    sent, what = (schedule.averages(steps), "averages") if is_local else (steps, "steps")
+    sent, what = (schedule.averages(steps), "average") if is_local else (steps, "step")
     if parse_compression(comm.compression)[0] not in EXACT and 0 < sent <= comm.compression_warmup_steps:
         yield (
-            f"wire:       no effect of --comm.compression {comm.compression}: of the {sent:,} {what} of this run the"
-            f" first {comm.compression_warmup_steps:,} send everything as it is (--comm.compression-warmup-steps)"
+            f"wire:       no effect of --comm.compression {comm.compression}: of the {counted(sent, what)} of this run"
+            f" the first {comm.compression_warmup_steps:,} send everything as it is (--comm.compression-warmup-steps)"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hvdtrain import __version__
+from hvdtrain.errors import counted
 from hvdtrain.models.linear import takes_onednn
 from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.schedule import describe_schedule
@@ -31,9 +32,9 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
     parameters, trained = sum(p.numel() for p in task.model.parameters()), _num_trained(job)
     frozen = "" if trained == parameters else f", {trained:,} of them trained"
     lines = [
-        f"hvdtrain {__version__}: {name} on {_count(world.size, 'rank')}, {_count(hosts, 'host')}, started by"
+        f"hvdtrain {__version__}: {name} on {counted(world.size, 'rank')}, {counted(hosts, 'host')}, started by"
         f" {world.launch.launcher if world.launch.is_parallel else 'hand'}",
-        f"device:     {ranks[0]['device']}, {_count(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
+        f"device:     {ranks[0]['device']}, {counted(ranks[0]['threads'], 'thread')} a rank, {config.train.precision}"
         f"{', deterministic' if config.train.deterministic else ''}{_compiled(job)}"
         f"{_by_onednn(job)}",
         *([choice] if choice else []),
@@ -79,7 +80,7 @@ def details(job: Job, memory: Memory | None) -> str:
     sent = in_units(codec_for(job.config.comm).link_bytes(gradients, size))
     comm, what, when = job.config.comm, "gradients", "a step"
     if comm.sync == "local" and size > 1:
-        what, when = "updates", f"every {comm.period:,} steps"
+        what, when = "updates", "a step" if comm.period == 1 else f"every {comm.period:,} steps"
     if job.config.optim.shard and size > 1:
         what, when = "gradients, and as many of weights", "in all a step"
     lines.append(f"network:    {in_units(gradients)} of {what}; in a ring each rank sends {sent} {when}")
@@ -99,10 +100,6 @@ def _compiled(job: Job) -> str:
 
 def _num_trained(job: Job) -> int:
     return sum(parameter.numel() for parameter in job.task.model.parameters() if parameter.requires_grad)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _by_onednn(job: Job) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvdtrain import __version__
-from hvdtrain.errors import ConfigError, DataError, reason_of
+from hvdtrain.errors import ConfigError, DataError, counted, reason_of
 
 WIDTH = 116
 """Columns of an answer; longer lines are wrapped."""
@@ -44,12 +44,6 @@ def head_line(verb: str, recipe: str, num_ranks: int, *more: str) -> str:
     """Return an answer's first line: "hvdtrain 0.1.0: verify lm on 2 ranks, global batch 64"."""
     about = ", ".join([f"{verb} {recipe} on {counted(num_ranks, 'rank')}", *more])
     return f"hvdtrain {__version__}: {about}"
-
-
-def counted(number: float, noun: str) -> str:
-    """Return "1 rank", "2 ranks", "1.5 cores"."""
-    digits = f"{number:,d}" if isinstance(number, int) else f"{number:g}"
-    return f"{digits} {noun}{'s' * (number != 1)}"
 
 
 def listed(items: Sequence[object], most: int = 8) -> str:

@@ -146,8 +146,13 @@ class Codec(ABC):
         """Return the bytes that each of `size` ranks sends on its link where it hands over `handed`, in a ring."""
         return 2 * (size - 1) * handed // size
 
-    def about(self, tensors: Sequence[tuple[str, torch.Size]]) -> str:
-        """Return a line for the person who starts a run of these names and shapes of gradients, if any."""
+    def about(self, tensors: Sequence[tuple[str, torch.Size]], each: str = "step") -> str:
+        """Return a line for the person who starts a run, if there is something to say.
+
+        Args:
+            tensors: names and shapes of what travels.
+            each: when it does, in a word: "step", or "average" of local updates.
+        """
         return ""
 
 

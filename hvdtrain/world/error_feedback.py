@@ -234,16 +234,18 @@ class ErrorFeedback(Codec):
         """Return the buffer, and what is remembered, before and after a step that is not settled."""
         return 3 * shape.numel() * self.buffer_type(dtype).itemsize if self.compresses(shape) else 0
 
-    def about(self, tensors: Sequence[tuple[str, torch.Size]]) -> str:
+    def about(self, tensors: Sequence[tuple[str, torch.Size]], each: str = "step") -> str:
         """Say how much is compressed, from when on, to how many bytes, and what is spared by its name."""
         spared = [shape for name, shape in tensors if self.is_exact(name) and self.compresses(shape)]
         small = [shape.numel() for name, shape in tensors if self.is_exact(name) or not self.compresses(shape)]
         share = 1 - sum(small) / max(1, sum(shape.numel() for _, shape in tensors))
-        warmup = f", from step {self.warmup_steps + 1:,} on" if self.warmup_steps else ""
+        warmup = f", from {each} {self.warmup_steps + 1:,} on" if self.warmup_steps else ""
         what = f"{len(tensors) - len(small)} of {len(tensors)} tensors, {share:.1%} of the numbers"
         own = sum(self.bytes_of(name, shape, torch.float32) for name, shape in tensors)
         whole = sum(_EXACT.tensor_bytes(shape, torch.float32) for _, shape in tensors)
-        line = f"wire:       {self.name} for {what}{warmup}: {in_units(own)} instead of {in_units(whole)}"
+        line = (
+            f"wire:       {self.name} for {what}{warmup}: {in_units(own)} instead of {in_units(whole)} in each {each}"
+        )
         if not spared:
             return line
         bytes_spared = in_units(sum(_EXACT.tensor_bytes(shape, torch.float32) for shape in spared))

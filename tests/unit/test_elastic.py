@@ -275,9 +275,18 @@ class Job:
     def place(self):
         return dict(self.members.place_next(is_never).hosts)
 
+    def check_words(self):
+        """Fail where a noun or a verb does not fit the number of what it is said of."""
+        for line in self.said:
+            assert not re.search(r"\b1 [a-z]+s\b", line), line
+            assert not re.search(r"\b[a-z], [a-z] (is|was|has|does)\b", line), line
+            assert not re.search(r"(?<!, )\b[a-z] (are|were|have|do)\b", line), line
+
     def change(self):
         """Return the change that is wanted, once one is."""
-        return wait_for(self.members.change)
+        change = wait_for(self.members.change)
+        self.said.append(change.reason)
+        return change
 
     def is_left_alone(self):
         """Return whether no change is wanted by what two looks find that begin now."""
@@ -303,6 +312,7 @@ def job(tmp_path):
     yield job
     for one in jobs:
         one.lookout.close()
+        one.check_words()
 
 
 class TestMembers:
@@ -357,13 +367,13 @@ class TestMembers:
         hosts = job("a:1\n", grow="request")
         hosts.place()
         hosts.members.ask_to_grow()
-        hosts.until_said("asked to grow, but there is nothing to grow to: 1 slots on a")
+        hosts.until_said("asked to grow, but there is nothing to grow to: 1 slot on a")
         hosts.list("a:1\nb:1\n")
         hosts.until_said("when SIGUSR2 asks for it")
         hosts.save(2)
         assert hosts.is_left_alone()
         hosts.members.ask_to_grow()
-        assert "grows from 1 to 2" in hosts.change().reason
+        assert "growing from 1 to 2" in hosts.change().reason
 
     def test_it_never_grows_where_that_is_asked_for(self, job):
         hosts = job("a:1\n", grow="never")
@@ -399,6 +409,40 @@ class TestMembers:
         change = hosts.change()
         assert (change.reason, change.is_saving) == ("b is not listed any more, and does not answer", False)
 
+    @pytest.mark.parametrize(
+        ("listed", "gone", "reason"),
+        [
+            ("a:2\nb:1\n", "", "c, d are not listed any more, and still answer"),
+            ("a:2\nb:1\n", "d", "c, d are not listed any more, and do not all answer"),
+            ("a:1\nb:1\nc:1\nd:1\n", "", "a is listed with fewer slots, and still answers"),
+            ("a:1\nb:1\nd:1\n", "", "c is not listed any more, a is listed with fewer slots, and still answer"),
+        ],
+    )
+    def test_it_is_said_what_has_become_of_each_host(self, job, listed, gone, reason):
+        """A host with fewer slots is listed all the same; several hosts take another verb than one."""
+        hosts = job("a:2\nb:1\nc:1\nd:1\n", max_ranks=5)
+        hosts.members._asked_batch = Batch()
+        assert hosts.place() == {"a": 2, "b": 1, "c": 1, "d": 1}
+        for host in gone:
+            (hosts.up / host).unlink()
+        hosts.list(listed, up=[])
+        change = hosts.change()
+        assert (change.reason, change.is_saving) == (reason, not gone)
+
+    def test_several_silent_hosts_and_one_slot_are_words_that_fit(self, job):
+        hosts = job("a:1\nb:1\nc:1\n", lost_after_s=0.6, min_ranks=1)
+        hosts.place()
+        for host in "bc":
+            (hosts.up / host).unlink()
+        assert hosts.change().reason == "b, c have not answered for 0.6 s"
+        assert hosts.place() == {"a": 1}
+        for host in "bc":
+            hosts.members._put_aside(host, hosts.members._aside.blame(host))
+            (hosts.up / host).touch()
+        hosts.list("b:1\nc:1\n")
+        assert hosts.place() == {"b": 1, "c": 1}
+        assert "b, c were put aside, and are taken: there are no others" in hosts.said
+
     def test_a_host_that_is_silent_is_lost_after_a_while(self, job):
         hosts = job("a:1\nb:1\n", lost_after_s=0.6)
         hosts.place()
@@ -429,13 +473,13 @@ class TestMembers:
             return False
 
         assert dict(hosts.members.place_next(is_stopped).hosts) == {"a": 1, "b": 1}
-        assert any("1 slots on a: waiting for 2 ranks' hosts" in line for line in hosts.said)
+        assert any("1 slot on a: waiting for hosts of 2 ranks" in line for line in hosts.said)
         hosts.list("a:1\n")
         assert hosts.members.place_next(lambda: True) is None
 
     def test_it_gives_up_waiting_where_that_is_asked_for(self, job):
         hosts = job("a:1\n", min_ranks=2, longest_wait_s=0.2)
-        with pytest.raises(TimeoutError, match=re.escape("1 slots on a; waited for 0.2 s: giving up")):
+        with pytest.raises(TimeoutError, match=re.escape("1 slot on a; waited for 0.2 s: giving up")):
             hosts.members.place_next(is_never)
 
     def test_a_new_host_with_which_the_run_does_not_start_is_put_aside(self, job):
@@ -483,7 +527,7 @@ class TestMembers:
     def test_ranks_follow_what_the_batch_lets_be_used(self, job):
         hosts = job("a:3\nb:2\n")
         assert hosts.place() == {"a": 3, "b": 1}
-        assert "4 of 5 slots are used: the global batch does not divide among more" in hosts.said
+        assert "using 4 of 5 slots: the global batch does not divide among more" in hosts.said
 
     def test_a_source_that_never_was_ends_it(self, tmp_path):
         lookout = Lookout(HostsFile(tmp_path / "none"), ["true"], 0.1)

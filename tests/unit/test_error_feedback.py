@@ -440,8 +440,11 @@ def test_names():
     comm = CommConfig(compression="powersgd:2", compression_min_size=50, compression_warmup_steps=7)
     codec = codec_for(comm)
     assert (codec.min_size, codec.warmup_steps) == (50, 7)
-    about = codec.about([("a", torch.Size((30, 30))), ("b", torch.Size((30,)))])
-    assert "1 of 2 tensors, 96.8% of the numbers, from step 8 on: 600 B instead of 3.63 KiB" in about
+    tensors = [("a", torch.Size((30, 30))), ("b", torch.Size((30,)))]
+    about = codec.about(tensors)
+    assert "1 of 2 tensors, 96.8% of the numbers, from step 8 on: 600 B instead of 3.63 KiB in each step" in about
+    # The first averages of local updates go as they are, not the first steps.
+    assert "from average 8 on: 600 B instead of 3.63 KiB in each average" in codec.about(tensors, "average")
     wrong = [
         "powersgd",
         "powersgd:0",

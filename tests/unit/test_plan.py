@@ -24,6 +24,7 @@ from hvdtrain.verbs.plan.answer import answer, worker_counts
 from hvdtrain.verbs.plan.calibrate import calibrated
 from hvdtrain.verbs.plan.facts import Facts, compute_on, predict
 from hvdtrain.verbs.plan.gather import _refused
+from hvdtrain.verbs.plan.limits import difference
 from hvdtrain.verbs.plan.local import cut, local_step_time
 from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
 from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, methods_of, sends_of
@@ -423,6 +424,40 @@ def test_the_ways_to_average_on_a_slow_and_on_a_fast_network():
     assert fast.method.method == "every step"
     assert "to average: every step: exact" in table(fast)
     assert answer(with_formats(network=None), 2).methods == ()
+
+
+def test_ways_to_average_are_those_between_hosts_where_there_are_several():
+    """Where a slow network makes one host the best place, it is the other hosts for which a way is looked for."""
+    both = Network("mpi", 1e-5, 1e-6, 1e-10, 20e-3, 8 / 20e6, 0.1, 4)
+    shared = {"ranks_per_host": 4, "together_ranks": 4}
+    slow = answer(with_formats(network=both, **shared), 16)
+    assert slow.recommended.workers <= 4
+    assert slow.changed_workers <= 4
+    assert slow.method_workers == slow.method.workers == 8
+    text = table(slow)
+    assert "on 8 workers" in text
+    assert f"to average: {slow.method.method} ({slow.method.flags}): " in text
+    assert "measured it on small decoders" in text
+    inside = replace(both, outside_latency_s=None, outside_byte_s=None)
+    assert answer(with_formats(network=inside, **shared), 16).method_workers == 4
+    # Where the recommended number spans hosts, it is that number.
+    quick = answer(with_formats(network=other_network(GIGABIT, "100gbit,1us")), 16)
+    assert quick.method_workers == quick.changed_workers == quick.recommended.workers
+
+
+def test_a_loss_is_that_of_the_number_behind_the_format():
+    """The loss of rank 4 says nothing of rank 8."""
+    rank_4, rank_8 = (costs.loss_change(Method(f"powersgd:{rank}")).change for rank in (4, 8))
+    assert rank_8 < rank_4
+    assert costs.loss_change(Method("topk:0.010")) == costs.loss_change(Method("topk:0.01"))
+    assert costs.loss_change(Method("powersgd:7")) is None
+    assert costs.loss_change(Method("topk:0.5")) is None
+
+
+def test_a_change_that_rounds_to_nothing_is_called_no_difference():
+    assert difference(0.997, " time") == difference(1.0) == "no difference"
+    assert difference(0.64, " time") == "36% less time"
+    assert difference(1.75) == "75% more"
 
 
 def test_a_format_that_contradicts_its_parts_is_not_recommended():

@@ -13,10 +13,11 @@ from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.errors import ConfigError
 from hvdtrain.process.launch import Launch
 from hvdtrain.recipes.given import apply
-from hvdtrain.settings import CheckpointConfig, DataConfig, OptimConfig
+from hvdtrain.settings import CheckpointConfig, CommConfig, DataConfig, OptimConfig
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Recipe, train_step
+from hvdtrain.trainer.outer_updates import OuterUpdates
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.without_effect import without_effect
 from hvdtrain.world import SoloWorld
@@ -88,6 +89,28 @@ def test_what_adasum_and_others_do_to_each_other_is_said(tmp_path, optim, limit,
     for lines in run_ranks(2, lambda world: without_effect(dataclasses.replace(job, world=world))):
         assert len(lines) == len(says)
         assert all(part in line and line.startswith("adasum:") for part, line in zip(says, lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("comm", "says"),
+    [
+        ({"period": 1}, "averaged after every step, not gradients (outer learning rate 1)"),
+        ({"period": 8, "fragments": 2, "overlap_steps": 1}, "every 8 steps in 2 fragments, taken 1 step later"),
+        ({"period": 8, "overlap_steps": 4}, "averaged every 8 steps, taken 4 steps later, own weights x 0.5"),
+        ({"period": 4, "sync_warmup_steps": 1}, "averaged every 4 steps, and after the first step, not gradients"),
+        ({"period": 4, "sync_warmup_steps": 9}, "averaged every 4 steps, and after each of the first 9 steps"),
+        ({"compression": "int8", "compression_min_size": 1, "compression_warmup_steps": 2}, "from average 3 on: "),
+        ({"compression": "int8", "compression_min_size": 1}, " in each average"),
+    ],
+)
+def test_the_start_says_how_updates_are_averaged(tmp_path, comm, says):
+    """In numbers that fit their nouns; what travels, travels with an average, not in each step."""
+    plain = job_of(tmp_path)
+    config = dataclasses.replace(plain.config, comm=CommConfig(sync="local", **comm))
+    job = dataclasses.replace(plain, config=config, task=dataclasses.replace(plain.task, model=torch.nn.Linear(64, 8)))
+    for about in run_ranks(2, lambda world: OuterUpdates(dataclasses.replace(job, world=world)).about):
+        assert says in about
+        assert about.startswith("updates:    averaged ")
 
 
 def test_reading_ahead_of_data_that_is_not_read_by_threads(tmp_path):

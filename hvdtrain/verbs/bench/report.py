@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hvdtrain.errors import counted
 from hvdtrain.verbs.bench.measure import PARTS, Variant
-from hvdtrain.verbs.kit import counted, in_brackets, quartiles
+from hvdtrain.verbs.kit import in_brackets, quartiles
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hvdtrain.verbs.kit import counted, hanging
+from hvdtrain.errors import counted
+from hvdtrain.verbs.kit import hanging
 
 Status = Literal["ok", "warning", "error"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from hvdtrain.errors import counted
 from hvdtrain.install.clone import setup_command
 from hvdtrain.verbs.doctor.facts import RankFacts
 from hvdtrain.verbs.doctor.findings import Finding, error, ok, warning
-from hvdtrain.verbs.kit import counted, ranks_text
+from hvdtrain.verbs.kit import ranks_text
 
 _REBUILD = f"{setup_command()} (it builds Horovod for the torch and the MPI that come first on PATH)"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hvdtrain.verbs.kit import counted
+from hvdtrain.errors import counted
 from hvdtrain.verbs.plan.comparison import MethodRow, compared
 from hvdtrain.verbs.plan.comparison import recommended as recommended_method
 from hvdtrain.verbs.plan.facts import Facts
@@ -39,8 +39,10 @@ class Answer:
     methods: tuple[MethodRow, ...] = ()
     """Ways to average, for each number of workers of `rows` but one, exact averages first."""
     method: MethodRow | None = None
-    """The way that is recommended at `changed_workers`; None where there is one worker, or a contradiction."""
+    """The way that is recommended at `method_workers`; None where there is one worker, or a contradiction."""
     method_reason: str = ""
+    method_workers: int = 1
+    """`changed_workers`; where these share a host, the fewest on several, if the network between them is known."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -80,7 +82,9 @@ def answer(facts: Facts, to: int, price: float | None = None) -> Answer:
     contradiction = _contradiction(facts, rows)
     recommended, reason = (None, contradiction) if contradiction else (best, reason)
     methods = {row.workers: compared(facts, row.workers) for row in rows}
-    method, why = recommended_method(methods[changed.workers])
+    on_several_hosts = [row for row in rows if Layout.of(row.workers, facts.ranks_per_host).hosts > 1]
+    averaged = changed if changed in on_several_hosts or not on_several_hosts else on_several_hosts[0]
+    method, why = recommended_method(methods[averaged.workers])
     if contradiction:
         method, why = None, ""
     return Answer(
@@ -95,6 +99,7 @@ def answer(facts: Facts, to: int, price: float | None = None) -> Answer:
         tuple(row for of_workers in methods.values() for row in of_workers),
         method,
         why,
+        averaged.workers,
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hvdtrain.verbs.kit import counted
+from hvdtrain.errors import counted
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.rows import Row
 from hvdtrain.verbs.report.figures import COLOURS, base_figure, plain

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.errors import ConfigError, HvdtrainError, counted
 from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.tracebacks import sentence_of
@@ -16,7 +16,7 @@ from hvdtrain.trainer import Job, Recipe, Task
 from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.trainer.rehearsal import rehearse
 from hvdtrain.trainer.task import build_task
-from hvdtrain.verbs.kit import Speaker, counted, head_line
+from hvdtrain.verbs.kit import Speaker, head_line
 from hvdtrain.verbs.options import PlanOptions
 from hvdtrain.verbs.plan.all_reduce import groups_of
 from hvdtrain.verbs.plan.answer import Answer, answer

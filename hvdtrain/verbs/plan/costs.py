@@ -22,13 +22,18 @@ class LossChange:
     """The file in benchmarks/results that has it, and what was measured."""
 
 
+_POWERSGD = "powersgd_loss.txt: rank {}, embeddings exact, 500 steps, 20 of them exact, 2 seeds"
+_TOPK = "wire_loss.txt: {} %, 200 steps, the first 20 exact, 2 seeds"
 _OF_FORMATS = {
-    "none": LossChange(0.0, ""),
-    "fp16": LossChange(0.0029, "compression.txt: 3 seeds, within their spread"),
-    "bf16": LossChange(0.0067, "slow_links.txt: 300 steps, 1 seed"),
-    "int8": LossChange(0.0057, "wire_loss.txt: 200 steps, 2 seeds"),
-    "powersgd": LossChange(0.0463, "powersgd_loss.txt: rank 4, embeddings exact, 500 steps, 20 of them exact, 2 seeds"),
-    "topk": LossChange(0.1195, "wire_loss.txt: 1 %, 200 steps, the first 20 exact, 2 seeds"),
+    ("none", 0): LossChange(0.0, ""),
+    ("fp16", 0): LossChange(0.0029, "compression.txt: 3 seeds, within their spread"),
+    ("bf16", 0): LossChange(0.0067, "slow_links.txt: 300 steps, 1 seed"),
+    ("int8", 0): LossChange(0.0057, "wire_loss.txt: 200 steps, 2 seeds"),
+    ("powersgd", 4): LossChange(0.0463, _POWERSGD.format(4)),
+    ("powersgd", 8): LossChange(0.0170, _POWERSGD.format(8)),
+    ("powersgd", 16): LossChange(0.0069, _POWERSGD.format(16)),
+    ("topk", 0.01): LossChange(0.1195, _TOPK.format(1)),
+    ("topk", 0.1): LossChange(0.0489, _TOPK.format(10)),
 }
 _LOCAL = {
     "average": LossChange(0.0620, "local_outer.txt: 1,500 steps, a period of 20, 2 ranks, 1 seed"),
@@ -38,7 +43,7 @@ _LOCAL = {
 
 def loss_change(method: Method) -> LossChange | None:
     """Return what was measured of a method, None where nothing was."""
-    name, _ = parse_compression(method.compression)
+    compression = parse_compression(method.compression)
     if method.period is None:
-        return _OF_FORMATS[name]
-    return _LOCAL[method.outer] if name == "none" else None
+        return _OF_FORMATS.get(compression)
+    return _LOCAL[method.outer] if compression[0] == "none" else None

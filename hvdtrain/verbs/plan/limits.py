@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hvdtrain.errors import counted
 from hvdtrain.optim.noise import steps_ratio
 from hvdtrain.verbs.plan.facts import Facts, compute_on, predict
 from hvdtrain.verbs.plan.network import Layout
@@ -28,7 +29,7 @@ def limit_of(facts: Facts, row: Row) -> str:
     if facts.most_samples is not None and facts.most_samples < 2 * facts.micro_batch_size:
         lost["memory: a micro-batch twice as large does not fit"] = _small_batch_loss(facts)
     what = max(lost, key=lambda key: lost[key])
-    return f"{what} ({lost[what]:.0%} of the time at {row.workers} workers)"
+    return f"{what} ({lost[what]:.0%} of the time at {counted(row.workers, 'worker')})"
 
 
 def _small_batch_loss(facts: Facts) -> float:
@@ -72,3 +73,10 @@ def _time_to_loss(facts: Facts, workers: int) -> float:
     if facts.noise is None:
         return seconds / batch
     return seconds * steps_ratio(facts.noise.samples, batch, 1.0)
+
+
+def difference(factor: float, of: str = "") -> str:
+    """Return a factor in words: "36% less", "no difference" for what rounds to none; `of` stands behind "less"."""
+    if round(100 * abs(1 - factor)) == 0:
+        return "no difference"
+    return f"{abs(1 - factor):.0%} {'less' if factor < 1 else 'more'}{of}"

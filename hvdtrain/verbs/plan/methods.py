@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hvdtrain.errors import counted
 from hvdtrain.settings.compression import EXACT, parse_compression
 from hvdtrain.verbs.plan.kinds import Layout, way_of
 from hvdtrain.verbs.plan.network import Network
@@ -40,7 +41,8 @@ class Method:
             return f"every step{wire}"
         parts = f", {self.fragments} fragments" if self.fragments > 1 else ""
         late = f", {self.overlap_steps} late" if self.overlap_steps else ""
-        return f"{'DiLoCo' if self.outer == 'nesterov' else 'local SGD'}, {self.period} steps{wire}{parts}{late}"
+        name = "DiLoCo" if self.outer == "nesterov" else "local SGD"
+        return f"{name}, {counted(self.period, 'step')}{wire}{parts}{late}"
 
     @property
     def settings(self) -> dict[str, Any]:

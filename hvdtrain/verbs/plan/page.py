@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvdtrain import __version__
-from hvdtrain.errors import ConfigError
-from hvdtrain.verbs.kit import counted
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.charts import charts_of, step_interval
+from hvdtrain.verbs.plan.limits import difference
 from hvdtrain.verbs.plan.report import describe
 from hvdtrain.verbs.plan.rows import Row
 from hvdtrain.verbs.plan.saved import write_output
@@ -93,6 +93,6 @@ def _cells(answer: Answer, row: Row) -> Iterator[str]:
 def _changes(answer: Answer) -> Iterator[str]:
     if answer.changes:
         changes = sorted(answer.changes, key=lambda change: change[1])
-        rows = [(name, f"{abs(1 - factor):.0%} {'less' if factor < 1 else 'more'}") for name, factor in changes]
+        rows = [(name, difference(factor)) for name, factor in changes]
         yield f"<h2>What would change it, on {counted(answer.changed_workers, 'worker')}</h2>"
         yield plain_table(["with", "time to the same loss"], rows, "Settings and what they would do")

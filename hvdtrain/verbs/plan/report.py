@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from hvdtrain.errors import counted
 from hvdtrain.optim.noise import NoiseScale
 from hvdtrain.settings.units import in_units
-from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.plan.answer import Answer
 from hvdtrain.verbs.plan.facts import Facts
+from hvdtrain.verbs.plan.limits import difference
 from hvdtrain.verbs.plan.network import Network
 from hvdtrain.verbs.plan.rows import Row
 
@@ -34,8 +35,7 @@ def table(answer: Answer) -> str:
     lines += [f"{head}: {answer.reason}"]
     lines += [f"what limits: {answer.limit}"]
     for name, factor in sorted(answer.changes, key=lambda change: change[1]):
-        word = "less" if factor < 1 else "more"
-        lines.append(f"  {name}: {abs(1 - factor):.0%} {word} time at {counted(answer.changed_workers, 'worker')}")
+        lines.append(f"  {name}: {difference(factor, ' time')} at {counted(answer.changed_workers, 'worker')}")
     if answer.unknown:
         lines.append(answer.unknown)
     lines += _methods(answer)
@@ -63,12 +63,12 @@ def _line(answer: Answer, row: Row) -> str:
 
 
 def _methods(answer: Answer) -> Iterator[str]:
-    """Yield the ways to average at the number of workers that is recommended."""
-    rows = [row for row in answer.methods if row.workers == answer.changed_workers]
+    """Yield the ways to average on the workers of `method_workers`, and what the losses are of."""
+    rows = [row for row in answer.methods if row.workers == answer.method_workers]
     if not rows:
         return
     yield ""
-    width, head = max(27, *(len(row.method) for row in rows)), f"on {counted(answer.changed_workers, 'worker')}"
+    width, head = max(27, *(len(row.method) for row in rows)), f"on {counted(answer.method_workers, 'worker')}"
     yield (
         f"{head:{width + 1}} {'ms a step':>16} {answer.facts.unit + '/s':>12}"
         f" {'times':>6} {'sends a step':>13} {'loss, measured':>15}"
@@ -83,6 +83,10 @@ def _methods(answer: Answer) -> Iterator[str]:
         )
         if row.contradiction:
             yield f"   {row.method}: {row.contradiction}"
+    yield (
+        "loss: above that of exact averages, where this project has measured it on small decoders, in up to 1,500 steps"
+        " (local updates: with a period of 20); compare on your own task"
+    )
     if answer.method is not None:
         flags = answer.method.flags
         yield f"to average: {answer.method.method}{f' ({flags})' if flags else ''}: {answer.method_reason}"

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from hvdtrain.errors import ConfigError, reason_of
+from hvdtrain.errors import ConfigError, counted, reason_of
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.settings.files import replaced_whole
-from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.options import CompareOptions, ReportOptions
 from hvdtrain.verbs.report.differences import Divergence, differing, divergences, packed_environment, written
 from hvdtrain.verbs.report.page import page_of

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from hvdtrain import __version__
-from hvdtrain.verbs.kit import counted
+from hvdtrain.errors import counted
 from hvdtrain.verbs.report.charts import MOST_POINTS, Chart, charts_of, draw, look_of, style_of, usual_range
 from hvdtrain.verbs.report.differences import differing, packed_environment
 from hvdtrain.verbs.report.events import KINDS, Event, events_of

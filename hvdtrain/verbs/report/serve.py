@@ -16,10 +16,10 @@ from importlib import resources
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from hvdtrain.errors import ConfigError, UsageError, reason_of
+from hvdtrain.errors import ConfigError, UsageError, counted, reason_of
 from hvdtrain.process.stop import StoppedEarly
 from hvdtrain.rundir.directory import RunDirectory
-from hvdtrain.verbs.kit import counted, write_line
+from hvdtrain.verbs.kit import write_line
 from hvdtrain.verbs.report.page import page_of
 from hvdtrain.verbs.report.runs import ReadRun
 from hvdtrain.verbs.report.shell import POLICY

@@ -6,11 +6,10 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from hvdtrain.errors import HvdtrainError, LaunchError, StopRequested
+from hvdtrain.errors import HvdtrainError, LaunchError, StopRequested, counted
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.stray import stray_hint
 from hvdtrain.rundir.lock import claim
-from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.options import SweepOptions
 from hvdtrain.verbs.sweep.folder import SweepFolder, open_sweep
 from hvdtrain.verbs.sweep.grid import Grid, label_of

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hvdtrain.errors import ConfigError, reason_of
+from hvdtrain.errors import ConfigError, counted, reason_of
 from hvdtrain.rundir.metrics import read_metrics
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.settings.units import duration
-from hvdtrain.verbs.kit import counted
 from hvdtrain.verbs.sweep.folder import SweepFolder, Trial
 from hvdtrain.verbs.sweep.grid import SEED, label_of, short_label, shown
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from hvdtrain.verbs.kit import counted, hanging
+from hvdtrain.errors import counted
+from hvdtrain.verbs.kit import hanging
 from hvdtrain.verbs.verify.compare import Difference
 
 Status = Literal["pass", "FAIL", "warning", "not run"]
