@@ -63,6 +63,11 @@ CHECKS = (
         120,
     ),
     Check("the step alone, the loss in one chunk", ("benchmarks/gpu_step.py", "--loss-chunk", "16384"), 120),
+    Check(
+        "the step alone, the residual stream in 16 bits",
+        ("benchmarks/gpu_step.py", "--residual-dtype", "products"),
+        120,
+    ),
     tests("documents by their bounds", "test_gpu_ways.py", "documents", 90),
     tests("documents of transformers' models", "test_gpu_saves.py", "documents", 120),
     tests("attention that drops by sample", "test_gpu_saves.py", "drops", 60),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 Division = Literal["elements", "parameters", "none"]
 """elements: each number by itself, as Adam moves them. parameters: each parameter by itself, as LARS and Muon do."""
 
-# Longest side of a stand-in: an optimizer may treat small matrices otherwise. Long enough to be cut within a row.
-_SIDE = 128
-_MOST_ELEMENTS = 1 << 13
+# Longest side of a stand-in: an optimizer may treat small matrices otherwise, as Adafactor's of other libraries keep
+# the squares of one with a side below 128 as they are, and 8-bit states begin at 4096 numbers.
+_SIDE = 160
+_MOST_ELEMENTS = _SIDE**2
 _STEPS = 2
 # Kernels may add in another order; what looks at other elements differs by far more.
 _TOLERANCE = 1e-9
@@ -85,6 +86,7 @@ def _is_elementwise(optimizer: Any, groups: Sequence[Sequence[Tensor]], whole: M
     start = sum(map(len, groups[:number]))
     own = range(start, start + len(groups[number]))
     try:
+        _moved(optimizer, groups, _whole, check_state=own)
         pieces = _moved(optimizer, groups, lambda i, t: _in_pieces(i, t) if i in own else [t], check_state=own)
     except Exception:  # Muon, for one, takes matrices only
         return False
@@ -124,7 +126,8 @@ def _moved(
     """Return what a copy of the optimizer makes of stand-ins that are cut so, in a few steps.
 
     Raises:
-        ValueError: the state of one in `check_state` has tensors of other shapes than its pieces.
+        ValueError: the state of one in `check_state` has tensors of other shapes than its parts, or in lists and the
+            like: nobody could tell which of its numbers belong to which of the parameter's.
     """
     tried, random = _copied(optimizer), torch.Generator().manual_seed(1)
     parts: list[list[nn.Parameter]] = []
@@ -143,9 +146,23 @@ def _moved(
     for number in check_state:
         for part in parts[number]:
             for value in tried.state[part].values():
-                if isinstance(value, Tensor) and value.dim() and value.shape != part.shape:
+                if _has_another_shape(value, part):
                     raise ValueError("a state of another shape")
     return [[part.detach() for part in of_one] for of_one in parts]
+
+
+def _has_another_shape(value: Any, part: Tensor) -> bool:
+    """Tell whether an entry of a state is a tensor of another shape than the part's, or holds tensors itself."""
+    if isinstance(value, Tensor):
+        return value.dim() > 0 and value.shape != part.shape
+    return _holds_tensors(value)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    is_nest = isinstance(value, Collection) and not isinstance(value, str | bytes | Tensor)
+    return isinstance(value, Tensor) or (is_nest and any(map(_holds_tensors, value)))
 
 
 def _take_step(tried: Any, in_turns: bool) -> None:

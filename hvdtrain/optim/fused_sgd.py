@@ -40,6 +40,8 @@ class SGD(torch.optim.SGD):
 
     def _move(self, group: dict[str, Any]) -> None:
         moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not moved:  # its layers are frozen, or other ranks have them
+            return
         # By torch's loss scaler, and by the trainer on GPUs.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not (group["momentum"] or group["weight_decay"]) and scale is None and found_inf is None:

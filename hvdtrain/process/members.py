@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.errors import counted
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.process.aside import Aside
 from hvdtrain.process.batch_size import asked_batch, saved_batch
 from hvdtrain.process.lookout import Look, Lookout
@@ -90,7 +90,8 @@ class Members:
         """Wait for enough hosts, and return where the run is to start; None where `is_stopped` says so meanwhile.
 
         Raises:
-            ConfigError: the hosts cannot be listed, or the batch does not stay the same.
+            ConfigError: the hosts cannot be listed, the batch does not stay the same, or it never divides among as many
+                ranks as there are to be at least.
             TimeoutError: there were too few for too long.
         """
         began, reminded, pause = time.monotonic(), -math.inf, 0.0
@@ -104,6 +105,7 @@ class Members:
                 self._tell_placement(placement, look)
                 self.placement, self.lookout.used = placement, frozenset(placement.hosts)
                 return placement
+            self._check_enough_can_come()
             now = time.monotonic()
             if self.rules.longest_wait_s is not None and now - began > self.rules.longest_wait_s:
                 raise TimeoutError(f"{self._shortage(look)}; waited for {self.rules.longest_wait_s:g} s: giving up")
@@ -181,6 +183,19 @@ class Members:
             if placement.ranks >= self.rules.min_ranks:
                 return placement
         return None
+
+    def _check_enough_can_come(self) -> None:
+        """Raise ConfigError where no hosts whatever would make ranks enough: nobody should wait for them."""
+        batch, least, most = self._batch(), self.rules.min_ranks, self._most()
+        limit = batch.total if most is None else most
+        reached = most if limit is None or limit == self._asked else batch.most_ranks(limit)
+        if reached is not None and reached < least:
+            among = f"the global batch of {batch.total} samples divides among" if reached != most else "the command has"
+            up_to = f" of up to {most}" if reached != most and most is not None else ""
+            raise ConfigError(
+                f"--min-ranks {least} can never be had: {among} {reached} ranks at most{up_to}. Ask for fewer, or for"
+                " another --max-ranks or --train.global-batch-size"
+            )
 
     def _most(self) -> int | None:
         return self.rules.max_ranks or self._asked

@@ -180,10 +180,12 @@ ComponentFactory = Callable[["Job"], Component | None]
 
 
 def nested_tensors(value: Any, name: str = "") -> dict[str, Tensor]:
-    """Return the tensors in nested dicts and lists, by the keys that lead to them, joined by dots."""
+    """Return the tensors in nested dicts, lists and tuples, by the keys that lead to them, joined by dots."""
     if isinstance(value, Tensor):
         return {name: value}
-    items: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    items: Any = enumerate(value) if isinstance(value, list | tuple) else ()
+    if isinstance(value, Mapping):
+        items = value.items()
     found: dict[str, Tensor] = {}
     for key, item in items:
         found.update(nested_tensors(item, f"{name}.{key}" if name else str(key)))

@@ -210,14 +210,13 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
     optimizer = job.task.build_optimizer(plain_settings(job.config).optim, cut)
     optimizer.step()
     found: dict[nn.Parameter, int] = {}
-    for cut_parameter, entries in optimizer.state.items():
-        whole, total = full[cut_parameter], 0
-        for value in entries.values():
-            if isinstance(value, Tensor):
-                itemsize = (whole if value.dtype == cut_parameter.dtype else value).element_size()
-                # A dimension as long as the cut parameter's has the length of the whole one's.
-                shapes = zip(value.shape, cut_parameter.shape, whole.shape, strict=False)
-                total += itemsize * math.prod(n if own == of_cut else own for own, of_cut, n in shapes)
+    for cut_parameter, whole in full.items():
+        total = 0
+        for value in nested_tensors(optimizer.state.get(cut_parameter)).values():
+            itemsize = (whole if value.dtype == cut_parameter.dtype else value).element_size()
+            # A dimension as long as the cut parameter's has the length of the whole one's.
+            shapes = zip(value.shape, cut_parameter.shape, whole.shape, strict=False)
+            total += itemsize * math.prod(n if own == of_cut else own for own, of_cut, n in shapes)
         found[whole] = total
     return found
 

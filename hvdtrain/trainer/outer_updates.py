@@ -52,7 +52,7 @@ class OuterUpdates(Component):
         self.schedule = Schedule.of(comm)
         self.codecs: list[Codec] = [codec_for(comm, job.task.model) for _ in range(comm.fragments)]
         """Of each fragment: its averages are steps of its own."""
-        self._world, self._chunk_bytes = job.world, comm.bucket_mib << 20
+        self._world, self._chunk_bytes, self._say = job.world, comm.bucket_mib << 20, job.log.say
         self._lr = comm.outer_lr or (NESTEROV_LR if is_nesterov else 1.0)
         self._momentum = _momentum(comm.outer_momentum, self._lr, job.world.size) if is_nesterov else 0.0
         late = comm.overlap_mix if comm.overlap_rule == "mix" else None
@@ -235,6 +235,8 @@ class OuterUpdates(Component):
         for name, velocity in state.get("velocity", {}).items():
             if name in self._velocity:
                 self._velocity[name].copy_(velocity)
+        if state.get("velocity") and not self._momentum:
+            self._say("WARNING: averages had a momentum (--comm.outer nesterov), and go on without: it is dropped")
         fragments = state.get("fragments", [])
         are_mine = len(fragments) == len(self.codecs) and {*itertools.chain(*fragments)} == self._last.keys()
         self._fragments = [list(names) for names in fragments] if are_mine else self._divided()

@@ -14,6 +14,7 @@ from hvdtrain.settings import BatchPlan, Config, plan_batch
 from hvdtrain.trainer.job import Job, order_of
 from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.task import Task
+from hvdtrain.trainer.wire import check_compression
 from hvdtrain.world import World
 
 _ENDLESS = 1_000_000
@@ -66,5 +67,6 @@ def rehearse(
     if only_full_batches:
         order = FullBatches(order.num_samples, order.plan, order.seed, order.sampler, order.drop_last)
     task = dataclasses.replace(task, model=copy.deepcopy(task.model))
+    check_compression(config)
     strategy = strategy_of(config, world.size)
     return Job(task, config, world, None, MetricLog(None, []), plan, order, num_steps, strategy=strategy)

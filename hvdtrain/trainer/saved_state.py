@@ -113,7 +113,7 @@ def check_storable(training: Training) -> None:
             )
     storable(extra_state(training.model), "the model's state_dict()")
     for entries in training.optimizer.state.values():
-        storable(dict(entries), "the optimizer's state")
+        storable(entries, "the optimizer's state")
     for component in training.components:
         if not type(component).__module__.startswith("hvdtrain."):
             storable(component.state_dict(), f"the state of '{component.name}'")
@@ -169,5 +169,4 @@ def restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
 
 def resting_tensors(training: Training) -> list[Tensor]:
     """Return what an update alone changes: parameters, and what the optimizer keeps of them."""
-    entries = [value for state in training.optimizer.state.values() for value in dict(state).values()]
-    return [*training.model.parameters(), *(value for value in entries if isinstance(value, Tensor))]
+    return [*training.model.parameters(), *optimizer_tensors(training).values()]

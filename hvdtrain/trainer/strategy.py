@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hvdtrain.models.private_torch import norm_of
 from hvdtrain.models.walk import owned_by
 from hvdtrain.models.weights import model_weights
+from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.shared_copies import shared_out
 from hvdtrain.world import World, WrappedOptimizer, per_rank_buffers
 
@@ -192,11 +193,11 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(training: Training) -> dict[str, Tensor]:
-    """Return the tensors of the optimizer's state by what they are."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in training.model.named_parameters()}
+    """Return the tensors of the optimizer's state by what they are, those in lists and tuples of it, too."""
+    names: dict[Any, str] = {parameter: name for name, parameter in training.model.named_parameters()}
+    state: Mapping[Any, Any] = training.optimizer.state
     return {
-        f"optimizer's {key} of {names.get(parameter, '?')}": value
-        for parameter, entries in training.optimizer.state.items()
-        for key, value in entries.items()
-        if isinstance(value, Tensor)
+        f"optimizer's {key} of {names.get(owner, '?')}" if isinstance(owner, Tensor) else f"optimizer's {key}": value
+        for owner, entries in state.items()
+        for key, value in nested_tensors(entries, "" if isinstance(owner, Tensor) else str(owner)).items()
     }

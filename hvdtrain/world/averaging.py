@@ -246,6 +246,12 @@ def wrap_optimizer(
     names = {parameter: name for name, parameter in model.named_parameters()}
     base, attributes = world.optimizer_type(inner, averaging)
     is_sharded = averaging.shard and world.size > 1
+    codec = averaging.codec()
+    if codec.remembers and world.serves_another(codec):
+        raise ConfigError(
+            f"this object of {codec.name} belongs to another optimizer already, and what it remembers of one must not"
+            f" be sent with the other's gradients: make one for each, or name it, as compression={codec.name!r}"
+        )
     if averaging.offload:
         check_turns(optimizer)
     sharding = Sharding(world, optimizer, names, averaging, sparse) if is_sharded else None
@@ -268,7 +274,6 @@ def wrap_optimizer(
 
     world.num_wraps += 1
     prefix = f"gradients.{world.num_wraps}"
-    codec = averaging.codec()
     codec.meet(model)
     layout = sharding.layout(prefix, codec) if sharding else None
     wrapped._exchange = exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, codec, layout)

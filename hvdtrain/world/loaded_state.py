@@ -43,11 +43,22 @@ def restore_types(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) ->
             continue
         entries = optimizer.state[parameter]
         for name, value in entries_of.get(place, {}).items():
-            loaded = entries.get(name)
-            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
-                entries[name] = value.detach().clone().to(loaded.device)
+            if name in entries:
+                entries[name] = _of_saved_type(entries[name], value)
         if isinstance(entries, dict):
             entries.update({name: laid_as(parameter, value) for name, value in entries.items()})
+
+
+def _of_saved_type(loaded: Any, saved: Any) -> Any:
+    """Return an entry as it was loaded, with the tensors that were cast as they were saved; those in lists, too."""
+    if isinstance(saved, Tensor):
+        is_cast = isinstance(loaded, Tensor) and loaded.dtype != saved.dtype
+        return saved.detach().clone().to(loaded.device) if is_cast else loaded
+    if isinstance(saved, dict) and isinstance(loaded, dict) and saved.keys() == loaded.keys():
+        return {key: _of_saved_type(value, saved[key]) for key, value in loaded.items()}
+    if type(saved) in (list, tuple) and type(loaded) is type(saved) and len(loaded) == len(saved):
+        return type(saved)(map(_of_saved_type, loaded, saved))
+    return loaded
 
 
 def laid_as(parameter: Tensor, value: Any) -> Any:

@@ -7,6 +7,7 @@ without. What it costs is the way of the state to the device and back in every s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Offload:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._host: dict[tuple[Tensor, str], Tensor] = {}
+        self._host: dict[tuple[Tensor, str], Tensor] = {}  # of each parameter, by the keys that lead to the entry
         """Where each entry lies in host memory: the same memory is used again in every step."""
         self._memory: dict[bool, PinnedMemory] = {}
         """Where more of it comes from: for parameters on GPUs, and for others."""
@@ -101,14 +102,18 @@ class Offload:
     def _fetch(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
         entries = optimizer.state.get(parameter, {})
         for key, value in entries.items():
-            if _is_large(value):
-                entries[key] = value.to(parameter.device, non_blocking=True, copy=True)
+            entries[key] = _each_large(
+                value, str(key), lambda _, own: own.to(parameter.device, non_blocking=True, copy=True)
+            )
 
     def _put_back(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
         entries = optimizer.state.get(parameter, {})
         for key, value in entries.items():
-            if _is_large(value):
-                entries[key] = self._in_host_memory(parameter, key, value).copy_(value, non_blocking=True)
+            entries[key] = _each_large(
+                value,
+                str(key),
+                lambda place, own: self._in_host_memory(parameter, place, own).copy_(own, non_blocking=True),
+            )
 
     def _in_host_memory(self, parameter: Tensor, key: str, value: Tensor) -> Tensor:
         found = self._host.get((parameter, key))
@@ -131,17 +136,21 @@ class Offload:
             self.take_over(optimizer)
             return state
         small = {
-            number: {key: value for key, value in entries.items() if not _is_large(value)}
+            number: {key: value for key, value in entries.items() if not _has_large(value)}
             for number, entries in saved.items()
         }
         given = {**state, "state": small}
         load(optimizer, given)
         for number, parameter in enumerate(owned_by(optimizer)):
             for key, value in saved.get(number, {}).items():
-                if _is_large(value):
-                    value = laid_as(parameter, value)
-                    optimizer.state[parameter][key] = self._in_host_memory(parameter, key, value).copy_(value)
+                if _has_large(value):
+                    optimizer.state[parameter][key] = _each_large(value, str(key), partial(self._kept, parameter))
         return given
+
+    def _kept(self, parameter: nn.Parameter, place: str, value: Tensor) -> Tensor:
+        """Return a loaded entry in host memory."""
+        value = laid_as(parameter, value)
+        return self._in_host_memory(parameter, place, value).copy_(value)
 
 
 def step_in_parts(inner: type[torch.optim.Optimizer]) -> Any:
@@ -158,6 +167,28 @@ def step_in_parts(inner: type[torch.optim.Optimizer]) -> Any:
 def _is_large(value: Any) -> bool:
     """Return whether an entry of a state moves: counters stay on their device, where fused kernels want them."""
     return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _has_large(value: Any) -> bool:
+    items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+    return _is_large(value) or any(map(_has_large, items))
+
+
+def _each_large(value: Any, place: str, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """Return an entry with each tensor that moves replaced by what `change` makes of it, those in lists and so on too.
+
+    Args:
+        value: of the entry.
+        place: the keys that lead to it, joined by dots.
+        change: is given the tensor's place, and the tensor.
+    """
+    if _is_large(value):
+        return change(place, value)
+    if type(value) is dict:
+        return {key: _each_large(item, f"{place}.{key}", change) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_each_large(item, f"{place}.{i}", change) for i, item in enumerate(value))
+    return value
 
 
 def _pins(parameter: Tensor) -> bool:

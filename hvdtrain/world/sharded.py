@@ -115,7 +115,9 @@ class Sharding:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Give every rank what the others have moved. Collective."""
+        """Give every rank what the others have moved, after a step. Collective."""
+        for piece in self.pieces:
+            piece.is_used = True
         active = [i for i, cut in enumerate(self.cuts) if any(p.requires_grad for p in cut.parameters)]
         waits: list[Any] = []
         for place in range(len(active) + IN_FLIGHT):

@@ -42,6 +42,8 @@ class Piece:
         own = part.parameter
         self.moved = nn.Parameter(part.view(own.detach()))
         """What stands in the optimizer's parameter groups; its `grad` is this part of the mean gradient."""
+        self.is_used = False
+        """A step has used its gradient, which ends with the next one: `model.zero_grad()` does not come by here."""
         grad_dtype = getattr(own, "grad_dtype", None)
         if grad_dtype not in (None, own.dtype):
             self.moved.grad_dtype = grad_dtype
@@ -50,6 +52,11 @@ class Piece:
     def fits(self) -> bool:
         """Return whether it still is the parameter's memory: `model.to(...)` gives it another."""
         return self.part.view(self.part.parameter.detach()).data_ptr() == self.moved.data_ptr()
+
+    def drop_used(self) -> None:
+        """Have no gradient that a step has used."""
+        if self.is_used:
+            self.moved.grad, self.is_used = None, False
 
     def add(self, numbers: Tensor, dtype: torch.dtype) -> None:
         """Add numbers to its gradient."""
@@ -290,6 +297,8 @@ class ShardedLayout(Layout):
         self._active = []
         for bucket in self.buckets:
             assert isinstance(bucket, ShardedBucket)
+            for piece in bucket.pieces:
+                piece.drop_used()
             if bucket.num_learning:
                 self._active.append(bucket)
             else:

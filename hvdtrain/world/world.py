@@ -19,6 +19,7 @@ from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
 from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
 from hvdtrain.world.build_info import built_with
+from hvdtrain.world.codec import Codec
 from hvdtrain.world.collectives import Collectives
 from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import send_state
@@ -97,6 +98,10 @@ class World(Collectives):
             other.yield_to(exchange)
         self._exchanges = [*map(weakref.ref, alive), *([] if exchange in alive else [weakref.ref(exchange)])]
 
+    def serves_another(self, codec: Codec) -> bool:
+        """Tell whether a codec belongs to an optimizer that was wrapped before and is still there."""
+        return any(other.codec is codec for ref in self._exchanges if (other := ref()) is not None)
+
     def not_averaged(self, model: nn.Module) -> list[str]:
         """Return the names of a model's parameters that have a gradient here, and no optimizer that averages it."""
         alive = [exchange for ref in self._exchanges if (exchange := ref()) is not None]
@@ -121,8 +126,8 @@ class World(Collectives):
         model has not, such as a temperature, are sent with it.
 
         Raises:
-            UsageError: a tensor of the model cannot be sent; names it. There is no rank `root`, or something else is
-                given than a module and an optimizer.
+            UsageError: a tensor of the model cannot be sent; names it. There is no rank `root`, something else is given
+                than a module and an optimizer, or the optimizer's state is sharded.
             DivergedError: a sparse buffer is not the same on all ranks: it is not sent.
         """
         self._check_rank(root)
@@ -141,7 +146,7 @@ class World(Collectives):
         buffers = dict(model.named_buffers())
         sparse = {name: buffer for name, buffer in buffers.items() if buffer.layout != torch.strided}
         tensors = {**weights, **{name: buffer for name, buffer in buffers.items() if name not in sparse}}
-        if optimizer is not None and getattr(optimizer, "sharding", None) is None:
+        if optimizer is not None:
             own = set(model.parameters())
             more = [parameter for parameter in owned_by(optimizer) if parameter not in own]
             tensors.update({f"parameter {number} of the optimizer": item for number, item in enumerate(more)})
@@ -149,7 +154,16 @@ class World(Collectives):
         self.check_replicas(sparse, "model.sparse")
 
     def broadcast_optimizer(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
-        """Make every rank's optimizer state that of rank `root`; its parameters are left alone. Collective."""
+        """Make every rank's optimizer state that of rank `root`; its parameters are left alone. Collective.
+
+        Raises:
+            UsageError: its state is sharded: no rank has what another one needs.
+        """
+        if getattr(optimizer, "sharding", None) is not None:
+            raise UsageError(
+                "an optimizer that was wrapped with shard=True has another part of its state on each rank, and none to"
+                " broadcast: broadcast_state(model) alone, and the optimizer's before it is wrapped"
+            )
         send_state(self, optimizer, root)
 
     def average_buffers(self, model: nn.Module) -> None:

@@ -127,7 +127,9 @@ def test_each_trial_of_a_sweep_is_a_task_of_an_array(cluster, tmp_path):
         "VIRTUAL_ENV": str(BIN.parent),
         "HVDTRAIN_ROOT": str(REPOSITORY),
     }
-    options = f"--ntasks-per-node=1 --output={tmp_path}/%a.out --time=5 --export={','.join(given)},HVDTRAIN_RUN_DIR"
+    # Held, so that they wait until the second `sweep` has looked, however long it takes.
+    options = f"--hold --ntasks-per-node=1 --output={tmp_path}/%a.out --time=5"
+    options += f" --export={','.join(given)},HVDTRAIN_RUN_DIR"
     command = [sys.executable, "-m", "hvdtrain", "sweep", RECIPE, "--train.seed", "1,2", "--train.steps", "5"]
     command += ["--run-dir", tmp_path / "s", "--slurm", f"--sbatch={options}"]
     command += ["--slurm-file", REPOSITORY / "launch" / "slurm.sbatch"]
@@ -145,6 +147,7 @@ def test_each_trial_of_a_sweep_is_a_task_of_an_array(cluster, tmp_path):
     assert "submitted 2 trials as array" in (said := sweep()), said
     job = json.loads((tmp_path / "s" / "sweep.json").read_text())["slurm_job"]
     assert f"of array {job} wait or run: nothing was submitted" in (said := sweep()), said
+    cluster.do("scontrol", "release", str(job))
     wait_for(lambda: not cluster.do("squeue", "-h", f"--jobs={job}", check=False).strip(), 120, show)
     for trial in "01":
         assert "finished in" in (tmp_path / f"{trial}.out").read_text(), show()

@@ -183,6 +183,7 @@ BEGUN = {
     "apart": WHOLE,
     "parts": STREAMED | {"compression": "int8"},
     "topk": {"sync": "every-step", "compression": "topk:0.2"},
+    "nesterov": WHOLE | {"outer": "nesterov"},
 }
 
 
@@ -206,6 +207,8 @@ BEGUN = {
         ("topk", WHOLE, 2, "still to send, and 2 go on by --comm.sync local: it is dropped"),
         ("topk", WHOLE, 3, "still to send, and 3 go on by --comm.sync local: it is dropped"),
         ("topk", {"sync": "every-step", "compression": "int8"}, 2, None),
+        ("nesterov", WHOLE, 2, "averages had a momentum (--comm.outer nesterov), and go on without: it is dropped"),
+        ("nesterov", WHOLE | {"outer": "nesterov", "outer_momentum": 0.5}, 2, None),
     ],
 )
 def test_what_other_settings_drop_is_said(tmp_path, begun, goes_on, size, says):

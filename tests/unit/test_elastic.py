@@ -316,6 +316,25 @@ def job(tmp_path):
 
 
 class TestMembers:
+    @pytest.mark.parametrize(
+        ("rules", "says"),
+        [
+            (
+                {"min_ranks": 5, "max_ranks": 5},
+                "--min-ranks 5 can never be had: the global batch of 12 samples",
+            ),
+            ({"min_ranks": 13}, "divides among 12 ranks at most. Ask for fewer"),
+            ({"min_ranks": 8, "max_ranks": 11}, "divides among 6 ranks at most of up to 11. Ask for fewer"),
+        ],
+    )
+    def test_what_no_hosts_could_fulfil_is_not_waited_for(self, job, rules, says):
+        hosts = job("a:1\n", **rules)
+        for listed in ("a:1\n", "a:20\n"):
+            hosts.list(listed)
+            hosts.lookout.fresh(is_never)
+            with pytest.raises(ConfigError, match=re.escape(says)):
+                hosts.place()
+
     def test_a_host_without_an_address_is_left_out(self, job):
         hosts = job("a:1 b:1".replace(" ", "\n"))
         hosts.list("a:1\nb:1\nnowhere:4\n", up=["a", "b"])

@@ -414,6 +414,26 @@ def test_the_bytes_are_those_that_it_says(kind, size):
     assert kind == "int8" or said < plain
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_object_serves_one_optimizer(kind):
+    """Two models may have parameters of the same names: what is left of one would be sent for the other."""
+
+    def work(world):
+        first, second = torch.nn.Linear(40, 40), torch.nn.Linear(40, 40)
+        codec = KINDS[kind]()
+        optimizer = world.wrap(torch.optim.SGD(first.parameters(), lr=0.1), first, compression=codec)
+        other = torch.optim.SGD(second.parameters(), lr=0.1)
+        with pytest.raises(ConfigError, match="belongs to another optimizer already"):
+            world.wrap(other, second, compression=codec)
+        assert type(other) is torch.optim.SGD
+        world.wrap(other, second, compression=codec.name)
+        del optimizer
+        third = torch.nn.Linear(40, 40)  # what it served is gone
+        world.wrap(torch.optim.SGD(third.parameters(), lr=0.1), third, compression=codec)
+
+    run_ranks(2, work)
+
+
 def test_names():
     assert codec_of("powersgd:4", min_size=5).name == "powersgd:4"
     assert codec_of("topk:0.010").name == "topk:0.01"

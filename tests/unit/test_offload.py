@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from test_components import job_of
+from test_optimizer_states import KINDS
 from test_sharded import NAMES, Coupled, Noisy, both, network, settings
 from thread_world import run_ranks
 from torch import nn
@@ -15,6 +17,7 @@ from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.optim.table import settings_class
 from hvdtrain.process.launch import Launch
 from hvdtrain.trainer import memory
+from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.memory import check_fits, estimate
 from hvdtrain.trainer.without_effect import without_effect
 from hvdtrain.world import SoloWorld, offload
@@ -91,6 +94,34 @@ def test_with_sharded_state_it_is_the_undivided_step(name, monkeypatch):
         return settings(shard, name, {"ema": 0.5}, optim={"offload": "cpu" if shard else "none"})
 
     assert both(3, make)[0] < 1e-12
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_states_of_any_form_take_turns_go_on_and_lie_in_host_memory(name):
+    """What counts for all parameters together is refused."""
+
+    def ended(first, then):
+        model, saved = network().double(), {}
+        for offloaded, steps in ((first, range(3)), (then, range(3, 5))):
+            optimizer = WORLD.wrap(KINDS[name](model.parameters(), lr=0.01), model, offload=offloaded)
+            if steps[0]:
+                optimizer.load_state_dict(saved)
+            for step in steps:
+                give_gradients(model, step)
+                optimizer.step()
+            saved = copy.deepcopy(optimizer.state_dict())
+            if offloaded:
+                large = [t for t in nested_tensors([*optimizer.state.values()]).values() if t.dim()]
+                assert {id(t) for t in large} == {id(t) for t in optimizer.offload._host.values()}
+        return [p.detach() for p in model.parameters()]
+
+    torch.manual_seed(0)
+    if name in ("of_a_name", "tensor_of_a_name"):
+        with pytest.raises(ConfigError, match=r"--optim\.offload cpu steps one part"):
+            ended(True, True)
+        return
+    whole, *others = [(torch.manual_seed(0), ended(*ways))[1] for ways in itertools.product((False, True), repeat=2)]
+    assert all(equal(whole, other) for other in others)
 
 
 def test_hooks_are_called_once_a_step_and_a_closure_too():

@@ -23,10 +23,11 @@ from hvdtrain.verbs.plan.all_reduce import groups_of, sizes_for
 from hvdtrain.verbs.plan.answer import answer, worker_counts
 from hvdtrain.verbs.plan.calibrate import calibrated
 from hvdtrain.verbs.plan.facts import Facts, compute_on, predict
+from hvdtrain.verbs.plan.gather import _refused
 from hvdtrain.verbs.plan.limits import difference
 from hvdtrain.verbs.plan.local import cut, local_step_time
 from hvdtrain.verbs.plan.logged import find_noise, noise_of_run
-from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, sends_of
+from hvdtrain.verbs.plan.methods import Format, Method, handed_bytes, methods_of, sends_of
 from hvdtrain.verbs.plan.network import Layout, Network, Pace, Timing, fit, other_network, paced
 from hvdtrain.verbs.plan.page import save_html
 from hvdtrain.verbs.plan.report import describe, table
@@ -472,6 +473,39 @@ def test_a_format_that_contradicts_its_parts_is_not_recommended():
     none = answer(replace(busy, formats=formats), 2)
     assert none.method is None
     assert "to average: no recommendation: every step: " in table(none)
+
+
+def test_a_way_that_training_refuses_beside_other_settings_is_not_recommended(tmp_path):
+    slow = with_formats(network=other_network(GIGABIT, "20mbit,20ms"))
+    calm = answer(slow, 2).method
+    (fastest,) = [row for row in answer(slow, 2).methods if row.method.endswith("late")]
+    refused = replace(slow, refused={calm.flags: "--optim.shard wants another", fastest.flags: "--train.ema, too"})
+    again = answer(refused, 2)
+    assert again.method.method not in (calm.method, fastest.method)
+    assert f"{calm.method}: not with the recipe's other settings: --optim.shard wants another" in table(again)
+    assert f"{fastest.method} would be" not in table(again)
+    save_json(tmp_path / "plan.json", again, {})
+    assert load_json(tmp_path).refused == refused.refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "sound"),
+    [
+        ({}, 10),
+        ({"optim": {"shard": True}}, 2),
+        ({"train": {"precision": "fp16"}}, 3),
+        ({"train": {"ema": 0.9}}, 6),
+        ({"comm": {"op": "adasum"}}, 1),
+        ({"health": {"noise_scale": True}}, 1),
+    ],
+)
+def test_what_training_refuses_of_the_ways_is_found(settings, sound):
+    recipe = load_recipe("mnist")
+    for section, fields in settings.items():
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **fields)})
+    found = _refused(recipe)
+    assert len(methods_of(recipe.comm.compression, recipe.comm.period)) - len(found) == sound, found
+    assert Method().flags not in found
 
 
 def test_what_formats_compute_grows_along_a_line():

@@ -1,12 +1,14 @@
 """`--optim.shard`: every optimizer, on 2 to 4 ranks in fp64, does what it does undivided, with a part of the state."""
 
+import copy
+
 import pytest
 import torch
 from thread_world import ThreadWorld, run_ranks
 from torch import nn
 
 from hvdtrain.data.dataset import TensorSamples
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, UsageError
 from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import divisions
 from hvdtrain.optim.table import OPTIMIZERS, settings_class
@@ -129,6 +131,41 @@ def test_every_optimizer_does_what_it_does_undivided(name):
 @pytest.mark.parametrize("name", ["adamw", "muon", "lamb"])
 def test_on_other_numbers_of_ranks(size, name):
     assert both(size, lambda shard: settings(shard, name))[0] < 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_that_have_nothing_of_a_group_or_nothing_at_all_go_along(name):
+    """A model of a few numbers on four ranks, and a group in which nothing learns."""
+
+    torch.manual_seed(0)
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(18, 1, bias=False), nn.Linear(1, 1), nn.Linear(1, 1))
+    tiny[3].requires_grad_(requires_grad=False)
+
+    def build(optim, model):
+        *_, first, second, frozen = model
+        optimizer = settings_class(name)(name=name, peak_lr=0.01).build(nn.ParameterList([first.weight, second.weight]))
+        for group in ([second.bias], [*frozen.parameters()]):
+            optimizer.add_param_group({"params": group})
+        return optimizer
+
+    def work(size, shard):
+        def of_rank(world):
+            data = TensorSamples(X, Y)
+            task = Task(
+                model=copy.deepcopy(tiny),
+                train_data=data,
+                val_data=data,
+                loss_sums=lambda model, batch: {"loss": (model(batch[0]) - batch[1]).square().sum()},
+                build_optimizer=build,
+            )
+            return weights_of(trained(world, settings(shard, name), task, steps=3)[1])
+
+        return run_ranks(size, of_rank)
+
+    (alone,) = work(1, shard=False)
+    for size, shard in ((2, False), (4, True)):
+        for weights in work(size, shard):
+            assert max((alone[key] - tensor).abs().max().item() for key, tensor in weights.items()) < 1e-12
 
 
 def test_without_clipping_it_is_bitwise():
@@ -367,6 +404,37 @@ def test_a_model_that_is_converted_afterwards_is_said():
         del optimizer
 
     run_ranks(2, work)
+
+
+@pytest.mark.parametrize("clears", ["optimizer", "model", "parameters"])
+def test_in_a_loop_of_ones_own_it_is_the_undivided_step_whoever_clears_gradients(clears):
+    """Also where a layer has no gradient any more, and what is broadcast is the model alone."""
+    torch.manual_seed(0)
+    begin = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 41), nn.Linear(41, 1)).double()
+    x = torch.randn(12, 3, dtype=torch.float64)
+
+    def work(world, shard):
+        model = copy.deepcopy(begin)
+        optimizer = world.wrap(torch.optim.AdamW(model.parameters(), lr=0.01), model, shard=shard)
+        if shard:
+            with pytest.raises(UsageError, match="another part of its state on each rank"):
+                world.broadcast_state(model, optimizer)
+        world.broadcast_state(model)
+        for step in range(6):
+            if step == 3:
+                model[2].requires_grad_(requires_grad=False)
+            for part in (0, 1):  # two passes are added up
+                model(x[2 * world.rank + part :: 4]).square().mean().backward()
+            optimizer.step()
+            if clears == "parameters":
+                for parameter in model.parameters():
+                    parameter.grad = None
+            else:
+                {"optimizer": optimizer, "model": model}[clears].zero_grad()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    plain, sharded = (run_ranks(2, lambda world, shard=shard: work(world, shard))[0] for shard in (False, True))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(plain, sharded, strict=True))
 
 
 def test_whole_parameters_go_where_least_is():

@@ -21,6 +21,7 @@ from hvdtrain.trainer.fragments import Schedule, in_fragments
 from hvdtrain.trainer.outer_updates import OuterUpdates
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import start_training
+from hvdtrain.trainer.ways import why_refused
 
 STEPS, LR = 14, 0.05
 STREAMED = {"period": 5, "fragments": 2, "overlap_steps": 3, "overlap_mix": 0.25}
@@ -304,6 +305,8 @@ def test_every_combination_trains_or_is_refused_in_one_sentence(tmp_path):
                 optim=dataclasses.replace(job.config.optim, shard=shard),
                 train=dataclasses.replace(job.config.train, ema=ema),
             )
+            exact = dataclasses.replace(config, comm=CommConfig())
+            why = why_refused(exact, compression=compression, sync=sync, **STREAMED)
             try:
                 job = settle(job.task, config, world, RunDirectory(tmp_path), MetricLog(None, []))
                 training = start_training(job)
@@ -311,6 +314,7 @@ def test_every_combination_trains_or_is_refused_in_one_sentence(tmp_path):
                 found[shard, ema, sync, compression] = "trained"
             except ConfigError as error:
                 found[shard, ema, sync, compression] = str(error)
+            assert (why or "trained") == found[shard, ema, sync, compression]
         return found
 
     one, other = run_ranks(2, work)

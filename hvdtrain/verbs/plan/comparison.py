@@ -41,7 +41,8 @@ class MethodRow:
     loss: LossChange | None
     """What it did to the loss where that was measured; None where it was not."""
     contradiction: str
-    """Why it is not recommended: what was measured of it is not what its parts explain; "" where there is nothing."""
+    """Why it is not recommended: training would refuse it, or what was measured of it is not what its parts explain; ""
+    where there is nothing."""
 
 
 def compared(facts: Facts, workers: int) -> list[MethodRow]:
@@ -74,7 +75,13 @@ def _row(facts: Facts, workers: int, method: Method, exact_s: float) -> MethodRo
 
 
 def _contradiction(facts: Facts, method: Method, exact_s: float) -> str:
-    """Say where a format took another time over the measured ranks than its parts explain, and a step would notice."""
+    """Say where training refuses a way, or a format took longer over the ranks than its parts explain.
+
+    Or less long; only where a step would notice.
+    """
+    refused = facts.refused.get(method.flags)
+    if refused:
+        return f"not with the recipe's other settings: {refused}"
     own = facts.formats[method.compression]
     if own.exchange_s is None or not own.explained_s:
         return ""

@@ -72,6 +72,8 @@ class Facts:
     """Whether the world adds bfloat16 as it is."""
     formats: Mapping[str, Format] = field(default_factory=dict)
     """What was measured of each format of gradients."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Ways to average that training refuses beside the recipe's other settings, by their flags, and why."""
 
     def own_step_s(self, compute: Compute) -> float:
         """Return the seconds of a step that waits for no other rank, with all its micro-batches."""

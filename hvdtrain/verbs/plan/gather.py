@@ -16,13 +16,14 @@ from hvdtrain.trainer.bucket_order import follows_backward
 from hvdtrain.trainer.free_memory import available
 from hvdtrain.trainer.memory import RESERVE, estimate
 from hvdtrain.trainer.state import Training, start_training
+from hvdtrain.trainer.ways import why_refused
 from hvdtrain.verbs.plan import measure
 from hvdtrain.verbs.plan.all_reduce import all_reduce_timings, sizes_for
 from hvdtrain.verbs.plan.calibrate import calibrated
 from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.formats import measured_formats, with_paces
 from hvdtrain.verbs.plan.gradients import gradient_norms
-from hvdtrain.verbs.plan.methods import FORMATS
+from hvdtrain.verbs.plan.methods import FORMATS, methods_of
 from hvdtrain.verbs.plan.network import Controller, Layout, Network, fit
 from hvdtrain.verbs.plan.step import Bucket
 from hvdtrain.world import World
@@ -85,6 +86,7 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         overlap_steps=recipe.comm.overlap_steps,
         is_sharded=recipe.optim.shard,
         adds_bfloat16=world.adds_bfloat16,
+        refused=_refused(recipe),
     )
     if network is None:
         return dataclasses.replace(facts, measured_steps_s=facts.alone_measured_s)
@@ -95,6 +97,17 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
     # Real steps of all ranks tell how much of the hidden communication the computing pays for.
     whole = measure.whole_steps(job, start_training(job), warmup=2, steps=8)
     return calibrated(facts, world.size, statistics.median(whole))
+
+
+def _refused(recipe: Recipe) -> dict[str, str]:
+    """Return the ways to average that are compared and that training refuses beside the recipe's other settings."""
+    comm = recipe.comm
+    found = {}
+    for method in methods_of(comm.compression, comm.period, comm.fragments, comm.overlap_steps):
+        why = why_refused(recipe, **method.settings)
+        if why:
+            found[method.flags] = why
+    return found
 
 
 def _noise(own: Job, training: Training, world: World, steps: int) -> NoiseScale | None:

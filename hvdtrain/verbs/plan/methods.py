@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -42,6 +43,14 @@ class Method:
         late = f", {self.overlap_steps} late" if self.overlap_steps else ""
         name = "DiLoCo" if self.outer == "nesterov" else "local SGD"
         return f"{name}, {counted(self.period, 'step')}{wire}{parts}{late}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of `--comm`, by name."""
+        if self.period is None:
+            return {"compression": self.compression, "sync": "every-step"}
+        own = {"compression": self.compression, "sync": "local", "period": self.period, "outer": self.outer}
+        return {**own, "fragments": self.fragments, "overlap_steps": self.overlap_steps}
 
     @property
     def flags(self) -> str:
