@@ -15,13 +15,13 @@ from pathlib import Path
 from hvdtrain.errors import ConfigError, counted
 from hvdtrain.process.aside import Aside
 from hvdtrain.process.batch_size import asked_batch, saved_batch
+from hvdtrain.process.host_words import leaving, names_of, with_verb
 from hvdtrain.process.lookout import Look, Lookout
 from hvdtrain.process.placement import Batch, Placement, asked_ranks, place
 from hvdtrain.process.run_files import named_checkpoint
 
 SAVE, REQUEST, NEVER = "save", "request", "never"
 _SECONDS_BETWEEN_REMINDERS = 600.0
-_MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Members:
             self._recent = look
             for host in silent:
                 self._blame(host)
-            have = _of(silent, "has", "have")
+            have = with_verb(silent, "has", "have")
             return Change(f"{have} not answered for {self.rules.lost_after_s:g} s", is_saving=False)
         left = [host for host in used if look.listed.get(host, 0) < used[host]]
         if left and not look.problem:
@@ -131,7 +131,7 @@ class Members:
             for host in left:  # which is no failure, unless it comes and goes
                 if host not in look.listed:
                     self._put_aside(host, self._aside.blame(host))
-            return Change(_leaving(left, look), is_saving=are_there)
+            return Change(leaving(left, look), is_saving=are_there)
         return self._growth(look)
 
     def note_end(self, has_failed: bool, has_progressed: bool, accused: Collection[str]) -> bool:
@@ -190,11 +190,12 @@ class Members:
         limit = batch.total if most is None else most
         reached = most if limit is None or limit == self._asked else batch.most_ranks(limit)
         if reached is not None and reached < least:
-            among = f"the global batch of {batch.total} samples divides among" if reached != most else "the command has"
+            samples = counted(batch.total or 0, "sample")
+            among = f"the global batch of {samples} divides among" if reached != most else "the command has"
             up_to = f" of up to {most}" if reached != most and most is not None else ""
             raise ConfigError(
-                f"--min-ranks {least} can never be had: {among} {reached} ranks at most{up_to}. Ask for fewer, or for"
-                " another --max-ranks or --train.global-batch-size"
+                f"--min-ranks {least} can never be had: {among} {counted(reached, 'rank')} at most{up_to}. Ask for"
+                " fewer, or for another --max-ranks or --train.global-batch-size"
             )
 
     def _most(self) -> int | None:
@@ -227,7 +228,7 @@ class Members:
             self._seen_at = checkpoint
             when = "at its next save" if self.rules.grow == SAVE else "when SIGUSR2 asks for it"
             self._say(
-                f"{_names(new) or 'more slots'} can be had: the run grows from {now} to {larger.ranks} ranks {when}"
+                f"{names_of(new) or 'more slots'} can be had: the run grows from {now} to {larger.ranks} ranks {when}"
             )
         has_saved = self.rules.grow == SAVE and checkpoint != self._seen_at
         if not (has_saved or self._is_growth_requested):
@@ -247,9 +248,9 @@ class Members:
         """Return what there is, in words."""
         slots, aside = look.slots(), self._aside.hosts()
         silent = [host for host in look.listed if host not in look.there]
-        parts = [f"{counted(sum(slots.values()), 'slot')} on {_names([*slots])}" if slots else "no host answers"]
-        parts += [f"{_names(silent)} cannot be reached"] if silent else []
-        parts += [f"{_names(sorted(aside))} put aside"] if aside else []
+        parts = [f"{counted(sum(slots.values()), 'slot')} on {names_of([*slots])}" if slots else "no host answers"]
+        parts += [f"{names_of(silent)} cannot be reached"] if silent else []
+        parts += [f"{names_of(sorted(aside))} put aside"] if aside else []
         if slots:
             lets = place(slots, self._most(), self._asked, self._batch).ranks
             parts += [f"{counted(lets, 'rank')} can be used"] if lets < sum(slots.values()) else []
@@ -258,10 +259,10 @@ class Members:
     def _tell_placement(self, placement: Placement, look: Look) -> None:
         silent = [host for host in look.listed if host not in look.there]
         if silent:
-            self._say(f"without {_names(silent)}, which cannot be reached")
+            self._say(f"without {names_of(silent)}, which cannot be reached")
         aside = self._aside.hosts() & set(placement.hosts)
         if aside:
-            was, it = _of(sorted(aside), "was", "were"), "is" if len(aside) == 1 else "are"
+            was, it = with_verb(sorted(aside), "was", "were"), "is" if len(aside) == 1 else "are"
             self._say(f"{was} put aside, and {it} taken: there are no others")
         limit = min(placement.slots, self._most() or placement.slots)
         if placement.ranks < limit:
@@ -277,27 +278,3 @@ class Members:
         elif not look.problem and look.number and self._told:
             self._say(f"{self.lookout.source.name} lists hosts again")
             self._told.clear()
-
-
-def _names(hosts: Collection[str]) -> str:
-    shown = [*hosts][:_MOST_SHOWN]
-    return ", ".join(shown) + (f" and {len(hosts) - _MOST_SHOWN} more" if len(hosts) > _MOST_SHOWN else "")
-
-
-def _of(hosts: Collection[str], one: str, several: str) -> str:
-    """Return the hosts' names and the verb that fits their number."""
-    return f"{_names(hosts)} {one if len(hosts) == 1 else several}"
-
-
-def _leaving(hosts: Collection[str], look: Look) -> str:
-    """Say of hosts in use that there are fewer slots on them, or none, and whether they answer."""
-    gone = [host for host in hosts if host not in look.listed]
-    fewer = [host for host in hosts if host in look.listed]
-    parts = [f"{_of(gone, 'is', 'are')} not listed any more"] if gone else []
-    parts += [f"{_of(fewer, 'is', 'are')} listed with fewer slots"] if fewer else []
-    are_all_there = look.there.issuperset(hosts)
-    if len(hosts) == 1:
-        parts.append("and still answers" if are_all_there else "and does not answer")
-    else:
-        parts.append("and still answer" if are_all_there else "and do not all answer")
-    return ", ".join(parts)

@@ -324,6 +324,7 @@ class TestMembers:
                 "--min-ranks 5 can never be had: the global batch of 12 samples",
             ),
             ({"min_ranks": 13}, "divides among 12 ranks at most. Ask for fewer"),
+            ({"min_ranks": 2, "max_ranks": 1}, "the command has 1 rank at most. Ask for fewer"),
             ({"min_ranks": 8, "max_ranks": 11}, "divides among 6 ranks at most of up to 11. Ask for fewer"),
         ],
     )
