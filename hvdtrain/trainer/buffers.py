@@ -48,6 +48,8 @@ class ChangingBuffers(Component):
         self._before: dict[str, Tensor] = {}
         self._modes: list[bool] = []
         """Which modules were in training mode when that was found out."""
+        self._has_begun = False
+        """A step has been computed: a run that goes on may be evaluated before, when nothing has changed yet."""
         self._kept: dict[str, Tensor] = {}
         """What the buffers were after the last step that counts."""
         self._beside = BesideGradients(job.world, "buffers", lambda: self._named(self.names or []))
@@ -63,6 +65,7 @@ class ChangingBuffers(Component):
 
     def after_backward(self, training: Training, step: Step) -> None:
         """Average, where a step counts on all ranks or on none; else find out which they are, if that is not known."""
+        self._has_begun = True
         if training.strategy.agrees:
             self.average(self._world)
         elif self._has_buffers():
@@ -132,7 +135,7 @@ class ChangingBuffers(Component):
         modes = [module.training for module in self._model.modules()]
         if self.names is not None and modes == self._modes:
             return False
-        self.names, self._modes = self._changed(world), modes
+        self.names, self._modes = self._changed(world), modes if self._has_begun else []
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -179,6 +179,31 @@ def test_buffers_that_are_no_part_of_the_models_state_go_on(tmp_path, comm):
                 torch.testing.assert_close(mean, found[0][1])
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("comm", [WHOLE, STREAMED], ids=str)
+def test_an_evaluation_before_the_first_step_hides_no_buffer(tmp_path, comm, size):
+    """As one that a stop has left due: running statistics were each one's own ever after, on other ranks."""
+
+    def first(world):
+        job, count, _ = job_of(world, tmp_path, **BEGUN["apart"])
+        saved(job, trained(job, count, 6))
+
+    def then(world, looks):
+        job, count, _ = job_of(world, tmp_path, **comm)
+        training = start_training(job)
+        if looks:
+            evaluate(job, training)
+        while training.step < 9:
+            count[0] = training.step
+            train_step(job, training)
+        with training.strategy.made_equal(world, training):
+            return state(training.model)
+
+    run_ranks(2, first)
+    without, with_it = (run_ranks(size, lambda world, looks=looks: then(world, looks)) for looks in (False, True))
+    assert all(equal(without[0], other) for other in (*without, *with_it))
+
+
 BEGUN = {
     "apart": WHOLE,
     "parts": STREAMED | {"compression": "int8"},
