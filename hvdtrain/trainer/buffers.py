@@ -125,6 +125,12 @@ class ChangingBuffers(Component):
         if world.size > 1 and (is_new or not has_arrived):
             self._average(world, self.names or [])
 
+    def average_for_a_look(self, world: World) -> None:
+        """Average what has changed so far. Before the first step nothing is found out by that. Collective."""
+        self.average(world)
+        if not self._has_begun:
+            self._modes = []
+
     def _has_buffers(self) -> bool:
         model = self._model
         return model is not None and has_buffers(model) and next(model.buffers(), None) is not None
@@ -135,7 +141,7 @@ class ChangingBuffers(Component):
         modes = [module.training for module in self._model.modules()]
         if self.names is not None and modes == self._modes:
             return False
-        self.names, self._modes = self._changed(world), modes if self._has_begun else []
+        self.names, self._modes = self._changed(world), modes
         return True
 
     def state_dict(self) -> dict[str, Any]:
