@@ -48,6 +48,8 @@ class ChangingBuffers(Component):
         self._before: dict[str, Tensor] = {}
         self._modes: list[bool] = []
         """Which modules were in training mode when that was found out."""
+        self._has_begun = False
+        """A step has been computed: a run that goes on may be evaluated before, when nothing has changed yet."""
         self._kept: dict[str, Tensor] = {}
         """What the buffers were after the last step that counts."""
         self._beside = BesideGradients(job.world, "buffers", lambda: self._named(self.names or []))
@@ -63,6 +65,7 @@ class ChangingBuffers(Component):
 
     def after_backward(self, training: Training, step: Step) -> None:
         """Average, where a step counts on all ranks or on none; else find out which they are, if that is not known."""
+        self._has_begun = True
         if training.strategy.agrees:
             self.average(self._world)
         elif self._has_buffers():
@@ -121,6 +124,12 @@ class ChangingBuffers(Component):
         has_arrived, is_new = self._beside.has_arrived(), self._find_out(world)
         if world.size > 1 and (is_new or not has_arrived):
             self._average(world, self.names or [])
+
+    def average_for_a_look(self, world: World) -> None:
+        """Average what has changed so far. Before the first step nothing is found out by that. Collective."""
+        self.average(world)
+        if not self._has_begun:
+            self._modes = []
 
     def _has_buffers(self) -> bool:
         model = self._model

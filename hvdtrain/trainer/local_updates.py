@@ -173,7 +173,7 @@ class OwnProgress(Component):
         self._job.world.average_tensors([item.detach() for name, item in weights if name in averaged], "local.weights")
         buffers = self._training.component(ChangingBuffers)
         if buffers is not None:
-            buffers.average(self._job.world)
+            buffers.average_for_a_look(self._job.world)
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's own."""

@@ -119,8 +119,10 @@ class SkippedSteps(Component):
         job.log.say(f"WARNING: step {step.number} is skipped on {where}: {who} is not finite{notes}")
         if self._in_a_row >= job.config.health.max_skipped_steps:
             checkpoints = job.run.checkpoints.report() if job.directory else "Nothing was saved"
-            raise DivergedError(
+            error = DivergedError(
                 f"{self._in_a_row} steps in a row were skipped, up to step {step.number}: {who} is not finite."
                 f" {checkpoints}. Try a lower --optim.peak-lr, a longer"
                 " --optim.warmup-steps or --train.precision fp32, and look at the data of these steps"
             )
+            error.is_on_all_ranks = self.is_replicated  # others train on, and would not be there to part from
+            raise error

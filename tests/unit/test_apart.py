@@ -10,6 +10,7 @@ from thread_world import run_ranks
 from torch import nn
 
 from hvdtrain.data.dataset import TensorSamples
+from hvdtrain.errors import DivergedError
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.process.launch import Launch
 from hvdtrain.rundir.directory import RunDirectory
@@ -177,6 +178,48 @@ def test_buffers_that_are_no_part_of_the_models_state_go_on(tmp_path, comm):
         for size in (1, 3):
             for mean in run_ranks(size, elsewhere(step)):
                 torch.testing.assert_close(mean, found[0][1])
+
+
+@pytest.mark.parametrize(("sync", "is_shared"), [("local", False), ("every-step", True)])
+def test_a_rank_that_ends_alone_says_that_the_others_do_not(tmp_path, sync, is_shared):
+    """It waited for them to part, who waited for it in the next average, and nothing was printed."""
+
+    def work(world):
+        job, count, _ = job_of(world, tmp_path, {(1, step) for step in range(30)}, steps=30, sync=sync, period=30)
+        limit = dataclasses.replace(job.config.health, max_skipped_steps=3)
+        job = dataclasses.replace(job, config=dataclasses.replace(job.config, health=limit))
+        try:
+            trained(job, count, 9)
+        except DivergedError as error:
+            return error.is_on_all_ranks
+        return None
+
+    assert run_ranks(2, work) == ([True, True] if is_shared else [None, False])
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("comm", [WHOLE, STREAMED], ids=str)
+def test_an_evaluation_before_the_first_step_hides_no_buffer(tmp_path, comm, size):
+    """As one that a stop has left due: running statistics were each one's own ever after, on other ranks."""
+
+    def first(world):
+        job, count, _ = job_of(world, tmp_path, **BEGUN["apart"])
+        saved(job, trained(job, count, 6))
+
+    def then(world, looks):
+        job, count, _ = job_of(world, tmp_path, **comm)
+        training = start_training(job)
+        if looks:
+            evaluate(job, training)
+        while training.step < 9:
+            count[0] = training.step
+            train_step(job, training)
+        with training.strategy.made_equal(world, training):
+            return state(training.model)
+
+    run_ranks(2, first)
+    without, with_it = (run_ranks(size, lambda world, looks=looks: then(world, looks)) for looks in (False, True))
+    assert all(equal(without[0], other) for other in (*without, *with_it))
 
 
 BEGUN = {
