@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvdtrain.models.compilation import can_compile_for
+from hvdtrain.models.linear import product_dtype
 from hvdtrain.models.private_torch import constant_when_compiled, is_watched
 
 _log = logging.getLogger(__name__)
@@ -160,10 +161,7 @@ def _terms_for(hidden: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 def _as_multiplied(tensor: Tensor) -> Tensor:
     """Return a tensor in the type that autocast would give it in each product anew."""
-    kind = tensor.device.type
-    if tensor.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return tensor.detach().to(torch.get_autocast_dtype(kind))
-    return tensor
+    return tensor.detach().to(product_dtype(tensor)) if tensor.dtype == torch.float32 else tensor
 
 
 def terms(logits: Tensor, wanted: Tensor, dtype: torch.dtype, scale: float | None) -> tuple[Tensor, Tensor | None]:

@@ -78,10 +78,8 @@ class Lookout:
         """
         number = self._begun + 1
         self._wanted.set()
-        while self._latest.number < number:
-            if is_stopped():
-                return None
-            time.sleep(_SECONDS_BETWEEN_CHECKS)
+        if not self._wait_for(number, is_stopped):
+            return None
         if self._refusal:
             raise ConfigError(f"there is no list of hosts: {self._refusal}")
         return self._latest
@@ -92,14 +90,21 @@ class Lookout:
         A host that is gone is asked for seconds: to ask it once more would double what is lost with it.
         """
         under_way = self._begun
-        if self._latest.number < under_way:
-            while self._latest.number < under_way:
-                time.sleep(_SECONDS_BETWEEN_CHECKS)
-            if not hosts <= self._latest.there:
-                return self._latest
-        look = self.fresh(lambda: False)
+        is_under_way = self._latest.number < under_way
+        self._wait_for(under_way, _never)
+        if is_under_way and not hosts <= self._latest.there:
+            return self._latest
+        look = self.fresh(_never)
         assert look is not None
         return look
+
+    def _wait_for(self, number: int, is_stopped: Callable[[], bool]) -> bool:
+        """Wait for the end of the look of this number; returns False where `is_stopped` says so before."""
+        while self._latest.number < number:
+            if is_stopped():
+                return False
+            time.sleep(_SECONDS_BETWEEN_CHECKS)
+        return True
 
     def _run(self) -> None:
         while not self._is_closing:
@@ -123,3 +128,7 @@ class Lookout:
         now = time.monotonic()
         there = frozenset(asked) - lost
         return Look(number, listed, there, {**before.heard, **dict.fromkeys(there, now)}, problem)
+
+
+def _never() -> bool:
+    return False

@@ -6,6 +6,7 @@ without. What it costs is the way of the state to the device and back in every s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.data.nested import map_tensors, tensors_in
 from hvdtrain.data.pinned import PinnedMemory
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import owned_by
@@ -57,7 +59,7 @@ class Offload:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._host: dict[tuple[Tensor, str], Tensor] = {}  # of each parameter, by the keys that lead to the entry
+        self._host: dict[tuple[Tensor, str], Tensor] = {}
         """Where each entry lies in host memory: the same memory is used again in every step."""
         self._memory: dict[bool, PinnedMemory] = {}
         """Where more of it comes from: for parameters on GPUs, and for others."""
@@ -103,7 +105,7 @@ class Offload:
         entries = optimizer.state.get(parameter, {})
         for key, value in entries.items():
             entries[key] = _each_large(
-                value, str(key), lambda _, own: own.to(parameter.device, non_blocking=True, copy=True)
+                value, key, lambda _, own: own.to(parameter.device, non_blocking=True, copy=True)
             )
 
     def _put_back(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
@@ -111,7 +113,7 @@ class Offload:
         for key, value in entries.items():
             entries[key] = _each_large(
                 value,
-                str(key),
+                key,
                 lambda place, own: self._in_host_memory(parameter, place, own).copy_(own, non_blocking=True),
             )
 
@@ -144,7 +146,7 @@ class Offload:
         for number, parameter in enumerate(owned_by(optimizer)):
             for key, value in saved.get(number, {}).items():
                 if _has_large(value):
-                    optimizer.state[parameter][key] = _each_large(value, str(key), partial(self._kept, parameter))
+                    optimizer.state[parameter][key] = _each_large(value, key, partial(self._kept, parameter))
         return given
 
     def _kept(self, parameter: nn.Parameter, place: str, value: Tensor) -> Tensor:
@@ -170,25 +172,19 @@ def _is_large(value: Any) -> bool:
 
 
 def _has_large(value: Any) -> bool:
-    items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
-    return _is_large(value) or any(map(_has_large, items))
+    return any(map(_is_large, tensors_in(value)))
 
 
-def _each_large(value: Any, place: str, change: Callable[[str, Tensor], Tensor]) -> Any:
+def _each_large(value: Any, key: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     """Return an entry with each tensor that moves replaced by what `change` makes of it, those in lists and so on too.
 
     Args:
         value: of the entry.
-        place: the keys that lead to it, joined by dots.
-        change: is given the tensor's place, and the tensor.
+        key: of the entry.
+        change: is given the tensor's place, which is its own in the parameter's state, and the tensor.
     """
-    if _is_large(value):
-        return change(place, value)
-    if type(value) is dict:
-        return {key: _each_large(item, f"{place}.{key}", change) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_each_large(item, f"{place}.{i}", change) for i, item in enumerate(value))
-    return value
+    numbers = itertools.count()
+    return map_tensors(lambda own: change(f"{key}.{next(numbers)}", own) if _is_large(own) else own, value)
 
 
 def _pins(parameter: Tensor) -> bool:
