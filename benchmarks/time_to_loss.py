@@ -1,14 +1,15 @@
-"""Wall time from typing the command to a held-out loss: recipe `lm`, against nanoGPT's train.py of the same size.
+"""Wall time from typing the command to a held-out loss: a language recipe, against nanoGPT's train.py of its size.
 
     python benchmarks/time_to_loss.py --nanogpt DIR --output benchmarks/results/time_to_loss.txt
+    python benchmarks/time_to_loss.py --nanogpt DIR --recipe lm-10m --nanogpt-steps 400
 
-nanoGPT's train.py (github.com/karpathy/nanoGPT) trains on both cores, in one process, for 1,000 steps; its schedule
-ends there. Of its learning rates the one with the better result counts. What its model then loses on all of the
-held-out text, cut into windows as hvdtrain cuts it, is the loss to reach. hvdtrain is the command that users type,
-with settings chosen beforehand by a sweep (docs/decisions.md): its ranks train so few steps that the run's last
-evaluation is below that loss, and the time of the whole command counts: start, reading the text, training,
-evaluation, saving. A run that misses the loss is shown as missed. Turns are taken, seed by seed. Text is prepared
-beforehand for both.
+nanoGPT's train.py (github.com/karpathy/nanoGPT) trains on both cores, in one process, on the recipe's tokens, with 16
+samples of the recipe's length a step, for 1,000 steps; its schedule ends there. Of its learning rates the one with
+the better result counts. What its model then loses on all of the held-out text, cut into windows as hvdtrain cuts
+it, is the loss to reach. hvdtrain is the command that users type, with settings chosen beforehand by a sweep
+(docs/decisions.md): its ranks train so few steps that the run's last evaluation is below that loss, and the time of
+the whole command counts: start, reading the text, training, evaluation, saving. A run that misses the loss is shown
+as missed. Turns are taken, seed by seed. Text is prepared beforehand for both.
 """
 
 from __future__ import annotations
@@ -21,25 +22,44 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-import bare_loops  # noqa: E402
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from speed import prepare_nanogpt  # noqa: E402
 
-LENGTH, BATCH = 128, 16
+from hvdtrain.data.text.stream import prepare_text  # noqa: E402
+from hvdtrain.recipes import load_recipe  # noqa: E402
+from hvdtrain.recipes.lm import LanguageModel  # noqa: E402
+
+BATCH = 16
+
+
+def language_recipe(name: str) -> LanguageModel:
+    """Return a language recipe's own settings."""
+    recipe = load_recipe(name)
+    assert isinstance(recipe, LanguageModel)
+    return recipe
 
 
 def ours(given: argparse.Namespace, seed: int) -> tuple[float, float, float, int]:
     """Return one command's seconds, those of its steps, its last held-out loss in nats a token, and how many steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(given.ranks), sys.executable]
-        command += ["-m", "hvdtrain", "train", "lm", "--run-dir", folder, "--train.seed", str(seed), *given.settings]
+        command += [
+            "-m",
+            "hvdtrain",
+            "train",
+            given.recipe,
+            "--run-dir",
+            folder,
+            "--train.seed",
+            str(seed),
+            *given.settings,
+        ]
         seconds = timed(command, REPOSITORY, threads=1)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in lines if "val/loss" in line][-1]
@@ -62,8 +82,8 @@ def theirs(given: argparse.Namespace, seed: int, rate: float) -> tuple[float, fl
     """Return the seconds of nanoGPT's train.py, and its model's held-out loss in nats a token."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = bare_loops.text_of(SimpleNamespace(tokens=None, length=LENGTH))
-        prepare_nanogpt(given.nanogpt, text, folder)
+        recipe: LanguageModel = given.recipe
+        prepare_nanogpt(given.nanogpt, prepare_text(recipe.data, lambda line: None), folder)
         source = (folder / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({1337 + seed}")
         (folder / "train.py").write_text(source)
         overrides = {
@@ -71,10 +91,10 @@ def theirs(given: argparse.Namespace, seed: int, rate: float) -> tuple[float, fl
             "device": "cpu",
             "dtype": "float32",
             "compile": False,
-            "n_layer": given.layers,
-            "n_head": given.heads,
-            "n_embd": given.hidden_size,
-            "block_size": LENGTH,
+            "n_layer": recipe.model.num_layers,
+            "n_head": recipe.model.num_heads,
+            "n_embd": recipe.model.hidden_size,
+            "block_size": recipe.data.sequence_length,
             "batch_size": BATCH,
             "gradient_accumulation_steps": 1,
             "max_iters": given.nanogpt_steps,
@@ -89,10 +109,10 @@ def theirs(given: argparse.Namespace, seed: int, rate: float) -> tuple[float, fl
         }
         words = [f"--{key}={value}" for key, value in overrides.items()]
         seconds = timed([sys.executable, "train.py", *words], folder, threads=len(os.sched_getaffinity(0)))
-        return seconds, held_out(folder)
+        return seconds, held_out(folder, recipe.data.sequence_length)
 
 
-def held_out(folder: Path) -> float:
+def held_out(folder: Path, length: int) -> float:
     """Return what nanoGPT's saved model loses on the held-out text, in windows that follow each other, as hvdtrain."""
     sys.path.insert(0, str(folder))
     sys.modules.pop("model", None)
@@ -105,9 +125,9 @@ def held_out(folder: Path) -> float:
     model.load_state_dict(saved["model"])
     model.eval()
     tokens = torch.from_numpy(np.fromfile(folder / "data" / "text" / "val.bin", dtype=np.uint16).astype(np.int64))
-    count = (len(tokens) - 1) // LENGTH
-    inputs = tokens[: count * LENGTH].view(count, LENGTH)
-    targets = tokens[1 : count * LENGTH + 1].view(count, LENGTH)
+    count = (len(tokens) - 1) // length
+    inputs = tokens[: count * length].view(count, length)
+    targets = tokens[1 : count * length + 1].view(count, length)
     total = 0.0
     with torch.no_grad():
         for x, y in zip(inputs.split(64), targets.split(64), strict=True):
@@ -123,13 +143,12 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="learning rates of nanoGPT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--recipe", default="lm", help="lm or lm-10m: its model's size, its tokens and their length")
     parser.add_argument("--output", type=Path)
     parser.add_argument("settings", nargs="*", help="hvdtrain's, after --")
     given = parser.parse_args()
     given.nanogpt = given.nanogpt.resolve()
+    given.recipe, given.name = language_recipe(given.recipe), given.recipe
 
     tried = {rate: theirs(given, given.seeds[0], rate) for rate in given.rates}
     best = min(tried, key=lambda rate: tried[rate][1])
@@ -144,12 +163,14 @@ def main() -> None:
             f"  {steps:6}  {ratios[-1]:6.3f}  {'reached' if our_loss <= loss else 'MISSED'}"
         )
         print(rows[-1], file=sys.stderr, flush=True)
+    model, data = given.recipe.model, given.recipe.data
     result = "\n".join(
         (
             machine.describe(),
             "",
-            f"{given.layers} layers x {given.hidden_size}, bytes; nanoGPT: {BATCH} x {LENGTH},"
-            f" {given.nanogpt_steps} steps, one process of {len(os.sched_getaffinity(0))} threads; learning rates: "
+            f"recipe {given.name}; nanoGPT: {model.num_layers} layers x {model.hidden_size},"
+            f" {BATCH} x {data.sequence_length} tokens ({data.tokenizer}), {given.nanogpt_steps} steps,"
+            f" one process of {len(os.sched_getaffinity(0))} threads; learning rates: "
             + ", ".join(f"{rate:g} ({loss:.4f})" for rate, (_, loss) in tried.items()),
             "",
             "seed  nanoGPT s  held-out   hvdtrain s  its steps  held-out   steps   ratio",
