@@ -3,8 +3,9 @@
     python benchmarks/allreduce_latency.py --stock FOLDER --output benchmarks/results/allreduce_latency.txt
 
 FOLDER is where an unedited Horovod 0.28.1 was installed by `pip install --target`; without it that column is left out.
-Every measurement is a launch of its own, and they take turns. MPI yields while it waits where ranks fill all cores, as
-in training. The median over launches of each one's median, then the worst launch's, then the 95th percentile of all.
+Every measurement is a launch of its own, and they take turns. Horovod is given memory as hvdtrain's buckets have it,
+and plain MPI numpy's: both in huge pages where they are large. MPI yields while it waits where ranks fill all cores,
+as in training. The median over launches of each one's median, then the worst launch's, then the 95th percentile of all.
 A second table counts the launches whose own 95th percentile is within twice their median, which is the goal for all of
 20 launches:
 
@@ -148,10 +149,12 @@ def by_horovod() -> tuple[int, Callable[[int], Callable[[int], None]]]:
     import horovod.torch as hvd
     import torch
 
+    from hvdtrain.world import huge_pages
+
     hvd.init()
 
     def of(size: int) -> Callable[[int], None]:
-        tensor = torch.ones(size // 4)
+        tensor = huge_pages.zeros(size // 4, torch.float32, torch.device("cpu"))
 
         def call(_: int) -> None:
             hvd.synchronize(hvd.allreduce_async_(tensor, name=f"size{size}", op=hvd.Sum))

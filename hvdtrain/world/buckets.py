@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import holders_of
-from hvdtrain.world import gradients
+from hvdtrain.world import gradients, huge_pages
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import fill, lies_densely, like, real
 from hvdtrain.world.gradients import Mark, Memory, has_changed, mark_of
@@ -134,7 +134,7 @@ class Bucket:
         counts = [whole.numel() for whole in wholes]
         lengths = [*counts, len(counts), int(self._has_square)]
         dtype = self._forms[0][0] if self._is_native else self._codec.buffer_type(self._forms[0][0].to_real())
-        self._wire = torch.zeros(sum(lengths), dtype=dtype, device=self.parameters[0].device)
+        self._wire = huge_pages.zeros(sum(lengths), dtype, self.parameters[0].device)
         *flat, self._users, self.square = torch.split(self._wire, lengths)
         self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(self._has_square)])
         # In the parameter's own order: torch's fused optimizers go through both as they lie in memory.
