@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.data.text.pairs import PairReader
 from hvdtrain.errors import DataError
+from hvdtrain.process.output import tell
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 _LISTS = ".trans.txt"
@@ -226,8 +226,7 @@ class ClipSamples:
             raise DataError(f"{text}: mend or remove it, or pass over such clips with --data.on-error skip") from error
         if number not in self._named:
             self._named.add(number)
-            sys.stderr.write(f"hvdtrain: WARNING: {text}: passed over\n")
-            sys.stderr.flush()
+            tell(f"hvdtrain: WARNING: {text}: passed over")
 
 
 def normalised(wave: NDArray[Any]) -> NDArray[np.float32]:
