@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hvdtrain.data.collating import Collate, Collating
-from hvdtrain.data.dataset import Dataset, there
+from hvdtrain.data.dataset import Dataset, checked_sample
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.own_generators import Generator, generators_in
@@ -64,7 +64,7 @@ class MapSamples:
             for i, index in enumerate(indices.tolist()):
                 draws.seed_generators(i, self._generators())
                 with reading(index):
-                    samples.append(there(self.samples[index], index))
+                    samples.append(checked_sample(self.samples[index], index))
             return self._collated(samples, indices)
 
     def num_targets(self, indices: Tensor) -> int:

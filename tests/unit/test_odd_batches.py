@@ -7,7 +7,7 @@ import torch
 from odd_batches import BATCHES, Kinds, Unsendable
 
 from hvdtrain.data.draws import Draws, Request
-from hvdtrain.data.fingerprint import print_of
+from hvdtrain.data.fingerprint import fingerprint_of
 from hvdtrain.data.loader import Reading
 from hvdtrain.data.nested import fields_of, leaves_in, map_tensors, tensors_in
 from hvdtrain.errors import DataError
@@ -80,7 +80,7 @@ def test_data_of_every_kind_has_a_print():
         def batch(self, indices):
             return BATCHES[self.kind]()
 
-    prints = {kind: print_of(One(kind))["samples"] for kind in BATCHES}
-    assert prints == {kind: print_of(One(kind))["samples"] for kind in BATCHES}
+    prints = {kind: fingerprint_of(One(kind))["samples"] for kind in BATCHES}
+    assert prints == {kind: fingerprint_of(One(kind))["samples"] for kind in BATCHES}
     assert all(prints.values())
     assert len({prints[kind] for kind in ("tensor", "bits", "nothing", "quantized", "conjugate")}) == 5

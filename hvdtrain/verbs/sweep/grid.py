@@ -119,7 +119,7 @@ class Grid:
             where = ", ".join(f"{COMMAND_LINE.name(name)} {' '.join(value)}" for name, value in words.items())
             raise ConfigError(f"with {where}: {error}" if where else str(error)) from error
         settings = to_dict(recipe, NONE)
-        plain = flattened(to_dict(recipe, NONE))
+        plain = flattened(settings)
         known = flattened_settings(recipe)
         values = {name: plain[name] if known[name] is not None else None for name in self.varied}
         return Combination(values, settings, proposal)
