@@ -62,7 +62,7 @@ class TensorSamples:
 
 
 def checked_sample(sample: Any, number: int) -> Any:
-    """Return a sample, which is one.
+    """Return the sample that a data set has returned.
 
     Raises:
         DataError: it is None. Whoever leaves it out of a batch makes figures wrong in silence.

@@ -68,7 +68,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     check_launcher(launch)
     is_without_horovod = launch.size == 1 and importlib.util.find_spec("horovod") is None  # in srun --pty, say
     if not launch.is_parallel or is_without_horovod:
-        return SoloWorld(_solo_device(), launch)
+        return SoloWorld(solo_device(), launch)
     if launch.launcher == "horovodrun --gloo":
         _check_host_name()
     check_controller(launch)
@@ -163,8 +163,11 @@ def check_controller(launch: Launch) -> None:
             )
 
 
-def _solo_device() -> torch.device:
-    """Return the GPU that is current: 0, unless a program has chosen another one by `torch.cuda.set_device`."""
+def solo_device() -> torch.device:
+    """Return the device of a process alone: the CPU, or the current GPU.
+
+    That is GPU 0, unless a program has chosen another one by `torch.cuda.set_device`.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     with _starting_cuda():

@@ -113,7 +113,7 @@ def test_a_training_says_so_to_its_optimizer(tmp_path: Path) -> None:
         world = SoloWorld(torch.device("cpu"), Launch("none"))
         job = settle(task, config, world, RunDirectory(tmp_path), MetricLog(None, []))
         optimizer: Any = start_training(dataclasses.replace(job, directory=None)).optimizer
-        types[precision] = [part._on_cpus for part in optimizer._parts if isinstance(part, Muon)]
+        types[precision] = [part._on_cpus for part in optimizer.parts if isinstance(part, Muon)]
     assert types == {"fp32": [torch.float32], "bf16-true": [torch.bfloat16]}
 
 
