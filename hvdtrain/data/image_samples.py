@@ -16,7 +16,7 @@ from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.image_files import ImageSource
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.data.torchvision_import import import_torchvision
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
 from hvdtrain.process.output import tell
 
 # Red, green and blue of ImageNet's training images, on a scale from 0 to 1, as torchvision's references have them.
@@ -103,8 +103,7 @@ class ImageSamples:
         return self._transform(image)
 
     def _pass_over(self, index: int, error: Exception) -> None:
-        reason = f"{' '.join(str(error).split()) or type(error).__name__}"
-        text = f"the image {self.source.name(index)} cannot be read ({reason})"
+        text = f"the image {self.source.name(index)} cannot be read ({one_line(error)})"
         if self._config.on_error == "stop":
             raise DataError(f"{text}: mend or remove it, or pass over such images with --data.on-error skip") from error
         if index not in self._named:

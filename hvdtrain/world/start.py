@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hvdtrain.errors import LaunchError
+from hvdtrain.errors import LaunchError, one_line
 from hvdtrain.install.clone import setup_command
 from hvdtrain.optim.private_optimizer import postpone_compiler
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, detect_launch, prepare_process
@@ -203,7 +203,7 @@ def _starting_cuda() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LaunchError(
-            f"CUDA does not start on {socket.gethostname()} ({' '.join(str(error).split())[:200]}): nvidia-smi shows"
+            f"CUDA does not start on {socket.gethostname()} ({one_line(error)}): nvidia-smi shows"
             " whether the cards are well and who uses them; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
         ) from error
 

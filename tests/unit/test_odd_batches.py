@@ -60,11 +60,13 @@ def test_a_worker_sends_them_as_they_are():
 def test_what_cannot_be_sent_is_told_and_the_next_batch_comes():
     pool = Reading(workers=1).reader_of(Unsendable(), "test")
     try:
-        waits = [pool.start(Request(torch.tensor([i]), Draws(0, 0, torch.tensor([i])))) for i in range(3)]
+        waits = [pool.start(Request(torch.tensor([i]), Draws(0, 0, torch.tensor([i])))) for i in range(4)]
         assert waits[0]()[1] == 1
         with pytest.raises(DataError, match=r"no process can give to another .*--data\.workers 0"):
             waits[1]()
-        assert waits[2]()[1] == 1
+        with pytest.raises(DataError, match=r"no process can give to another \(ValueError\)"):
+            waits[2]()
+        assert waits[3]()[1] == 1
     finally:
         pool.close()
 
