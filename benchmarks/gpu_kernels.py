@@ -40,7 +40,8 @@ from torch._inductor.virtualized import V  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 from hvdtrain.models import linear  # noqa: E402
-from hvdtrain.models.decoder import Decoder, rotary_tables  # noqa: E402
+from hvdtrain.models.decoder import Decoder  # noqa: E402
+from hvdtrain.models.elementwise import rotary_tables  # noqa: E402
 from hvdtrain.models.private_torch import FakeTensorMode  # noqa: E402
 from hvdtrain.recipes import load_recipe  # noqa: E402
 

@@ -5,7 +5,6 @@ Arguments are parsed before Horovod starts, on every rank alike; rank 0 alone ta
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import sys
@@ -17,7 +16,7 @@ from hvdtrain import __version__
 from hvdtrain.errors import ConfigError, HvdtrainError, UsageError
 from hvdtrain.process import garbage
 from hvdtrain.process.launch import Launch, detect_launch, give_home, open_outputs, prepare_process
-from hvdtrain.process.output import print_anything, silent_unless, while_read
+from hvdtrain.process.output import print_anything, silent_unless, tell, while_read
 from hvdtrain.process.stop import StoppedEarly, end_on_signals, hear_all
 from hvdtrain.process.stray import leave_to_rank_0, stray_hint
 from hvdtrain.process.working_directory import is_gone, search_last
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"hvdtrain {__version__}\n")
         return 0
     if is_process and is_gone():
-        sys.stderr.write("hvdtrain: the working directory has been deleted: cd to one that is there first\n")
+        tell("hvdtrain: the working directory has been deleted: cd to one that is there first")
         return 2
     if arguments[:1] in (["-np"], ["--np"]) and arguments[2:3] == ["sweep"]:  # it starts the ranks of each trial
         arguments = [*arguments[2:], "--np", arguments[1]]
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return while_read(lambda: _run(arguments, launch))
     except StoppedEarly as stop:
         if launch.rank == 0:
-            sys.stderr.write(f"hvdtrain: {stop.reason}\n")
+            tell(f"hvdtrain: {stop.reason}")
         return stop.exit_code
 
 
@@ -283,8 +282,7 @@ def _answer(text: str, launch: Launch) -> int:
 
 def _refuse(error: HvdtrainError, launch: Launch) -> int:
     if launch.rank == 0 or stray_hint(launch):
-        with contextlib.suppress(OSError):  # a full disk, say: the exit code tells as much
-            sys.stderr.write(f"hvdtrain: {error}\n{error.stack}")
+        tell(f"hvdtrain: {error}\n{error.stack}".rstrip("\n"))
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
     return error.exit_code

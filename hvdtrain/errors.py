@@ -79,6 +79,11 @@ def reason_of(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Return an error's own words on one line, cut to so many signs; its type where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def counted(number: float, noun: str) -> str:
     """Return "1 rank", "2 ranks", "1.5 cores": how every message counts."""
     digits = f"{number:,d}" if isinstance(number, int) else f"{number:g}"

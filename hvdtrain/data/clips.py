@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from hvdtrain.data.text.corpus import find_documents
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.data.text.pairs import PairReader
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
+from hvdtrain.process.output import tell
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 _LISTS = ".trans.txt"
@@ -126,12 +126,8 @@ def _measure(path: Path) -> list[int] | str:
     try:
         about = soundfile.info(str(path))
     except Exception as error:  # the library's own, or the system's
-        return _reason(error)
+        return one_line(error)
     return [int(about.frames), int(about.samplerate)]
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_wave(path: Path, rate: int) -> NDArray[np.float32]:
@@ -221,13 +217,12 @@ class ClipSamples:
         return torch.from_numpy(normalised(wave) if self._is_normalised else wave)
 
     def _pass_over(self, number: int, error: Exception) -> None:
-        text = f"the clip {self.clips[number].path} cannot be read ({_reason(error)})"
+        text = f"the clip {self.clips[number].path} cannot be read ({one_line(error)})"
         if not self._may_skip:
             raise DataError(f"{text}: mend or remove it, or pass over such clips with --data.on-error skip") from error
         if number not in self._named:
             self._named.add(number)
-            sys.stderr.write(f"hvdtrain: WARNING: {text}: passed over\n")
-            sys.stderr.flush()
+            tell(f"hvdtrain: WARNING: {text}: passed over")
 
 
 def normalised(wave: NDArray[Any]) -> NDArray[np.float32]:

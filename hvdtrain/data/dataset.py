@@ -61,8 +61,8 @@ class TensorSamples:
         return indices.numel()
 
 
-def there(sample: Any, number: int) -> Any:
-    """Return a sample.
+def checked_sample(sample: Any, number: int) -> Any:
+    """Return the sample that a data set has returned.
 
     Raises:
         DataError: it is None. Whoever leaves it out of a batch makes figures wrong in silence.

@@ -16,13 +16,13 @@ from hvdtrain.data.text.windows import WithStarts
 
 _SAMPLES = 8
 
-Print = dict[str, Any]
+Fingerprint = dict[str, Any]
 """`length`; `fingerprint`, that of the data set's own method of this name; `samples`, a digest of some of them."""
 _NONE = {"length": 0, "fingerprint": "", "samples": ""}
 _PARTS = ("length", "fingerprint", "samples")
 
 
-def print_of(data: Dataset) -> Print:
+def fingerprint_of(data: Dataset) -> Fingerprint:
     """Return what data is known by: of a stream, which cannot be looked into without reading it, only its length."""
     if isinstance(data, WithStarts):  # where documents begin is read along for a GPU: the data is the same without
         data = data.samples
@@ -35,15 +35,15 @@ def print_of(data: Dataset) -> Print:
     }
 
 
-def explain_ranks(prints: Sequence[Mapping[str, Print]]) -> str | None:
+def explain_ranks(fingerprints: Sequence[Mapping[str, Fingerprint]]) -> str | None:
     """Return in one sentence how the ranks' data differs, naming the ranks in the minority; None where it does not.
 
     Args:
-        prints: of each rank, by the name of what the data is for.
+        fingerprints: of each rank, by the name of what the data is for.
     """
-    for name in prints[0]:
+    for name in fingerprints[0]:
         for part in _PARTS:
-            values = [own.get(name, _NONE)[part] for own in prints]
+            values = [own.get(name, _NONE)[part] for own in fingerprints]
             if len(set(values)) > 1:
                 return _explain(name, part, values)
     return None
@@ -63,7 +63,7 @@ def _explain(name: str, part: str, values: Sequence[Any]) -> str:
     )
 
 
-def explain_change(then: Mapping[str, Print], now: Mapping[str, Print]) -> str | None:
+def explain_change(then: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> str | None:
     """Return what has changed in the data since `then`; None where nothing has."""
     for name in then.keys() & now.keys():
         before, after = then[name], now[name]

@@ -19,7 +19,7 @@ from hvdtrain.data.image_decoding import in_rgb, open_image
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.data.torchvision_import import import_torchvision
-from hvdtrain.errors import DataError, reason_of
+from hvdtrain.errors import DataError, one_line, reason_of
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of files that are taken for images, as torchvision does."""
@@ -288,7 +288,7 @@ def _cifar10(root: Path, train: bool) -> ImagesInMemory:
         data = datasets.CIFAR10(str(root), train=train)
     except Exception as error:  # torchvision's reader fails in many ways
         raise DataError(
-            f"CIFAR-10 cannot be read from {root} ({' '.join(str(error).split()) or type(error).__name__}): put the"
+            f"CIFAR-10 cannot be read from {root} ({one_line(error)}): put the"
             " folder cifar-10-batches-py of cifar-10-python.tar.gz into it"
         ) from error
     return ImagesInMemory(data.data, torch.tensor(data.targets, dtype=torch.int64), tuple(data.classes))

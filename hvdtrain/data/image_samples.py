@@ -5,7 +5,6 @@ A batch of bytes is a quarter of what it is as real numbers, on its way from a w
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,8 @@ from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.image_files import ImageSource
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.data.torchvision_import import import_torchvision
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
+from hvdtrain.process.output import tell
 
 # Red, green and blue of ImageNet's training images, on a scale from 0 to 1, as torchvision's references have them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -103,14 +103,12 @@ class ImageSamples:
         return self._transform(image)
 
     def _pass_over(self, index: int, error: Exception) -> None:
-        reason = f"{' '.join(str(error).split()) or type(error).__name__}"
-        text = f"the image {self.source.name(index)} cannot be read ({reason})"
+        text = f"the image {self.source.name(index)} cannot be read ({one_line(error)})"
         if self._config.on_error == "stop":
             raise DataError(f"{text}: mend or remove it, or pass over such images with --data.on-error skip") from error
         if index not in self._named:
             self._named.add(index)
-            sys.stderr.write(f"hvdtrain: WARNING: {text}: passed over\n")
-            sys.stderr.flush()
+            tell(f"hvdtrain: WARNING: {text}: passed over")
 
     def _mixed(self, image: Tensor, label: int) -> tuple[Tensor, int, float]:
         """Return an image with a part of another one, drawn from all, the other's label and its own share."""

@@ -17,7 +17,7 @@ from hvdtrain.data.dataset import Dataset
 from hvdtrain.data.draws import Draws, Request, is_same_state, kept_random_state, random_state
 from hvdtrain.data.nested import map_tensors, tensors_in
 from hvdtrain.data.own_generators import generators_in
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
 
 
 class BatchSource:
@@ -66,7 +66,7 @@ class BatchSource:
         except (RuntimeError, TypeError, ValueError) as error:
             raise DataError(
                 f"{type(self.data).__name__}.batch draws random numbers, so its samples are read one by one, but do not"
-                f" fit together then ({str(error).splitlines()[0]}): let it take a second argument, `draws`, and draw"
+                f" fit together then ({one_line(error)}): let it take a second argument, `draws`, and draw"
                 " from draws.generator(i) for its i-th sample"
             ) from error
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.data.collating import Collate, Collating
-from hvdtrain.data.dataset import there
+from hvdtrain.data.dataset import checked_sample
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.own_generators import Generator, generators_in
 from hvdtrain.errors import DataError
@@ -107,7 +107,7 @@ class StreamSamples:
             samples = []
             for index in indices.tolist():
                 self._reach(before + index, draws.seed)
-                samples.append(there(self._next(draws.seed), before + index))
+                samples.append(checked_sample(self._next(draws.seed), before + index))
             return self._collate(samples, self._own or ())
 
     def num_targets(self, indices: Tensor) -> int:

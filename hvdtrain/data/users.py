@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from hvdtrain.data.collating import Collate, Collating
-from hvdtrain.data.dataset import Dataset, there
+from hvdtrain.data.dataset import Dataset, checked_sample
 from hvdtrain.data.draws import Draws, kept_random_state
 from hvdtrain.data.nested import map_tensors
 from hvdtrain.data.own_generators import Generator, generators_in
 from hvdtrain.data.stream import StreamSamples
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
 from hvdtrain.process.tracebacks import reading
 
 # Of a tuple that is meant as (inputs, targets).
@@ -64,7 +64,7 @@ class MapSamples:
             for i, index in enumerate(indices.tolist()):
                 draws.seed_generators(i, self._generators())
                 with reading(index):
-                    samples.append(there(self.samples[index], index))
+                    samples.append(checked_sample(self.samples[index], index))
             return self._collated(samples, indices)
 
     def num_targets(self, indices: Tensor) -> int:
@@ -91,7 +91,7 @@ class MapSamples:
             kind = f"{type(self.samples).__module__}.{type(self.samples).__qualname__}"
             raise DataError(
                 f"torch's default_collate makes no batch of the samples of {kind}"
-                f" ({_odd_one(samples, indices) or str(error).splitlines()[0]}): give Task(collate=...), or"
+                f" ({_odd_one(samples, indices) or one_line(error)}): give Task(collate=...), or"
                 " Evaluation(collate=...) for its own data, a function that makes a batch of a list of samples, such as"
                 " one that pads them"
             ) from error

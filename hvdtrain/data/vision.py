@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hvdtrain.data.config import DatasetName, VisionConfig
 from hvdtrain.data.torchvision_import import import_torchvision
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
 from hvdtrain.settings.files import locked
 
 _CLASSES: dict[DatasetName, str] = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
@@ -138,9 +138,8 @@ def _download(dataset_class: Any, root: Path, raw: Path) -> None:
                 for name in _missing(raw):
                     (fetched / name).replace(raw / name)
     except (OSError, RuntimeError) as error:  # RuntimeError: torchvision, once every mirror has failed
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"cannot download {raw.parent.name} to {root.absolute()}: {reason}. Without a network, put"
+            f"cannot download {raw.parent.name} to {root.absolute()}: {one_line(error)}. Without a network, put"
             f" {', '.join(_FILES)} into {raw.absolute()} yourself"
         ) from error
 

@@ -20,7 +20,7 @@ import torch
 from hvdtrain.data.draws import Request
 from hvdtrain.data.messages import receive, send, send_batch
 from hvdtrain.data.readers import BatchSource
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
 from hvdtrain.process.tracebacks import place_of, stack_of
 
 _PR_SET_PDEATHSIG = 1
@@ -85,7 +85,7 @@ def _answer(connection: socket.socket, source: BatchSource, number: int, request
 
 def _unsendable(error: Exception) -> DataError:
     told = DataError(
-        f"a batch holds what no process can give to another ({' '.join(str(error).split())[:200]}): let the data set"
+        f"a batch holds what no process can give to another ({one_line(error)}): let the data set"
         " and collate return tensors, numbers and texts, or read without workers (--data.workers 0)"
     )
     told.__cause__ = error

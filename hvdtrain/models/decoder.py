@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdtrain.models import one_token
+from hvdtrain.models.cache import Cache, LayerCache
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.documents import Bounds, attend
-from hvdtrain.models.elementwise import RMSNorm, rotate
+from hvdtrain.models.elementwise import RMSNorm, rotary_tables, rotate
 from hvdtrain.models.linear import product_dtype, product_of, products
 from hvdtrain.models.loss import chunked_loss, is_by_chunks, next_token_loss, positions_at_once
 
@@ -164,7 +165,7 @@ class _Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_size
         self.head_size = D
-        self.grouped = config.kv_heads != config.num_heads
+        self.is_grouped = config.kv_heads != config.num_heads
         self.q_proj = _Linear(C, config.num_heads * D)
         self.k_proj = _Linear(C, config.kv_heads * D)
         self.v_proj = _Linear(C, config.kv_heads * D)
@@ -187,7 +188,7 @@ class _Attention(nn.Module):
         if isinstance(seen, Bounds):
             y = attend(q.to(v.dtype), k.to(v.dtype), v, seen)  # (B, H, T, D)
         else:
-            is_grouped = self.grouped
+            is_grouped = self.is_grouped
             if is_grouped and seen is not None and x.is_cuda:
                 k, v, is_grouped = *one_a_query_head(k, v, q.shape[1]), False
             y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=is_grouped)
@@ -218,70 +219,6 @@ class _FeedForward(nn.Module):
         gate, up = products(x, self.gate_proj, self.up_proj)
         out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
-
-
-class Cache:
-    """Keys and values of the tokens that were read, for rows that are padded on the left to one length.
-
-    Args:
-        config: of the decoder.
-        padding: int64 `(B,)`, tokens at the beginning of each row that are not to be seen.
-        max_length: the most tokens of a row, padding included.
-        like: has the type and device of keys and values.
-    """
-
-    def __init__(self, config: DecoderConfig, padding: Tensor, max_length: int, *, like: Tensor) -> None:
-        self.padding = padding
-        self.max_length = max_length
-        self.length = 0
-        self.mask: Tensor | None = None
-        """Who sees whom, bool `(B, 1, T, length)`, for the tokens of the last `begin`."""
-        self.one_token: one_token.OneToken | None = None
-        """What reads tokens one by one, once there has been one."""
-        shape = (len(padding), config.kv_heads, 2, max_length, config.head_size)
-        self.layers = [LayerCache(self, shape, like) for _ in range(config.num_layers)]
-
-    def begin(self, num_tokens: int) -> Tensor:
-        """Make room for more tokens of each row and return their positions, int64 `(B, T)`, 0 for padding."""
-        places = torch.arange(self.length + num_tokens, device=self.padding.device)
-        new = places[self.length :]
-        # A token sees the ones before it; one of the padding sees itself, since none would be no number.
-        is_seen = (places <= new[:, None]) & (places >= self.padding[:, None, None])
-        self.mask = (is_seen | (places == new[:, None]))[:, None]  # (B, 1, T, length)
-        self.length += num_tokens
-        return (new - self.padding[:, None]).clamp(min=0)
-
-
-class LayerCache:
-    """One layer's part of a `Cache`."""
-
-    def __init__(self, cache: Cache, shape: tuple[int, int, int, int, int], like: Tensor) -> None:
-        self._cache = cache
-        self.both = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        """Keys and values, `(B, K, 2, max_length, D)`; numbers also where nothing was read."""
-        self._keys, self._values = self.both[:, :, 0], self.both[:, :, 1]
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values, `(B, K, T, D)`; return all, `(B, K, length, D)`."""
-        length = self._cache.length
-        start = length - keys.shape[2]
-        self._keys[:, :, start:length], self._values[:, :, start:length] = keys, values
-        return self._keys[:, :, :length], self._values[:, :, :length]
-
-
-def rotary_tables(positions: Tensor, head_size: int, theta: float, *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cosines and signed sines, `(T, 1, D)` each, that turn channels by their position (arXiv:2104.09864).
-
-    `positions` is int64 `(T,)`; or `(B, T)` where rows differ, and the tables are then `(B, T, 1, D)`.
-    Channels i and i + D/2 are a pair ("rotate half", as transformers has it), turned by `position * theta^(-2i/D)`.
-    They are computed afresh in each forward pass, which costs nothing beside a block and leaves no buffer to cast,
-    move or save. On the device of `like`, in fp32, or in fp64 if `like` is fp64.
-    """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, head_size, 2, dtype=dtype, device=like.device) / head_size
-    angles = positions.to(dtype)[..., None, None] * theta**-exponents  # (T, 1, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class _Linear(nn.Linear):

@@ -1,4 +1,4 @@
-"""Norm and rotation with gradients written by hand: fewer passes over memory than autograd would make of them.
+"""Norm and rotary positions with gradients written by hand: fewer passes over memory than autograd would make of them.
 
 On CPUs a pass over activations costs as much as it reads and writes. What a GPU or a compiler fuses by itself is left
 to them.
@@ -47,6 +47,21 @@ class _Norm(torch.autograd.Function):
         along = (products @ weight).unsqueeze(-1).div_(-x.shape[-1])
         grad_weight = products.flatten(0, -2).sum(0)
         return (grad * weight).addcmul_(normed, along).mul_(inverse), grad_weight, None
+
+
+def rotary_tables(positions: Tensor, head_size: int, theta: float, *, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the cosines and signed sines, `(T, 1, D)` each, that turn channels by their position (arXiv:2104.09864).
+
+    `positions` is int64 `(T,)`; or `(B, T)` where rows differ, and the tables are then `(B, T, 1, D)`.
+    Channels i and i + D/2 are a pair ("rotate half", as transformers has it), turned by `position * theta^(-2i/D)`.
+    They are computed afresh in each forward pass, which costs nothing beside a block and leaves no buffer to cast,
+    move or save. On the device of `like`, in fp32, or in fp64 if `like` is fp64.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, head_size, 2, dtype=dtype, device=like.device) / head_size
+    angles = positions.to(dtype)[..., None, None] * theta**-exponents  # (T, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from hvdtrain.models.cache import Cache, LayerCache
     from hvdtrain.models.config import DecoderConfig
-    from hvdtrain.models.decoder import Cache, Decoder, LayerCache
+    from hvdtrain.models.decoder import Decoder
 
 # Attention looks at a multiple of so many places, those not yet read masked.
 _ROOM = 32

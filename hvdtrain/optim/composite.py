@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hvdtrain.optim.closures import loss_of
+
 
 class Composite(torch.optim.Optimizer):
     """Several optimizers over different parameters that step, save and load as one.
@@ -28,7 +30,7 @@ class Composite(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take a step with each, on this optimizer's groups and state: loading replaces them."""
-        loss = closure() if closure is not None else None
+        loss = loss_of(closure)
         start = 0
         for part, count in zip(self._parts, self._num_groups, strict=True):
             part.param_groups = self.param_groups[start : start + count]

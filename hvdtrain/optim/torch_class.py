@@ -25,7 +25,7 @@ class TorchOptimConfig(OptimConfig):
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield the weight decay where the class has none, besides what no optimizer uses."""
         yield from super().unused()
-        kind = _torch_optimizers().get(self.name)
+        kind = torch_optimizers().get(self.name)
         if kind is not None and not _decays(kind):
             yield "weight_decay", f"torch.optim.{self.name} has none"
 
@@ -37,11 +37,12 @@ class TorchOptimConfig(OptimConfig):
         """
         from hvdtrain.optim.groups import decay_groups, trainable
 
-        kinds = _torch_optimizers()
+        kinds = torch_optimizers()
         kind: Any = kinds.get(self.name)
         if kind is None:
             raise ConfigError(f"--optim.name: there is no optimizer '{self.name}'{nearest(self.name, kinds)}")
-        groups = decay_groups(model, trainable(model), self.weight_decay)
+        learning = [parameter for parameter in trainable(model) if parameter.numel()]  # Adafactor divides by that
+        groups = decay_groups(model, learning, self.weight_decay)
         if not _decays(kind):
             groups = [{"params": group["params"]} for group in groups]
         return cast("torch.optim.Optimizer", kind(groups, lr=self.peak_lr))
@@ -51,7 +52,8 @@ def _decays(kind: type[torch.optim.Optimizer]) -> bool:
     return "weight_decay" in inspect.signature(kind).parameters
 
 
-def _torch_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+def torch_optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    """Return the classes that a recipe may name."""
     import torch
 
     kinds = {name: value for name, value in vars(torch.optim).items() if isinstance(value, type)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from typing import NoReturn
+
+from hvdtrain.process.output import tell
 
 
 @contextlib.contextmanager
@@ -19,12 +20,10 @@ def never_silent() -> Iterator[None]:
 
     def end(status: int) -> NoReturn:
         if status == 0 and os.getpid() == pid:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(
-                    "hvdtrain: the training's own code has ended this process by os._exit(0), and the run has not"
-                    " finished: the same command with this --run-dir goes on\n"
-                )
-                sys.stderr.flush()
+            tell(
+                "hvdtrain: the training's own code has ended this process by os._exit(0), and the run has not"
+                " finished: the same command with this --run-dir goes on"
+            )
             status = 1
         original(status)
 

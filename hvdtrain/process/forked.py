@@ -6,9 +6,9 @@ else and end, such as those of multiprocessing, never come here.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
+
+from hvdtrain.process.output import tell
 
 
 class Original:
@@ -21,10 +21,8 @@ class Original:
         """End this process if it is another one."""
         if os.getpid() == self._pid:
             return
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(
-                f"hvdtrain: process {os.getpid()}, which the training's own code has forked, would train on beside its"
-                " parent, and is ended: let a child end by os._exit()\n"
-            )
-            sys.stderr.flush()
+        tell(
+            f"hvdtrain: process {os.getpid()}, which the training's own code has forked, would train on beside its"
+            " parent, and is ended: let a child end by os._exit()"
+        )
         os._exit(1)

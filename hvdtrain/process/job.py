@@ -22,6 +22,7 @@ from hvdtrain.errors import ConfigError, HvdtrainError, LaunchError, StopRequest
 from hvdtrain.process.ancestors import as_owner
 from hvdtrain.process.launch import detect_launch
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
+from hvdtrain.process.output import tell
 from hvdtrain.process.session import horovodrun_options, on_this_machine, session_folder
 from hvdtrain.process.stray import stray_hint
 from hvdtrain.process.working_directory import for_launcher, module_command
@@ -207,7 +208,7 @@ def start_ranks(arguments: Sequence[str]) -> int:
         program = [sys.executable, *arguments[2:]] if is_own else [*module_command("hvdtrain"), *arguments[1:]]
         return run_job(ranks, program)
     except HvdtrainError as error:
-        sys.stderr.write(f"hvdtrain: {error}\n")
+        tell(f"hvdtrain: {error}")
         return error.exit_code
 
 

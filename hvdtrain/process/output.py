@@ -1,4 +1,4 @@
-"""Standard output, which may know few signs, have no room, and whose reader may leave. Standard library only."""
+"""Standard output and error: they may know few signs, have no room or lose their reader. Standard library only."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def print_anything() -> None:
     """Have standard output take any sign: a locale may know fewer than what is printed (`±`, what a model writes)."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
+
+
+def tell(text: str) -> None:
+    """Write a line to standard error, where that can be: to say something is never a condition of going on or ending.
+
+    The stream may be closed, its disk full, its reader gone, or a signal's handler amid another line (RuntimeError).
+    """
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -54,8 +64,7 @@ def while_read(answer: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
     if isinstance(trouble, BrokenPipeError):
         return code
-    with contextlib.suppress(OSError):
-        sys.stderr.write(f"hvdtrain: {lost_words(trouble)}\n")
+    tell(f"hvdtrain: {lost_words(trouble)}")
     return code or 1
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.ancestors import owners, seconds_since_launch
 from hvdtrain.process.forked import Original
+from hvdtrain.process.output import tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_FOR_INTERRUPT = 3.0
@@ -129,9 +129,7 @@ def _end_with_launcher(grace_s: float) -> None:
     launcher = _Launcher()
     while _Early.num_requests or not launcher.is_gone():
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write("hvdtrain: the launcher is gone: this rank ends\n")
-        sys.stderr.flush()
+    tell("hvdtrain: the launcher is gone: this rank ends")
     os.kill(os.getpid(), signal.SIGTERM)  # a handler of the program's own may save
     time.sleep(grace_s)  # it may have none, ignore it, or wait for other ranks, where handlers do not run
     os._exit(StopRequested.exit_code)
@@ -261,20 +259,15 @@ def _tell_of_threads() -> None:
     """Say which threads of a user's keep a process that has done its work: Python waits for them, without a word."""
     names = [thread.name for thread in threading.enumerate() if not thread.daemon and thread.is_alive()]
     if names:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(
-                f"hvdtrain: all is done, but this process waits for {', '.join(map(repr, names[:8]))}, started as a"
-                " thread without daemon=True, to end\n"
-            )
-            sys.stderr.flush()
+        tell(
+            f"hvdtrain: all is done, but this process waits for {', '.join(map(repr, names[:8]))}, started as a"
+            " thread without daemon=True, to end"
+        )
 
 
 def _leave_alone(reason: str, exit_code: int) -> NoReturn:
-    try:
-        sys.stderr.write(f"{reason}\n")
-        sys.stderr.flush()
-    finally:
-        os._exit(exit_code)
+    tell(reason)
+    os._exit(exit_code)
 
 
 class _Early:

@@ -7,11 +7,11 @@ started. Nobody can be sure: a launcher that this list does not know, or one out
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 
 from hvdtrain.process.ancestors import given_to_launcher, is_launched
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.output import tell
 
 _SIGNS = {
     "horovodrun --gloo": ("HOROVOD_RANK", "HOROVOD_SIZE"),
@@ -50,5 +50,5 @@ def leave_to_rank_0(launch: Launch) -> int:
     """Say nothing where rank 0 answers; where there may be none, say why this one does not. Returns an exit code."""
     hint = stray_hint(launch)
     if hint:
-        sys.stderr.write(f"hvdtrain: rank 0 answers, and this is rank {launch.rank} of {launch.size}{hint}\n")
+        tell(f"hvdtrain: rank 0 answers, and this is rank {launch.rank} of {launch.size}{hint}")
     return 2 if hint else 0

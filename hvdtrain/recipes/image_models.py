@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.data.torchvision_import import import_torchvision
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, one_line
 from hvdtrain.models.mlp import Mlp
 from hvdtrain.models.small_resnet import DEPTHS, SmallResNet
 from hvdtrain.settings import nearest
@@ -90,8 +90,7 @@ def load_classifier(about: Description, weights: Mapping[str, Tensor], source: s
             model = build_classifier(about.name, len(about.classes), about.image_size, seed=0)
         model.load_state_dict(weights)
     except (ConfigError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"the weights of {source} do not fit its config.json: {reason}") from error
+        raise DataError(f"the weights of {source} do not fit its config.json: {one_line(error)}") from error
     kinds = [weight.dtype for weight in weights.values() if weight.is_floating_point()]
     return model.to(kinds[0]).eval() if kinds else model.eval()
 
@@ -133,9 +132,8 @@ def _check_size(model: nn.Module, name: str, image_size: int) -> None:
     try:
         torch.func.functional_call(model, shapes, (torch.empty(1, 3, image_size, image_size, device="meta"),))
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"--model.name {name} cannot see images of {image_size}x{image_size} ({reason[0]}): choose another"
+            f"--model.name {name} cannot see images of {image_size}x{image_size} ({one_line(error)}): choose another"
             " --data.image-size"
         ) from error
     finally:
@@ -163,9 +161,8 @@ def _build(name: str, num_classes: int, image_size: int, zero_gamma: bool) -> nn
             warnings.simplefilter("ignore")
             model: nn.Module = models.get_model(name, weights=None, **options)
     except (ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"--model.name {name} cannot be built for images of {image_size}x{image_size} ({reason[0]}): choose another"
-            " --data.image-size"
+            f"--model.name {name} cannot be built for images of {image_size}x{image_size} ({one_line(error)}): choose"
+            " another --data.image-size"
         ) from error
     return model

@@ -139,10 +139,10 @@ def _describe(text: PreparedText, data: TextConfig) -> str:
 
 
 def _epilogue(model: nn.Module, metrics: dict[str, float], text: PreparedText, length: int) -> str:
-    return "\n".join(filter(None, (_compare(metrics, text), _show_sample(model, text, length))))
+    return "\n".join(filter(None, (compare_with_trigrams(metrics, text), _show_sample(model, text, length))))
 
 
-def _compare(metrics: dict[str, float], text: PreparedText) -> str:
+def compare_with_trigrams(metrics: dict[str, float], text: PreparedText) -> str:
     """Return the model's held-out bits per byte beside those of a trigram model of the same training text."""
     if text.train_text_path is None or text.val_text_path is None:
         return ""
@@ -175,7 +175,7 @@ def _trigram_nats(text: PreparedText, fitted: NDArray[np.uint16], asked: NDArray
 
 
 def _samples(model: nn.Module, text: PreparedText, length: int) -> dict[str, str]:
-    written = _write_sample(model, text, length)
+    written = written_sample(model, text, length)
     return {"text": written} if written else {}
 
 
@@ -183,10 +183,10 @@ def _show_sample(model: nn.Module, text: PreparedText, length: int) -> str:
     if text.tokenizer is None:
         return ""
     rule = "-" * 72
-    return f"a sample of what it writes:\n{rule}\n{_write_sample(model, text, length).strip()}\n{rule}"
+    return f"a sample of what it writes:\n{rule}\n{written_sample(model, text, length).strip()}\n{rule}"
 
 
-def _write_sample(model: nn.Module, text: PreparedText, length: int) -> str:
+def written_sample(model: nn.Module, text: PreparedText, length: int) -> str:
     """Return what the model writes from the beginning of a document; "" where nobody knows what tokens mean.
 
     A model that is broken writes why: it has been trained all the same.

@@ -7,10 +7,11 @@ import os
 import platform
 import socket
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from hvdtrain.process.processor import cpuinfo
 
 _PACKAGES = ("hvdtrain", "horovod", "torch", "torchvision", "numpy", "mpi4py", "tokenizers", "transformers")
 # Of the environment only what explains a run: the rest may hold secrets (Horovod has a key of its own there, too).
@@ -48,11 +49,7 @@ def describe_environment(launcher: str, ranks: list[dict[str, Any]]) -> dict[str
 
 def _cpu_name() -> str:
     """Return what the processor calls itself, or its architecture where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    names = (line.partition(":")[2].strip() for line in cpuinfo().splitlines() if line.startswith("model name"))
     return next(names, platform.machine())
 
 

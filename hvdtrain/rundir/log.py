@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import reason_of
+from hvdtrain.process.output import tell
 from hvdtrain.rundir.patient_file import PatientFile
 from hvdtrain.rundir.sinks.background import Background
 from hvdtrain.rundir.sinks.console import Console
@@ -107,8 +107,7 @@ class _RankLog(logging.Handler):
         except OSError as error:
             if not self._has_warned:
                 self._has_warned = True
-                with contextlib.suppress(OSError, ValueError):
-                    sys.stderr.write(f"hvdtrain: a log file cannot be written ({reason_of(error)}); its lines wait\n")
+                tell(f"hvdtrain: a log file cannot be written ({reason_of(error)}); its lines wait")
 
     def close(self) -> None:
         """Close the file."""

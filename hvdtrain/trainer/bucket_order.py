@@ -40,9 +40,7 @@ class BucketOrder(Component):
     @classmethod
     def of(cls, job: Job) -> BucketOrder | None:
         """Return one where several ranks average whole gradients."""
-        config = job.config
-        is_asked = isinstance(job.strategy, EveryStep) and config.comm.op == "average" and not config.optim.shard
-        return cls(job) if job.world.size > 1 and is_asked else None
+        return cls(job) if job.world.size > 1 and follows_backward(job) else None
 
     def attach(self, training: Training) -> None:
         """Learn of the optimizer."""

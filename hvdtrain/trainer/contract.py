@@ -86,11 +86,11 @@ def check_task(task: Task) -> None:
         raise ConfigError(f"Task.metrics is {task.metrics}: one of them must be 'loss', which is minimised")
 
 
-def owned(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer.
+def checked_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Return what a recipe's `build_optimizer` has returned, if the model can be trained by it.
 
     Raises:
-        ConfigError: it is none, or moves what is not the model's, which no checkpoint would hold, or needs a closure.
+        ConfigError: it is no optimizer, needs a closure, or moves what is not the model's and so in no checkpoint.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"build_optimizer returned a {type(optimizer).__name__}: return a torch.optim.Optimizer")

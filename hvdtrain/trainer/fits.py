@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hvdtrain.data.fingerprint import Print
+from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.errors import ResumeError
 from hvdtrain.settings import Config, changeable_settings, to_dict
 from hvdtrain.settings.fields import fields_of, hints_of, is_optional
@@ -16,7 +16,7 @@ from hvdtrain.trainer.same_data import explain_resume
 _MOST_NAMED = 5
 
 
-def check_fits(job: Job, state: dict[str, Any], data: dict[str, Print]) -> None:
+def check_fits(job: Job, state: dict[str, Any], data: dict[str, Fingerprint]) -> None:
     """Make sure that a checkpoint belongs to the job's settings, batch and data.
 
     Args:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvdtrain.data.fingerprint import Print, explain_change, explain_ranks, print_of
+from hvdtrain.data.fingerprint import Fingerprint, explain_change, explain_ranks, fingerprint_of
 from hvdtrain.errors import DataError
 from hvdtrain.trainer.job import Job
 
 
-def compare_data(job: Job) -> dict[str, Print]:
+def compare_data(job: Job) -> dict[str, Fingerprint]:
     """Return what the data is known by, after it was compared between the ranks. Collective.
 
     Raises:
@@ -18,18 +18,18 @@ def compare_data(job: Job) -> dict[str, Print]:
     task, world = job.task, job.world
     parts = {"training": task.train_data, "held-out": task.val_data}
     parts.update({f"evaluation's ({number})": part.data for number, part in enumerate(task.evaluations, 1)})
-    prints = world.together(lambda: {name: print_of(data) for name, data in parts.items()}, "data")
-    if world.agrees(prints, "data"):
-        return prints
-    problem = explain_ranks(world.all_gather_object(prints, "data.prints"))
+    fingerprints = world.together(lambda: {name: fingerprint_of(data) for name, data in parts.items()}, "data")
+    if world.agrees(fingerprints, "data"):
+        return fingerprints
+    problem = explain_ranks(world.all_gather_object(fingerprints, "data.fingerprints"))
     if problem:
         error = DataError(problem)
         error.is_on_all_ranks = True
         raise error
-    return prints
+    return fingerprints
 
 
-def explain_resume(job: Job, state: dict[str, Any], now: dict[str, Print]) -> str | None:
+def explain_resume(job: Job, state: dict[str, Any], now: dict[str, Fingerprint]) -> str | None:
     """Return how the data differs from that of the run that was saved in `state`; None where it does not."""
     if "data" in job.allowed_changes:
         return None

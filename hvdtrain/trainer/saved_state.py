@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hvdtrain.data.fingerprint import Print
+from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.weights import extra_state, load_model_weights, shapes_of
 from hvdtrain.settings import to_dict
@@ -119,7 +119,7 @@ def check_storable(training: Training) -> None:
             storable(component.state_dict(), f"the state of '{component.name}'")
 
 
-def read_latest(job: Job, model: nn.Module, data: dict[str, Print]) -> dict[str, Any] | None:
+def read_latest(job: Job, model: nn.Module, data: dict[str, Fingerprint]) -> dict[str, Any] | None:
     """Load the newest checkpoint's weights into `model` and return the rest of it; None where there is none."""
     checkpoint = job.run.load_newest(job.log.say) if job.directory is not None else None
     if checkpoint is None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.data.fingerprint import Print
+from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.data.own_generators import generators_in
@@ -21,7 +21,7 @@ from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state
 from hvdtrain.optim.orthogonal import multiply_in_bf16
 from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
-from hvdtrain.trainer.contract import owned
+from hvdtrain.trainer.contract import checked_optimizer
 from hvdtrain.trainer.job import Job
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.odd_state import in_a_sentence
@@ -61,7 +61,7 @@ class Training:
     """Readers of what is evaluated, by name and order: their processes stay from one evaluation to the next."""
     runs_in_step: bool
     """Ranks must put equally many micro-batches through the model, empty ones if need be."""
-    data: dict[str, Print] = field(default_factory=dict)
+    data: dict[str, Fingerprint] = field(default_factory=dict)
     """What the data is known by; empty in a rehearsal."""
     step: int = 0
     """Optimizer steps completed."""
@@ -270,7 +270,7 @@ def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> tuple
     options["warns_of_copies"] = False  # the order deals the samples out, and a data set may hold equal ones
     for component in components:
         options.update(component.wrap_options)
-    optimizer = owned(job.task.build_optimizer(job.config.optim, model), model)
+    optimizer = checked_optimizer(job.task.build_optimizer(job.config.optim, model), model)
     rates = GroupRates(job, optimizer)
     if product_type(job.config.train.precision) == torch.bfloat16:
         multiply_in_bf16(optimizer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, one_line
 from hvdtrain.models.small_resnet import DEPTHS
 from hvdtrain.recipes.image_models import MODEL_TYPE, Description, load_classifier, read_description
 from hvdtrain.rundir.trained import Trained
@@ -87,8 +87,7 @@ def _program(about: Description, weights: dict[str, Tensor], source: str) -> Exp
             warnings.simplefilter("ignore")
             return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("images")},))
     except Exception as error:  # whatever tracing a model raises
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"torch.export cannot follow {about.name}: {reason}") from error
+        raise ConfigError(f"torch.export cannot follow {about.name}: {one_line(error)}") from error
 
 
 def _classifier_note(about: Description) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hvdtrain.data.image_decoding import in_rgb, open_image
 from hvdtrain.data.image_samples import eval_transform
 from hvdtrain.data.images_config import ImagesConfig
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, one_line
 from hvdtrain.recipes.image_models import MODEL_TYPE, Description, load_classifier, read_description
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.verbs.kit import check_json_path, write_json
@@ -82,8 +82,7 @@ def read_image(file: Path, about: Description) -> Tensor:
             return _grey(_on_white(image), about)
         image = in_rgb(image)
     except Exception as error:  # decoders fail in many ways
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the image {file} cannot be read ({reason})") from error
+        raise DataError(f"the image {file} cannot be read ({one_line(error)})") from error
     return eval_transform(ImagesConfig(image_size=about.image_size, val_resize=about.resize))(image)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, one_line
 from hvdtrain.verbs.loading import Loading
 from hvdtrain.verbs.options import ExportOptions
 
@@ -66,6 +66,5 @@ def _as_onnx(program: ExportedProgram, inputs: str) -> bytes:
             assert made is not None
             content: bytes = made.model_proto.SerializeToString()
     except Exception as error:  # whatever a conversion raises
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"--format onnx: torch.onnx cannot write this model: {reason}") from error
+        raise ConfigError(f"--format onnx: torch.onnx cannot write this model: {one_line(error)}") from error
     return content

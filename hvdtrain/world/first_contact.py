@@ -11,13 +11,13 @@ import contextlib
 import math
 import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 
 import torch
 
 from hvdtrain.errors import LaunchError
+from hvdtrain.process.output import tell
 from hvdtrain.world.world import World
 
 SECONDS = 180.0
@@ -83,9 +83,7 @@ def ending_after(limit_s: float, reason: str) -> Iterator[None]:
         return
 
     def end() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"hvdtrain: {reason}\n")
-            sys.stderr.flush()
+        tell(f"hvdtrain: {reason}")
         os._exit(1)
 
     timer = threading.Timer(min(limit_s, threading.TIMEOUT_MAX), end)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvdtrain.optim.divisible import Division
 from hvdtrain.world.buckets import in_buckets
-from hvdtrain.world.filling import flat, lies_densely
+from hvdtrain.world.filling import flat, lies_densely, real
 
 # A rank's part begins at a multiple of this many elements: kernels take whole vectors then.
 _ALIGNMENT = 16
@@ -52,6 +52,44 @@ class Cut:
                 found.append((part, first - begin))
             offset += numbers_in(parameter)
         return found
+
+
+class Piece:
+    """What this rank's optimizer moves: a part of a parameter, in the parameter's own memory.
+
+    Args:
+        part: which.
+        offset: where its gradient begins in this rank's part of the bucket.
+    """
+
+    def __init__(self, part: Part, offset: int) -> None:
+        self.part = part
+        self.offset = offset
+        own = part.parameter
+        self.moved = nn.Parameter(part.view(own.detach()))
+        """What stands in the optimizer's parameter groups; its `grad` is this part of the mean gradient."""
+        self.is_used = False
+        """A step has used its gradient, which ends with the next one: `model.zero_grad()` does not come by here."""
+        grad_dtype = getattr(own, "grad_dtype", None)
+        if grad_dtype not in (None, own.dtype):
+            self.moved.grad_dtype = grad_dtype
+
+    @property
+    def fits(self) -> bool:
+        """Return whether it still is the parameter's memory: `model.to(...)` gives it another."""
+        return self.part.view(self.part.parameter.detach()).data_ptr() == self.moved.data_ptr()
+
+    def drop_used(self) -> None:
+        """Have no gradient that a step has used."""
+        if self.is_used:
+            self.moved.grad, self.is_used = None, False
+
+    def add(self, numbers: Tensor, dtype: torch.dtype) -> None:
+        """Add numbers to its gradient."""
+        shape = real(self.moved.detach()).shape
+        mean = numbers[self.offset : self.offset + shape.numel()].view(shape).to(dtype.to_real())
+        mean = torch.view_as_complex(mean) if self.moved.is_complex() else mean
+        self.moved.grad = mean if self.moved.grad is None else self.moved.grad + mean
 
 
 def is_divisible(parameter: Tensor, division: Division) -> bool:

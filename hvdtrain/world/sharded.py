@@ -21,8 +21,8 @@ from hvdtrain.world.carriers import bits_of
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import like, real
 from hvdtrain.world.layout import Layout
-from hvdtrain.world.pieces import Cut, cut_for, is_divisible, numbers_in
-from hvdtrain.world.sharded_buckets import IN_FLIGHT, Piece, ShardedLayout
+from hvdtrain.world.pieces import Cut, Piece, cut_for, is_divisible, numbers_in
+from hvdtrain.world.sharded_buckets import IN_FLIGHT, ShardedLayout
 from hvdtrain.world.sharded_state import State, part_of, whole_of
 
 if TYPE_CHECKING:

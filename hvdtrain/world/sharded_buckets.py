@@ -17,7 +17,7 @@ from hvdtrain.world.buckets import Bucket
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import fill, like, real
 from hvdtrain.world.layout import Layout, Travelling
-from hvdtrain.world.pieces import Cut, Part, numbers_in
+from hvdtrain.world.pieces import Cut, Piece, numbers_in
 
 # Buckets on the wire at a time: one is summed while others travel, and each takes memory twice, as sent and received.
 IN_FLIGHT = 3
@@ -26,44 +26,6 @@ if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
     from hvdtrain.world.question import Question
     from hvdtrain.world.world import World
-
-
-class Piece:
-    """What this rank's optimizer moves: a part of a parameter, in the parameter's own memory.
-
-    Args:
-        part: which.
-        offset: where its gradient begins in this rank's part of the bucket.
-    """
-
-    def __init__(self, part: Part, offset: int) -> None:
-        self.part = part
-        self.offset = offset
-        own = part.parameter
-        self.moved = nn.Parameter(part.view(own.detach()))
-        """What stands in the optimizer's parameter groups; its `grad` is this part of the mean gradient."""
-        self.is_used = False
-        """A step has used its gradient, which ends with the next one: `model.zero_grad()` does not come by here."""
-        grad_dtype = getattr(own, "grad_dtype", None)
-        if grad_dtype not in (None, own.dtype):
-            self.moved.grad_dtype = grad_dtype
-
-    @property
-    def fits(self) -> bool:
-        """Return whether it still is the parameter's memory: `model.to(...)` gives it another."""
-        return self.part.view(self.part.parameter.detach()).data_ptr() == self.moved.data_ptr()
-
-    def drop_used(self) -> None:
-        """Have no gradient that a step has used."""
-        if self.is_used:
-            self.moved.grad, self.is_used = None, False
-
-    def add(self, numbers: Tensor, dtype: torch.dtype) -> None:
-        """Add numbers to its gradient."""
-        shape = real(self.moved.detach()).shape
-        mean = numbers[self.offset : self.offset + shape.numel()].view(shape).to(dtype.to_real())
-        mean = torch.view_as_complex(mean) if self.moved.is_complex() else mean
-        self.moved.grad = mean if self.moved.grad is None else self.moved.grad + mean
 
 
 class Tail:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.world.filling import flat, like
-from hvdtrain.world.pieces import Cut, Part
+from hvdtrain.world.pieces import Cut, Part, Piece
 
 if TYPE_CHECKING:
-    from hvdtrain.world.sharded_buckets import Piece
     from hvdtrain.world.world import World
 
 

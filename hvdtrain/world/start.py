@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hvdtrain.errors import LaunchError
+from hvdtrain.errors import LaunchError, one_line
 from hvdtrain.install.clone import setup_command
 from hvdtrain.optim.private_optimizer import postpone_compiler
 from hvdtrain.process.launch import DATA_WORKER, THREAD_VARIABLES, Launch, detect_launch, prepare_process
@@ -68,7 +68,7 @@ def connect(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launc
     check_launcher(launch)
     is_without_horovod = launch.size == 1 and importlib.util.find_spec("horovod") is None  # in srun --pty, say
     if not launch.is_parallel or is_without_horovod:
-        return SoloWorld(_solo_device(), launch)
+        return SoloWorld(solo_device(), launch)
     if launch.launcher == "horovodrun --gloo":
         _check_host_name()
     check_controller(launch)
@@ -163,8 +163,11 @@ def check_controller(launch: Launch) -> None:
             )
 
 
-def _solo_device() -> torch.device:
-    """Return the GPU that is current: 0, unless a program has chosen another one by `torch.cuda.set_device`."""
+def solo_device() -> torch.device:
+    """Return the device of a process alone: the CPU, or the current GPU.
+
+    That is GPU 0, unless a program has chosen another one by `torch.cuda.set_device`.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     with _starting_cuda():
@@ -200,7 +203,7 @@ def _starting_cuda() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise LaunchError(
-            f"CUDA does not start on {socket.gethostname()} ({' '.join(str(error).split())[:200]}): nvidia-smi shows"
+            f"CUDA does not start on {socket.gethostname()} ({one_line(error)}): nvidia-smi shows"
             " whether the cards are well and who uses them; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
         ) from error
 

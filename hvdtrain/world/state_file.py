@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvdtrain.errors import UsageError
+from hvdtrain.errors import UsageError, one_line
 from hvdtrain.settings.files import replaced_whole
 
 
@@ -28,7 +28,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
         with replaced_whole(path) as temporary:
             _write(_plain(dict(state)), temporary, path)
     except (OSError, RuntimeError) as error:  # torch tells of a missing folder, or a full disk, by a RuntimeError
-        raise UsageError(f"{path} cannot be written: {_first_line(error)}") from error
+        raise UsageError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def _write(state: dict[str, Any], temporary: Path, path: Path) -> None:
@@ -40,7 +40,7 @@ def _write(state: dict[str, Any], temporary: Path, path: Path) -> None:
         raise
     except Exception as error:  # pickle has many
         raise UsageError(
-            f"{path} is not written, as load() could not read it: {_odd(state, 'state') or _first_line(error)}; save"
+            f"{path} is not written, as load() could not read it: {_odd(state, 'state') or one_line(error)}; save"
             " numbers, texts, tensors, and lists and dictionaries of them"
         ) from error
 
@@ -83,8 +83,4 @@ def read_state(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zipfile and torch have many
-        raise UsageError(f"{path} cannot be read as tensors and plain values: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+        raise UsageError(f"{path} cannot be read as tensors and plain values: {one_line(error)}") from error

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.process.launch import Launch
-from hvdtrain.process.output import is_of_output, lost_words
+from hvdtrain.process.output import is_of_output, lost_words, tell
 from hvdtrain.process.stop import StoppedEarly, leaving_by
 from hvdtrain.process.tracebacks import place_of, sentence_of, stack_of
 from hvdtrain.settings import Config, to_dict
@@ -102,9 +100,7 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
 def _print_once(error: HvdtrainError, world: World) -> None:
     """Print an error on rank 0; a launcher ends the job as soon as any rank leaves, so the others wait. Collective."""
     if world.rank == 0:
-        with contextlib.suppress(OSError, ValueError):  # a launcher that is gone reads nothing
-            sys.stderr.write(f"hvdtrain: {error}\n")
-            sys.stderr.flush()
+        tell(f"hvdtrain: {error}")
     world.barrier("farewell")
 
 

@@ -103,11 +103,14 @@ class World(Collectives):
         return any(other.codec is codec for ref in self._exchanges if (other := ref()) is not None)
 
     def not_averaged(self, model: nn.Module) -> list[str]:
-        """Return the names of a model's parameters that have a gradient here, and no optimizer that averages it."""
+        """Return the names of a model's parameters that have a gradient here, and no optimizer that averages it.
+
+        One without numbers is left out: there is nothing in its gradient.
+        """
         alive = [exchange for ref in self._exchanges if (exchange := ref()) is not None]
         known = {parameter for exchange in alive for parameter in exchange.of_optimizer()}
         named = model.named_parameters()
-        return [name for name, p in named if p.requires_grad and p.grad is not None and p not in known]
+        return [name for name, p in named if p.requires_grad and p.grad is not None and p.numel() and p not in known]
 
     def check_averaging(self, averaging: Averaging) -> None:
         """Raise ConfigError where this back end cannot average so."""

@@ -274,6 +274,8 @@ def test_a_gradient_that_no_optimizer_averages_is_said_once(caplog):
     def work(world, is_frozen):
         model = network()
         model[0].requires_grad_(not is_frozen)
+        model[1].none = torch.nn.Parameter(torch.zeros(0))  # nothing to average in it
+        model[1].none.grad = torch.zeros(0)
         train(model, world.wrap(sgd(model[2]), model, warns_of_copies=False), 3)
 
     run_ranks(2, lambda world: work(world, True))

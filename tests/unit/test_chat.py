@@ -22,8 +22,8 @@ def tokenized(tokenizer, messages, **variables):
     """Return the documents of a conversation."""
     reader = DocumentReader(tokenizer, "text", "stop")
     record = {"messages": messages, **variables}
-    passages = reader._record(record)
-    return list(reader._tokenize(passages)) if passages else []
+    passages = reader.passages_of(record)
+    return list(reader.tokenize(passages)) if passages else []
 
 
 def learned(tokenizer, document):

@@ -14,8 +14,8 @@ from torch import Tensor
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.config import DecoderConfig
-from hvdtrain.models.decoder import Decoder, one_a_query_head, rotary_tables
-from hvdtrain.models.elementwise import RMSNorm, rotate
+from hvdtrain.models.decoder import Decoder, one_a_query_head
+from hvdtrain.models.elementwise import RMSNorm, rotary_tables, rotate
 from hvdtrain.models.loss import IGNORE_INDEX, next_token_loss
 from hvdtrain.recipes import load_recipe
 

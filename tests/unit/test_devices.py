@@ -58,4 +58,4 @@ def test_training_is_on_its_own_gpu_whichever_was_current(monkeypatch, tmp_path)
 def test_one_rank_takes_the_gpu_that_its_program_has_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
-    assert start._solo_device() == torch.device("cuda", 2)
+    assert start.solo_device() == torch.device("cuda", 2)

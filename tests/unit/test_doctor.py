@@ -406,3 +406,18 @@ def test_a_verb_without_a_recipe_may_take_a_word(tmp_path):
     assert cli.parse(["generate", str(tmp_path), "--max-tokens", "5"]).options.run_dir == tmp_path
     with pytest.raises(ConfigError, match="'b' is one word too many"):
         cli.parse(["generate", "a", "b"])
+
+
+def test_a_doctor_that_waits_in_vain_and_cannot_write_says_why(tmp_path):
+    """Its answer comes from a timer, whose exceptions nobody would hear of."""
+    program = (
+        "import time\nfrom hvdtrain.verbs import doctor\nfrom hvdtrain.verbs.options import DoctorOptions\n"
+        "doctor.try_connect = lambda: time.sleep(60)  # ranks that do not come\n"
+        "doctor.doctor(DoctorOptions(timeout=0.2))"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert "doctor cannot show what it has found: No space left on device" in done.stderr

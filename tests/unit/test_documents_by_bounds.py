@@ -8,7 +8,7 @@ from tiny_models import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hvdtrain.data.fingerprint import print_of
+from hvdtrain.data.fingerprint import fingerprint_of
 from hvdtrain.data.text.packed import DocumentsWithStarts, begins_of
 from hvdtrain.data.text.windows import starts_of
 from hvdtrain.models import documents
@@ -116,7 +116,7 @@ def test_where_pieces_begin_is_read_with_them():
     assert starts.tolist() == [[0, 5, 8, *[12] * 5], [0, *[12] * 7]]  # what fills up begins at 8
     assert torch.equal(starts, starts_of(begins_of(batch[2])))
     assert (len(data), data.num_targets(torch.arange(2))) == (2, 7)
-    assert print_of(data) == print_of(Packed())  # on a CPU a run goes on with the same data
+    assert fingerprint_of(data) == fingerprint_of(Packed())  # on a CPU a run goes on with the same data
 
 
 class Largest(TorchDispatchMode):

@@ -130,6 +130,6 @@ def test_cuda_that_does_not_start_is_an_error_of_the_launch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: broken(0))
     with pytest.raises(LaunchError, match="CUDA does not start on"):
-        start._solo_device()
+        start.solo_device()
     with pytest.raises(LaunchError, match=r"CUDA does not start on .* \(CUDA error: system not yet initialized"):
         start.visible_gpus()

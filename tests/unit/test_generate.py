@@ -365,5 +365,5 @@ def test_a_model_that_is_broken_ends_no_run_that_has_finished():
     """Its training is over and kept: the sample of its text says why there is none."""
     model = Decoder(DecoderConfig(num_layers=1, hidden_size=8, num_heads=2), 257)
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
-    said = lm_task._write_sample(model, types.SimpleNamespace(tokenizer=ByteTokenizer()), 8)
+    said = lm_task.written_sample(model, types.SimpleNamespace(tokenizer=ByteTokenizer()), 8)
     assert said.startswith("(nothing: the model's logits are not finite")

@@ -365,3 +365,13 @@ def test_streams_are_as_they_were_after_an_answer(capsys):
 
 def lost():
     raise BrokenPipeError
+
+
+@pytest.mark.parametrize(
+    "trouble", ["sys.stderr.close()", "sys.stderr = open('/dev/full', 'w')", "sys.stderr = Busy()"]
+)
+def test_an_error_output_that_takes_nothing_holds_nobody_up(trouble):
+    busy = "class Busy:\n    def write(self, text):\n        raise RuntimeError('reentrant call inside a buffer')\n"
+    program = f"import sys\nfrom hvdtrain.process.output import tell\n{busy}{trouble}\ntell('a word')\nprint('done')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, "Traceback" in done.stderr) == ("done\n", False)

@@ -113,7 +113,7 @@ def test_a_training_says_so_to_its_optimizer(tmp_path: Path) -> None:
         world = SoloWorld(torch.device("cpu"), Launch("none"))
         job = settle(task, config, world, RunDirectory(tmp_path), MetricLog(None, []))
         optimizer: Any = start_training(dataclasses.replace(job, directory=None)).optimizer
-        types[precision] = [part._on_cpus for part in optimizer._parts if isinstance(part, Muon)]
+        types[precision] = [part._on_cpus for part in optimizer.parts if isinstance(part, Muon)]
     assert types == {"fp32": [torch.float32], "bf16-true": [torch.bfloat16]}
 
 
@@ -142,3 +142,17 @@ def test_embeddings_may_learn_at_a_rate_of_their_own() -> None:
     assert set(rates[1.0].values()) == {0.01}
     assert {p for p, rate in rates[3.0].items() if rate == pytest.approx(0.03)} == ends
     assert {rate for p, rate in rates[3.0].items() if p not in ends} == {0.01}
+
+
+def test_a_closure_differentiates_wherever_the_step_is_taken() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = MuonConfig().build(model)
+
+    def closure() -> Any:
+        loss = model(torch.ones(1, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():  # as torch's own optimizers allow it
+        optimizer.step(closure)
+    assert all(parameter.grad is not None for parameter in model.parameters())

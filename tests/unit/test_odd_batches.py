@@ -7,7 +7,7 @@ import torch
 from odd_batches import BATCHES, Kinds, Unsendable
 
 from hvdtrain.data.draws import Draws, Request
-from hvdtrain.data.fingerprint import print_of
+from hvdtrain.data.fingerprint import fingerprint_of
 from hvdtrain.data.loader import Reading
 from hvdtrain.data.nested import fields_of, leaves_in, map_tensors, tensors_in
 from hvdtrain.errors import DataError
@@ -60,11 +60,13 @@ def test_a_worker_sends_them_as_they_are():
 def test_what_cannot_be_sent_is_told_and_the_next_batch_comes():
     pool = Reading(workers=1).reader_of(Unsendable(), "test")
     try:
-        waits = [pool.start(Request(torch.tensor([i]), Draws(0, 0, torch.tensor([i])))) for i in range(3)]
+        waits = [pool.start(Request(torch.tensor([i]), Draws(0, 0, torch.tensor([i])))) for i in range(4)]
         assert waits[0]()[1] == 1
         with pytest.raises(DataError, match=r"no process can give to another .*--data\.workers 0"):
             waits[1]()
-        assert waits[2]()[1] == 1
+        with pytest.raises(DataError, match=r"no process can give to another \(ValueError\)"):
+            waits[2]()
+        assert waits[3]()[1] == 1
     finally:
         pool.close()
 
@@ -80,7 +82,7 @@ def test_data_of_every_kind_has_a_print():
         def batch(self, indices):
             return BATCHES[self.kind]()
 
-    prints = {kind: print_of(One(kind))["samples"] for kind in BATCHES}
-    assert prints == {kind: print_of(One(kind))["samples"] for kind in BATCHES}
+    prints = {kind: fingerprint_of(One(kind))["samples"] for kind in BATCHES}
+    assert prints == {kind: fingerprint_of(One(kind))["samples"] for kind in BATCHES}
     assert all(prints.values())
     assert len({prints[kind] for kind in ("tensor", "bits", "nothing", "quantized", "conjugate")}) == 5

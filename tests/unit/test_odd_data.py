@@ -108,7 +108,7 @@ def test_what_works(read, case):
 def test_roles_by_other_names(read, tokenizer, role, other):
     talk = {"messages": [{"role": role, "content": "hello"}, {"role": other, "content": "world"}]}
     assert in_all(read({"a.jsonl": f"{json.dumps(talk)}\n"})[0]) == {"messages": 1}
-    (document,) = DocumentReader(tokenizer, "text", "stop")._record(talk)
+    (document,) = DocumentReader(tokenizer, "text", "stop").passages_of(talk)
     assert document.text == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nworld<|im_end|>\n"
 
 

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.models import linear, loss
 from hvdtrain.models.config import DecoderConfig
-from hvdtrain.models.decoder import Decoder, rotary_tables
-from hvdtrain.models.elementwise import RMSNorm
+from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.elementwise import RMSNorm, rotary_tables
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.settings import Config, HealthConfig, LogConfig, OptimConfig, TrainConfig
 from hvdtrain.trainer import Task, evaluation, train_step

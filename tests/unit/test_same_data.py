@@ -13,7 +13,7 @@ from torch import nn
 from users_data import Endless, Vectors
 
 from hvdtrain import Task, TensorSamples
-from hvdtrain.data.fingerprint import explain_change, explain_ranks, print_of
+from hvdtrain.data.fingerprint import explain_change, explain_ranks, fingerprint_of
 from hvdtrain.data.samplers import InOrder, Weighted
 from hvdtrain.data.users import as_dataset
 from hvdtrain.errors import ConfigError, DataError, ResumeError
@@ -29,7 +29,7 @@ SOLO = SoloWorld(torch.device("cpu"), Launch("none"))
 
 
 def prints(*sets):
-    return [{"training": print_of(as_dataset(data))} for data in sets]
+    return [{"training": fingerprint_of(as_dataset(data))} for data in sets]
 
 
 def test_ranks_with_the_same_data_are_not_bothered():

@@ -12,7 +12,7 @@ from hvdtrain.errors import ConfigError, UsageError
 from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import divisions
 from hvdtrain.optim.table import OPTIMIZERS, settings_class
-from hvdtrain.optim.torch_class import _torch_optimizers
+from hvdtrain.optim.torch_class import torch_optimizers
 from hvdtrain.settings import CommConfig, Config, HealthConfig, LogConfig, TrainConfig
 from hvdtrain.trainer import Task, train_step
 from hvdtrain.trainer.ema import WeightAverage
@@ -25,7 +25,7 @@ from hvdtrain.trainer.unfreezing import GradualUnfreezing
 from hvdtrain.world.pieces import cut_for
 from hvdtrain.world.sharded_buckets import IN_FLIGHT
 
-NAMES = [*OPTIMIZERS, *_torch_optimizers()]
+NAMES = [*OPTIMIZERS, *torch_optimizers()]
 STEPS = 5
 
 
@@ -351,6 +351,17 @@ class Coupled(torch.optim.SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 p.data.sub_(p.grad / size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_without_numbers_is_no_matter_for_any_optimizer(name):
+    model = network()
+    model.rows, model.none = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.zeros(0))
+    optimizer = settings_class(name)(name=name).build(model)
+    before = model[0].weight.clone()
+    (model(X).sum() + model.rows.sum() + model.none.sum()).backward()
+    optimizer.step()
+    assert not model[0].weight.equal(before)
 
 
 class Noisy(torch.optim.SGD):

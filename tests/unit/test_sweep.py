@@ -186,6 +186,24 @@ def test_a_sweep_gets_more_values_and_keeps_its_trials():
         filled(*RATES, path=Path("run"))
 
 
+@pytest.mark.parametrize("first", [(), ("--config", "given.toml")])
+def test_a_sweep_goes_on_with_another_limit_of_time(first):
+    """What does not change what a trial comes to may differ, in a file too; also where it was once kept."""
+    Path("given.toml").write_text('[train]\nmax-time = "1h"\nseed = 3\n')
+    before = filled(*RATES, *first, "--checkpoint.every", "5")
+    before.facts["fixed"]["checkpoint.every"] = ["5"]
+    before.save()
+    Path("given.toml").write_text('[train]\nmax-time = "2h"\nseed = 3\n')
+    after = filled(*RATES, *first, "--train.max-time", "3h", "--log.every", "2")
+    assert [trial.values for trial in after.trials] == [trial.values for trial in before.trials]
+    assert 'max_time = "3h"' in after.settings_file(after.trials[0]).read_text()
+    assert grid_of(*RATES, "--train.max-time", "3h").run_dir == grid_of(*RATES).run_dir
+    if first:
+        Path("given.toml").write_text('[train]\nmax-time = "2h"\nseed = 4\n')
+        with pytest.raises(ResumeError, match="another --config"):
+            filled(*RATES, *first)
+
+
 def test_a_trial_is_trained_with_what_the_command_line_says(tmp_path):
     for name in ("a,b", "c"):
         (tmp_path / name).mkdir()

@@ -424,14 +424,14 @@ def test_who_stops_early_leaves_no_thread_behind():
 
 def test_the_baseline_is_fitted_to_a_part_of_a_large_text_and_says_so(corpus, tmp_path, monkeypatch):
     text = prepare_text(config(corpus, tmp_path))
-    whole = lm_task._compare({"val/bits_per_byte": 2.0}, text)
+    whole = lm_task.compare_with_trigrams({"val/bits_per_byte": 2.0}, text)
     assert "MB" not in whole
     assert re.search(r"this model +2\.000 +1\.386\n", whole)
     monkeypatch.setattr(lm_task, "_TRIGRAM_SYMBOLS", text.num_val_tokens)
-    assert whole.splitlines()[-1] != lm_task._compare({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
-    assert "(fitted to the first 0 of 0 MB)" in lm_task._compare({"val/bits_per_byte": 2.0}, text)
+    assert whole.splitlines()[-1] != lm_task.compare_with_trigrams({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
+    assert "(fitted to the first 0 of 0 MB)" in lm_task.compare_with_trigrams({"val/bits_per_byte": 2.0}, text)
     monkeypatch.setattr(lm_task, "_TRIGRAM_SYMBOLS", 50)
-    assert "(fitted to the first 0 of 0 MB, tested on the first 0 of 0 MB)" in lm_task._compare(
+    assert "(fitted to the first 0 of 0 MB, tested on the first 0 of 0 MB)" in lm_task.compare_with_trigrams(
         {"val/bits_per_byte": 2.0}, text
     )
 
@@ -441,10 +441,10 @@ def test_the_baseline_is_counted_once_for_a_text(corpus, tmp_path, monkeypatch):
     text, counted = prepare_text(config(corpus, tmp_path)), []
     fit = lm_task.TrigramModel.fit
     monkeypatch.setattr(lm_task.TrigramModel, "fit", lambda symbols: counted.append(len(symbols)) or fit(symbols))
-    shown = [lm_task._compare({"val/bits_per_byte": 2.0}, text) for _ in range(3)]
+    shown = [lm_task.compare_with_trigrams({"val/bits_per_byte": 2.0}, text) for _ in range(3)]
     assert len(set(shown)) == len(counted) == 1
     monkeypatch.setattr(lm_task, "_TRIGRAM_SYMBOLS", 50)
-    assert lm_task._compare({"val/bits_per_byte": 2.0}, text) != shown[0]
+    assert lm_task.compare_with_trigrams({"val/bits_per_byte": 2.0}, text) != shown[0]
     assert counted[1:] == [50]
     monkeypatch.undo()
     monkeypatch.setattr(known, "_SETTLED_NS", 0)
@@ -454,7 +454,7 @@ def test_the_baseline_is_counted_once_for_a_text(corpus, tmp_path, monkeypatch):
         counts = lm_task.TrigramModel.fit(np.fromfile(text.train_text_path, np.uint16))
         asked = np.fromfile(text.val_text_path, np.uint16)
         expected = counts.nats(asked) / int((asked < 256).sum()) / math.log(2)
-        assert f"{expected:13.3f}" in lm_task._compare({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
+        assert f"{expected:13.3f}" in lm_task.compare_with_trigrams({"val/bits_per_byte": 2.0}, text).splitlines()[-1]
 
 
 def test_an_end_of_text_by_another_name(tmp_path):

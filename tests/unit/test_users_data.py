@@ -1,5 +1,6 @@
 """Data that users bring: torch's map-style data sets, and streams that go on where they were."""
 
+import collections
 import io
 import itertools
 from pathlib import Path
@@ -56,6 +57,18 @@ def test_batches_are_collated():
     assert as_dataset([1, 2], sum).batch(torch.tensor([0, 1])) == 3
     with pytest.raises(DataError, match=r"default_collate makes no batch of the samples of builtins.list .*collate"):
         as_dataset([torch.zeros(1), torch.zeros(2)]).batch(torch.arange(2))
+
+
+class Wordless(collections.UserList):
+    """A sample that cannot be collated, and raises an error that says nothing."""
+
+    def __len__(self):
+        raise RuntimeError
+
+
+def test_an_error_without_words_is_told_by_its_type():
+    with pytest.raises(DataError, match=r"default_collate makes no batch of .* \(RuntimeError\): give Task\(collate="):
+        as_dataset([Wordless([1]), Wordless([2])]).batch(torch.arange(2))
 
 
 def test_nested_batches():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hvdtrain.data.text.deadline import at_most
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, one_line
 from hvdtrain.settings.untrusted import parse_json
 
 _MARK = "hvdtrain-answer"
@@ -262,8 +262,7 @@ class ChatTemplate:
                 **conversation.variables,
             )
         except Exception as error:  # a template is a program of someone else's
-            reason = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise DataError(f"the chat template refuses this conversation ({reason})") from error
+            raise DataError(f"the chat template refuses this conversation ({one_line(error)})") from error
         return text
 
 

@@ -59,10 +59,10 @@ class DocumentReader:
             for passage in passages:
                 batch.append(passage)
                 if len(batch) == _BATCH:
-                    yield from self._tokenize(batch)
+                    yield from self.tokenize(batch)
                     batch = []
         if batch:
-            yield from self._tokenize(batch)
+            yield from self.tokenize(batch)
 
     def _text(self, document: Document) -> Iterator[Passage]:
         """Yield a text file as one document, its end known one piece late."""
@@ -94,15 +94,19 @@ class DocumentReader:
             if not source.holds(raw):
                 continue
             try:
-                yield from self._record(raw)
+                yield from self.passages_of(raw)
             except DataError as error:
                 if self._on_error == "stop":
                     raise DataError(f"{place}: {error}; --data.on-error skip leaves such records out") from error
                 self.num_skipped += 1
                 self.skipped = [*self.skipped, f"{place}: {error}"][:3]
 
-    def _record(self, raw: Any) -> list[Passage]:
-        """Return the passages of a record."""
+    def passages_of(self, raw: Any) -> list[Passage]:
+        """Return the passages of a record, JSON text or what it holds.
+
+        Raises:
+            DataError: it cannot be used; says why.
+        """
         try:
             value = parse_json(raw) if isinstance(raw, str) else raw
         except ValueError as error:
@@ -128,7 +132,8 @@ class DocumentReader:
             return [self._plain(content.prompt + content.completion, learned_from=len(content.prompt))]
         return [self._plain(content)] if content else []
 
-    def _tokenize(self, passages: Sequence[Passage]) -> Iterator[TokenizedDocument]:
+    def tokenize(self, passages: Sequence[Passage]) -> Iterator[TokenizedDocument]:
+        """Yield the tokens of passages, at least one, and which of them are learned."""
         tokenizer = self._tokenizer
         encoded = tokenizer(
             [passage.text for passage in passages],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvdtrain.data.text.pair_samples import NOTHING
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, one_line
 from hvdtrain.recipes.transformers_models.forward import run
 from hvdtrain.recipes.transformers_models.loading import import_transformers
 from hvdtrain.trainer.randomness import one_by_one
@@ -116,7 +116,7 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
             for row, other in zip(_rows(batch), together, strict=True)
         )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"this model cannot be trained on pairs: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"this model cannot be trained on pairs: {one_line(error)}") from error
     finally:
         model.train()
     if begins_otherwise:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvdtrain.data.text.pair_samples import NOTHING
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, one_line
 from hvdtrain.recipes.transformers_models.loading import import_transformers
 from hvdtrain.trainer.randomness import one_by_one
 
@@ -85,8 +85,7 @@ def try_out(model: nn.Module, batch: Batch, loss: CtcLoss) -> tuple[CtcLoss, str
             for row, other, count in zip(alone, together, frames.tolist(), strict=True)
         )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"this model cannot be trained on waves of sound by CTC: {reason}") from error
+        raise ConfigError(f"this model cannot be trained on waves of sound by CTC: {one_line(error)}") from error
     finally:
         model.train()
     if difference <= _TOLERANCE:

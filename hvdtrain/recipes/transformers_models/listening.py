@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from hvdtrain.data.clips import normalised, read_wave
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
 from hvdtrain.recipes.transformers_models.auto_classes import load_trained, needs
 from hvdtrain.recipes.transformers_models.hearing import CtcLoss, write_down
 from hvdtrain.recipes.transformers_models.hearing_files import find_extractor, find_tokenizer
@@ -42,8 +42,7 @@ class Listener:
         try:
             wave = read_wave(path.expanduser(), self._extractor.sampling_rate)
         except Exception as error:  # decoders fail in many ways
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"the clip {path} cannot be read ({reason})") from error
+            raise DataError(f"the clip {path} cannot be read ({one_line(error)})") from error
         if self._extractor.do_normalize and len(wave):
             wave = normalised(wave)
         device = next(self._model.parameters()).device

@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Sequence
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, reason_of
 from hvdtrain.process.launch import detect_launch
+from hvdtrain.process.output import tell
 from hvdtrain.verbs.doctor import links, machine, software
 from hvdtrain.verbs.doctor.facts import RankFacts, own_facts
 from hvdtrain.verbs.doctor.findings import Finding, exit_code, table
@@ -145,5 +146,7 @@ class _Patience:
                 _report([own], Network(), self._options)
             else:
                 write_line(f"rank {own.rank} on {own.host} waited {limit_s:g} s for the others", sys.stderr)
+        except Exception as error:  # of any type: it would end with this thread, unheard
+            tell(f"hvdtrain: doctor cannot show what it has found: {reason_of(error)}")
         finally:
             os._exit(1)

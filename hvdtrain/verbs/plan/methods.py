@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from hvdtrain.errors import counted
+from hvdtrain.settings import CommConfig
 from hvdtrain.settings.compression import EXACT, parse_compression
+from hvdtrain.settings.flags import COMMAND_LINE
 from hvdtrain.verbs.plan.kinds import Layout, way_of
 from hvdtrain.verbs.plan.network import Network
 from hvdtrain.verbs.plan.step import Bucket, Send, travelling
@@ -46,7 +48,7 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the settings of `--comm`, by name."""
+        """Return the settings of `--comm` by name; of what belongs to local updates all or none."""
         if self.period is None:
             return {"compression": self.compression, "sync": "every-step"}
         own = {"compression": self.compression, "sync": "local", "period": self.period, "outer": self.outer}
@@ -55,13 +57,12 @@ class Method:
     @property
     def flags(self) -> str:
         """Return the settings of the command line, "" for the defaults."""
-        words = [] if self.compression == "none" else [f"--comm.compression {self.compression}"]
-        if self.period is not None:
-            words.append(f"--comm.sync local --comm.period {self.period}")
-            words += ["--comm.outer nesterov"] if self.outer == "nesterov" else []
-            words += [f"--comm.fragments {self.fragments}"] if self.fragments > 1 else []
-            words += [f"--comm.overlap-steps {self.overlap_steps}"] if self.overlap_steps else []
-        return " ".join(words)
+        given = {
+            name: value
+            for name, value in self.settings.items()
+            if name == "period" or value != getattr(CommConfig, name)  # a recipe may have another period
+        }
+        return " ".join(f"{COMMAND_LINE.name(f'comm.{name}')} {value}" for name, value in given.items())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import tomli_w
 from hvdtrain.errors import ConfigError, DataError, ResumeError, reason_of
 from hvdtrain.settings.files import replaced_whole
 from hvdtrain.settings.untrusted import read_json
-from hvdtrain.verbs.sweep.grid import Combination
+from hvdtrain.verbs.sweep.grid import Combination, binding
 
 _NAME, _FORMAT = "sweep.json", 1
 
@@ -144,8 +144,9 @@ def open_sweep(path: Path, facts: Mapping[str, Any]) -> SweepFolder:
         return SweepFolder(path, dict(facts))
     found = read_sweep(path)
     for name, wanted in facts.items():
-        if found.facts.get(name) != wanted:
-            was, now = _first_difference(found.facts.get(name), wanted)
+        before = binding(found.facts.get(name))
+        if before != wanted:
+            was, now = _first_difference(before, wanted)
             raise ResumeError(
                 f"{path} holds a sweep with another {_WORDS[name]} ({was}, now {now}): choose another --run-dir"
             )

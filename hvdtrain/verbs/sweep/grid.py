@@ -24,6 +24,8 @@ from hvdtrain.verbs.sweep.values import Choices, Range, Values, read_values
 
 SEED = "train.seed"
 _MOST = 10_000
+# How the names of settings begin, each with a dot behind it, that do not change what a trial comes to.
+_MAY_DIFFER = ("train.max_time.", "health.stall_limit.", "data.workers.", "data.ahead.", "checkpoint.", "log.")
 # So often in a row nothing new may be drawn before all there is counts as drawn.
 _MOST_REPEATS = 1000
 
@@ -59,7 +61,10 @@ class Grid:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return what must be the same where a sweep goes on: it may get more values, but no other settings."""
+        """Return what must be the same where a sweep goes on: it may get more values, but no other settings.
+
+        Settings such as --train.max-time are no part of it: see `binding`.
+        """
         kind = "optuna" if self.options.sweep__optuna else "random" if self.options.sweep__random else "grid"
         facts = {
             "recipe": self.recipe_name,
@@ -68,7 +73,7 @@ class Grid:
             "search": kind,
             "varied": sorted(self.varied),
         }
-        return dict(json.loads(json.dumps(facts, default=str)))
+        return dict(json.loads(json.dumps({name: binding(value) for name, value in facts.items()}, default=str)))
 
     @property
     def run_dir(self) -> Path:
@@ -114,7 +119,7 @@ class Grid:
             where = ", ".join(f"{COMMAND_LINE.name(name)} {' '.join(value)}" for name, value in words.items())
             raise ConfigError(f"with {where}: {error}" if where else str(error)) from error
         settings = to_dict(recipe, NONE)
-        plain = flattened(to_dict(recipe, NONE))
+        plain = flattened(settings)
         known = flattened_settings(recipe)
         values = {name: plain[name] if known[name] is not None else None for name in self.varied}
         return Combination(values, settings, proposal)
@@ -124,6 +129,14 @@ class Grid:
         for seed in self.seeds or (None,):
             more = {SEED: seed} if seed is not None else {}
             yield self.combination({**words, **more}, proposal)
+
+
+def binding(fact: Any, prefix: str = "") -> Any:
+    """Return a fact of a sweep without the settings that may differ where it goes on, such as --train.max-time."""
+    if isinstance(fact, Mapping):
+        names = {name: f"{prefix}{name}.".replace("-", "_") for name in fact}
+        return {name: binding(fact[name], full) for name, full in names.items() if not full.startswith(_MAY_DIFFER)}
+    return [binding(item) for item in fact] if isinstance(fact, list) else fact
 
 
 def read_grid(

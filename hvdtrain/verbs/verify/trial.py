@@ -54,7 +54,7 @@ class JointOrder(SampleOrder):
 
     def micro_batches(self, step: int, rank: int, in_step: bool = False) -> list[Tensor]:
         """Return positions in the global batch of each micro-batch."""
-        plan = dataclasses.replace(self.plan, world_size=self.as_size, micro_batch_size=self.plan.micro_batch_size)
+        plan = dataclasses.replace(self.plan, world_size=self.as_size)
         order = SampleOrder(self.num_samples, plan, self.seed, drop_last=self.drop_last)
         ranks = [order.micro_batches(step, rank, in_step=True) for rank in range(self.as_size)]
         if self.apart:
