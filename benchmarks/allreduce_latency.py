@@ -126,10 +126,10 @@ def measure(runner: str, seconds: float) -> None:
     taken: dict[int, list[float]] = {}
     for size in SIZES:
         call = reduce(size)
-        for _ in range(3):
-            call(-1)
         # As often on every rank: by the size alone, as if it went at 2 GB/s.
         count = max(5, min(400, int(seconds / (5e-5 + size / 2e9))))
+        for _ in range(max(3, count // 4)):
+            call(-1)  # the first ones of a process find out how long others take
         taken[size] = []
         for i in range(count):
             started = time.perf_counter()
