@@ -53,6 +53,9 @@ def _nothing() -> None:
 
 _KEPT_AWAY: Any = _disable_dynamo(_nothing)
 _GRAD_SWITCHED: Any = _use_grad_for_differentiable(_nothing)
+_SCALES = "_step_supports_amp_scaling"
+PASSED_ON = {_SCALES}
+"""What an optimizer has of its own goes on to count when it becomes one that is `SeenByScalers`."""
 _DIRECT = "__dynamo_disable"
 """Where such a function keeps what it calls from its second call on."""
 
@@ -78,7 +81,24 @@ def can_skip_by_itself(optimizer: torch.optim.Optimizer) -> bool:
 
     The attribute is the one by which `torch.amp.GradScaler` knows them.
     """
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    of_class = any(vars(kind).get(_SCALES) is True for kind in type(optimizer).__mro__)
+    return bool(vars(optimizer).get(_SCALES, of_class))
+
+
+class SeenByScalers(torch.optim.Optimizer):
+    """An optimizer that knows when a `torch.amp.GradScaler` is about to step it: that asks it one thing beforehand."""
+
+    def before_scaler(self) -> None:
+        """Raise where a loss scaler must not step this optimizer."""
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        self.before_scaler()
+        return can_skip_by_itself(self)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__[_SCALES] = value
 
 
 @contextlib.contextmanager

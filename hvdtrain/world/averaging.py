@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import Ordered, owned_by
-from hvdtrain.optim.private_optimizer import without_record
+from hvdtrain.optim.private_optimizer import SeenByScalers, without_record
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.exchange import GradientExchange
@@ -103,7 +103,7 @@ _NO_SQUARE = (
 )
 
 
-class WrappedOptimizer(torch.optim.Optimizer):
+class WrappedOptimizer(SeenByScalers):
     """A torch optimizer whose gradients are averaged over all ranks; also an instance of its own class (`AdamW`, ...).
 
     Made by `World.wrap` out of the user's optimizer, in place: schedulers, hooks and profilers that hold the object go
@@ -120,6 +120,14 @@ class WrappedOptimizer(torch.optim.Optimizer):
     """Which rank keeps what of the state; None: each keeps all of it."""
     offload: Offload | None
     """Where the state lies between steps; None: where the parameters are."""
+
+    def before_scaler(self) -> None:
+        """Refuse loss scalers where each rank has a part of the gradients."""
+        if self.sharding is not None:
+            raise ConfigError(
+                "a GradScaler looks at the gradients that this rank has, which are a part of them with shard=True:"
+                " ranks would leave out different steps. Train in bf16, which needs no scaler, or leave out shard=True"
+            )
 
     @property
     def mean_square(self) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.optim.private_optimizer import PASSED_ON
 
 
 def check_can_be_wrapped(optimizer: Any, wrapped: type[torch.optim.Optimizer]) -> None:
@@ -25,7 +26,7 @@ def check_can_be_wrapped(optimizer: Any, wrapped: type[torch.optim.Optimizer]) -
             " Wrap the optimizer that is inside it, before it is made"
         )
     # Its own would be written over, or be found in the place of what belongs there.
-    taken = sorted(_names_of(wrapped) & {*vars(optimizer), *_names_of(kind)})
+    taken = sorted((_names_of(wrapped) - PASSED_ON) & {*vars(optimizer), *_names_of(kind)})
     if taken:
         raise ConfigError(
             f"{kind.__name__} has something of its own by the name of {', '.join(taken)}, which a wrapped optimizer"

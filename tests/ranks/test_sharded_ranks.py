@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hvdtrain.data.dataset import TensorSamples
+from hvdtrain.errors import ConfigError
 from hvdtrain.optim.table import settings_class
 from hvdtrain.rundir.checkpoint import load_checkpoint
 from hvdtrain.rundir.directory import RunDirectory
@@ -61,3 +62,38 @@ def test_it_is_the_undivided_training_and_goes_on_with_it_and_without_it(world, 
         ]
         for number, entries in saved[0]["state"].items():
             assert largest_gap(entries, saved[1]["state"][number]) < 1e-12
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_a_loss_scaler_of_the_users_own_is_refused_on_all_ranks(world, fused):
+    """It would look at this rank's part: ranks would leave out different steps, or wait for each other forever."""
+    model = nn.Linear(8, 8)
+    optimizer = world.wrap(torch.optim.AdamW(model.parameters(), fused=fused), model, shard=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    huge = float("inf") if world.rank == 0 else 1.0
+    scaler.scale(model(torch.ones(2, 8)).sum() * huge).backward()
+    with pytest.raises(ConfigError, match="bf16"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.ranks(2, 4)
+def test_clipping_by_the_norm_of_all_parts_is_clipping(world):
+    """As docs/how-to/big-models.md has it."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 300)
+    whole = nn.Linear(64, 300)
+    whole.load_state_dict(model.state_dict())
+    x = torch.arange(64.0)[None] * (world.rank + 1)
+    optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, shard=True)
+    other = world.wrap(torch.optim.SGD(whole.parameters(), lr=0.1), whole)
+    for one, net in ((optimizer, model), (other, whole)):
+        net(x).square().mean().backward()
+        one.synchronize()
+        parts = [part for group in one.param_groups for part in group["params"]]
+        square = torch.nn.utils.get_total_norm([part.grad for part in parts]) ** 2
+        norm = (world.all_reduce(square, "sum") if one is optimizer else square) ** 0.5
+        torch.nn.utils.clip_grads_with_norm_(parts, 0.5, norm)
+        assert norm > 0.5
+        one.step()
+    assert torch.allclose(model.weight, whole.weight, rtol=1e-6)
