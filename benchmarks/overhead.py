@@ -1,13 +1,14 @@
 """What a step costs besides the model: a network of 784-128-64-10, batch 64, by hvdtrain and by the shortest loops.
 
     python benchmarks/overhead.py --ranks 1
-    python benchmarks/overhead.py --ranks 2
+    python benchmarks/overhead.py --ranks 2 --stock FOLDER
     python benchmarks/overhead.py --mnist
 
 One rank: the loop in bare torch. Several: DistributedDataParallel on Gloo, and bare Horovod with its own cycle time
-(1 ms) and with a tenth of it. `--mnist`: samples a second of the recipe mnist, of a textbook's script (torchvision's
-transforms, image by image, in a DataLoader) and of bare torch on tensors; the images are random, of which no runner is
-any slower.
+(1 ms) and with a tenth of it: as hvdtrain's set-up builds it, with an engine that waits better, and as it was released,
+from FOLDER, where an unedited 0.28.1 was installed by `pip install --target` (left out without it). `--mnist`: samples
+a second of the recipe mnist, of a textbook's script (torchvision's transforms, image by image, in a DataLoader) and of
+bare torch on tensors; the images are random, of which no runner is any slower.
 
 Each runner is launched in turn, `--repeats` times, one thread a rank; a launch gives the median of the windows of 100
 steps, without the first ones. Ratios are of launches that followed each other. "torch's mm" is hvdtrain with
@@ -34,7 +35,7 @@ from overhead_recipe import BATCH, WINDOW  # noqa: E402
 
 OURS = {"hvdtrain": "auto", "torch's mm": "torch"}  # runner -> --model.linear
 ONE_RANK = ("bare torch",)
-SEVERAL_RANKS = ("horovod 1 ms", "horovod 0.1 ms", "ddp")
+SEVERAL_RANKS = ("horovod 1 ms", "horovod 0.1 ms", "stock 1 ms", "stock 0.1 ms", "ddp")
 MNIST = ("script", "bare torch")
 SKIPPED_WINDOWS = 2  # warm-up
 
@@ -48,12 +49,13 @@ def launcher(runner: str, ranks: int) -> list[str]:
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable]
 
 
-def environment(runner: str) -> dict[str, str]:
+def environment(runner: str, stock: Path | None) -> dict[str, str]:
     """Return the environment of a launch, in which ranks have one thread and yield while they wait, as hvdtrain's."""
-    environ = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    paths = [*([str(stock.resolve())] if stock and runner.startswith("stock") else []), str(REPOSITORY)]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if runner != "ddp":
         environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    if runner.startswith("horovod"):
+    if runner.startswith(("horovod", "stock")):
         environ["HOROVOD_CYCLE_TIME"] = runner.split()[1]
     return environ
 
@@ -72,7 +74,7 @@ def launch(runner: str, given: argparse.Namespace, root: Path) -> float:
         else:
             loops = str(Path(__file__).with_name("overhead_loops.py"))
             command += [loops, runner, str(given.steps), str(times), str(root)]
-        done = subprocess.run(command, env=environment(runner), timeout=900, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(runner, given.stock), timeout=900, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{runner} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         if runner in OURS:
@@ -125,9 +127,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--runners", nargs="+", help="default: all")
+    parser.add_argument("--stock", type=Path, help="folder of an unedited Horovod")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    others = MNIST if given.mnist else ONE_RANK if given.ranks == 1 else SEVERAL_RANKS
+    several = [name for name in SEVERAL_RANKS if given.stock or not name.startswith("stock")]
+    others = MNIST if given.mnist else ONE_RANK if given.ranks == 1 else several
     if given.mnist and given.ranks != 1:
         parser.error("--mnist is for one rank")
     runners = given.runners or [*OURS, *others]

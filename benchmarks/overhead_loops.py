@@ -56,7 +56,7 @@ def loop(runner: str, steps: int, root: str) -> tuple[int, list[float]]:
     """Train by one of the loops; returns the rank and its windows."""
     model: nn.Module = Mlp()
     rank, size = 0, 1
-    if runner.startswith("horovod"):
+    if runner.startswith(("horovod", "stock")):
         import horovod.torch as hvd
 
         hvd.init()
@@ -66,7 +66,7 @@ def loop(runner: str, steps: int, root: str) -> tuple[int, list[float]]:
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    if runner.startswith("horovod"):
+    if runner.startswith(("horovod", "stock")):
         optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     batches = images(root) if runner == "script" else tensors(rank, size)

@@ -85,6 +85,19 @@ def edits(cxx_standard: int, mpi_folders: tuple[str, ...]) -> tuple[Edit, ...]:
             " its own exit code must be the first failing rank's",
         ),
         Edit(
+            "horovod/runner/common/util/safe_shell_exec.py",
+            "    # Freeze the process to prevent it from spawning any new children.\n",
+            "    # A shell whose children have ended ends by itself, with their exit code.\n"
+            "    for _ in range(200):\n"
+            "        if alive or not p.is_running():\n"
+            "            break\n"
+            "        time.sleep(0.01)\n"
+            "\n"
+            "    # Freeze the process to prevent it from spawning any new children.\n",
+            "a rank that has saved and ended with 75 on a signal to horovodrun --gloo was now and then answered with 143:"
+            " its shell got a signal, too, before it had come to its own end",
+        ),
+        Edit(
             "horovod/common/gloo/gloo_controller.cc",
             "global_ranks_.reserve(size_);",
             "global_ranks_.resize(size_);",

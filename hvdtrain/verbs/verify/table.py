@@ -41,11 +41,11 @@ def shown(row: Row) -> str:
 
 
 def verdict(rows: Sequence[Row], seconds: float) -> str:
-    """Return the last line: "2 FAILED, 1 warning, in 12 s"."""
-    failed, warnings = (sum(row.status == status for row in rows) for status in ("FAIL", "warning"))
-    return (
-        f"{f'{failed} FAILED' if failed else 'all checks passed'}, {counted(warnings, 'warning')}, in {seconds:.0f} s"
-    )
+    """Return the last line: "2 FAILED, 1 warning, in 12 s"; checks that were not run are counted as that."""
+    failed, skipped, warnings = (sum(row.status == status for row in rows) for status in ("FAIL", "not run", "warning"))
+    result = f"{failed} FAILED" if failed else "all that were run passed" if skipped else "all checks passed"
+    left_out = f", {counted(skipped, 'check')} not run" if skipped else ""
+    return f"{result}{left_out}, {counted(warnings, 'warning')}, in {seconds:.0f} s"
 
 
 def has_passed(rows: Sequence[Row]) -> bool:
