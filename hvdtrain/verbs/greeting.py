@@ -20,6 +20,7 @@ from hvdtrain.trainer.compiling import what_is_compiled
 from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.precision import takes_onednn_attention
+from hvdtrain.trainer.wire import WireFormat
 from hvdtrain.trainer.without_effect import without_effect
 from hvdtrain.world import codec_for
 from hvdtrain.world.unused_gpus import unused_gpus
@@ -70,12 +71,14 @@ def _rate(job: Job) -> str:
 
 
 def details(job: Job, memory: Memory | None) -> str:
-    """Return what a dry run adds: the parameters by shape, the memory of a rank, the bytes that it sends."""
+    """Return what a dry run adds: the parameters by shape, the memory of a rank, how it averages and what it sends."""
     named = job.task.model.named_parameters()
     shapes = Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(parameter.shape)) for name, parameter in named)
     lines = [f"  {count:>4} x {name} {shape}" for (name, shape), count in shapes.items()]
     if memory is not None:
         lines.append(f"memory:     {memory}")
+    averaging = [WireFormat.of(job), *job.strategy.components(job)]
+    lines += [component.about for component in averaging if component is not None and component.about]
     size, gradients = job.world.size, wire_bytes(job)
     sent = in_units(codec_for(job.config.comm).link_bytes(gradients, size))
     comm, what, when = job.config.comm, "gradients", "a step"

@@ -204,6 +204,17 @@ def test_dry_run_writes_nothing(hvdtrain, tiny_lm, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_how_ranks_average_as_the_run_does(hvdtrain, tiny_lm, tmp_path):
+    apart = ["--comm.sync", "local", "--comm.period", 4, "--comm.compression", "int8"]
+    said = []
+    for more in (["--dry-run"], ["--train.steps", 2, "--run-dir", tmp_path / "run"]):
+        done = hvdtrain(*tiny_lm, *apart, *more, launcher="mpirun", ranks=2)
+        assert done.code == 0, done.text
+        said.append([line for line in done.out.splitlines() if line.startswith(("updates:", "wire:"))])
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
+
+
 def test_batch_settings_of_the_user_fix_the_third(hvdtrain, tiny_lm):
     tiny = [word for word in tiny_lm if word not in ("--train.global-batch-size", "8")]
     done = hvdtrain(*tiny, "--train.micro-batch-size", 3, "--train.accum-steps", 2, "--dry-run")
