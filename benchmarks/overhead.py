@@ -74,7 +74,9 @@ def launch(runner: str, given: argparse.Namespace, root: Path) -> float:
         else:
             loops = str(Path(__file__).with_name("overhead_loops.py"))
             command += [loops, runner, str(given.steps), str(times), str(root)]
-        done = subprocess.run(command, env=environment(runner, given.stock), timeout=900, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment(runner, given.stock), timeout=900, capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(f"{runner} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
         if runner in OURS:

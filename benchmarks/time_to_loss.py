@@ -49,17 +49,8 @@ def ours(given: argparse.Namespace, seed: int) -> tuple[float, float, float, int
     """Return one command's seconds, those of its steps, its last held-out loss in nats a token, and how many steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(given.ranks), sys.executable]
-        command += [
-            "-m",
-            "hvdtrain",
-            "train",
-            given.recipe,
-            "--run-dir",
-            folder,
-            "--train.seed",
-            str(seed),
-            *given.settings,
-        ]
+        command += ["-m", "hvdtrain", "train", given.name, "--run-dir", folder]
+        command += ["--train.seed", str(seed), *given.settings]
         seconds = timed(command, REPOSITORY, threads=1)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in lines if "val/loss" in line][-1]

@@ -94,7 +94,7 @@ def edits(cxx_standard: int, mpi_folders: tuple[str, ...]) -> tuple[Edit, ...]:
             "        time.sleep(0.01)\n"
             "\n"
             "    # Freeze the process to prevent it from spawning any new children.\n",
-            "a rank that has saved and ended with 75 on a signal to horovodrun --gloo was now and then answered with 143:"
+            "a rank that has saved and ended with 75 on a signal to horovodrun --gloo was told as 143 now and then:"
             " its shell got a signal, too, before it had come to its own end",
         ),
         Edit(
