@@ -42,7 +42,7 @@ def test_a_recipe_of_ones_own(hvdtrain, tmp_path, launcher, ranks):
     assert answer["passed"] is True
     assert answer["ranks"] == ranks
     assert {row["number"] for row in answer["rows"]} == set(range(1, 12))
-    assert "all checks passed, 1 warning" in done.out
+    assert "all that were run passed, 1 check not run, 1 warning" in done.out  # random numbers are drawn
     assert not list(tmp_path.glob("runs*"))
 
 
