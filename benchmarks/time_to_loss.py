@@ -49,7 +49,7 @@ def ours(given: argparse.Namespace, seed: int) -> tuple[float, float, float, int
     """Return one command's seconds, those of its steps, its last held-out loss in nats a token, and how many steps."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(given.ranks), sys.executable]
-        command += ["-m", "hvdtrain", "train", given.name, "--run-dir", folder]
+        command += ["-m", "hvdtrain", "train", given.recipe, "--run-dir", folder]
         command += ["--train.seed", str(seed), *given.settings]
         seconds = timed(command, REPOSITORY, threads=1)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -73,7 +73,7 @@ def theirs(given: argparse.Namespace, seed: int, rate: float) -> tuple[float, fl
     """Return the seconds of nanoGPT's train.py, and its model's held-out loss in nats a token."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe: LanguageModel = given.recipe
+        recipe = language_recipe(given.recipe)
         prepare_nanogpt(given.nanogpt, prepare_text(recipe.data, lambda line: None), folder)
         source = (folder / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({1337 + seed}")
         (folder / "train.py").write_text(source)
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="hvdtrain's, after --")
     given = parser.parse_args()
     given.nanogpt = given.nanogpt.resolve()
-    given.recipe, given.name = language_recipe(given.recipe), given.recipe
+    recipe = language_recipe(given.recipe)
 
     tried = {rate: theirs(given, given.seeds[0], rate) for rate in given.rates}
     best = min(tried, key=lambda rate: tried[rate][1])
@@ -154,12 +154,12 @@ def main() -> None:
             f"  {steps:6}  {ratios[-1]:6.3f}  {'reached' if our_loss <= loss else 'MISSED'}"
         )
         print(rows[-1], file=sys.stderr, flush=True)
-    model, data = given.recipe.model, given.recipe.data
+    model, data = recipe.model, recipe.data
     result = "\n".join(
         (
             machine.describe(),
             "",
-            f"recipe {given.name}; nanoGPT: {model.num_layers} layers x {model.hidden_size},"
+            f"recipe {given.recipe}; nanoGPT: {model.num_layers} layers x {model.hidden_size},"
             f" {BATCH} x {data.sequence_length} tokens ({data.tokenizer}), {given.nanogpt_steps} steps,"
             f" one process of {len(os.sched_getaffinity(0))} threads; learning rates: "
             + ", ".join(f"{rate:g} ({loss:.4f})" for rate, (_, loss) in tried.items()),

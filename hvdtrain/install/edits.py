@@ -51,6 +51,14 @@ def edits(cxx_standard: int, mpi_folders: tuple[str, ...]) -> tuple[Edit, ...]:
             f"set(CMAKE_CXX_STANDARD {cxx_standard})",
             "torch's headers demand it, horovod/horovod#3996",
         ),
+        *_launcher_edits(),
+        *_source_edits(),
+    )
+
+
+def _launcher_edits() -> tuple[Edit, ...]:
+    """Return the changes to `horovodrun`: today's launchers, and exit codes."""
+    return (
         Edit(
             "horovod/runner/mpi_run.py",
             "['-bind-to none', '-map-by slot']",
@@ -97,6 +105,12 @@ def edits(cxx_standard: int, mpi_folders: tuple[str, ...]) -> tuple[Edit, ...]:
             "a rank that has saved and ended with 75 on a signal to horovodrun --gloo was told as 143 now and then:"
             " its shell got a signal, too, before it had come to its own end",
         ),
+    )
+
+
+def _source_edits() -> tuple[Edit, ...]:
+    """Return the changes to what is compiled: today's compilers, and one fault."""
+    return (
         Edit(
             "horovod/common/gloo/gloo_controller.cc",
             "global_ranks_.reserve(size_);",

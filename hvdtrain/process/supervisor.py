@@ -22,6 +22,7 @@ from hvdtrain.process.hosts import run_directory
 from hvdtrain.process.job import path_to
 from hvdtrain.process.marked import MARK, ask_to_stop, end_all, kill, marked_processes, ranks_among
 from hvdtrain.process.members import Change, Members
+from hvdtrain.process.output import tell
 from hvdtrain.process.placement import Placement, placed
 from hvdtrain.process.run_files import holder_of, lacks_its_end, named_checkpoint
 from hvdtrain.process.session import session_folder
@@ -268,6 +269,4 @@ def _exit_code(code: int) -> int:
 
 def say(text: str) -> None:
     """Print a line for a person."""
-    with contextlib.suppress(OSError):  # a closed terminal is no reason to leave a run alone
-        sys.stderr.write(f"supervise: {text}\n")
-        sys.stderr.flush()
+    tell(f"supervise: {text}")  # a closed terminal is no reason to leave a run alone

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 from hvdtrain.errors import HvdtrainError, LaunchError, StopRequested, counted
 from hvdtrain.process.launch import detect_launch
+from hvdtrain.process.output import tell
 from hvdtrain.process.stray import stray_hint
 from hvdtrain.rundir.lock import claim
 from hvdtrain.verbs.options import SweepOptions
@@ -128,6 +128,6 @@ def _conclude(sweep: SweepFolder, ended: Ended) -> int:
             f"the sweep was stopped on request ({ended.stopped_by}): the same command goes on in {sweep.path}"
         )
     if ended.num_failed:
-        sys.stderr.write(f"hvdtrain: {counted(ended.num_failed, 'trial')} of the sweep failed; see above\n")
+        tell(f"hvdtrain: {counted(ended.num_failed, 'trial')} of the sweep failed; see above")
         return 1
     return StopRequested.exit_code if ended.num_stopped else 0
