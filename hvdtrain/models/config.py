@@ -37,6 +37,10 @@ class DecoderConfig(ModelConfig):
     """Added to the mean square inside RMSNorm."""
     tie_embeddings: bool = True
     """One matrix embeds the tokens and predicts them."""
+    init_embeddings: Literal["random", "bigrams"] = "random"
+    """How embeddings and output layer begin. random: drawn from N(0, 0.02^2), as all matrices are. bigrams: fitted to
+    how often tokens of the training text follow each other, so that training begins where counting ends; two matrices
+    are needed, --model.tie-embeddings false."""
     residual_dtype: Literal["fp32", "products"] = "fp32"
     """Type of the residual stream, which the blocks add to. products: that of the matrix products, with
     --train.precision bf16 or fp16 in 16 bits: fewer bytes, and each block's sum is rounded."""
@@ -48,6 +52,11 @@ class DecoderConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_embeddings == "bigrams" and self.tie_embeddings:
+            raise ConfigError(
+                "init_embeddings = bigrams needs two matrices, as one cannot say which token follows which: set"
+                " tie_embeddings = false, or init_embeddings = random"
+            )
         unit = 2 * self.num_heads  # rotary positions turn pairs of channels
         if self.hidden_size % unit:
             above = -(-self.hidden_size // unit) * unit
@@ -63,12 +72,13 @@ class DecoderConfig(ModelConfig):
             )
 
     def unused(self) -> Iterator[tuple[str, str]]:
-        """Yield the shape where it comes from the model to begin with."""
+        """Yield the shape, and how weights begin, where they come from the model to begin with."""
         yield from super().unused()
         if self.init_from is not None:
             yield from (
                 (name, f"the model in --model.init-from {self.init_from} has a shape of its own") for name in SHAPE
             )
+            yield "init_embeddings", f"the weights come from --model.init-from {self.init_from}"
 
     @property
     def head_size(self) -> int:

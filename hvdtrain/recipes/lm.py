@@ -69,7 +69,7 @@ class LanguageModel(Recipe):
         from hvdtrain.models.interchange import read_shape
 
         shape = read_shape(folder).config
-        given = {name: getattr(shape, name) for name in SHAPE}
+        given = {name: getattr(shape, name) for name in SHAPE} | {"init_embeddings": "random"}  # replaced by its own
         data, tokenizer = self.data, folder / "tokenizer.json"
         if tokenizer.exists() and (data.tokenizer == "bpe" or read_shape(folder).vocab_size != BYTE_VOCAB_SIZE):
             data = dataclasses.replace(data, tokenizer=str(tokenizer))
@@ -84,7 +84,9 @@ def lm() -> LanguageModel:
         log=LogConfig(every=20),
         eval=LanguageEvalConfig(every=250),
         checkpoint=CheckpointConfig(every=250),
-        model=DecoderConfig(num_layers=3, hidden_size=128, num_heads=4),
+        model=DecoderConfig(
+            num_layers=3, hidden_size=128, num_heads=4, tie_embeddings=False, init_embeddings="bigrams"
+        ),
         data=StreamConfig(sequence_length=128, val_fraction=0.01),
     )
 
@@ -100,7 +102,9 @@ def lm_10m() -> LanguageModel:
         log=LogConfig(every=10),
         eval=LanguageEvalConfig(every=100),
         checkpoint=CheckpointConfig(every=100),
-        model=DecoderConfig(num_layers=7, hidden_size=320, num_heads=5),
+        model=DecoderConfig(
+            num_layers=7, hidden_size=320, num_heads=5, tie_embeddings=False, init_embeddings="bigrams"
+        ),
         data=StreamConfig(tokenizer="bpe", vocab_size=4096, sequence_length=256, val_fraction=0.01),
     )
 

@@ -19,8 +19,9 @@ from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.packed import same_document
 from hvdtrain.data.text.stream import PreparedText, prepare_text
 from hvdtrain.data.text.tokenizer import write_tokenizer
-from hvdtrain.data.text.windows import DocumentWindows, Shard, TokenWindows
+from hvdtrain.data.text.windows import DocumentWindows, Shard, TokenWindows, first_tokens
 from hvdtrain.errors import DataError, DivergedError
+from hvdtrain.models.bigrams import begin_at_bigrams
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.documents import bounds_of, has_kernel
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
@@ -34,6 +35,8 @@ from hvdtrain.trainer.task import Batch, Evaluation, Task
 _SAMPLE_TOKENS = 400
 # Byte trigrams have seen all there is to see in less: a larger part only costs time.
 _TRIGRAM_SYMBOLS = 50_000_000
+# The same of pairs of tokens, which each rank counts at its start.
+_BIGRAM_TOKENS = 16_000_000
 
 
 def build_task(recipe: LanguageModel, say: Callable[[str], None]) -> Task:
@@ -96,7 +99,10 @@ def _questions(recipe: LanguageModel, text: PreparedText, length: int) -> tuple[
 def _model(recipe: LanguageModel, text: PreparedText) -> Decoder:
     folder = recipe.model.init_from
     if folder is None:
-        return Decoder(recipe.model, text.vocab_size, seed=recipe.train.seed)
+        model = Decoder(recipe.model, text.vocab_size, seed=recipe.train.seed)
+        if recipe.model.init_embeddings == "bigrams":
+            begin_at_bigrams(model, first_tokens(text.train_shards, _BIGRAM_TOKENS), recipe.train.seed)
+        return model
     vocab_size = read_shape(folder).vocab_size
     if text.vocab_size > vocab_size:
         raise DataError(

@@ -27,6 +27,20 @@ class Shard:
     offset: int = 0
     """Bytes before the first token."""
 
+    def tokens(self) -> NDArray[Any]:
+        """Return the tokens, mapped from the file."""
+        # As a plain array: a `memmap` takes several times as long for the same rows.
+        return np.asarray(np.memmap(self.path, self.dtype, "r", self.offset))
+
+
+def first_tokens(shards: Sequence[Shard], most: int) -> NDArray[np.int64]:
+    """Return the first tokens of a stream, `(n,)`, at most so many."""
+    parts = []
+    for shard in shards:
+        parts.append(shard.tokens()[:most].astype(np.int64))
+        most -= len(parts[-1])
+    return np.concatenate(parts)
+
 
 class TokenWindows:
     """A `Dataset` of consecutive windows: sample i predicts tokens `i T + 1` to `(i + 1) T`, each token once.
@@ -40,8 +54,7 @@ class TokenWindows:
 
     def __init__(self, shards: Sequence[Shard], sequence_length: int) -> None:
         self._given = shards, sequence_length
-        # As plain arrays: a `memmap` takes several times as long for the same rows.
-        self._parts = [np.asarray(np.memmap(shard.path, shard.dtype, "r", shard.offset)) for shard in shards]
+        self._parts = [shard.tokens() for shard in shards]
         self._starts = np.cumsum([0, *map(len, self._parts)])
         self._last = int(self._starts[-1]) - 1  # the place of the last token
         self._length = sequence_length
