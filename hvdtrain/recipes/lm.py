@@ -1,6 +1,6 @@
 """Language model: the native decoder on text; by default on the source code of Python's standard library.
 
-    horovodrun -np 2 python -m hvdtrain                      two CPU cores: one minute, 1.9 bits per byte
+    horovodrun -np 2 python -m hvdtrain                      two CPU cores: one minute, 1.7 bits per byte
     horovodrun -np 8 python -m hvdtrain train lm-124m --data.path 'corpus/*.txt' --train.precision bf16
 
 `lm` and `lm-10m` are made for CPU cores; `lm-124m` (the size of GPT-2 small), `lm-1b` and `lm-3b` are for GPUs.

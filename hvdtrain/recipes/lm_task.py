@@ -22,6 +22,7 @@ from hvdtrain.data.text.tokenizer import write_tokenizer
 from hvdtrain.data.text.windows import DocumentWindows, Shard, TokenWindows, first_tokens
 from hvdtrain.errors import DataError, DivergedError
 from hvdtrain.models.bigrams import begin_at_bigrams
+from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.documents import bounds_of, has_kernel
 from hvdtrain.models.interchange import load_decoder, read_shape, to_llama
@@ -56,7 +57,7 @@ def build_task(recipe: LanguageModel, say: Callable[[str], None]) -> Task:
         samples=lambda model, metrics: _samples(model, text, length),
         epilogue=lambda model, metrics: _epilogue(model, metrics, text, length),
         write_model_files=lambda folder: _write_model_files(folder, model, text, length),
-        description=_describe(text, recipe.data),
+        description="\n".join(filter(None, (_describe(text, recipe.data), _describe_start(text, recipe.model)))),
         fingerprint=f"{text.content_hash} {length}",
     )
 
@@ -142,6 +143,13 @@ def _describe(text: PreparedText, data: TextConfig) -> str:
         f"data:       {source}: {text.num_train_tokens:,} training tokens{size},"
         f" {text.num_val_tokens:,} held out, vocabulary {text.vocab_size:,}"
     )
+
+
+def _describe_start(text: PreparedText, model: DecoderConfig) -> str:
+    if model.init_embeddings == "random":
+        return ""
+    pairs = min(text.num_train_tokens, _BIGRAM_TOKENS) - 1
+    return f"start:      embeddings and output layer predict what {pairs:,} pairs of training tokens do"
 
 
 def _epilogue(model: nn.Module, metrics: dict[str, float], text: PreparedText, length: int) -> str:
