@@ -107,8 +107,8 @@ def test_rotation_is_a_product_of_complex_numbers() -> None:
 @pytest.mark.parametrize(
     ("name", "vocab_size", "expected"),
     [
-        ("lm", 257, 672_768),
-        ("lm-10m", 4096, 10_203_840),
+        ("lm", 257, 705_664),
+        ("lm-10m", 4096, 11_514_560),
         ("lm-124m", 50_304, 123_587_328),
         ("lm-1b", 50_304, 1_076_168_704),
         ("lm-3b", 50_304, 2_973_281_280),
