@@ -21,7 +21,7 @@ from hvdtrain.trainer.saved_state import checked_state
 from hvdtrain.verbs.greeting import num_trained
 from hvdtrain.world import codec_for
 
-_MOST_LOOKED_AT = 1_000_000  # steps
+_MOST_LOOKED_AT = 100_000  # steps
 
 
 def going_on(job: Job) -> list[str]:
@@ -74,10 +74,8 @@ def _course(job: Job) -> Iterator[str]:
     more = f", those of multiples of {every:,}" if every else ""
     best = "" if kept is None else f"{more} and the best"
     yield f"saved:      {_when(job, config.checkpoint.every)}; {which}{best} are kept"
-    line = parse_every("log.every", config.log.every, seconds=True)
-    often = f"about every {line.number:g} s" if line.unit == "seconds" else f"every {line.number:g} {line.unit}"
     trackers = ", ".join(name for name in ("tensorboard", "wandb", "mlflow") if getattr(config.log, name))
-    yield f"lines:      {often}{trackers and f', also to {trackers}'}"
+    yield f"lines:      after {_every(config.log.every)}{trackers and f', also to {trackers}'}"
     if config.train.max_time is not None:
         yield f"time:       saves and stops {config.train.max_time} after the launcher was started (--train.max-time)"
 
@@ -96,15 +94,26 @@ def _rates(job: Job) -> str:
 
 def _when(job: Job, every: Every | None) -> str:
     """Return after which steps something happens that happens at the end, too."""
-    if every is None:
+    if every is None or _times(job, every) == 1:
         return "after the last step"
-    interval = parse_every("every", every)
-    unit = "epoch" if interval.unit == "epochs" else "step"
-    of = f"every {unit}" if interval.number == 1 else f"every {interval.number:,g} {unit}s"
-    looked_at = range(1, min(job.num_steps, _MOST_LOOKED_AT))
-    times = 1 + sum(is_due(job, step, every) for step in looked_at)
-    often = f", {counted(times, 'time')}" if job.num_steps <= _MOST_LOOKED_AT else ""
-    return f"after {of} and the last{often}"
+    times = _times(job, every)
+    often = f", {counted(times, 'time')}" if times else ""
+    return f"after {_every(every)} and the last{often}"
+
+
+def _times(job: Job, every: Every) -> int:
+    """Return how often; 0: a run is so long that nobody counts."""
+    if job.num_steps > _MOST_LOOKED_AT:
+        return 0
+    return 1 + sum(is_due(job, step, every) for step in range(1, job.num_steps))
+
+
+def _every(every: Every) -> str:
+    interval = parse_every("every", every, seconds=True)
+    if interval.unit == "seconds":
+        return f"every {interval.number:g} s or so"
+    unit = interval.unit.removesuffix("s")
+    return f"every {unit}" if interval.number == 1 else f"every {interval.number:,g} {unit}s"
 
 
 def _network(job: Job) -> str:
