@@ -114,6 +114,38 @@ REFUSED = {
 }
 
 
+# What no number of ranks above one can do; a run may grow to as many.
+NEVER = {
+    "an average of what differs": {"comm": APART, "train": {"ema": 0.9}},
+    "parts of what differs": {"comm": APART, "optim": {"shard": True}},
+    "a scale of what differs": {"comm": APART, "train": {"precision": "fp16"}},
+    "norms of what differs": {"comm": APART, "log": {"grad_norms": True}},
+    "noise of what differs": {"comm": APART, "health": {"noise_scale": True}},
+    "leaving out what others do not": {"comm": APART, "health": {"spikes": "skip"}},
+    "directions of what differs": {"comm": APART | {"op": "adasum"}},
+    "statistics of what differs": {"comm": APART, "model": {"sync_batch_norm": True}},
+    "scales of what is left over": {"comm": {"compression": "int8"}, "train": {"precision": "fp16"}},
+    **{name: REFUSED[name] for name in ("parts of directions", "parts of what is not one sum")},
+    "directions of what is approximate": REFUSED["directions of what is approximate"],
+}
+
+
+@pytest.mark.parametrize("given", NEVER.values(), ids=NEVER.keys())
+def test_settings_that_do_not_go_together_are_refused_on_one_rank_as_on_two(tmp_path, given):
+    """A supervised run that began on one host ended with exit code 2 when a second one came."""
+    config = recipe(**given)
+
+    def begun(world):
+        def settled():
+            start_training(settle(config.build(print), config, world, RunDirectory(tmp_path), MetricLog(None, [])))
+
+        with pytest.raises(ConfigError) as caught:
+            settled()
+        return str(caught.value)
+
+    assert len({*run_ranks(1, begun), *run_ranks(2, begun)}) == 1
+
+
 @pytest.mark.parametrize("given", REFUSED.values(), ids=REFUSED.keys())
 def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, given):
     """On all ranks alike, so that it is one message."""
@@ -121,18 +153,21 @@ def test_what_a_run_refuses_a_dry_run_refuses(tmp_path, given):
     config = recipe(**given)
 
     def settled(world, task):
-        return settle(task, config, world, RunDirectory(tmp_path), MetricLog(None, []))
+        directory = RunDirectory(tmp_path)
+        return world.together(lambda: settle(task, config, world, directory, MetricLog(None, [])), "settle")
 
     def begun(world):
-        job = settled(world, config.build(print))
-        return refusal(lambda: start_training(job))
+        return refusal(lambda: start_training(settled(world, config.build(print))))
 
     with without_storage():  # of this process, not of a thread
         tasks = [config.build(print) for _ in range(2)]
 
     def dry(world):
-        job = settled(world, tasks[world.rank])
-        return refusal(lambda: world.together(lambda: (checked_estimate(job), would_announce(job)), "dry"))
+        def looked_at():
+            job = settled(world, tasks[world.rank])
+            world.together(lambda: (checked_estimate(job), would_announce(job)), "dry")
+
+        return refusal(looked_at)
 
     refused = run_ranks(2, begun)
     assert refused[0] == refused[1]
