@@ -145,7 +145,9 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
     try:
         run = RunDirectory(here / world.broadcast_object(_below(here, claim.folder) if claim else None, "run_dir"))
         return _train(request, task, world, run, console, heartbeat, unwatched)
-    except UsageError:
+    except UsageError as error:
+        if error.is_on_all_ranks:
+            world.barrier("refused")  # each has closed its log, which goes with the directory
         if claim:
             claim.undo()
         raise

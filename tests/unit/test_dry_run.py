@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from hvdtrain.trainer.announced import would_announce
 from hvdtrain.trainer.fakes import without_storage
 from hvdtrain.trainer.memory import checked_estimate
 from hvdtrain.trainer.state import start_training
+from hvdtrain.verbs import train
 from hvdtrain.verbs.train import Request, run
+from hvdtrain.world import Heartbeat
 
 
 class Named(nn.Linear):
@@ -224,3 +228,27 @@ def test_it_says_what_the_run_says_before_its_first_step(tmp_path, capsys, envir
     assert any(line.startswith("continues at step 6 of 9") and line.endswith(at) for line in again)
     with pytest.raises(ResumeError, match=r"optim\.peak_lr was 0\.01 and is 0\.5 now"):
         said(capsys, tmp_path, True, **given, optim={"peak_lr": 0.5})
+
+
+def test_a_refused_runs_directory_goes_when_every_rank_has_closed_its_log(tmp_path, monkeypatch, environment):
+    """The last of them found none to write the reason to, and said so beside it."""
+    folder, close, closed, ranks = tmp_path / "run", train.close_rank_log, [], {}
+
+    def late(handler):
+        if ranks[threading.get_ident()] == 1:
+            time.sleep(0.5)
+            closed.append(folder.exists())
+        close(handler)
+
+    monkeypatch.setattr(train, "close_rank_log", late)
+    config = recipe(**REFUSED["names that are not there"])
+
+    def work(world):
+        ranks[threading.get_ident()] = world.rank
+        heartbeat = Heartbeat(world, 60)
+        return refusal(lambda: train._run(Request("small", config, folder), world, heartbeat, []))
+
+    one, other = run_ranks(2, work)
+    assert one == other
+    assert closed == [True]
+    assert not folder.exists()
