@@ -222,6 +222,23 @@ def fused_sgd_(
     """
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
     settings = {name: group[name] for name in names}
-    torch._fused_sgd_(
-        weights, gradients, momenta, **settings, is_first_step=False, grad_scale=scale, found_inf=found_inf
-    )
+    settings |= {"is_first_step": False, "grad_scale": scale, "found_inf": found_inf}
+    if weights[0].is_cpu and weights[0].element_size() < 4:
+        _each_in_fp32(weights, gradients, momenta, settings)
+        return
+    torch._fused_sgd_(weights, gradients, momenta, **settings)
+
+
+def _each_in_fp32(
+    weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], settings: dict[str, Any]
+) -> None:
+    """Do what the kernel should do with 16 bits: compute in fp32, and round what is kept.
+
+    On CPUs it leaves out the numbers behind the last whole vector, and writes into their momentum what lay in memory.
+    """
+    for number, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
+        own = [weight, gradient, *momenta[number : number + 1]]
+        wide = [tensor.float() for tensor in own]
+        torch._fused_sgd_([wide[0]], [wide[1]], wide[2:], **settings)
+        for tensor, moved in zip(own, wide, strict=True):
+            tensor.copy_(moved)

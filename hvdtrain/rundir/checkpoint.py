@@ -140,6 +140,16 @@ def load_checkpoint(path: Path, *, is_verified: bool = False) -> Checkpoint:
         return Checkpoint(manifest, weights, joined(state, parts) if parts else state)
 
 
+def load_outline(path: Path) -> dict[str, Any]:
+    """Return what `state.pt` of a checkpoint that was verified holds; its tensors stay on disk until they are used.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    with _in_a_sentence(path):
+        return _load_state(path, read_manifest(path), is_mapped=True)[0]
+
+
 def verify_checkpoint(path: Path) -> None:
     """Make sure that a checkpoint loads; its tensors are read for their hash, and take no memory.
 

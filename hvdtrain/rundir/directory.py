@@ -36,6 +36,7 @@ else:
 if TYPE_CHECKING:
     from hvdtrain.rundir.checkpoint import Checkpoint
     from hvdtrain.rundir.checkpoints import Checkpoints
+    from hvdtrain.rundir.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,21 @@ class RunDirectory:
         if checkpoint is None:
             self._check_nothing_is_missing(warn)
         return checkpoint
+
+    def newest_outline(self, warn: Callable[[str], None]) -> tuple[Manifest, dict[str, Any]] | None:
+        """Return what `load_newest` would read, but for the tensors: the manifest, and the state, left on disk.
+
+        Raises:
+            CheckpointError, ResumeError: as `load_newest`.
+        """
+        manifest, steps = self.checkpoints.newest_manifest(), [*self.checkpoints.by_step()]
+        if manifest is None or manifest.step != steps[-1]:
+            self.load_newest(warn)  # says which are passed over
+        if manifest is None:
+            return None
+        from hvdtrain.rundir.checkpoint import load_outline  # with torch, as above
+
+        return manifest, load_outline(self.checkpoints.path_of(manifest.step))
 
     def _check_nothing_is_missing(self, warn: Callable[[str], None]) -> None:
         """Raise ResumeError where there is no checkpoint, but has been one; starting over would drop its metrics."""

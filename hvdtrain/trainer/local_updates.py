@@ -29,7 +29,8 @@ from hvdtrain.trainer.outer_updates import OuterUpdates
 from hvdtrain.trainer.sharded import Sharded
 from hvdtrain.trainer.strategy import EveryStep, Strategy, model_tensors
 from hvdtrain.trainer.wire import redistributed
-from hvdtrain.world import SoloWorld, World, WrappedOptimizer
+from hvdtrain.world import SoloWorld, World, WrappedOptimizer, codec_for
+from hvdtrain.world.sharded import check_sharding
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
@@ -42,10 +43,20 @@ def strategy_of(config: Config, size: int) -> Strategy:
     """Return what `--comm.sync` asks for, on this many ranks.
 
     Raises:
-        ConfigError: another setting needs ranks that are equal after every step.
+        ConfigError: settings do not go together, on however many ranks: a run may grow from one to several.
     """
-    if size == 1 or config.comm.sync == "every-step":
-        return Sharded() if config.optim.shard and size > 1 else EveryStep()
+    comm, is_sharded = config.comm, config.optim.shard
+    if comm.sync == "local":
+        _check_apart(config)
+    elif is_sharded:
+        check_sharding(comm.op, codec_for(comm))
+    if size == 1 or comm.sync == "every-step":
+        return Sharded() if is_sharded and size > 1 else EveryStep()
+    return LocalUpdates(Schedule.of(comm))
+
+
+def _check_apart(config: Config) -> None:
+    """Raise ConfigError where a setting needs ranks that are equal after every step."""
     refused = {
         "--train.precision fp16": config.train.precision == "fp16",
         "--train.ema": config.train.ema is not None,
@@ -61,7 +72,6 @@ def strategy_of(config: Config, size: int) -> Strategy:
             f"{setting} needs what all ranks share in each step, and with --comm.sync local they share nothing between"
             " two averages: leave one of them out"
         )
-    return LocalUpdates(Schedule.of(config.comm))
 
 
 class LocalUpdates(Strategy):

@@ -13,6 +13,7 @@ from functools import partial
 from hvdtrain.errors import StopRequested
 from hvdtrain.process.run_files import lacks_its_end
 from hvdtrain.process.stop import StopRequest
+from hvdtrain.trainer.announced import announced
 from hvdtrain.trainer.device_clock import progress_of
 from hvdtrain.trainer.due import is_due
 from hvdtrain.trainer.evaluation import evaluate
@@ -57,7 +58,7 @@ def fit(job: Job, begin: Callable[[], None] = lambda: None) -> dict[str, float]:
     """
     training = start_training(job)
     check_lone_samples(job, training)
-    for line in filter(None, (training.rates.about, *(component.about for component in training.components))):
+    for line in announced(training.rates, training.components):
         job.log.say(line)
     for line in resume_lines(job, training.step, training.num_steps_then) if training.step else ():
         job.log.say(line)

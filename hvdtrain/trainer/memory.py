@@ -28,6 +28,7 @@ from hvdtrain.settings.units import in_units
 from hvdtrain.trainer.bucket_order import gradients_are_views
 from hvdtrain.trainer.component import nested_tensors
 from hvdtrain.trainer.components import build_components
+from hvdtrain.trainer.contract import checked_optimizer
 from hvdtrain.trainer.fakes import fake_micro_batch, fake_model, plain_settings
 from hvdtrain.trainer.free_memory import available, in_host_memory
 from hvdtrain.trainer.job import Job
@@ -38,6 +39,8 @@ from hvdtrain.world import codec_for
 
 # What libraries, the CUDA context, kernels' scratch space and fragmentation take besides, as a share.
 RESERVE = 0.1
+# Weights below this are taken to fit.
+_LARGE_BYTES = 64 << 20
 # Tensors of fewer elements are counters.
 _SMALL = 64
 
@@ -81,6 +84,32 @@ class Memory:
         known += [f"on the way {in_units(self.transients)}"] if self.transients else []
         beside = f"; in host memory {in_units(self.host)} of the optimizer's state" if self.host else ""
         return f"{in_units(self.total)} a rank: {', '.join(known)}{beside}"
+
+
+def is_large(job: Job) -> bool:
+    """Return whether there are so many weights that it is looked whether they fit."""
+    return sum(parameter.nbytes for parameter in job.task.model.parameters()) > _LARGE_BYTES
+
+
+def with_flops_if_large(job: Job) -> Job:
+    """Return the job with its model's operations counted, where that is asked for or takes little beside a step."""
+    if not is_large(job) and job.config.log.peak_tflops is None:  # running a model on fake tensors has its price
+        return job
+    from hvdtrain.trainer.flops import with_flops  # and torch's counter, and its compiler, which others do not need
+
+    return with_flops(job)
+
+
+def checked_estimate(job: Job) -> Memory:
+    """Return what a rank needs; looking takes about a second.
+
+    Raises:
+        ConfigError: more than there is, and `--health.memory-check` is on.
+    """
+    memory = estimate(job)
+    if job.config.health.memory_check:
+        check_fits(job, memory)
+    return memory
 
 
 def estimate(job: Job, all_trained: bool = False) -> Memory:
@@ -207,7 +236,7 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
     cut = copy.deepcopy(model, memo)
     for parameter in cut.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    optimizer = job.task.build_optimizer(plain_settings(job.config).optim, cut)
+    optimizer = checked_optimizer(job.task.build_optimizer(plain_settings(job.config).optim, cut), cut)
     optimizer.step()
     found: dict[nn.Parameter, int] = {}
     for cut_parameter, whole in full.items():

@@ -16,11 +16,11 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.attention import use_onednn_attention
 from hvdtrain.models.kept import buffer_places
 from hvdtrain.models.linear import takes_onednn, use_onednn
-from hvdtrain.models.private_torch import apply_to_tensors, compile_in_place
+from hvdtrain.models.private_torch import BatchNorm, apply_to_tensors, compile_in_place
 from hvdtrain.settings import Config, ModelConfig, Precision
 from hvdtrain.trainer.compiling import blocks_of, note_compilations, what_is_compiled
 from hvdtrain.trainer.precision import takes_onednn_attention
-from hvdtrain.world import World, has_synchronized_layers, synchronize_batch_norm
+from hvdtrain.world import World, synchronize_batch_norm
 
 _TYPES: dict[Precision, torch.dtype] = {"fp64": torch.float64, "bf16-true": torch.bfloat16}
 
@@ -45,21 +45,35 @@ def prepare_model(model: nn.Module, config: Config, world: World) -> nn.Module:
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), "")
     if empty:
         raise ConfigError(f"the model's {empty} is on torch's device meta, and has no numbers: give it some in build()")
+    check_settings_of(model, config, world)
     if settings.sync_batch_norm:
         model = synchronize_batch_norm(model, world)
-        if not has_synchronized_layers(model):
-            raise ConfigError("--model.sync-batch-norm has no effect: the model has no batch normalisation")
     model = _converted(model.to(world.device), own_type(config.train.precision))
     use_onednn_attention(takes_onednn_attention(settings.linear, world.device))
     if takes_onednn(settings.linear, world.device):
         use_onednn(model)
-    elif settings.linear == "onednn":
-        raise ConfigError("--model.linear onednn has no effect: it is for CPUs, and for a torch that has oneDNN")
     settings = dataclasses.replace(settings, compile=what_is_compiled(settings, model, world.device))
     if settings.compile != "none":
         note_compilations(world)
     prepare_blocks(model, settings)
     return model
+
+
+def check_settings_of(model: nn.Module, config: Config, world: World) -> None:
+    """Make sure that the model, which may have no numbers, and this machine have what the settings speak of.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    settings = config.model
+    if settings.sync_batch_norm and not any(isinstance(module, BatchNorm) for module in model.modules()):
+        raise ConfigError("--model.sync-batch-norm has no effect: the model has no batch normalisation")
+    if settings.linear == "onednn" and not takes_onednn(settings.linear, world.device):
+        raise ConfigError("--model.linear onednn has no effect: it is for CPUs, and for a torch that has oneDNN")
+    if settings.checkpoint_blocks:
+        _blocks(model, "--model.checkpoint-blocks")
+    if settings.compile == "blocks":
+        _blocks(model, "--model.compile blocks")
 
 
 def _converted(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -246,6 +246,7 @@ class MicroBatchRandomness:
             self._is_needed = not self.generators.is_untouched(seed)
             self._note_buffers(kept)
             self._note(mode, seed)
+            mode.own_draws = None  # what hooks draw meanwhile, a codec's or a user's, is for no sample
             backward(result)
         return result
 

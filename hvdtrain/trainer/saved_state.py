@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.weights import extra_state, load_model_weights, shapes_of
+from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.settings import to_dict
 from hvdtrain.trainer.component import Component, nested_tensors
 from hvdtrain.trainer.fits import check_fits
@@ -124,11 +125,22 @@ def read_latest(job: Job, model: nn.Module, data: dict[str, Fingerprint]) -> dic
     checkpoint = job.run.load_newest(job.log.say) if job.directory is not None else None
     if checkpoint is None:
         return None
+    state = checked_state(job, checkpoint.state, checkpoint.manifest, data)
     with in_a_sentence(job):
-        state = upgraded(checkpoint.state, checkpoint.manifest.format_version)
-        check_kinds(state, checkpoint.manifest.step)
-        check_fits(job, state, data)
         load_model_weights(model, checkpoint.weights, state["extra_state"])
+    return state
+
+
+def checked_state(job: Job, state: dict[str, Any], manifest: Manifest, data: dict[str, Fingerprint]) -> dict[str, Any]:
+    """Return a checkpoint's state as it would be saved today.
+
+    Raises:
+        ResumeError: it belongs to other settings or data, or is no such state.
+    """
+    with in_a_sentence(job):
+        state = upgraded(state, manifest.format_version)
+        check_kinds(state, manifest.step)
+        check_fits(job, state, data)
     return state
 
 

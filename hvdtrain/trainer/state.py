@@ -199,9 +199,9 @@ def start_training(job: Job) -> Training:
         torch.cuda.set_device(world.device)
     data = compare_data(job) if job.directory is not None else {}
     model = world.together(lambda: prepare_model(job.task.model, job.config, world), "model")
-    components = build_components(job)
+    components = world.together(lambda: build_components(job), "components")
     in_step = has_synchronized_layers(model)
-    optimizer, rates = world.together(lambda: _optimizer(job, model, components), "optimizer")
+    optimizer, rates = world.together(lambda: wrapped_optimizer(job, model, components), "optimizer")
     training = Training(
         model=model,
         optimizer=optimizer,
@@ -262,7 +262,8 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
     storable(training.optimizer.state_dict(), "the optimizer's state")
 
 
-def _optimizer(job: Job, model: nn.Module, components: list[Component]) -> tuple[WrappedOptimizer, GroupRates]:
+def wrapped_optimizer(job: Job, model: nn.Module, components: list[Component]) -> tuple[WrappedOptimizer, GroupRates]:
+    """Return the task's optimizer over `model`, averaging, and the rates of its groups; raises as `start_training`."""
     comm = job.config.comm
     options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
     options["bucket_bytes"] = comm.bucket_mib << 20

@@ -37,6 +37,7 @@ class Timeline(Component):
         self._recorder: Recorder | None = None
         self._is_recording = False
         """On any rank."""
+        self._begin_after(0)
 
     @classmethod
     def of(cls, job: Job) -> Timeline | None:
@@ -55,17 +56,21 @@ class Timeline(Component):
 
     def attach(self, training: Training) -> None:
         """See how far the run is."""
-        self._step = training.step
-        self._first = max(self._first, training.step + 1)
+        self._begin_after(training.step)
+
+    def _begin_after(self, step: int) -> None:
+        """Take in how many steps are completed."""
+        self._step = step
+        self._first = max(self._first, step + 1)
         if self._first > self._last:
             self._first = 0
             self.about = "profile:    the steps to record are over, and none is recorded"
-        else:
-            ranks = ", ".join(map(str, self._ranks))
-            self.about = (
-                f"profile:    steps {self._first} to {self._last} of rank {ranks} will be in {self._job.run.timeline};"
-                " they take longer"
-            )
+            return
+        ranks = ", ".join(map(str, self._ranks))
+        self.about = (
+            f"profile:    steps {self._first} to {self._last} of rank {ranks} will be in {self._job.run.timeline};"
+            " they take longer"
+        )
 
     def begin(self, model: nn.Module) -> None:
         """Begin to record where the first step of all is to be."""

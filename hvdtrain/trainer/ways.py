@@ -11,7 +11,6 @@ from hvdtrain.trainer.local_updates import strategy_of
 from hvdtrain.trainer.strategy import EveryStep
 from hvdtrain.trainer.wire import check_compression
 from hvdtrain.world import Averaging
-from hvdtrain.world.sharded import check_sharding
 
 
 def why_refused(config: Config, **comm: Any) -> str:
@@ -26,9 +25,7 @@ def why_refused(config: Config, **comm: Any) -> str:
         check_compression(changed)
         if isinstance(strategy_of(changed, 2), EveryStep):
             compression, op = changed.comm.compression, changed.comm.op
-            averaging = Averaging(compression=compression, op=op, has_square=changed.health.noise_scale)
-            if changed.optim.shard:
-                check_sharding(averaging)
+            Averaging(compression=compression, op=op, has_square=changed.health.noise_scale)
     except ConfigError as error:
         return str(error)
     return ""

@@ -80,15 +80,15 @@ def redistributed(job: Job, codec: Codec, states: Sequence[Mapping[str, Any]]) -
         return None
     if size == 1:
         job.log.say(
-            f"WARNING: {len(states)} ranks had a part of their gradients still to send (--comm.compression"
-            f" {codec.name}); one rank sends nothing, and it is dropped"
+            f"WARNING: {len(states)} ranks had a part of their gradients still to send; one rank sends nothing, and"
+            " it is dropped"
         )
         return None
     merged = codec.merged(states, size)
     if merged is not None:
         job.log.say(
-            f"WARNING: {len(states)} ranks had a part of their gradients still to send (--comm.compression"
-            f" {codec.name}), and {size} go on: each with an equal part of the sum"
+            f"WARNING: {len(states)} ranks had a part of their gradients still to send, and {size} go on: each with an"
+            " equal part of the sum"
         )
     return merged
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from typing import Any
 
 import torch
@@ -12,17 +10,12 @@ import torch
 from hvdtrain import __version__
 from hvdtrain.errors import counted
 from hvdtrain.models.linear import takes_onednn
-from hvdtrain.optim.groups import trainable
 from hvdtrain.optim.schedule import describe_schedule
-from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.compiling import what_is_compiled
-from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.precision import takes_onednn_attention
-from hvdtrain.trainer.wire import WireFormat
 from hvdtrain.trainer.without_effect import without_effect
-from hvdtrain.world import codec_for
 from hvdtrain.world.unused_gpus import unused_gpus
 
 
@@ -30,7 +23,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
     """Return what a person should know before the first step; `choice` is a line about what `auto` has come to."""
     world, config, task = job.world, job.config, job.task
     hosts = len({rank["host"] for rank in ranks})
-    parameters, trained = sum(p.numel() for p in task.model.parameters()), _num_trained(job)
+    parameters, trained = sum(p.numel() for p in task.model.parameters()), num_trained(job)
     frozen = "" if trained == parameters else f", {trained:,} of them trained"
     lines = [
         f"hvdtrain {__version__}: {name} on {counted(world.size, 'rank')}, {counted(hosts, 'host')}, started by"
@@ -70,38 +63,13 @@ def _rate(job: Job) -> str:
     )
 
 
-def details(job: Job, memory: Memory | None) -> str:
-    """Return what a dry run adds: the parameters by shape, the memory of a rank, how it averages and what it sends."""
-    named = job.task.model.named_parameters()
-    shapes = Counter((re.sub(r"\.\d+\.", ".*.", name), tuple(parameter.shape)) for name, parameter in named)
-    lines = [f"  {count:>4} x {name} {shape}" for (name, shape), count in shapes.items()]
-    if memory is not None:
-        lines.append(f"memory:     {memory}")
-    averaging = [WireFormat.of(job), *job.strategy.components(job)]
-    lines += [component.about for component in averaging if component is not None and component.about]
-    size, gradients = job.world.size, wire_bytes(job)
-    sent = in_units(codec_for(job.config.comm).link_bytes(gradients, size))
-    comm, what, when = job.config.comm, "gradients", "a step"
-    if comm.sync == "local" and size > 1:
-        what, when = "updates", "a step" if comm.period == 1 else f"every {comm.period:,} steps"
-    if job.config.optim.shard and size > 1:
-        what, when = "gradients, and as many of weights", "in all a step"
-    lines.append(f"network:    {in_units(gradients)} of {what}; in a ring each rank sends {sent} {when}")
-    if memory is not None and 0 < _num_trained(job) < sum(p.numel() for p in trainable(job.task.model)):
-        whole = estimate(job, all_trained=True)
-        lines.append(
-            f"frozen:     were nothing frozen, it would be {in_units(whole.total)} a rank and"
-            f" {in_units(wire_bytes(job, all_trained=True))} of gradients"
-        )
-    return "\n".join(lines)
-
-
 def _compiled(job: Job) -> str:
     what = what_is_compiled(job.config.model, job.task.model, job.world.device)
     return {"none": "", "model": ", compiled", "blocks": ", compiled blocks"}[what]
 
 
-def _num_trained(job: Job) -> int:
+def num_trained(job: Job) -> int:
+    """Return how many numbers of the model learn."""
     return sum(parameter.numel() for parameter in job.task.model.parameters() if parameter.requires_grad)
 
 

@@ -27,19 +27,18 @@ from hvdtrain.settings import NONE, to_dict
 from hvdtrain.settings.units import duration
 from hvdtrain.settings.values import Source
 from hvdtrain.trainer import Job, Recipe, Task, fit, settle
+from hvdtrain.trainer.announced import would_announce
 from hvdtrain.trainer.fakes import without_storage
-from hvdtrain.trainer.memory import Memory, check_fits, estimate
+from hvdtrain.trainer.memory import checked_estimate, is_large, with_flops_if_large
 from hvdtrain.trainer.precision import settle_precision
 from hvdtrain.trainer.task import build_task
-from hvdtrain.verbs.greeting import details, greeting
+from hvdtrain.verbs.details import details, going_on
+from hvdtrain.verbs.greeting import greeting
 from hvdtrain.verbs.options import TrainOptions
 from hvdtrain.verbs.report.sink import ReportSink, can_report
 from hvdtrain.world import Heartbeat, World, watched
 
 logger = logging.getLogger("hvdtrain")
-
-# Weights below this are taken to fit.
-_LARGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,9 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
     try:
         run = RunDirectory(here / world.broadcast_object(_below(here, claim.folder) if claim else None, "run_dir"))
         return _train(request, task, world, run, console, heartbeat, unwatched)
-    except UsageError:
+    except UsageError as error:
+        if error.is_on_all_ranks:
+            world.barrier("refused")  # each has closed its log, which goes with the directory
         if claim:
             claim.undo()
         raise
@@ -189,8 +190,13 @@ def _dry_run(request: Request, world: World, log: MetricLog) -> TrainResult:
     run = _agree(request, world)
     ranks = world.all_gather_object(describe_rank(world.device), "ranks")
     job = _settle(request, task, world, run, log)
-    memory = world.together(lambda: _memory(job), "memory")
+    job = world.together(lambda: with_flops_if_large(job), "flops")
+    memory = world.together(lambda: checked_estimate(job), "memory")
+    would_say = world.together(lambda: would_announce(job), "announced")
+    resumed = going_on(job)
     log.say(greeting(request.name, job, ranks, request.choice))
+    for line in (*would_say, *resumed):
+        log.say(line)
     log.say(details(job, memory))
     return TrainResult({}, run.path, 0)
 
@@ -214,11 +220,10 @@ def _train(
     )
     log = MetricLog(console, sinks)
     job = _settle(request, task, world, run, log)
-    if _is_large(job) or job.config.log.peak_tflops is not None:  # running a model on fake tensors has its price
-        from hvdtrain.trainer.flops import with_flops  # and torch's counter, and its compiler, which others do not need
-
-        job = with_flops(job)
-    world.together(lambda: _memory(job) if _is_large(job) and job.config.health.memory_check else None, "memory")
+    job = with_flops_if_large(job)
+    world.together(
+        lambda: checked_estimate(job) if is_large(job) and job.config.health.memory_check else None, "memory"
+    )
     handler = world.together(lambda: _open_log(run.rank_log(world.rank)), "log")
     heartbeat.log_to(run.rank_log(world.rank))
     try:
@@ -241,22 +246,6 @@ def _train(
 def _reports(run: RunDirectory, say: Callable[[str], None]) -> list[ReportSink]:
     """Return what writes reports, where that is installed; behind all sinks, whose files it reads."""
     return [ReportSink(run, say)] if can_report() else []
-
-
-def _is_large(job: Job) -> bool:
-    return sum(parameter.nbytes for parameter in job.task.model.parameters()) > _LARGE_BYTES
-
-
-def _memory(job: Job) -> Memory:
-    """Return what training will need; looking takes about a second.
-
-    Raises:
-        ConfigError: more than there is.
-    """
-    memory = estimate(job)
-    if job.config.health.memory_check:
-        check_fits(job, memory)
-    return memory
 
 
 def _open_log(path: Path) -> logging.Handler:

@@ -30,14 +30,13 @@ if TYPE_CHECKING:
     from hvdtrain.world.world import World
 
 
-def check_sharding(averaging: Averaging) -> None:
-    """Make sure that gradients which travel so can be summed in parts.
+def check_sharding(op: str, codec: Codec) -> None:
+    """Make sure that gradients which are combined and travel so can be summed in parts.
 
     Raises:
         ConfigError: they cannot.
     """
-    codec = averaging.codec()
-    if averaging.op == "adasum":
+    if op == "adasum":
         raise ConfigError(
             "--optim.shard leaves each rank a part of the mean, and --comm.op adasum needs whole gradients: leave out"
             " one of them"
@@ -71,7 +70,7 @@ class Sharding:
         averaging: Averaging,
         sparse: set[nn.Parameter],
     ) -> None:
-        check_sharding(averaging)
+        check_sharding(averaging.op, averaging.codec())
         if sparse:
             raise ConfigError("--optim.shard needs dense gradients: leave it out, or sparse embeddings")
         self._world = world

@@ -18,7 +18,7 @@ from hvdtrain.optim.table import OPTIMIZERS, settings_class
 from hvdtrain.recipes import load_recipe
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.trainer import memory
-from hvdtrain.verbs.train import _memory
+from hvdtrain.trainer.memory import checked_estimate
 
 # Setting -> another value, or several; and what else is given, where it is refused alone.
 SHARED = {
@@ -260,8 +260,8 @@ def test_the_memory_check_can_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda job: (0, "are free"))
     job = job_of(tmp_path)
     with pytest.raises(ConfigError, match="no-memory-check"):
-        _memory(job)
-    _memory(with_setting(job, "health.memory_check", False))
+        checked_estimate(job)
+    checked_estimate(with_setting(job, "health.memory_check", False))
 
 
 @pytest.fixture(scope="module")

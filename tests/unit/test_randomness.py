@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from waiting_copies import Copies
 
@@ -351,3 +351,18 @@ def test_samples_that_pass_one_at_a_time_draw_the_same():
             for a, b in zip(own, gradients, strict=True):
                 assert (a - b).abs().max() < 1e-11
     assert list(one_by_one(3)) == [0, 1, 2]  # outside of micro-batches
+
+
+def test_what_gradient_hooks_draw_is_for_no_sample():
+    """As PowerSGD's first matrix, from one seed on all ranks: verify told the user to mend a generator of theirs."""
+    weight = nn.Parameter(torch.ones(2))
+
+    def drawn(seed):
+        return torch.randn(2, generator=torch.Generator().manual_seed(seed))
+
+    weight.register_hook(lambda gradient: gradient + drawn(0))
+    randomness = MicroBatchRandomness(CPU, is_observed=True)
+    for step in range(2):
+        randomness.run(torch.arange(4), (0, step), lambda seed=step: (weight * drawn(seed)).sum(), Tensor.backward)
+    assert [name for name, _ in randomness.own_draws] == ["randn", "randn"]
+    assert len({*randomness.own_draws}) == 2

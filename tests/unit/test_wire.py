@@ -66,6 +66,7 @@ def test_another_number_of_ranks_goes_on_with_the_sum_of_what_is_left(tmp_path, 
     (line,) = [line for line in of_four[0][0].log.said if "still to send" in line]
     assert "2 ranks" in line
     assert "4 go on: each with an equal part of the sum" in line
+    assert "--comm.compression" not in line  # they may go on by another one
 
     ((job, _, _),) = run_ranks(1, lambda world: trained(world, tmp_path, compression, 1))
     assert any("one rank sends nothing, and it is dropped" in line for line in job.log.said)
