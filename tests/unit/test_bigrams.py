@@ -86,6 +86,8 @@ def test_any_text_gives_finite_weights_and_what_came_is_likelier_than_what_did_n
     torch.testing.assert_close(scale, scale[:1].expand_as(scale), rtol=1e-4, atol=0)
     logits = model(torch.from_numpy(tokens[None, :1]))[0, 0]
     assert logits.argmax() == tokens[1]
+    never_came = scale.new_tensor(sorted({*range(vocab_size)} - {*tokens.tolist()})[:9], dtype=torch.int64)
+    assert len(model.model.embed_tokens.weight[never_came].unique(dim=0)) == len(never_came)  # each its own
 
 
 def test_a_model_without_weights_stays_without():
