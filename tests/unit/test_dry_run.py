@@ -4,6 +4,7 @@ import dataclasses
 import os
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -245,8 +246,9 @@ def test_a_refused_runs_directory_goes_when_every_rank_has_closed_its_log(tmp_pa
 
     def work(world):
         ranks[threading.get_ident()] = world.rank
-        heartbeat = Heartbeat(world, 60)
-        return refusal(lambda: train._run(Request("small", config, folder), world, heartbeat, []))
+        heartbeat = Heartbeat(world, 60)  # never started: it would end this process, which is all ranks
+        with closing(heartbeat._waker), closing(heartbeat._wakeful):
+            return refusal(lambda: train._run(Request("small", config, folder), world, heartbeat, []))
 
     one, other = run_ranks(2, work)
     assert one == other
