@@ -36,9 +36,11 @@ _ITERATIONS = 2
 _OVERSAMPLING = 20
 # Of the channel that is the same for all tokens, beside a row of length 1: it holds the frequencies of tokens.
 _CONSTANT = 0.5
+# Added to the diagonal of the least squares, as a share of its mean.
 _RIDGE = 1e-4
 # Counts that are kept of pairs that never come, too: 128 MiB.
 _TABLE = 1 << 24
+# Of the embeddings, whose mean square is 1 without it: what the blocks add weighs the more, the smaller it is.
 _SCALE = 0.5
 
 
