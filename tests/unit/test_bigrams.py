@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvdtrain import cli
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.bigrams import begin_at_bigrams
 from hvdtrain.models.config import DecoderConfig
@@ -98,8 +99,20 @@ def test_a_model_without_weights_stays_without():
 
 
 def test_one_matrix_for_both_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"init_embeddings = bigrams needs two matrices.*tie_embeddings = false"):
-        dataclasses.replace(SHAPE, tie_embeddings=True)
+    recipe = dataclasses.replace(load_recipe("lm"), model=dataclasses.replace(SHAPE, tie_embeddings=True))
+    for refused in (recipe.resolve, lambda: recipe.build(print)):
+        with pytest.raises(ConfigError, match=r"init_embeddings = bigrams needs two matrices.*tie-embeddings false"):
+            refused()
+
+
+def test_a_file_of_settings_that_knows_nothing_of_it_goes_with_a_flag(tmp_path):
+    """As a run has left it that was begun before there was this setting."""
+    (tmp_path / "config.toml").write_text("[model]\ntie_embeddings = true\n")
+    words = ["train", "lm", "--config", str(tmp_path / "config.toml")]
+    with pytest.raises(ConfigError, match=r"--model.init-embeddings random"):
+        cli.parse(words)
+    model = cli.parse([*words, "--model.init-embeddings", "random"]).recipe.model
+    assert (model.tie_embeddings, model.init_embeddings) == (True, "random")
 
 
 @pytest.mark.parametrize("tied", [True, False])
