@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,20 +46,20 @@ _SCALE = 0.5
 
 
 @torch.no_grad()
-def begin_at_bigrams(model: Decoder, tokens: NDArray[np.int64], seed: int) -> None:
+def begin_at_bigrams(model: Decoder, tokens: NDArray[Any], seed: int) -> None:
     """Set the embeddings and the output layer, which must be two matrices, to what predicts these tokens' successors.
 
     What comes out depends on the seed and the tokens, not on the number of threads.
 
     Args:
         model: its weights are those it was built with.
-        tokens: `(n,)`, n >= 2, of training text.
+        tokens: `(n,)`, n >= 2, of training text, of any type of whole numbers.
         seed: of the basis in which the embeddings are written down.
     """
     if model.lm_head.weight.is_meta:  # its shape alone is wanted
         return
     with _one_thread():
-        pairs = _Pairs.count(tokens, model.vocab_size)
+        pairs = _Pairs.count(tokens.astype(np.int64), model.vocab_size)
         generator = torch.Generator().manual_seed(seed)
         embeddings = _embeddings(pairs, model.config.hidden_size, generator)
         model.model.embed_tokens.weight.copy_(_SCALE * embeddings)  # the last norm takes the scale away

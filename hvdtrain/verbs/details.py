@@ -94,9 +94,9 @@ def _rates(job: Job) -> str:
 
 def _when(job: Job, every: Every | None) -> str:
     """Return after which steps something happens that happens at the end, too."""
-    if every is None or _times(job, every) == 1:
+    times = 1 if every is None else _times(job, every)
+    if every is None or times == 1:
         return "after the last step"
-    times = _times(job, every)
     often = f", {counted(times, 'time')}" if times else ""
     return f"after {_every(every)} and the last{often}"
 

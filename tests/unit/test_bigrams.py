@@ -1,6 +1,7 @@
 """A decoder that begins at counts of pairs: it predicts as well as they do, alike everywhere, from any text."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.bigrams import begin_at_bigrams
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
+from hvdtrain.models.interchange import to_llama
 from hvdtrain.models.ngram import NUM_SYMBOLS, TrigramModel
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.lm import LanguageModel
@@ -117,11 +119,7 @@ def test_a_file_of_settings_that_knows_nothing_of_it_goes_with_a_flag(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_that_are_given_stay_as_they_are(tied, tmp_path):
-    from hvdtrain.models.interchange import to_llama
-
     shape = dataclasses.replace(SHAPE, tie_embeddings=tied, init_embeddings="random")
-    import json
-
     (tmp_path / "config.json").write_text(json.dumps(to_llama(shape, 300, 64, None)))
     recipe = load_recipe("lm")
     assert isinstance(recipe, LanguageModel)

@@ -33,11 +33,11 @@ class Shard:
         return np.asarray(np.memmap(self.path, self.dtype, "r", self.offset))
 
 
-def first_tokens(shards: Sequence[Shard], most: int) -> NDArray[np.int64]:
-    """Return the first tokens of a stream, `(n,)`, at most so many."""
+def first_tokens(shards: Sequence[Shard], most: int) -> NDArray[Any]:
+    """Return the first tokens of a stream, `(n,)`, at most so many, in the files' type."""
     parts = []
     for shard in shards:
-        parts.append(shard.tokens()[:most].astype(np.int64))
+        parts.append(shard.tokens()[:most])
         most -= len(parts[-1])
     return np.concatenate(parts)
 
