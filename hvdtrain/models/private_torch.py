@@ -30,7 +30,6 @@ __all__ = [
     "computed_node",
     "constant_when_compiled",
     "copy_all_",
-    "divide_all_",
     "divided_all",
     "function_modes",
     "functionalized_calls",
@@ -102,11 +101,6 @@ def without_modes() -> Any:
 def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source to its target, of the same shape; on GPUs by few kernels for all."""
     torch._foreach_copy_(targets, sources)
-
-
-def divide_all_(tensors: list[Tensor], by: float) -> None:
-    """Divide all; on GPUs by few kernels."""
-    torch._foreach_div_(tensors, by)
 
 
 def divided_all(tensors: list[Tensor], by: float) -> list[Tensor]:

@@ -268,6 +268,7 @@ def wrapped_optimizer(job: Job, model: nn.Module, components: list[Component]) -
     options: dict[str, Any] = {"accum_steps": job.plan.accum_steps, "op": comm.op}
     options["bucket_bytes"] = comm.bucket_mib << 20
     options["offload"] = job.is_offloaded
+    options["waits_for_caller"] = True
     options["warns_of_copies"] = False  # the order deals the samples out, and a data set may hold equal ones
     for component in components:
         options.update(component.wrap_options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import Ordered, owned_by
 from hvdtrain.optim.private_optimizer import SeenByScalers, without_record
+from hvdtrain.world.buckets import FIRST_BUCKET_BYTES
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.codecs import codec_of
 from hvdtrain.world.exchange import GradientExchange
@@ -61,6 +62,10 @@ class Averaging:
     shard: bool = False
     """Keep the optimizer's state in parts, one on each rank (`world/sharded.py`). The optimizer's groups then hold this
     rank's pieces, and their `grad` is its part of the mean: for the trainer, which clips and saves by them."""
+    waits_for_caller: bool = False
+    """Average in `synchronize`, or in `step`, alone where all gradients are so few that backward could send none of
+    them before its end: then nothing is called for each of them. For the trainer, and for whoever calls `synchronize`
+    once a step, after its last backward pass and before gradients are looked at."""
     offload: bool = False
     """Keep the optimizer's state in host memory, and take it to the parameters' device a part at a time."""
     warns_of_copies: bool = True
@@ -78,6 +83,11 @@ class Averaging:
             raise ConfigError("--comm.op adasum works on full gradients: leave out --comm.compression")
         if self.has_square and (self.op == "adasum" or is_compressed):
             raise ConfigError(_NO_SQUARE)
+
+    def follows(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Return whether what backward adds to their gradients is noted: not where all of it leaves at its end."""
+        room = min(FIRST_BUCKET_BYTES, self.bucket_bytes)
+        return not self.waits_for_caller or sum(parameter.nbytes for parameter in parameters) > room
 
     def codec(self) -> Codec:
         """Return the codec, a new one where it was named."""

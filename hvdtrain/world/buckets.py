@@ -194,7 +194,8 @@ class Bucket:
         """
         size = 1 if self._is_native else self._world.size
         self._leave_to_holders()
-        fill(self._views, self._users, [parameter.grad for parameter in self.parameters], size)
+        own = [parameter.grad for parameter in self.parameters]
+        fill(self._numbers, self._views, self._users, own, size)
         if self.question is not None:
             self.question.write(self._users, self._world.size // size)
         if len(self.square):  # divided by the ranks once instead of twice: the sum over them is the mean

@@ -7,8 +7,9 @@ repeated bit by bit.
 
 A *window* is `accum_steps` backward passes. At the end of the last of them, still inside `backward()`, all gradients
 are averaged: what follows in a loop, be it clipping, unscaling or noise, sees the mean as it would on one process. A
-rank that had fewer passes averages in `synchronize`, at the latest before its step. A window more in the same step
-averages again what `.grad` holds then: its equal part stays what it is, and the new part is averaged.
+rank that had fewer passes averages in `synchronize`, at the latest before its step; so do all where the model is small
+and the caller waits for it (`Averaging.waits_for_caller`). A window more in the same step averages again what `.grad`
+holds then: its equal part stays what it is, and the new part is averaged.
 
 At the end of each bucket lies one number per parameter: the share of ranks that have a gradient for it. A parameter
 that no rank used keeps `grad = None`, as it would on one process, and is neither decayed nor moved.
@@ -89,7 +90,7 @@ class GradientExchange:
         self.layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
         self.layout.add(self._trainable())
-        self._arrivals = Arrivals.of(averaging, self._parameters())
+        self._arrivals = Arrivals.of(averaging, self._parameters()) if self._hooks else None
 
     @property
     def is_under_way(self) -> bool:
@@ -200,6 +201,8 @@ class GradientExchange:
 
     def watch_parameters(self) -> None:
         """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""
+        if not self._averaging.follows(self._parameters()):
+            return
         for parameter in self._parameters():
             if parameter not in self._hooks and (parameter.is_floating_point() or parameter.is_complex()):
                 self._hooks[parameter] = note_additions(weakref.ref(self), parameter)

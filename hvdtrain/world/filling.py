@@ -7,15 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvdtrain.models.private_torch import copy_all_, divide_all_, divided_all, zero_all_
+from hvdtrain.models.private_torch import copy_all_, divided_all, zero_all_
+
+# What a core keeps at hand: a second pass over it costs less than a call for each tensor.
+_FITS_A_CORE = 1 << 20
 
 
-def fill(views: Sequence[Tensor], users: Tensor, gradients: Sequence[Tensor | None], size: int) -> None:
+def fill(
+    numbers: Tensor, views: Sequence[Tensor], users: Tensor, gradients: Sequence[Tensor | None], size: int
+) -> None:
     """Put each gradient, divided by the number of ranks, into its part of the buffer; zeros where there is none.
 
     Args:
-        views: the parts, of one type; a gradient may be its part already.
-        users: `(n,)`, becomes 1 / size for each gradient that there is, else 0.
+        numbers: the buffer, `(n,)`.
+        views: its parts, of one type; a gradient may be its part already.
+        users: `(len(views),)`, becomes 1 / size for each gradient that there is, else 0.
         gradients: as many, dense or sparse.
         size: number of ranks; 1 where the sum is divided afterwards.
     """
@@ -23,8 +29,9 @@ def fill(views: Sequence[Tensor], users: Tensor, gradients: Sequence[Tensor | No
     for i, gradient in enumerate(gradients):
         if gradient is None:
             users[i] = 0
-    if users.is_cuda and not any(gradient is not None and gradient.is_sparse for gradient in gradients):
-        fill_at_once(views, gradients, size)
+    is_dense = not any(gradient is not None and gradient.is_sparse for gradient in gradients)
+    if is_dense and (users.is_cuda or numbers.nbytes <= _FITS_A_CORE):
+        fill_at_once(numbers, views, gradients, size)
     else:
         fill_one_by_one(views, gradients, size)
 
@@ -42,8 +49,8 @@ def fill_one_by_one(views: Sequence[Tensor], gradients: Sequence[Tensor | None],
             torch.div(gradient.to(_divided_as(gradient.dtype, view.dtype)), size, out=view)
 
 
-def fill_at_once(views: Sequence[Tensor], gradients: Sequence[Tensor | None], size: int) -> None:
-    """Take a few kernels for all of them, on GPUs, where each has its price; the same numbers."""
+def fill_at_once(numbers: Tensor, views: Sequence[Tensor], gradients: Sequence[Tensor | None], size: int) -> None:
+    """Take a few calls for all of them: on GPUs, and for little, each has its price. The same numbers."""
     empty = [view for view, gradient in zip(views, gradients, strict=True) if gradient is None]
     pairs = [(view, real(own.detach())) for view, own in zip(views, gradients, strict=True) if own is not None]
     if empty:
@@ -51,11 +58,14 @@ def fill_at_once(views: Sequence[Tensor], gradients: Sequence[Tensor | None], si
     if pairs and (wide := _divided_as(pairs[0][1].dtype, views[0].dtype)) != views[0].dtype:
         # Divided before it is rounded: fp16 may be too narrow for it, and would round it twice.
         copy_all_([view for view, _ in pairs], divided_all([gradient.to(wide) for _, gradient in pairs], size))
-    elif pairs:
-        moved = [(view, gradient) for view, gradient in pairs if view.data_ptr() != gradient.data_ptr()]
-        if moved:
-            copy_all_([view for view, _ in moved], [gradient for _, gradient in moved])
-        divide_all_([view for view, _ in pairs], size)
+        return
+    moved = [(view, gradient) for view, gradient in pairs if view.data_ptr() != gradient.data_ptr()]
+    if moved:
+        copy_all_([view for view, _ in moved], [gradient for _, gradient in moved])
+    if size & (size - 1):
+        numbers.div_(size)
+    elif size > 1:  # the same bits, in half the time
+        numbers.mul_(1 / size)
 
 
 def _divided_as(gradient: torch.dtype, view: torch.dtype) -> torch.dtype:

@@ -156,7 +156,7 @@ class ShardedBucket(Bucket):
             views.append(numbers.view(real(parameter.detach()).shape) if whole else like(numbers, parameter))
             offset += len(numbers)
         gradients = [parameter.grad for parameter in self.parameters]
-        fill(views, self._users, gradients, self._world.size)
+        fill(wire, views, self._users, gradients, self._world.size)
         self._had = [gradient is not None for gradient in gradients]
         if self._has_square:
             self.square.copy_(torch.dot(wire, wire) * self._world.size)

@@ -670,3 +670,80 @@ def test_an_addition_to_what_was_sent_is_refused():
         return True
 
     assert run_ranks(2, work) == [True, True]
+
+
+def hooks_of(optimizer):
+    return len(optimizer._exchange._hooks)
+
+
+def test_a_small_model_is_averaged_when_its_caller_asks_and_is_left_alone_before():
+    """The same numbers, bit by bit, for gradients that are there, frozen, and missing on one rank or on all."""
+
+    whole = network()
+    whole.add_module("rare", torch.nn.Linear(6, 3).double())
+    whole.add_module("never", torch.nn.Linear(2, 2).double())
+
+    def work(world, waits):
+        model = copy.deepcopy(whole)
+        model[0].bias.requires_grad_(False)
+        optimizer = world.wrap(sgd(model), model, waits_for_caller=waits, accum_steps=2)
+        found = []
+        for step in range(4):
+            model[0].bias.requires_grad_(step > 1)
+            x, y = (share(world, part) for part in data(step))
+            optimizer.zero_grad()
+            for _ in range(2):
+                logits = model[2](model[1](model[0](x)))
+                logits = logits + (model.rare(x) if world.rank and step else 0)
+                F.cross_entropy(logits, y).backward()
+            own = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.synchronize()
+            mean = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+            found.append((own, mean, [p.detach().clone() for p in model.parameters()]))
+            optimizer.step()
+        return hooks_of(optimizer), found
+
+    def same(ours, theirs):
+        return all(a is b if a is None or b is None else a.equal(b) for a, b in zip(ours, theirs, strict=True))
+
+    late, usual = (run_ranks(2, lambda world, waits=waits: work(world, waits)) for waits in (True, False))
+    assert [hooks for hooks, _ in late] == [0, 0]
+    assert [hooks for hooks, _ in usual] == [8, 8]
+    for (_, ours), (_, theirs) in zip(late, usual, strict=True):
+        for (own, mean, weights), (_, others_mean, others_weights) in zip(ours, theirs, strict=True):
+            assert same(mean, others_mean)
+            assert same(weights, others_weights)
+            assert mean[-1] is None
+            assert not same(own[:1], mean[:1])  # each rank's own until then
+    assert largest(late[0][1][0][2], late[0][1][3][2]) > 0
+
+
+def test_a_step_averages_what_nobody_has_asked_for_before():
+    def work(world):
+        model = network()
+        return train(model, world.wrap(sgd(model), model, waits_for_caller=True), 3, lambda t: share(world, t))
+
+    alone = network()
+    expected = train(alone, sgd(alone), 3)
+    assert all(largest(weights, expected) < 1e-12 for weights in run_ranks(2, work))
+
+
+def test_backward_is_followed_again_where_a_model_has_grown_beyond_one_small_part():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model, waits_for_caller=True)
+        before = hooks_of(optimizer)
+        model.add_module("more", torch.nn.Linear(6, 30_000).double())
+        optimizer.add_param_group({"params": [*model.more.parameters()]})
+        model.more(torch.ones(1, 6).double() * world.rank).sum().backward()
+        return before, hooks_of(optimizer), model.more.weight.grad[0, 0].item(), model[0].weight.grad
+
+    assert run_ranks(2, work) == [(0, 6, 0.5, None)] * 2
+
+
+def test_a_model_of_several_parts_is_followed_whoever_waits():
+    def work(world):
+        model = network()
+        return hooks_of(world.wrap(sgd(model), model, waits_for_caller=True, bucket_bytes=100))
+
+    assert run_ranks(2, work) == [4, 4]

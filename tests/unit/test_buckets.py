@@ -10,6 +10,10 @@ from hvdtrain.world import Averaging, EchoWorld, buckets
 from hvdtrain.world.filling import fill_at_once, fill_one_by_one
 
 
+def _one_by_one(wire, views, gradients, size):
+    fill_one_by_one(views, gradients, size)
+
+
 def test_buckets_cover_every_parameter_once_in_reverse(monkeypatch):
     monkeypatch.setattr(buckets, "FIRST_BUCKET_BYTES", 40)
     parameters = [Parameter(torch.zeros(n)) for n in (200, 30, 50, 20, 6, 3)]
@@ -65,31 +69,36 @@ def test_types_do_not_mix():
         (torch.bfloat16, torch.float16),
     ],
 )
-def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype, in_buffer):
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_is_filled_at_once_is_what_is_filled_one_by_one(dtype, in_buffer, size):
     """Bit by bit: gradients that are missing, not contiguous, or lie in the buffer already."""
     shapes = [(3, 4), (5,), (2, 3)]
     filled = []
-    for fill in (fill_one_by_one, fill_at_once):
+    for fill in (_one_by_one, fill_at_once):
         generator = torch.Generator().manual_seed(1)
         numbers = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
         wide = (2,) if dtype.is_complex else ()
-        views = [torch.full((*shape, *wide), 9.0, dtype=in_buffer) for shape in shapes]
-        fill(views, [numbers[0].t().contiguous().t(), None, numbers[2]], 3)
+        wholes = [torch.empty(*shape, *wide) for shape in shapes]
+        wire = torch.full((sum(whole.numel() for whole in wholes),), 9.0, dtype=in_buffer)
+        parts = wire.split([whole.numel() for whole in wholes])
+        views = [part.view(whole.shape) for part, whole in zip(parts, wholes, strict=True)]
+        fill(wire, views, [numbers[0].t().contiguous().t(), None, numbers[2]], size)
         filled.append([view.clone() for view in views])
-        fill(views, [torch.view_as_complex(view) if wide else view for view in views], 3)
+        fill(wire, views, [torch.view_as_complex(view) if wide else view for view in views], size)
         filled[-1] += views
     assert all(torch.equal(a, b) for a, b in zip(*filled, strict=True))
     assert filled[0][1].count_nonzero() == 0
     assert filled[0][0].count_nonzero() > 0
 
 
-@pytest.mark.parametrize("fill", [fill_one_by_one, fill_at_once])
+@pytest.mark.parametrize("fill", [_one_by_one, fill_at_once])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_part_of_the_mean_fits_into_fp16_where_the_whole_gradient_does_not(fill, dtype):
     """Nor is it rounded before it is divided, which would round it twice."""
     gradients = [torch.tensor([1e5, -2e5], dtype=dtype), torch.tensor([2049.0], dtype=dtype)]
-    views = [torch.zeros_like(gradient, dtype=torch.float16) for gradient in gradients]
-    fill(views, gradients, 6)
+    wire = torch.zeros(sum(map(len, gradients)), dtype=torch.float16)
+    views = wire.split([len(gradient) for gradient in gradients])
+    fill(wire, views, gradients, 6)
     assert all(torch.equal(view, (own.double() / 6).half()) for view, own in zip(views, gradients, strict=True))
 
 

@@ -224,7 +224,7 @@ def test_gradients_are_put_into_a_bucket_by_a_few_operators():
     views, gradients = list(wire.split(8)), [torch.randn(8) for _ in range(30)]
     for given, count in ((gradients, 2), (views, 1), ([None, *gradients[1:]], 3)):
         with Operators() as operators:
-            fill_at_once(views, given, 2)
+            fill_at_once(wire, views, given, 2)
         assert sum(operators.names.values()) == count
 
 
