@@ -1,14 +1,33 @@
-"""What ranks had for themselves, where a run goes on by settings that have no use for it: said, and dropped."""
+"""What a checkpoint holds, where a run goes on by settings or code that have no use for it: said, and dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvdtrain.trainer.component import Component
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
+
+
+# That they are missing follows from the number of ranks, and is no loss: or is told by whoever stands in for them.
+_TOLD_ELSEWHERE = {"bucket_order", "outer"}
+
+
+def dropped_lines(components: Sequence[Component], states: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line about saved states that no component takes, if there are any.
+
+    Args:
+        components: of the run that goes on.
+        states: of the checkpoint, by the components' names.
+    """
+    names = sorted(states.keys() - {component.name for component in components} - _TOLD_ELSEWHERE)
+    if names:
+        yield (
+            f"WARNING: the checkpoint also holds the state of {', '.join(names)}: this run, by its settings and code,"
+            " has no such part, and it is dropped"
+        )
 
 
 class LeftBehind(Component):

@@ -179,6 +179,14 @@ def restore(job: Job, component: Component, states: Mapping[str, Any]) -> None:
         component.load_state_dict(saved)
 
 
+def restore_optimizer(job: Job, training: Training, state: Any) -> None:
+    """Load what a checkpoint has of the optimizer; None: it comes from rank 0."""
+    if state is None:
+        return
+    with in_a_sentence(job):
+        training.optimizer.load_state_dict(state)
+
+
 def resting_tensors(training: Training) -> list[Tensor]:
     """Return what an update alone changes: parameters, and what the optimizer keeps of them."""
     return [*training.model.parameters(), *optimizer_tensors(training).values()]

@@ -23,6 +23,7 @@ from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import checked_optimizer
 from hvdtrain.trainer.job import Job
+from hvdtrain.trainer.left_behind import dropped_lines
 from hvdtrain.trainer.model import prepare_model
 from hvdtrain.trainer.odd_state import in_a_sentence
 from hvdtrain.trainer.peaks import product_type
@@ -30,7 +31,7 @@ from hvdtrain.trainer.randomness import MicroBatchRandomness
 from hvdtrain.trainer.rank_figures import RankFigures
 from hvdtrain.trainer.rates import GroupRates
 from hvdtrain.trainer.same_data import compare_data
-from hvdtrain.trainer.saved_state import handed_out, read_latest, restore
+from hvdtrain.trainer.saved_state import handed_out, read_latest, restore, restore_optimizer
 from hvdtrain.trainer.snapshot import Snapshot
 from hvdtrain.trainer.strategy import Strategy
 from hvdtrain.trainer.values import storable
@@ -234,7 +235,7 @@ def start_training(job: Job) -> Training:
         training.num_steps_then, training.best_loss = state.get("num_steps"), state.get("best_loss", math.inf)
         own = job.strategy.part_of_state(world, training, of_optimizer)
         del of_optimizer  # not twice, while there is no need
-        world.together(lambda: _restore_optimizer(job, training, own), "restore.optimizer")
+        world.together(lambda: restore_optimizer(job, training, own), "restore.optimizer")
         del own
     world.broadcast_state(model, training.optimizer if job.strategy.shares_state else None)
     world.together(lambda: _begin(job, training, state), "begin")
@@ -256,6 +257,8 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
         if state is not None:
             with in_a_sentence(job):
                 restore(job, component, state["components"])
+    for line in dropped_lines(training.components, state["components"]) if state is not None else ():
+        job.log.say(line)
     check_can_be_saved(training.model)
     training.shapes = shapes_of(training.model)
     storable(extra_state(training.model), "the model's state_dict()")
@@ -277,13 +280,6 @@ def wrapped_optimizer(job: Job, model: nn.Module, components: list[Component]) -
     if product_type(job.config.train.precision) == torch.bfloat16:
         multiply_in_bf16(optimizer)
     return job.strategy.wrap(job.world, optimizer, model, **options), rates
-
-
-def _restore_optimizer(job: Job, training: Training, state: Any) -> None:
-    if state is None:  # it comes from rank 0
-        return
-    with in_a_sentence(job):
-        training.optimizer.load_state_dict(state)
 
 
 def replicated_tensors(training: Training, with_optimizer: bool = True) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,8 @@ class Line(hvdtrain.Recipe):
     """Ask for a stop in the middle."""
     breaks_at: int = 1_000
     """Steps before the first whose loss is not finite."""
+    counts: bool = False
+    """Have a callback that counts steps."""
 
     def build(self, say):
         x = torch.linspace(-1, 1, 20).unsqueeze(1)
@@ -50,7 +53,23 @@ class Line(hvdtrain.Recipe):
             return {"loss": loss * float("nan") if count >= self.breaks_at else loss}
 
         data = hvdtrain.TensorSamples(x, 3 * x)
-        return hvdtrain.Task(model=model, train_data=data, val_data=data, loss_sums=loss_sums)
+        callbacks = [Counting()] if self.counts else []
+        return hvdtrain.Task(model=model, train_data=data, val_data=data, loss_sums=loss_sums, callbacks=callbacks)
+
+
+class Counting:
+    """A callback that goes on counting."""
+
+    count = 0
+
+    def after_step(self, run):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +163,32 @@ def test_a_stop_is_raised_and_the_same_call_continues(tmp_path):
     result = hvdtrain.train(RECIPE, run_dir=tmp_path / "run", allow_config_change=("stops",))
     whole = hvdtrain.train(RECIPE, run_dir=tmp_path / "whole")
     assert result == hvdtrain.TrainResult(whole.metrics, tmp_path / "run", 8)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dropped"),
+    [
+        ({"train.ema": 0.9}, {}, "ema"),
+        ({"train.ema": 0.9, "eval.patience": 9}, {}, "early_stopping, ema"),
+        ({"train.ema": 0.9}, {"train.ema": 0.9}, None),
+        ({"train.ema": 0.9}, {"train.ema": 0.8}, None),
+        ({}, {"train.ema": 0.9}, None),
+        ({"counts": True}, {}, r"callback\.Counting\.1"),
+        ({"counts": True}, {"counts": True}, None),
+    ],
+)
+def test_what_a_run_that_goes_on_has_no_use_for_is_named(tmp_path, capsys, before, after, dropped):
+    """By its settings, such as an average of weights, or by a user's own code, such as a callback."""
+    every = {"eval.every": 2}
+    with pytest.raises(hvdtrain.StopRequested):
+        hvdtrain.train(RECIPE, run_dir=tmp_path / "run", stops=True, **every, **before)
+    changed = ("stops", "counts", "train.ema", "eval.patience")
+    capsys.readouterr()
+    hvdtrain.train(RECIPE, run_dir=tmp_path / "run", allow_config_change=changed, **every, **after)
+    said = capsys.readouterr().out
+    assert said.count("the checkpoint also holds") == (dropped is not None), said
+    if dropped:
+        assert re.search(f"holds the state of {dropped}: .*it is dropped", said)
 
 
 def test_a_users_exception_reaches_the_program(tmp_path):
