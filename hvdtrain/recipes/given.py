@@ -16,7 +16,7 @@ from hvdtrain.settings.common import full_name
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.paths import check_path
 from hvdtrain.settings.units import shortened
-from hvdtrain.settings.values import Source, Words, flattened
+from hvdtrain.settings.values import MisfitError, Source, Words, flattened
 from hvdtrain.trainer.task import Recipe
 
 # Of a recipe's own warm-up that is longer than the user's run, this share of the run is left.
@@ -43,7 +43,7 @@ def apply(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     defaults = recipe = dataclasses.replace(recipe, optim=own_class(recipe.optim))
     for number, (values, source) in enumerate(layers):
         recipe = _with_optimizer(recipe, values, source, layers[:number])
-        recipe = merge(_without_replaced(recipe, layers[: number + 1]), values, source)
+        recipe = _merged(_without_replaced(recipe, layers[: number + 1]), layers[number:])
     recipe = _with_warmup_that_fits(recipe, layers)
     resolved = recipe.resolve()
     for values, source in layers:
@@ -103,6 +103,30 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is not TOML that can be read: brackets within brackets without end") from error
+
+
+def _merged(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+    """Return the recipe with the values of the first layer, and where these alone do not fit, of the others, too.
+
+    A file may hold one of two settings that belong together, and a flag the other.
+
+    Raises:
+        ConfigError: a value is wrong, or they do not fit with those of the others either.
+    """
+    (values, source), *others = layers
+    try:
+        return merge(recipe, values, source)
+    except MisfitError as error:
+        sections = [found for given, _ in layers if isinstance(found := given.get(error.section), Mapping)]
+        whole = {name.replace("-", "_"): value for section in sections for name, value in section.items()}
+        if len(sections) < 2 or whole == values.get(error.section):
+            raise
+        try:
+            return _merged(recipe, [({**values, error.section: whole}, source), *others])
+        except MisfitError:
+            raise
+        except ConfigError:  # another layer holds what is wrong: it would be blamed on this one
+            raise error from None
 
 
 def _with_optimizer(recipe: Recipe, values: Mapping[str, Any], source: Source, before: Sequence[Layer]) -> Recipe:

@@ -120,6 +120,40 @@ def test_the_same_settings_with_what_they_need_are_taken(tmp_path):
     assert parse("lm --data.tokenizer bpe --data.vocab-size 300").data.vocab_size == 300
 
 
+@pytest.mark.parametrize(
+    ("in_file", "flag"),
+    [
+        ({"model": {"hidden_size": 300}}, ("model.num_heads", "3")),
+        ({"model": {"num-kv-heads": 3}, "train": {"steps": 5}}, ("model.num_heads", "6")),
+        ({"comm": {"sync": "local", "fragments": 64}}, ("comm.period", "100")),
+        ({"optim": {"lr_rule": "sqrt"}}, ("optim.reference_batch", "64")),
+        ({"data": {"packing": "documents", "path": "tokens.bin"}}, ("data.packing", "stream")),
+    ],
+    ids=str,
+)
+def test_a_file_may_hold_one_of_two_settings_and_a_flag_the_other(in_file, flag):
+    name, word = flag
+    in_file = {"model": {}, **in_file}
+    if name == "model.num_heads":
+        in_file["model"] = {"hidden_size": 300, **in_file["model"]}
+    with pytest.raises(ConfigError, match=r"^half\.toml: "):
+        apply(load_recipe("lm"), [(in_file, Source("half.toml"))])
+    given = apply(load_recipe("lm"), [(in_file, Source("half.toml")), (nested({name: Words((word,))}), COMMAND_LINE)])
+    section, _, last = name.partition(".")
+    assert str(getattr(getattr(given, section), last)) == word
+
+
+def test_values_of_a_file_and_of_a_flag_that_do_not_fit_are_refused_as_they_are():
+    file = ({"model": {"hidden_size": 300}}, Source("half.toml"))
+    with pytest.raises(ConfigError, match=r"^half\.toml: hidden_size = 300 must give each of 7 heads"):
+        apply(load_recipe("lm"), [file, (nested({"model.num_heads": Words(("7",))}), COMMAND_LINE)])
+    with pytest.raises(ConfigError, match="hidden_size = 300 must give each of 4 heads"):
+        apply(load_recipe("lm"), [file, ({"model": {"unknown": 7}}, Source("other.toml"))])
+    wrong = ({"model": {"hidden_size": "x"}}, Source("half.toml"))
+    with pytest.raises(ConfigError, match=r"half\.toml.*hidden_size"):
+        apply(load_recipe("lm"), [wrong, (nested({"model.hidden_size": Words(("64",))}), COMMAND_LINE)])
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_resolved_settings_load_back(name):
     """A file of resolved settings names every default; none of them counts as a wish without effect."""
