@@ -26,7 +26,7 @@ from pathlib import Path
 from hvdtrain.install import recipe as recipes
 from hvdtrain.install.clone import other_environment
 from hvdtrain.install.output import tell
-from hvdtrain.install.preflight import BUILD_BYTES, SetupError, check_disk_space, explain_failure, find_compiler
+from hvdtrain.install.preflight import BUILD_BYTES, SetupError, check_disk_space, compiler_command, explain_failure
 from hvdtrain.install.recipe import HOROVOD_VERSION, SDIST_SHA256, Gpu, Recipe, Torch
 
 MINIMUM_TORCH = (2, 6)
@@ -66,12 +66,12 @@ def check_torch_version(version: str) -> None:
 
 def check_compiler_standard(standard: int) -> None:
     """Raise `SetupError` unless the compiler takes the C++ standard that torch's headers demand."""
-    compiler = find_compiler() or "c++"
-    command = [compiler, f"-std=c++{standard}", "-x", "c++", "-fsyntax-only", "-"]
+    compiler = compiler_command() or ["c++"]
+    command = [*compiler, f"-std=c++{standard}", "-x", "c++", "-fsyntax-only", "-"]
     probe = "#include <optional>\nint main() { return std::optional<int>(0).value(); }\n"
     if subprocess.run(command, input=probe, text=True, capture_output=True, check=False).returncode != 0:
         raise SetupError(
-            f"{compiler} cannot compile C++{standard}, which the headers of the installed torch demand.",
+            f"{' '.join(compiler)} cannot compile C++{standard}, which the headers of the installed torch demand.",
             "`module load gcc`, or conda install -c conda-forge gxx, then `export CXX=<the newer compiler>`",
         )
 

@@ -77,10 +77,14 @@ def install_command(*needs: str) -> str:
     return f"sudo {manager} install {' '.join(names)}"
 
 
-def find_compiler(environ: dict[str, str] | os._Environ[str] = os.environ) -> str | None:
-    """Return the C++ compiler that CMake will take: `CXX`, or the first one on PATH."""
-    candidates = [environ["CXX"].split()[0]] if environ.get("CXX", "").strip() else ["c++", "g++", "clang++"]
-    return next((path for name in candidates if (path := shutil.which(name))), None)
+def compiler_command(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the C++ compiler that CMake will take: all words of `CXX`, or the first one on PATH; empty without one."""
+    given = environ.get("CXX", "").split()
+    for name, *more in [given] if given else [["c++"], ["g++"], ["clang++"]]:
+        path = shutil.which(name)
+        if path:
+            return [path, *more]  # more than one: "ccache g++"
+    return []
 
 
 def find_cuda(environ: Mapping[str, str]) -> tuple[str, str] | None:
@@ -109,7 +113,7 @@ def output_of(*command: str) -> str:
 def check_tools(*, with_build: bool, with_venv: bool) -> None:
     """Raise one `SetupError` for all that is missing to build Horovod, and to make a virtual environment."""
     missing = {}
-    if with_build and find_compiler() is None:
+    if with_build and not compiler_command():
         missing["c++"] = "no C++ compiler is on PATH"
     if with_build and shutil.which("make") is None:
         missing["make"] = "`make` is not on PATH"

@@ -19,7 +19,7 @@ from pathlib import Path
 from hvdtrain.install import preflight
 from hvdtrain.install.edits import Edit, edits
 from hvdtrain.install.engine import engine_edits
-from hvdtrain.install.preflight import SetupError, find_compiler, output_of
+from hvdtrain.install.preflight import SetupError, compiler_command, output_of
 
 HOROVOD_VERSION = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -192,8 +192,8 @@ def find_gpu(torch: Torch, environ: Mapping[str, str], nccl_folders: list[Path],
 
 def describe_compiler() -> str:
     """Return the compiler's own account of itself, one line."""
-    compiler = find_compiler()
-    return next(iter(output_of(compiler, "--version").splitlines()), "unknown") if compiler else "none"
+    compiler = compiler_command()
+    return next(iter(output_of(*compiler, "--version").splitlines()), "unknown") if compiler else "none"
 
 
 def build_settings(environ: Mapping[str, str], cpu_flags: set[str]) -> tuple[tuple[str, str], ...]:

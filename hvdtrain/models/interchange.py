@@ -115,7 +115,7 @@ def read_shape(folder: Path) -> Shape:
         num_kv_heads=_whole({"num_key_value_heads": heads, **_without_none(values)}, "num_key_value_heads", folder),
         intermediate_size=_whole(values, "intermediate_size", folder),
         rope_theta=_real({**values, **_without_none(rope)}, "rope_theta", 10000.0, folder),
-        norm_eps=_real(values, "rms_norm_eps", 1e-6, folder),
+        norm_eps=_real(values, "rms_norm_eps", 1e-6, folder, may_be_zero=True),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     )
     vocab_size = _whole(values, "vocab_size", folder)
@@ -163,10 +163,13 @@ def _whole(values: dict[str, Any], name: str, folder: Path) -> int:
     return value
 
 
-def _real(values: dict[str, Any], name: str, default: float, folder: Path) -> float:
-    value = values.get(name) or default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-        raise DataError(f"{folder / 'config.json'}: {name} = {str(value)[:80]}; it must be a number above 0")
+def _real(values: dict[str, Any], name: str, default: float, folder: Path, may_be_zero: bool = False) -> float:
+    value = values.get(name)
+    value = default if value is None else value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (0 < value < 1e30 or (may_be_zero and value == 0)):
+        wanted = "that is not negative" if may_be_zero else "above 0"
+        raise DataError(f"{folder / 'config.json'}: {name} = {str(value)[:80]}; it must be a number {wanted}")
     return float(value)
 
 

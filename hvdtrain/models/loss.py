@@ -93,7 +93,9 @@ def chunked_loss(
         linear: computes `x @ weight.T`.
     """
     flat = hidden.flatten(0, 1)
-    loss: Tensor = _ChunkedLoss.apply(flat, weight, targets.flatten(), chunk, linear)  # type: ignore[no-untyped-call]
+    # Within `forward` nobody can tell: gradients are off there, and `needs_input_grad` goes by the tensors alone.
+    needs_any = torch.is_grad_enabled()
+    loss: Tensor = _ChunkedLoss.apply(flat, weight, targets.flatten(), chunk, linear, needs_any)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -108,8 +110,9 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         linear: Callable[[Tensor, Tensor], Tensor],
+        needs_any: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight = (needs_any and needs for needs in ctx.needs_input_grad[:2])
         needs_any = needs_hidden or needs_weight
         weight_dtype, weight, inputs = weight.dtype, _as_multiplied(weight), _as_multiplied(hidden)
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -148,7 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return (
             None if grad_hidden is None else (grad_hidden * factor).to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * factor).to(ctx.weight_dtype),
-            *[None] * 3,
+            *[None] * 4,
         )
 
 

@@ -78,9 +78,9 @@ def sample(
 ) -> Iterator[list[int | None]]:
     """Continue prompts: yield the next token of each, None for those that are done. The training mode stays as it was.
 
-    The model is shown at most `context_length` tokens of a row. Whenever there would be more, its older half is dropped
-    and the rest read again. Random numbers come from generators of their own on the CPU: the same
-    seed draws the same numbers on any device and disturbs no one else's.
+    The model is shown at most `context_length` tokens of a row. Whenever there would be more, the older half of them is
+    dropped and the rest read again. Random numbers come from generators of their own on the CPU: the same seed draws
+    the same numbers on any device and disturbs no one else's.
 
     Args:
         model: the model.

@@ -31,9 +31,9 @@ def decay_groups(model: nn.Module, parameters: list[nn.Parameter], weight_decay:
     so are embeddings with sparse gradients, which torch cannot decay.
     """
     sparse = sparse_weights(model)
-    decayed = [parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in sparse]
+    decayed = {parameter for parameter in parameters if parameter.ndim >= 2 and id(parameter) not in sparse}
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in parameters if all(p is not other for other in decayed)], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter in decayed], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter not in decayed], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

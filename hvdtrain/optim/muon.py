@@ -34,12 +34,14 @@ class MuonConfig(AdamWConfig):
         from hvdtrain.optim.orthogonal import Muon
 
         hidden = _hidden_matrices(model)
-        rest = [p for p in trainable(model) if all(p is not other for other in hidden)]
+        own = set(hidden)
+        rest = [p for p in trainable(model) if p not in own]
         parts: list[torch.optim.Optimizer] = []
         if hidden:
             parts.append(Muon(hidden, self.peak_lr, self.weight_decay, self.momentum))
         wide = [p for p in rest if p.ndim >= 2 and self.embedding_lr_factor != 1]
-        for some, factor in (wide, self.embedding_lr_factor), ([p for p in rest if all(p is not w for w in wide)], 1.0):
+        others = [p for p in rest if p.ndim < 2 or self.embedding_lr_factor == 1]
+        for some, factor in (wide, self.embedding_lr_factor), (others, 1.0):
             if some:
                 parts.append(build_adamw(replace(self, peak_lr=self.peak_lr * factor), model, some))
         return Composite([group for part in parts for group in part.param_groups], parts)
@@ -54,4 +56,4 @@ def _hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ends = {*embeddings, *(linear.weight for linear in linears[-1:])}
-    return [p for p in trainable(model) if p.ndim == 2 and all(p is not end for end in ends)]
+    return [p for p in trainable(model) if p.ndim == 2 and p not in ends]

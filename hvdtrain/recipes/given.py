@@ -16,7 +16,7 @@ from hvdtrain.settings.common import full_name
 from hvdtrain.settings.fields import fields_of
 from hvdtrain.settings.paths import check_path
 from hvdtrain.settings.units import shortened
-from hvdtrain.settings.values import Source, Words, flattened
+from hvdtrain.settings.values import MisfitError, Source, Words, flattened
 from hvdtrain.trainer.task import Recipe
 
 # Of a recipe's own warm-up that is longer than the user's run, this share of the run is left.
@@ -43,11 +43,11 @@ def apply(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     defaults = recipe = dataclasses.replace(recipe, optim=own_class(recipe.optim))
     for number, (values, source) in enumerate(layers):
         recipe = _with_optimizer(recipe, values, source, layers[:number])
-        recipe = merge(_without_replaced(recipe, layers[: number + 1]), values, source)
+        recipe = _merged(_without_replaced(recipe, layers[: number + 1]), layers[number:])
     recipe = _with_warmup_that_fits(recipe, layers)
     resolved = recipe.resolve()
-    for values, source in layers:
-        _refuse_without_effect(values, source, (defaults, recipe, resolved))
+    for values, source in reversed(layers):  # the last one that gives a setting is the one to be told
+        _refuse_without_effect(values, source, defaults, recipe, resolved)
     return resolved
 
 
@@ -103,6 +103,30 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise ConfigError(f"{path} is not TOML that can be read: brackets within brackets without end") from error
+
+
+def _merged(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
+    """Return the recipe with the values of the first layer, and where these alone do not fit, of the others, too.
+
+    A file may hold one of two settings that belong together, and a flag the other.
+
+    Raises:
+        ConfigError: a value is wrong, or they do not fit with those of the others either.
+    """
+    (values, source), *others = layers
+    try:
+        return merge(recipe, values, source)
+    except MisfitError as error:
+        sections = [found for given, _ in layers if isinstance(found := given.get(error.section), Mapping)]
+        whole = {name.replace("-", "_"): value for section in sections for name, value in section.items()}
+        if len(sections) < 2 or whole == values.get(error.section):
+            raise
+        try:
+            return _merged(recipe, [({**values, error.section: whole}, source), *others])
+        except MisfitError:
+            raise
+        except ConfigError:  # another layer holds what is wrong: it would be blamed on this one
+            raise error from None
 
 
 def _with_optimizer(recipe: Recipe, values: Mapping[str, Any], source: Source, before: Sequence[Layer]) -> Recipe:
@@ -206,23 +230,47 @@ def _with_warmup_that_fits(recipe: Recipe, layers: Sequence[Layer]) -> Recipe:
     return dataclasses.replace(recipe, optim=optim)
 
 
-def _refuse_without_effect(values: Mapping[str, Any], source: Source, stages: tuple[Config, Config, Config]) -> None:
+def _refuse_without_effect(
+    values: Mapping[str, Any], source: Source, defaults: Recipe, recipe: Recipe, resolved: Recipe
+) -> None:
     """Raise ConfigError where a setting that was given has no effect.
 
-    A file may hold what is the recipe's or anybody's default: the resolved settings of every run are such a file.
+    A file may hold what is the recipe's or anybody's default, or what it comes to where it is left out: the resolved
+    settings of every run are such a file.
+
+    Args:
+        values: of a layer.
+        source: where they come from.
+        defaults: the recipe without any layer.
+        recipe: with all of them.
+        resolved: the same, resolved.
     """
-    defaults, recipe, resolved = (flattened_settings(config) for config in stages)
-    unused = dict(stages[1].unused())
-    plain = {name: item.default for name, item, _ in fields_of(stages[1])}
+    own, given, found = (flattened_settings(config) for config in (defaults, recipe, resolved))
+    unused = dict(recipe.unused())
+    plain = {name: item.default for name, item, _ in fields_of(recipe)}
     for name in flattened(values):
-        harmless = (None, *((defaults.get(name), plain.get(name)) if source.file else ()))
-        if name in unused and recipe.get(name) not in harmless:
+        harmless = (None, *((own.get(name), plain.get(name)) if source.file else ()))
+        is_harmless = name not in unused or given.get(name) in harmless
+        if not (is_harmless or (source.file and given.get(name) == _left_out(recipe, defaults).get(name))):
             raise ConfigError(f"{source.name(name)} has no effect: {unused[name]}")
-        if recipe.get(name) != resolved.get(name):
+        if given.get(name) != found.get(name):
             raise ConfigError(
-                f"{source.name(name)} has no effect: it is {resolved.get(name)} in the model that the training begins"
-                " with"
+                f"{source.name(name)} has no effect: it is {found.get(name)} in the model that the training begins with"
             )
+
+
+def _left_out(recipe: Recipe, defaults: Recipe) -> dict[str, Any]:
+    """Return what all settings come to where those that have no effect are as in `defaults`, by their names."""
+    changes: dict[str, dict[str, Any]] = {}
+    for name, _ in recipe.unused():
+        section, _, last = name.rpartition(".")
+        if hasattr(getattr(defaults, section, None), last):  # another optimizer has other settings
+            changes.setdefault(section, {})[last] = getattr(getattr(defaults, section), last)
+    try:
+        sections = {name: dataclasses.replace(getattr(recipe, name), **values) for name, values in changes.items()}
+        return flattened_settings(dataclasses.replace(recipe, **sections).resolve())
+    except ConfigError:  # they do not fit together so
+        return {}
 
 
 def flattened_settings(config: Any, prefix: str = "") -> dict[str, Any]:

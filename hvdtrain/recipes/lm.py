@@ -69,10 +69,11 @@ class LanguageModel(Recipe):
         from hvdtrain.data.text.tokenizer import BYTE_VOCAB_SIZE
         from hvdtrain.models.interchange import read_shape
 
-        shape = read_shape(folder).config
-        given = {name: getattr(shape, name) for name in SHAPE} | {"init_embeddings": "random"}  # replaced by its own
+        shape = read_shape(folder)
+        given = {name: getattr(shape.config, name) for name in SHAPE}
+        given["init_embeddings"] = "random"  # replaced by its own
         data, tokenizer = self.data, folder / "tokenizer.json"
-        if tokenizer.exists() and (data.tokenizer == "bpe" or read_shape(folder).vocab_size != BYTE_VOCAB_SIZE):
+        if tokenizer.exists() and (data.tokenizer == "bpe" or shape.vocab_size != BYTE_VOCAB_SIZE):
             data = dataclasses.replace(data, tokenizer=str(tokenizer))
         return dataclasses.replace(self, model=dataclasses.replace(self.model, **given), data=data)
 

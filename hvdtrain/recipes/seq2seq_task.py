@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,9 @@ def _by_hash(whole: Callable[[PairReader], Iterator[Pair]], fraction: float) -> 
     """Return the splits of pairs whose sources are held out by a hash: equal sources are never apart."""
 
     def part(is_held_out: bool, reader: PairReader) -> Iterator[Pair]:
-        return (pair for pair in whole(reader) if (position(pair[0]) <= fraction) == is_held_out)
+        # Both parts read all lines: what cannot be used counts once.
+        own = replace(reader, num_skipped=0, skipped=[]) if is_held_out else reader
+        return (pair for pair in whole(own) if (position(pair[0]) <= fraction) == is_held_out)
 
     return {"train": partial(part, False), "val": partial(part, True)}
 
@@ -183,7 +186,6 @@ def _prepare(
         reader = PairReader(data.source_field, data.target_field, data.on_error)
         writer = PairWriter(encode, longest)
         for name, read in splits.items():
-            reader.num_skipped, reader.skipped = 0, []
             writer.write(new, name, read(reader))
         meta = {"too_long": writer.num_too_long, "num_skipped": reader.num_skipped, "skipped": reader.skipped}
         (new / "meta.json").write_text(json.dumps(meta))

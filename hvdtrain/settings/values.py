@@ -109,6 +109,13 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+class MisfitError(ConfigError):
+    """Settings of one section that are each right by themselves, and do not fit together."""
+
+    section = ""
+    """Its name; empty for that of a whole recipe."""
+
+
 def merge(config: T, values: Mapping[str, Any], source: str | Source = "the configuration", prefix: str = "") -> T:
     """Return `config` with `values` (nested, as from TOML) in place of its own.
 
@@ -120,6 +127,7 @@ def merge(config: T, values: Mapping[str, Any], source: str | Source = "the conf
 
     Raises:
         ConfigError: an unknown key (names the nearest real one), a value of the wrong type, or one out of its range.
+        MisfitError: values do not fit together.
     """
     source = Source(source) if isinstance(source, str) else source
     hints = hints_of(type(config))
@@ -141,9 +149,10 @@ def merge(config: T, values: Mapping[str, Any], source: str | Source = "the conf
     try:
         return dataclasses.replace(config, **changes)  # type: ignore[type-var]
     except ConfigError as error:
-        if not source.file or source.file in str(error):
-            raise
-        raise ConfigError(f"{source.file}: {error}") from error
+        is_complete = not source.file or source.file in str(error)
+        refusal = MisfitError(str(error) if is_complete else f"{source.file}: {error}")
+        refusal.section = prefix.removesuffix(".")
+        raise refusal from error
 
 
 def _says_section(source: Source, name: str, value: Any) -> str:

@@ -156,6 +156,16 @@ def test_a_compiler_without_the_standard_is_named(tmp_path, monkeypatch):
         build.check_compiler_standard(20)
 
 
+def test_all_words_of_cxx_are_the_compiler(tmp_path, monkeypatch):
+    compiler = script(tmp_path / "g++", 'case "$1" in --version) echo g++ 13;; -std=c++17) exit 0;; *) exit 1;; esac')
+    ccache = script(tmp_path / "ccache", 'exec "$@"')
+    monkeypatch.setenv("CXX", f"{ccache} {compiler}")
+    build.check_compiler_standard(17)
+    assert recipes.describe_compiler() == "g++ 13"
+    with pytest.raises(SetupError, match=r"ccache .*g\+\+ cannot compile C\+\+20"):
+        build.check_compiler_standard(20)
+
+
 def test_nccl_gets_the_plain_name_that_its_wheel_lacks(tmp_path):
     library = tmp_path / "wheel" / "libnccl.so.2"
     library.parent.mkdir()

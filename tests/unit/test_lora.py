@@ -16,7 +16,7 @@ from hvdtrain.errors import ConfigError, DataError, ResumeError
 from hvdtrain.models.elsewhere import weights_digest
 from hvdtrain.recipes import load_recipe
 from hvdtrain.recipes.hf import TransformersConfig, hf
-from hvdtrain.recipes.transformers_models.lora import Adapters, add_adapters, merged_weights, without_adapters
+from hvdtrain.recipes.transformers_models.lora import Adapters, adapter_layers, add_adapters, merged_weights
 from hvdtrain.rundir.trained import open_trained
 from hvdtrain.settings.files import sha256_of
 from hvdtrain.verbs.export import export
@@ -205,8 +205,11 @@ def test_shape_of_the_adapters(place):
     added = x @ layer.lora_A.default.weight.T @ layer.lora_B.default.weight.T
     expected = x @ layer.base_layer.weight.T + 12.0 / 3 * added
     torch.testing.assert_close(layer(x), expected)
-    with without_adapters(model):
-        assert torch.equal(model(input_ids=tokens).logits, before)
+    for layer in adapter_layers(model):
+        layer.enable_adapters(False)
+    assert torch.equal(model(input_ids=tokens).logits, before)
+    for layer in adapter_layers(model):
+        layer.enable_adapters(True)
     assert torch.equal(model(input_ids=tokens).logits, moved)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == names
     whole = load(place / "tiny")

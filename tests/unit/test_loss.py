@@ -135,6 +135,17 @@ def test_without_gradients_none_is_computed():
         loss = chunked_loss(hidden, weight, targets, 5)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, plain(hidden, weight, targets).detach())
+    hidden = hidden.detach().requires_grad_()
+    products = []
+
+    def product(x, y):
+        products.append(y.shape)
+        return torch.nn.functional.linear(x, y)
+
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            chunked_loss(hidden, weight, targets, hidden.shape[0] * hidden.shape[1], product)
+    assert products == [weight.shape] * 2  # the logits, and nothing for the gradients of an evaluation
     frozen = chunked_loss(hidden.detach(), weight, targets, 5)
     frozen.backward()
     assert weight.grad is not None

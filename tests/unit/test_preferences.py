@@ -251,6 +251,32 @@ def test_rows_by_parts_of_the_head_are_those_of_all_logits(family):
     assert whole.shape == (4,)
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_rows_do_not_keep_a_gradient_of_the_head_each(place, is_frozen):
+    task = build(place)
+    model, head = task.model, task.loss_sums.head
+    weight = model.get_output_embeddings().weight
+    assert head.is_linear
+    weight.requires_grad_(not is_frozen)
+    tokens, targets, _ = task.train_data.batch(torch.arange(3))
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = row_log_probs(model, head, tokens[:, 0], targets[:, 0], loss_bytes=4 * len(weight) * 5)
+    assert not [tensor for tensor in kept if tensor.shape == weight.shape and tensor.data_ptr() != weight.data_ptr()]
+    found[0].backward()  # of one row alone
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    row_log_probs(model, None, tokens[:1, 0], targets[:1, 0]).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_before_the_first_step_nothing_is_preferred(place):
     given = settings(place, "pairs.jsonl", steps=1)
     given["optim"]["peak_lr"] = 1e-12

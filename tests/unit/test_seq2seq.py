@@ -161,6 +161,16 @@ def test_settings_of_the_data(place):
     assert "vocabulary 300" not in build(place, vocab_size=400).description or plain.model.config.vocab_size < 300
 
 
+def test_lines_that_are_left_out_are_counted_once_in_all_files(place):
+    with (place / "pairs.tsv").open("a") as file:
+        file.write("no target\nnor here\n")
+    assert "left out:   2 lines that cannot be used" in build(place, on_error="skip").description
+    (place / "more.tsv").write_text("a\tb\nonly one\n")
+    apart = build(place, val_path=str(place / "more.tsv"), on_error="skip")
+    assert "left out:   3 lines that cannot be used, such as" in apart.description
+    assert "pairs.tsv, line 61 has one column" in apart.description
+
+
 def test_what_does_not_fit_is_told(place):
     both = EncoderDecoderConfig(path="somewhere", config=place / "pairs.tsv")
     with pytest.raises(ConfigError, match=r"give --model\.path, a model to begin with, or --model\.config"):

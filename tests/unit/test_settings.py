@@ -1,6 +1,7 @@
 """Every setting is declared once, is read somewhere or refused, and says itself what it may be."""
 
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -15,6 +16,8 @@ import tomli_w
 import hvdtrain
 from hvdtrain import cli, recipes
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.models.interchange import to_llama
 from hvdtrain.optim import table
 from hvdtrain.optim.schedule import check_schedule, describe_schedule, warmup_steps
 from hvdtrain.recipes import RECIPES, load_recipe
@@ -118,6 +121,56 @@ def test_the_same_settings_with_what_they_need_are_taken(tmp_path):
     recipe = parse("lm --optim.schedule wsd --optim.decay-fraction 0.3 --optim.lr-rule sqrt --optim.reference-batch 8")
     assert (recipe.optim.decay_fraction, recipe.optim.reference_batch) == (0.3, 8)
     assert parse("lm --data.tokenizer bpe --data.vocab-size 300").data.vocab_size == 300
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flag"),
+    [
+        ({"model": {"hidden_size": 300}}, ("model.num_heads", "3")),
+        ({"model": {"num-kv-heads": 3}, "train": {"steps": 5}}, ("model.num_heads", "6")),
+        ({"comm": {"sync": "local", "fragments": 64}}, ("comm.period", "100")),
+        ({"optim": {"lr_rule": "sqrt"}}, ("optim.reference_batch", "64")),
+        ({"data": {"packing": "documents", "path": "tokens.bin"}}, ("data.packing", "stream")),
+    ],
+    ids=str,
+)
+def test_a_file_may_hold_one_of_two_settings_and_a_flag_the_other(in_file, flag):
+    name, word = flag
+    in_file = {"model": {}, **in_file}
+    if name == "model.num_heads":
+        in_file["model"] = {"hidden_size": 300, **in_file["model"]}
+    with pytest.raises(ConfigError, match=r"^half\.toml: "):
+        apply(load_recipe("lm"), [(in_file, Source("half.toml"))])
+    given = apply(load_recipe("lm"), [(in_file, Source("half.toml")), (nested({name: Words((word,))}), COMMAND_LINE)])
+    section, _, last = name.partition(".")
+    assert str(getattr(getattr(given, section), last)) == word
+
+
+def test_what_a_run_on_another_models_weights_comes_to_is_a_file_for_the_next(tmp_path):
+    shape = DecoderConfig(num_layers=1, hidden_size=32, num_heads=2, intermediate_size=48)
+    (tmp_path / "config.json").write_text(json.dumps(to_llama(shape, 257, 64, 256)))
+    begin = (nested({"model.init_from": Words((str(tmp_path),))}), COMMAND_LINE)
+    resolved = apply(load_recipe("lm"), [begin])
+    assert (resolved.model.num_layers, resolved.model.hidden_size) == (1, 32)
+    file = (to_dict(resolved), Source("saved.toml"))
+    assert apply(load_recipe("lm"), [file]) == resolved
+    for source, flag in (
+        (Source("other.toml"), r"other\.toml: model\.num_layers"),
+        (COMMAND_LINE, "--model.num-layers"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{flag} has no effect: the model in --model\.init-from"):
+            apply(load_recipe("lm"), [file, (nested({"model.num_layers": Words(("5",))}), source)])
+
+
+def test_values_of_a_file_and_of_a_flag_that_do_not_fit_are_refused_as_they_are():
+    file = ({"model": {"hidden_size": 300}}, Source("half.toml"))
+    with pytest.raises(ConfigError, match=r"^half\.toml: hidden_size = 300 must give each of 7 heads"):
+        apply(load_recipe("lm"), [file, (nested({"model.num_heads": Words(("7",))}), COMMAND_LINE)])
+    with pytest.raises(ConfigError, match="hidden_size = 300 must give each of 4 heads"):
+        apply(load_recipe("lm"), [file, ({"model": {"unknown": 7}}, Source("other.toml"))])
+    wrong = ({"model": {"hidden_size": "x"}}, Source("half.toml"))
+    with pytest.raises(ConfigError, match=r"half\.toml.*hidden_size"):
+        apply(load_recipe("lm"), [wrong, (nested({"model.hidden_size": Words(("64",))}), COMMAND_LINE)])
 
 
 @pytest.mark.parametrize("name", RECIPES)

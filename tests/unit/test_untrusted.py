@@ -1,5 +1,6 @@
 """Files of strangers: nothing waits, nothing grows, nothing outside is opened, no code runs."""
 
+import dataclasses
 import json
 import os
 import random
@@ -104,6 +105,8 @@ def test_no_index_that_transformers_would_follow_names_files_elsewhere(tmp_path,
         {"rope_parameters": []},
         {"rope_parameters": [1]},
         {"rms_norm_eps": {"a": 1}},
+        {"rms_norm_eps": -1e-6},
+        {"rope_theta": 0, "rope_parameters": {}},
     ],
     ids=str,
 )
@@ -116,6 +119,14 @@ def test_sizes_are_bounded_before_memory_is_taken(exported, values):
     with pytest.raises(UsageError) as refused:
         read_shape(exported)
     assert "config.json" in str(refused.value)
+
+
+def test_a_norm_without_eps_stays_one(exported):
+    config = dataclasses.replace(CONFIG, norm_eps=0.0)
+    change(exported, **to_llama(config, 32, 16, 0))
+    assert read_shape(exported).config.norm_eps == 0.0
+    change(exported, rms_norm_eps=None)
+    assert read_shape(exported).config.norm_eps == 1e-6  # transformers' own default
 
 
 def test_odd_configurations_are_one_sentence(exported):

@@ -3,7 +3,6 @@
 As released, Horovod knows none. `bfloat16_sums` and `bfloat16_cpu` have how CPUs add it, `bfloat16_gpu` what GPUs do.
 MPI's operations here round at each hop, as those for float16 do; they are for tensors on GPUs of which a part, or all,
 goes by MPI. Adasum refuses the type.
-
 """
 
 from __future__ import annotations
@@ -156,14 +155,7 @@ def _functions() -> str:
 
 def _mpi_edits() -> tuple[Edit, ...]:
     """Return the changes to MPI's types and operations, and to what Adasum says."""
-    half, context = "horovod/common/half", "horovod/common/mpi/mpi_context"
-    operations = ("sum", "min", "max", "prod")
-    created = "".join(f"  MPI_Op_create(&bfloat16_{name}, 1, &mpi_bfloat16_{name});\n" for name in operations)
-    freed = "".join(
-        f"  if (mpi_bfloat16_{name} != MPI_OP_NULL) {{\n    MPI_Op_free(&mpi_bfloat16_{name});\n  }}\n"
-        for name in operations
-    )
-    released = ("MPI_SUM", "MPI_MIN", "MPI_MAX", "MPI_PROD")
+    half, adasum = "horovod/common/half", "horovod/common/ops/adasum/adasum.h"
     return (
         Edit(f"{half}.h", "#include <stdint.h>\n", "#include <stdint.h>\n#include <string.h>\n", _TYPE),
         Edit(
@@ -173,6 +165,28 @@ def _mpi_edits() -> tuple[Edit, ...]:
             _TYPE,
         ),
         Edit(f"{half}.cc", "#if HAVE_MPI\n// float16 custom data type summation operation.\n", _MPI_OPERATIONS, _TYPE),
+        *_mpi_context_edits(),
+        Edit(
+            adasum,
+            '      throw std::logic_error("Unsupported data type");\n',
+            '      throw std::logic_error("Adasum does not take " + DataType_Name(data_type) +\n'
+            '                             ": give it float16, float32 or float64");\n',
+            "it did not say which type Adasum refuses",
+        ),
+    )
+
+
+def _mpi_context_edits() -> tuple[Edit, ...]:
+    """Return the changes to what makes, hands out and frees MPI's types and operations."""
+    context = "horovod/common/mpi/mpi_context"
+    operations = ("sum", "min", "max", "prod")
+    created = "".join(f"  MPI_Op_create(&bfloat16_{name}, 1, &mpi_bfloat16_{name});\n" for name in operations)
+    freed = "".join(
+        f"  if (mpi_bfloat16_{name} != MPI_OP_NULL) {{\n    MPI_Op_free(&mpi_bfloat16_{name});\n  }}\n"
+        for name in operations
+    )
+    released = ("MPI_SUM", "MPI_MIN", "MPI_MAX", "MPI_PROD")
+    return (
         Edit(
             f"{context}.h",
             "  MPI_Op mpi_float16_prod;\n",
@@ -215,12 +229,5 @@ def _mpi_edits() -> tuple[Edit, ...]:
             "  if (mpi_float16_t != MPI_DATATYPE_NULL) {\n",
             f"{freed}  if (mpi_float16_t != MPI_DATATYPE_NULL) {{\n",
             _TYPE,
-        ),
-        Edit(
-            "horovod/common/ops/adasum/adasum.h",
-            '      throw std::logic_error("Unsupported data type");\n',
-            '      throw std::logic_error("Adasum does not take " + DataType_Name(data_type) +\n'
-            '                             ": give it float16, float32 or float64");\n',
-            "it did not say which type Adasum refuses",
         ),
     )

@@ -108,31 +108,35 @@ _WAIT_FOR_WORK = """\
 
 def wake_edits() -> tuple[Edit, ...]:
     """Return the changes to the queue of tensors and to the loop; they bring the class Patience, too."""
-    header, source, loop = "tensor_queue.h", "tensor_queue.cc", "operations.cc"
-    folder = "horovod/common"
+    return (*_queue_edits(), *_loop_edits())
+
+
+def _queue_edits() -> tuple[Edit, ...]:
+    """Return the changes to the queue of tensors, which wakes the loop."""
+    header, source = "horovod/common/tensor_queue.h", "horovod/common/tensor_queue.cc"
     return (
         Edit(
-            f"{folder}/{header}",
+            header,
             "#include <iostream>\n",
             "#include <chrono>\n#include <condition_variable>\n#include <iostream>\n",
             _WAKE,
         ),
-        Edit(f"{folder}/{header}", "class TensorQueue {\npublic:\n", _SIGNAL_DECLARED, _WAKE),
+        Edit(header, "class TensorQueue {\npublic:\n", _SIGNAL_DECLARED, _WAKE),
         Edit(
-            f"{folder}/{source}",
+            source,
             "#include <assert.h>\n",
             "#include <assert.h>\n\n#include <algorithm>\n#include <thread>\n",
             _WAKE,
         ),
         Edit(
-            f"{folder}/{source}",
+            source,
             "// Add a TensorTableEntry as well as its message to the queue.\n",
             _SIGNAL_DEFINED,
             _WAKE,
         ),
         *(
             Edit(
-                f"{folder}/{source}",
+                source,
                 f"{pushed}  return Status::OK();\n",
                 f"{pushed}  LoopSignal::Get().Raise();\n  return Status::OK();\n",
                 _WAKE,
@@ -142,8 +146,15 @@ def wake_edits() -> tuple[Edit, ...]:
                 "    message_queue_.push(std::move(messages[i]));\n  }\n",
             )
         ),
+    )
+
+
+def _loop_edits() -> tuple[Edit, ...]:
+    """Return the changes to the loop, which sleeps until it is woken."""
+    loop = "horovod/common/operations.cc"
+    return (
         Edit(
-            f"{folder}/{loop}",
+            loop,
             "  auto start_time = std::chrono::steady_clock::now();\n"
             "  auto sleep_duration = state.last_cycle_start +\n"
             "                        std::chrono::microseconds(long(\n"
@@ -156,7 +167,7 @@ def wake_edits() -> tuple[Edit, ...]:
             _WAKE,
         ),
         Edit(
-            f"{folder}/{loop}",
+            loop,
             "      for (auto& response : response_list.responses()) {\n"
             "        if (!process_set.group_table.empty()) {\n",
             "      if (!response_list.responses().empty()) {\n"
@@ -168,7 +179,7 @@ def wake_edits() -> tuple[Edit, ...]:
             _WAKE,
         ),
         Edit(
-            f"{folder}/{loop}",
+            loop,
             "    horovod_global.shut_down = true;\n    horovod_global.background_thread.join();\n",
             "    horovod_global.shut_down = true;\n"
             "    LoopSignal::Get().Raise();\n"

@@ -14,6 +14,7 @@ from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.errors import ConfigError, one_line
 from hvdtrain.recipes.transformers_models.forward import run
 from hvdtrain.recipes.transformers_models.loading import import_transformers
+from hvdtrain.recipes.transformers_models.probing import logits_apart
 from hvdtrain.trainer.randomness import one_by_one
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -101,19 +102,19 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
     Raises:
         ConfigError: transformers cannot run the model on these samples.
     """
+    rows = _rows(batch)
     model.eval()
     try:
-        alone = torch.stack([loss(model, row)["loss"] for row in _rows(batch)])
-        outputs = [_their_own(model, row) for row in _rows(batch)]
-        theirs = torch.stack([output.loss * row[2].numel() for output, row in zip(outputs, _rows(batch), strict=True)])
+        alone = torch.stack([loss(model, row)["loss"] for row in rows])
+        outputs = [_their_own(model, row) for row in rows]
+        theirs = torch.stack([output.loss * row[2].numel() for output, row in zip(outputs, rows, strict=True)])
+        own = [loss.logits(model, row)[0] for row in rows]
         begins_otherwise = any(
-            _difference(output.logits[0], loss.logits(model, row)[0]) > _TOLERANCE
-            for output, row in zip(outputs, _rows(batch), strict=True)
+            logits_apart(output.logits[0], logits) > _TOLERANCE for output, logits in zip(outputs, own, strict=True)
         )
         together = loss.logits(model, batch)
         difference = max(
-            _difference(loss.logits(model, row)[0], other[: row[2].shape[1]])
-            for row, other in zip(_rows(batch), together, strict=True)
+            logits_apart(logits, other[: len(logits)]) for logits, other in zip(own, together, strict=True)
         )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
         raise ConfigError(f"this model cannot be trained on pairs: {one_line(error)}") from error
@@ -133,12 +134,6 @@ def try_out(model: nn.Module, batch: Batch, loss: PairLoss) -> tuple[PairLoss, s
         lines.append("padding:    changes what this model says, so that samples pass through it one at a time")
         loss = replace(loss, is_alone=True)
     return loss, "\n".join(lines)
-
-
-def _difference(alone: Tensor, together: Tensor) -> float:
-    """Return the norm of the difference of a sample's logits, `(T, V)`, relative to how far they are from even."""
-    spread = alone - alone.mean(-1, keepdim=True)
-    return float((together - alone).norm() / spread.norm().clamp_min(1e-30))
 
 
 def _their_own(model: nn.Module, row: Batch) -> Any:

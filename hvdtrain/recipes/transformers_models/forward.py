@@ -56,6 +56,10 @@ class Head(Protocol):
         """Return the summed cross entropy, so many positions at a time."""
         ...
 
+    def row_loss(self, model: nn.Module, output: Any, targets: Tensor, chunk: int) -> Tensor:
+        """Return the same of one of several rows, whose losses are weighted by what is only known later."""
+        ...
+
 
 @dataclass(frozen=True)
 class DocumentLoss:

@@ -1,13 +1,14 @@
 """What a model makes of its last hidden states, a part at a time: so that not all logits need exist at once.
 
-Where logits are nothing but a product with the output embeddings, `ProductHead` has the loss without computing anything
-twice. Other heads (biases, further layers, scales, caps) are the model's own code, run on a part of the hidden states.
+Where logits are nothing but a product with the output embeddings, `ProductHead` has the loss of a batch without
+computing anything twice. Other heads (biases, further layers, scales, caps) are the model's own code, run on a part of
+the hidden states.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -55,6 +56,18 @@ class ProductHead:
         head = whole.get_output_embeddings()
         return chunked_loss(output[0], head.weight, targets, chunk, product_of(head))
 
+    def row_loss(self, model: nn.Module, output: Any, targets: Tensor, chunk: int) -> Tensor:
+        """Return the same of one of several rows, whose losses are weighted by what is only known later.
+
+        What `loss` keeps is the gradient by all weights of the head, here once for each row: `(V, C)` numbers. Where
+        they are trained, logits are computed once more instead.
+        """
+        whole: Any = model
+        head = whole.get_output_embeddings()
+        if not (torch.is_grad_enabled() and head.weight.requires_grad):
+            return self.loss(model, output, targets, chunk)
+        return _recomputed(head, output[0], targets, chunk)
+
 
 @dataclass(frozen=True)
 class OwnHead:
@@ -93,15 +106,11 @@ class OwnHead:
 
     def loss(self, model: nn.Module, output: Any, targets: Tensor, chunk: int) -> Tensor:
         """Return the summed cross entropy, `chunk` positions at a time; for arguments see `ProductHead.loss`."""
-        hidden, wanted = _hidden(output).flatten(0, 1)[None], targets.flatten()[None]
+        return _recomputed(lambda part: self.logits(model, output, part), _hidden(output), targets, chunk)
 
-        def of(part: Tensor, wanted: Tensor) -> Tensor:
-            return next_token_loss(self.logits(model, output, part), wanted)[0]
-
-        parts = zip(torch.split(hidden, chunk, 1), torch.split(wanted, chunk, 1), strict=True)
-        # Nothing in a head that is taken draws random numbers.
-        losses = [checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        return torch.stack(losses).sum()
+    def row_loss(self, model: nn.Module, output: Any, targets: Tensor, chunk: int) -> Tensor:
+        """Return the same of one of several rows."""
+        return self.loss(model, output, targets, chunk)
 
     def logits(self, model: nn.Module, output: Any, hidden: Tensor) -> Tensor:
         """Return what the model makes of these hidden states, `(1, n, C)`: logits, `(1, n, V)`."""
@@ -109,6 +118,25 @@ class OwnHead:
         with _gives(model.get_submodule(self.part), _with_hidden(output, hidden)):
             logits: Tensor = model.forward(**arguments(model, {"input_ids": tokens})).logits
         return logits
+
+
+def _recomputed(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """Return the summed cross entropy, `chunk` positions at a time; the backward pass computes logits once more.
+
+    Args:
+        logits_of: maps hidden states `(1, n, C)` to logits `(1, n, V)`; draws no random numbers.
+        hidden: `(R, L, C)`.
+        targets: int64 `(R, L)`.
+        chunk: positions whose logits exist at a time.
+    """
+
+    def of(part: Tensor, wanted: Tensor) -> Tensor:
+        return next_token_loss(logits_of(part), wanted)[0]
+
+    flat, wanted = hidden.flatten(0, 1)[None], targets.flatten()[None]
+    parts = zip(torch.split(flat, chunk, 1), torch.split(wanted, chunk, 1), strict=True)
+    losses = [checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(losses).sum()
 
 
 class _Reached(Exception):  # noqa: N818 (no error)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.errors import ConfigError, one_line
 from hvdtrain.recipes.transformers_models.loading import import_transformers
+from hvdtrain.recipes.transformers_models.probing import logits_apart
 from hvdtrain.trainer.randomness import one_by_one
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -81,7 +82,7 @@ def try_out(model: nn.Module, batch: Batch, loss: CtcLoss) -> tuple[CtcLoss, str
         alone, frames = replace(loss, is_alone=True).logits(model, batch)
         together, _ = loss.logits(model, batch)
         difference = max(
-            _difference(row[:count], other[:count])
+            logits_apart(row[:count], other[:count])
             for row, other, count in zip(alone, together, frames.tolist(), strict=True)
         )
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
@@ -94,12 +95,6 @@ def try_out(model: nn.Module, batch: Batch, loss: CtcLoss) -> tuple[CtcLoss, str
         "padding:    changes what this model hears, so that clips pass through it one at a time, as where it normalises"
         " over time (feat_extract_norm = group)"
     )
-
-
-def _difference(alone: Tensor, together: Tensor) -> float:
-    """Return the norm of the difference of a clip's logits, `(frames, V)`, relative to how far they are from even."""
-    spread = alone - alone.mean(-1, keepdim=True)
-    return float((together - alone).norm() / spread.norm().clamp_min(1e-30))
 
 
 def write_down(model: nn.Module, batch: Batch, loss: CtcLoss, tokenizer: Any) -> list[str]:

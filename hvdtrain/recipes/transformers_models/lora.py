@@ -6,7 +6,6 @@ that safe is their hash: a run goes on, is exported and generates with the same 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,19 +155,6 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
             yield name, module
-
-
-@contextlib.contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Have the base model alone compute, for a while. Within, nothing of the adapters is trainable."""
-    layers = adapter_layers(model)
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 class BaseWeights(Component):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hvdtrain.recipes.transformers_models.forward import draws, run
 
@@ -17,10 +17,10 @@ def probing(model: nn.Module) -> Iterator[bool]:
     was_training = model.training
     with torch.no_grad():
         model.train()
-        draws = _draws_random_numbers(model)
-        model.train(not draws)
+        is_random = _draws_random_numbers(model)
+        model.train(not is_random)
         try:
-            yield draws
+            yield is_random
         finally:
             model.train(was_training)
 
@@ -33,3 +33,12 @@ def _draws_random_numbers(model: nn.Module) -> bool:
         return draws(device, lambda: run(model, {"input_ids": tokens}))
     except Exception:  # whatever a model's code does; the trial will tell
         return True
+
+
+def logits_apart(alone: Tensor, together: Tensor) -> float:
+    """Return how far a sample's logits beside others, `(T, V)`, are from those alone: the norm of their difference.
+
+    It is relative to how far the logits are from even ones.
+    """
+    spread = alone - alone.mean(-1, keepdim=True)
+    return float((together - alone).norm() / spread.norm().clamp_min(1e-30))

@@ -28,7 +28,7 @@ def row_log_probs(
         chunk = positions_at_once(head.num_logits(model), targets.device, loss_bytes)
         if targets.numel() > chunk:
             output = head.body(model, inputs)
-            losses = [head.loss(model, row_of(output, i), targets[i : i + 1], chunk) for i in range(len(tokens))]
+            losses = [head.row_loss(model, row_of(output, i), targets[i : i + 1], chunk) for i in range(len(tokens))]
             return -torch.stack(losses)
     logits = run(model, inputs).logits
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -64,7 +64,7 @@ def _throughput(answer: Answer) -> Figure:
     low, high = (units[shown.workers] / seconds for seconds in reversed(step_interval(shown)))
     said = f"{shown.units_per_s:,.0f} {facts.unit}/s on {counted(shown.workers, 'worker')}, {low:,.0f} to {high:,.0f}"
     items = [(_PREDICTED, "solid", f"predicted: {said} {_INTERVAL}"), (_IDEAL, "dashed", "n times one worker's")]
-    return Figure(f"Throughput, {facts.unit} a second", _item(plot), legend(items + _legend_of_points(answer)))
+    return Figure(f"Throughput, {facts.unit} a second", _item(plot), legend([*items, *_legend_of_points(answer)]))
 
 
 def _step_time(answer: Answer) -> Figure:
@@ -104,7 +104,7 @@ def _step_time(answer: Answer) -> Figure:
         ),
         (_WAITING, "dotted", f"of it waiting for the network: {1e3 * shown.step.exposed_s:,.3g} ms there"),
     ]
-    return Figure("Time of a step, milliseconds", _item(plot), legend(items + _legend_of_points(answer)))
+    return Figure("Time of a step, milliseconds", _item(plot), legend([*items, *_legend_of_points(answer)]))
 
 
 def _time_against_cost(answer: Answer) -> Figure:
@@ -220,11 +220,7 @@ def _measured(answer: Answer) -> dict[int, float]:
     return {n: seconds for n, seconds in sorted(answer.facts.measured_steps_s.items()) if n <= most and seconds > 0}
 
 
-def _legend_of_points(answer: Answer) -> list[tuple[str, str, str]]:
-    return [*_said_of_points(answer)]
-
-
-def _said_of_points(answer: Answer) -> Iterator[tuple[str, str, str]]:
+def _legend_of_points(answer: Answer) -> Iterator[tuple[str, str, str]]:
     measured = _measured(answer)
     if measured:
         where = ", ".join(f"{n:,}" for n in measured)

@@ -23,7 +23,7 @@ from hvdtrain.verbs.plan.calibrate import calibrated
 from hvdtrain.verbs.plan.facts import Facts
 from hvdtrain.verbs.plan.formats import measured_formats, with_paces
 from hvdtrain.verbs.plan.gradients import gradient_norms
-from hvdtrain.verbs.plan.methods import FORMATS, methods_of
+from hvdtrain.verbs.plan.methods import FORMATS, Format, methods_of
 from hvdtrain.verbs.plan.network import Controller, Layout, Network, fit
 from hvdtrain.verbs.plan.step import Bucket
 from hvdtrain.world import World
@@ -71,7 +71,6 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         fp16_network=fp16,
         noise=_noise(own, training, world, noise_steps),
         slowest=_straggler(of_ranks, hosts),
-        steps_to_target=recipe.train.steps,
         recipe_batch=plan.global_batch_size,
         memory_bytes=memory,
         memory_fixed_bytes=room.fixed_bytes,
@@ -79,24 +78,38 @@ def gather(name: str, recipe: Recipe, task: Task, job: Job, hosts: Sequence[str]
         memory_free_bytes=room.free_bytes,
         by_micro_batch={size: item.compute for size, item in by_micro.items()},
         plain_mpi_s=plain,
-        compression=recipe.comm.compression,
-        compression_min_size=recipe.comm.compression_min_size,
-        period=recipe.comm.period,
-        fragments=recipe.comm.fragments,
-        overlap_steps=recipe.comm.overlap_steps,
-        is_sharded=recipe.optim.shard,
         adds_bfloat16=world.adds_bfloat16,
-        refused=_refused(recipe),
+        **_of_settings(recipe),
     )
     if network is None:
         return dataclasses.replace(facts, measured_steps_s=facts.alone_measured_s)
-    names = [name for name in dict.fromkeys((recipe.comm.compression, *FORMATS)) if _has_room(name, facts)]
-    layout = Layout(world.size, len(set(hosts)))
-    formats = measured_formats(world, layout, recipe.comm, names, buckets, (network, fp16))
-    facts = dataclasses.replace(facts, formats=formats)
+    facts = dataclasses.replace(facts, formats=_formats(facts, recipe, world, hosts))
     # Real steps of all ranks tell how much of the hidden communication the computing pays for.
     whole = measure.whole_steps(job, start_training(job), warmup=2, steps=8)
     return calibrated(facts, world.size, statistics.median(whole))
+
+
+def _of_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the facts that the recipe's settings say."""
+    comm = recipe.comm
+    return {
+        "steps_to_target": recipe.train.steps,
+        "compression": comm.compression,
+        "compression_min_size": comm.compression_min_size,
+        "period": comm.period,
+        "fragments": comm.fragments,
+        "overlap_steps": comm.overlap_steps,
+        "is_sharded": recipe.optim.shard,
+        "refused": _refused(recipe),
+    }
+
+
+def _formats(facts: Facts, recipe: Recipe, world: World, hosts: Sequence[str]) -> dict[str, Format]:
+    """Measure the formats of gradients that are compared, as far as there is memory for them. Collective."""
+    assert facts.network is not None
+    names = [name for name in dict.fromkeys((recipe.comm.compression, *FORMATS)) if _has_room(name, facts)]
+    layout = Layout(world.size, len(set(hosts)))
+    return measured_formats(world, layout, recipe.comm, names, facts.buckets, (facts.network, facts.fp16_network))
 
 
 def _refused(recipe: Recipe) -> dict[str, str]:

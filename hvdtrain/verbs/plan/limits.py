@@ -7,7 +7,7 @@ from dataclasses import replace
 from hvdtrain.errors import counted
 from hvdtrain.optim.noise import steps_ratio
 from hvdtrain.verbs.plan.facts import Facts, compute_on, predict
-from hvdtrain.verbs.plan.network import Layout
+from hvdtrain.verbs.plan.network import Layout, Network
 from hvdtrain.verbs.plan.rows import Row
 from hvdtrain.verbs.plan.step import joined
 
@@ -49,8 +49,8 @@ def changes_of(facts: Facts, best: Row) -> tuple[tuple[str, float], ...]:
             one = (joined(facts.buckets),)
             changed["one bucket (--comm.bucket-mib larger than the model)"] = replace(facts, buckets=one)
         if facts.network.outside_byte_s:
-            quick = replace(facts.network, outside_byte_s=facts.network.outside_byte_s / 4)
-            changed["a network of four times the bandwidth"] = replace(facts, network=quick)
+            quick, quick_fp16 = (_of_more_bandwidth(network, 4) for network in (facts.network, facts.fp16_network))
+            changed["a network of four times the bandwidth"] = replace(facts, network=quick, fp16_network=quick_fp16)
         changed[f"--train.accum-steps {4 * facts.accum_steps} (a batch four times as large)"] = replace(
             facts, accum_steps=4 * facts.accum_steps
         )
@@ -64,6 +64,13 @@ def changes_of(facts: Facts, best: Row) -> tuple[tuple[str, float], ...]:
         (name, _time_to_loss(other, best.workers) / _time_to_loss(facts, best.workers))
         for name, other in changed.items()
     )
+
+
+def _of_more_bandwidth(network: Network | None, times: float) -> Network | None:
+    """Return the network with so many times the bandwidth between hosts."""
+    if network is None or network.outside_byte_s is None:
+        return network
+    return replace(network, outside_byte_s=network.outside_byte_s / times)
 
 
 def _time_to_loss(facts: Facts, workers: int) -> float:

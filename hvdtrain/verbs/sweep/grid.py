@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def read_grid(
         _check_corners(grid)
         return grid
     found = tuple(_drawn(grid, options.sweep__random) if options.sweep__random else _all(grid))
-    return Grid(name, recipe, tuple(layers), fixed, varied, options, found)
+    return replace(grid, combinations=found)
 
 
 def _all(grid: Grid) -> Iterator[Combination]:
