@@ -262,8 +262,8 @@ class AdasumTensor(Bucket):
 
     def send(self) -> None:
         """Put the gradient on the wire, zeros where there is none, and which ranks have one."""
+        self._leave_to_holders()  # before anything is taken of the buffer: it may be another one afterwards
         (parameter,), (view,) = self.parameters, self._views
-        self._leave_to_holders()
         self._users.fill_(parameter.grad is not None)
         if parameter.grad is None:
             view.zero_()
@@ -271,10 +271,9 @@ class AdasumTensor(Bucket):
             gradient = parameter.grad.detach()
             view.copy_(real(gradient.to_dense() if gradient.is_sparse else gradient))
         users = self._world.start_all_reduce_(self._users, "sum", f"{self.prefix}.{self.name}.users")
-        self._waits = [
-            (self._users, users),
-            (view, self._world.start_all_reduce_(view, "adasum", f"{self.prefix}.{self.name}")),
-        ]
+        # As it lies in memory: the view of a parameter that lies in another order has gaps for Horovod.
+        numbers = self._world.start_all_reduce_(self._numbers, "adasum", f"{self.prefix}.{self.name}")
+        self._waits = [(self._users, users), (self._numbers, numbers)]
         self._mark()
 
 

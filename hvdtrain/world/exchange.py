@@ -86,6 +86,7 @@ class GradientExchange:
         """What each gradient was after the passes of a window that is not over."""
         self._is_averaged = False
         """Gradients were averaged since the last step."""
+        self._mean_square: Tensor | None = None
         self._hooks: dict[nn.Parameter, Any] = {}
         self.layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
@@ -111,9 +112,7 @@ class GradientExchange:
     @property
     def mean_square(self) -> Tensor | None:
         """Return the mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
-        if not self._averaging.has_square:
-            return None
-        return torch.cat([bucket.square for bucket in self.layout.buckets]).double().sum()
+        return self._mean_square
 
     def finish(self) -> None:
         """Average what is not averaged yet, on a rank that has had fewer backward passes than others. Collective.
@@ -259,7 +258,8 @@ class GradientExchange:
     @torch.no_grad()
     def _send(self) -> None:
         """Send what has not left; of what was frozen since a pass of this window, too: it has a gradient of it."""
-        frozen = {item for item in (*self._marks, *self._additions) if not item.requires_grad}
+        noted = (*self._marks, *self._additions) if self._hooks else self._parameters()
+        frozen = {item for item in noted if not item.requires_grad and item.grad is not None}
         trainable = self._trainable()
         if frozen:
             there = frozen.union(trainable)
@@ -276,6 +276,8 @@ class GradientExchange:
         """Wait for all: `.grad` then holds the mean, None where no rank has one."""
         for part in self.layout.parts:
             part.receive()
+        if self._averaging.has_square:  # now: buckets that are laid out anew know of none
+            self._mean_square = torch.cat([bucket.square for bucket in self.layout.buckets]).double().sum()
         self._start_window()
         self._is_averaged = True
         trainable = self._trainable()

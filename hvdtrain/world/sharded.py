@@ -8,7 +8,7 @@ the optimizer itself go on as they are, on fewer numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,9 @@ class Sharding:
         self._names = names
         self._averaging = averaging
         self._prefix = "sharded"
+        self._takes_part: Callable[[int], bool] = lambda place: False
+        self._may_move: set[int] = set()
+        """Places of the cuts for which a rank may have a gradient since these were last cleared: alike on all ranks."""
         self.parameters = owned_by(optimizer)
         """The model's, in the order of the optimizer's groups: in which its state numbers them."""
         order = {parameter: place for place, parameter in enumerate(names)}
@@ -96,7 +99,9 @@ class Sharding:
     def layout(self, prefix: str, codec: Codec) -> Layout:
         """Return the buckets in which the gradients travel."""
         self._prefix = prefix
-        return ShardedLayout(self._world, prefix, self._names, self._averaging, codec, self.cuts, self._pieces)
+        layout = ShardedLayout(self._world, prefix, self._names, self._averaging, codec, self.cuts, self._pieces)
+        self._takes_part = layout.takes_part
+        return layout
 
     def _take_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Put the pieces where the parameters were, with their part of what state there is."""
@@ -117,7 +122,9 @@ class Sharding:
         """Give every rank what the others have moved, after a step. Collective."""
         for piece in self.pieces:
             piece.is_used = True
-        active = [i for i, cut in enumerate(self.cuts) if any(p.requires_grad for p in cut.parameters)]
+        learning = {i for i, cut in enumerate(self.cuts) if any(p.requires_grad for p in cut.parameters)}
+        self._may_move |= {i for i in range(len(self.cuts)) if self._takes_part(i)}
+        active = sorted(learning | self._may_move)  # the optimizer also moves what was frozen since it got a gradient
         waits: list[Any] = []
         for place in range(len(active) + IN_FLIGHT):
             if place < len(active):
@@ -128,6 +135,10 @@ class Sharding:
             if place >= IN_FLIGHT:
                 _spread(waits[place - IN_FLIGHT](), self.cuts[active[place - IN_FLIGHT]])
                 waits[place - IN_FLIGHT] = None
+
+    def drop_gradients(self) -> None:
+        """Note that the pieces' gradients were set to None, on all ranks."""
+        self._may_move.clear()
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """Return the whole gradients that the pieces have now; zeros where there is none. Collective."""

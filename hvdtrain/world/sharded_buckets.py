@@ -230,6 +230,10 @@ class ShardedLayout(Layout):
         """Return what leaves: the buckets in which something learns, the tail behind them, and what goes along."""
         return [*self._active, self._tail, *self.companions]
 
+    def takes_part(self, place: int) -> bool:
+        """Return whether a bucket was sent when gradients were last averaged, or would be now; alike on all ranks."""
+        return self.buckets[place] in self._active
+
     def note_ready(self, bucket: Bucket) -> None:
         """Send what is ready and next in turn: the same order on all ranks, whose backward passes may differ."""
         for next_one in self.buckets:
@@ -261,7 +265,7 @@ class ShardedLayout(Layout):
             assert isinstance(bucket, ShardedBucket)
             for piece in bucket.pieces:
                 piece.drop_used()
-            if bucket.num_learning:
+            if bucket.num_learning or any(parameter.grad is not None for parameter in bucket.parameters):
                 self._active.append(bucket)
             else:
                 bucket.rest()
