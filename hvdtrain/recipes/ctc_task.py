@@ -66,7 +66,8 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     for name, samples in (("training", train_data), ("held-out", val_data)):
         if len(samples) == 0:
             raise DataError(f"there are no {name} clips that can be used: use more, or give --data.val-path")
-    loss, way = CtcLoss(tokenizer.pad_token_id), ""
+    metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
+    loss, way = CtcLoss(tokenizer.pad_token_id, metrics=metrics), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
         loss, way = try_out(model, train_data.batch(shortest(train_data.lengths)), loss)
     _check_letters(about, tokenizer)
@@ -79,7 +80,6 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
         spelling,
         way,
     )
-    metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
     return Task(
         model=model,
         train_data=train_data,

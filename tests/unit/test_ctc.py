@@ -76,6 +76,7 @@ def test_the_loss_is_transformers_own_and_its_files_load(place, kind):
         float(task.model(waves[i : i + 1, : lengths[i]], labels=labels[i : i + 1]).loss.detach()) for i in range(6)
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
+    assert tuple(task.loss_sums(task.model, (waves, lengths, labels))) == task.metrics == ("loss",)
     assert task.train_data.num_targets(indices) == int((labels >= 0).sum())
     task.write_model_files(place)
     task.model.save_pretrained(place)

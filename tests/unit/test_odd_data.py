@@ -120,6 +120,7 @@ SAID = {
     "nothing": ({"a.jsonl": "", "b.jsonl": ""}, r"data holds no UTF-8 text and no records"),
     "UTF-16 lines": ({"a.jsonl": LINES.encode("utf-16")}, r"a\.jsonl, line 1 is not UTF-8 .* iconv -f utf-16"),
     "a UTF-16 text": ({"a.txt": "hello".encode("utf-16")}, r"a\.txt is not UTF-8 text .*iconv -f utf-16"),
+    "a picture": ({"a.txt": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"}, r"a\.txt is not UTF-8 text .*: it is no text at all"),
     "Latin-1": ({"a.jsonl": LINES.encode() + '"é"'.encode("latin1")}, r"a\.jsonl, line 10 is not UTF-8 .*latin1"),
     "nested too deeply": ({"a.jsonl": LINES + "[" * 100_000}, r"a\.jsonl, line 10: not JSON \(it is nested too"),
     "nested too deeply, all": ({"a.json": '{"a":' * 100_000}, r"a\.json is not JSON \(it is nested too deeply\)"),
