@@ -188,10 +188,10 @@ def test_links(read, tmp_path):
 def test_splits_that_a_folder_names(read, tmp_path):
     counts, said = read({"train-00000-of-00002.jsonl": LINES, "train-00001-of-00002.jsonl": LINES, "test.jsonl": LINES})
     assert counts == {"train": {"text": 18}, "val": {"text": 9}}
-    assert said == ["held out is the test split that the folder names (1 files)"]
+    assert said == ["held out is the test split that the folder names (1 file)"]
     counts, said = read({"validation.jsonl": GOOD[0], "more.jsonl": LINES})
     assert counts == {"train": {"text": 27}, "val": {"text": 1}}
-    assert "left out is its test split (1 files)" in said[0]
+    assert "left out is its test split (1 file)" in said[0]
     counts, said = read({}, val_path=str(tmp_path / "data" / "validation.jsonl"))
     assert counts == {"train": {"text": 27}, "val": {"text": 1}}
     assert said == ["left out are 2 files, whose names say that they are for validation or tests"]

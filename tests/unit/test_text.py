@@ -20,6 +20,7 @@ from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text import known
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
 from hvdtrain.data.text.sources import find_sources
+from hvdtrain.data.text.splits import such_as
 from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenize import Meter
 from hvdtrain.data.text.tokenizer import ByteTokenizer, train_bpe
@@ -509,6 +510,8 @@ def test_files_of_records_are_no_texts(corpus, tmp_path):
     said = []
     settings = {"cache_dir": str(tmp_path / "cache"), "sequence_length": 4}
     prepare_text(TextConfig(path=str(corpus), **settings), said.append)
-    assert any("left out 1 files" in line and "they hold records" in line for line in said)
+    assert f"left out 1 of 7 files of {corpus}, being records, for the recipe hf: more.jsonl" in said
+    assert f"left out 1 of 6 files of {corpus}, not being UTF-8 text: d.txt" in said
+    assert such_as(["a", "b", "c", "d"]) == ", such as a, b, c"
     with pytest.raises(DataError, match=r"more\.jsonl holds records, and this recipe takes texts: the recipe hf"):
         prepare_text(TextConfig(path=str(corpus / "more.jsonl"), **settings))
