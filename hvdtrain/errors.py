@@ -84,6 +84,11 @@ def one_line(error: BaseException, most: int = 300) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def megabytes(num_bytes: float) -> str:
+    """Return "10.9 MB", or "24.5 kB" of less than a megabyte: how every message says how much text there is."""
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"
+
+
 def counted(number: float, noun: str) -> str:
     """Return "1 rank", "2 ranks", "1.5 cores": how every message counts."""
     digits = f"{number:,d}" if isinstance(number, int) else f"{number:g}"

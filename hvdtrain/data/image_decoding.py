@@ -14,11 +14,15 @@ def open_image(file: BinaryIO) -> Any:
     """Return the image of PIL in a file, upright, with 8 bits a channel, in its own colours.
 
     Raises:
-        Exception: whatever PIL raises where it cannot be read; ValueError where its numbers have no known range.
+        Exception: whatever PIL raises where it cannot be read; ValueError where it is no image, or its
+                numbers have no known range.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    image = Image.open(file)
+    try:
+        image = Image.open(file)
+    except UnidentifiedImageError as error:  # it names Python's object in the place of the file
+        raise ValueError("it is no image of a kind that Pillow knows") from error
     image.load()  # before its EXIF is asked: of some formats that is known afterwards, and TIFFs are upright then
     return eight_bits(upright(image))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from hvdtrain.data.dataset import contiguous_share, in_batches
 from hvdtrain.data.draws import Draws, Request
 from hvdtrain.data.samplers import Sampler, Shuffled, drawn_by
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.settings import BatchPlan
 
 # A permutation costs numpy about as much for one small batch as for so many samples: it is computed for many steps.
@@ -48,9 +48,9 @@ class SampleOrder:
     def __post_init__(self) -> None:
         if self.num_samples < self.plan.global_batch_size:
             raise ConfigError(
-                f"a global batch of {self.plan.global_batch_size} samples on {self.plan.world_size} ranks needs at"
-                f" least as many, but the training data has {self.num_samples}: use more data, fewer ranks"
-                " or a smaller --train.global-batch-size"
+                f"a global batch of {self.plan.global_batch_size} samples on"
+                f" {counted(self.plan.world_size, 'rank')} needs at least as many, but the training data has"
+                f" {self.num_samples}: use more data or a smaller --train.global-batch-size"
             )
 
     @functools.cached_property

@@ -19,6 +19,16 @@ _MOST_BYTES = 256
 _MOST_BYTES_OF_A_LINE = 1 << 18
 
 
+def runs_in(folder: Path) -> str:
+    """Return a hint for whoever names a folder of runs, such as a sweep's, in the place of a run; empty without any."""
+    with contextlib.suppress(OSError):
+        runs = [path.parent for name in (CHECKPOINTS, METRICS) for path in folder.glob(f"*/{name}")]
+        if runs:
+            newest = max(runs, key=lambda run: run.stat().st_mtime)
+            return f"; it is a folder of runs: name one, such as {newest}"
+    return ""
+
+
 def named_checkpoint(run_dir: Path, pointer: str = LATEST) -> str:
     """Return the name that `checkpoints/latest` (or `best`) holds; empty where there is none that can be read."""
     path = run_dir / CHECKPOINTS / pointer

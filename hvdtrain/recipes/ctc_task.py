@@ -20,7 +20,7 @@ from hvdtrain.data.text.named_splits import named_splits
 from hvdtrain.data.text.pair_samples import mixed_by_length
 from hvdtrain.data.text.pairs import PairReader
 from hvdtrain.data.text.sources import position
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, counted
 from hvdtrain.recipes.ctc import ClipsConfig, SpeechRecognition
 from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spread
 from hvdtrain.recipes.transformers_models.auto_classes import load_as, needs
@@ -66,7 +66,8 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     for name, samples in (("training", train_data), ("held-out", val_data)):
         if len(samples) == 0:
             raise DataError(f"there are no {name} clips that can be used: use more, or give --data.val-path")
-    loss, way = CtcLoss(tokenizer.pad_token_id), ""
+    metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
+    loss, way = CtcLoss(tokenizer.pad_token_id, metrics=metrics), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
         loss, way = try_out(model, train_data.batch(shortest(train_data.lengths)), loss)
     _check_letters(about, tokenizer)
@@ -79,7 +80,6 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
         spelling,
         way,
     )
-    metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
     return Task(
         model=model,
         train_data=train_data,
@@ -196,9 +196,9 @@ class _Usable:
 
 def _left_out(reader: PairReader, about: _Usable, data: ClipsConfig) -> Iterator[str]:
     if reader.num_skipped:
-        yield f"left out:   {reader.num_skipped:,} clips that cannot be used, such as: {reader.skipped[0]}"
+        yield f"left out:   {counted(reader.num_skipped, 'clip')} that cannot be used, such as: {reader.skipped[0]}"
     if about.num_too_long:
-        yield f"left out:   {about.num_too_long:,} clips of more than {data.max_seconds:g} seconds"
+        yield f"left out:   {counted(about.num_too_long, 'clip')} of more than {data.max_seconds:g} seconds"
     if about.num_unknown:
         yield f"texts:      {about.num_unknown:,} characters that the tokenizer does not have"
 

@@ -19,7 +19,7 @@ from hvdtrain.data.dataset import in_batches
 from hvdtrain.data.text.packed import read_meta, write_packed
 from hvdtrain.data.text.preference_pairs import PreferencePairs, PreferenceReader
 from hvdtrain.data.text.sources import find_sources
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, counted
 from hvdtrain.models.private_torch import is_fake
 from hvdtrain.recipes.dpo import DpoConfig, PairsConfig, Preferences
 from hvdtrain.recipes.hf_task import adapted, describe_adapters, tokenizer_of, try_out, write_files
@@ -68,8 +68,10 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
         f" {len(held_out):,} pairs held out, vocabulary {len(tokenizer):,}",
         f"formats:    {', '.join(f'{count:,} {name}' for name, count in meta['formats'].items())}",
         f"cut:        {num_cut:,} pairs at their ends: they are longer than {length} tokens" if num_cut else "",
-        f"left out:   {num_left_out:,} pairs whose prompt leaves no room for an answer" if num_left_out else "",
-        f"left out:   {meta['num_skipped']:,} records that cannot be used, such as {meta['skipped'][0]}"
+        f"left out:   {counted(num_left_out, 'pair')} whose prompt leaves no room for an answer"
+        if num_left_out
+        else "",
+        f"left out:   {counted(meta['num_skipped'], 'record')} that cannot be used, such as {meta['skipped'][0]}"
         if meta["num_skipped"]
         else "",
         embeddings,

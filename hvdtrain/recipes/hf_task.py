@@ -18,7 +18,7 @@ from hvdtrain.data.text.documents import DocumentReader
 from hvdtrain.data.text.packed import DocumentsWithStarts, PackedDocuments, read_meta, write_packed
 from hvdtrain.data.text.show import show_samples
 from hvdtrain.data.text.sources import find_sources
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, counted
 from hvdtrain.recipes.choices import choice_evaluation
 from hvdtrain.recipes.dpo import PairsConfig
 from hvdtrain.recipes.hf import DocumentsConfig, Transformers, TransformersConfig
@@ -142,7 +142,9 @@ def _describe_records(meta: dict[str, Any], num_cut: int, length: int) -> list[s
             f"cut:        {num_cut:,} conversations at their ends: they are longer than a sample of {length} tokens"
         )
     if meta["num_skipped"]:
-        lines.append(f"left out:   {meta['num_skipped']:,} records that cannot be used, such as {meta['skipped'][0]}")
+        lines.append(
+            f"left out:   {counted(meta['num_skipped'], 'record')} that cannot be used, such as {meta['skipped'][0]}"
+        )
     return lines
 
 

@@ -20,7 +20,7 @@ from hvdtrain.data.text.packed import same_document
 from hvdtrain.data.text.stream import PreparedText, prepare_text
 from hvdtrain.data.text.tokenizer import write_tokenizer
 from hvdtrain.data.text.windows import DocumentWindows, Shard, TokenWindows, first_tokens
-from hvdtrain.errors import DataError, DivergedError
+from hvdtrain.errors import DataError, DivergedError, megabytes
 from hvdtrain.models.bigrams import begin_at_bigrams
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
@@ -138,7 +138,7 @@ def _write_model_files(folder: Path, model: Decoder, text: PreparedText, length:
 
 
 def _describe(text: PreparedText, data: TextConfig) -> str:
-    size = "" if text.num_train_bytes is None else f" from {text.num_train_bytes / 1e6:.1f} MB"
+    size = "" if text.num_train_bytes is None else f" from {megabytes(text.num_train_bytes)}"
     source = data.path or "the source code of Python's standard library"
     return (
         f"data:       {source}: {text.num_train_tokens:,} training tokens{size},"

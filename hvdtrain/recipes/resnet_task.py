@@ -107,7 +107,8 @@ class ClassificationLoss:
         is_right = answers == labels.unsqueeze(1)
         self._confusion.add(labels, answers[:, 0])
         sums = {"loss": losses.sum(), "top1": is_right[:, 0].sum(), f"top{_TOP}": is_right.sum()}
-        return {**sums, "unread": (labels == UNREAD).sum()}
+        sums["unread"] = (labels == UNREAD).sum()
+        return {name: sums[name] for name in self.metrics}
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the model's answer to a batch, `(n, classes)`."""

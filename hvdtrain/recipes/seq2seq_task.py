@@ -23,7 +23,7 @@ from hvdtrain.data.text.pair_samples import PairWriter, TokenizedPairs, read_hel
 from hvdtrain.data.text.pairs import Pair, PairReader
 from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.sources import position
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, counted
 from hvdtrain.recipes.seq2seq import EncoderDecoder, PairsConfig
 from hvdtrain.recipes.seq2seq_model import check_longest, check_positions, load_model
 from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spread
@@ -198,7 +198,7 @@ def _prepare(
 def _describe(about: dict[str, Any], data: PairsConfig) -> Iterator[str]:
     """Yield what a person should know of pairs that are left out."""
     if about["num_skipped"]:
-        yield f"left out:   {about['num_skipped']:,} lines that cannot be used, such as {about['skipped'][0]}"
+        yield f"left out:   {counted(about['num_skipped'], 'line')} that cannot be used, such as {about['skipped'][0]}"
     if any(about["too_long"].values()):
         train, held_out = (about["too_long"].get(name, 0) for name in ("train", "val"))
         yield (

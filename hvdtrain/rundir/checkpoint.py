@@ -35,7 +35,7 @@ from hvdtrain.rundir.manifest import (
     regular_file,
 )
 from hvdtrain.rundir.parts import Receipts
-from hvdtrain.settings.files import flush_folder, flushed_sha256, sha256_of, write_flushed
+from hvdtrain.settings.files import flush_folder, flushed_sha256, sha256_of, telling_why, write_flushed
 
 _COMMON = (WEIGHTS, STATE)
 
@@ -73,7 +73,8 @@ def write_checkpoint(
     With `receipts`, all ranks write their parts to it meanwhile: the manifest comes when these are there.
     """
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-    torch.save(dict(state), folder / STATE)
+    with telling_why(folder / STATE):
+        torch.save(dict(state), folder / STATE)
     hashes = {name: flushed_sha256(folder / name) for name in _COMMON}
     if receipts is not None:
         sizes = {name: (folder / name).stat().st_size for name in _COMMON}

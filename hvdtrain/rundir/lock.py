@@ -49,8 +49,9 @@ def claim(folder: Path) -> Claim:
 
     Raises:
         ResumeError: another run holds it.
-        ConfigError: the directory cannot be made.
+        ConfigError: the directory cannot be made, or written to.
     """
+    made: list[Path] | None = None
     try:
         made = _make(folder)
         path = folder / "lock"
@@ -58,7 +59,8 @@ def claim(folder: Path) -> Claim:
             raise ConfigError(f"{path} is no regular file: remove it, or choose another --run-dir")
         file = path.open("a+", encoding="utf-8", errors="replace")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} cannot be made ({reason_of(error)}): choose another --run-dir") from error
+        what = "made" if made is None else "written to"
+        raise ConfigError(f"{folder} cannot be {what} ({reason_of(error)}): choose another --run-dir") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -24,7 +24,7 @@ import torch
 
 from hvdtrain.errors import CheckpointError
 from hvdtrain.rundir.manifest import part_name
-from hvdtrain.settings.files import flush_folder, flushed_sha256, replaced_whole
+from hvdtrain.settings.files import flush_folder, flushed_sha256, replaced_whole, telling_why
 
 _RECEIPT = ".receipt-"
 _MARK = ".writing-mark-"
@@ -55,7 +55,8 @@ def write_part(folder: Path, rank: int, part: Mapping[str, Any]) -> Receipt:
     path = folder / part_name(rank)
     try:
         folder.mkdir(exist_ok=True)
-        torch.save(dict(part), path)
+        with telling_why(path):
+            torch.save(dict(part), path)
         receipt = Receipt(path.stat().st_size, flushed_sha256(path))
         # Mapped: structure and numbers are read, the tensors' bytes are not.
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)

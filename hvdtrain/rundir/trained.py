@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hvdtrain.errors import CheckpointError, DataError
 from hvdtrain.models.interchange import read_weights
-from hvdtrain.process.run_files import BEST, LATEST
+from hvdtrain.process.run_files import BEST, LATEST, runs_in
 from hvdtrain.rundir.checkpoint import Checkpoint, load_checkpoint
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.settings.untrusted import read_json
@@ -55,7 +55,9 @@ def open_trained(path: Path, which: str) -> Trained:
             return Trained(path, read_weights(path, ADAPTER_WEIGHTS), str(path))
         if (path / "config.json").is_file():
             return Trained(path, read_weights(path), str(path))
-        raise DataError(f"{path} is neither a run's directory (with checkpoints/) nor an export (with config.json)")
+        raise DataError(
+            f"{path} is neither a run's directory (with checkpoints/) nor an export (with config.json){runs_in(path)}"
+        )
     checkpoint = _find(run, which)
     try:
         weights, about = _exported(load_checkpoint(checkpoint))

@@ -55,6 +55,26 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def telling_why(path: Path) -> Iterator[None]:
+    """Raise the system's reason where torch, which writes `path` within, tells of a full disk as "unexpected pos".
+
+    Some more is written behind what torch has left: that fails for the same reason, and says it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not path.is_file():
+            raise
+        try:
+            with path.open("ab", buffering=0) as file:
+                for _ in range(2):  # the first may be written in part
+                    file.write(bytes(1 << 20))
+        except OSError as reason:
+            raise OSError(reason.errno, reason.strerror) from error
+        raise
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file of any size, in hexadecimal."""
     digest = hashlib.sha256()

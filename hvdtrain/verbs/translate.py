@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, counted
 from hvdtrain.rundir.trained import Trained
 from hvdtrain.verbs.kit import standard_input
 from hvdtrain.verbs.options import GenerateOptions
@@ -35,7 +35,8 @@ def translate(options: GenerateOptions, trained: Trained) -> int:
             sys.stdout.write(" ".join(next(answers).split("\n")) + "\n" if text else "\n")
         sys.stdout.flush()
     seconds = time.perf_counter() - started
-    sys.stderr.write(f"{len(texts)} texts in {seconds:.2f} s: {len(texts) / max(seconds, 1e-9):,.1f} texts/s\n")
+    rate = len(texts) / max(seconds, 1e-9)
+    sys.stderr.write(f"{counted(len(texts), 'text')} in {seconds:.2f} s: {rate:,.1f} texts/s\n")
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.errors import UsageError, one_line
-from hvdtrain.settings.files import replaced_whole
+from hvdtrain.settings.files import replaced_whole, telling_why
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
@@ -34,7 +34,8 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 def _write(state: dict[str, Any], temporary: Path, path: Path) -> None:
     """Write a file and look whether it can be read: what only `load` finds, long afterwards, is found too late."""
     try:
-        torch.save(state, temporary)
+        with telling_why(temporary):
+            torch.save(state, temporary)
         torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError):
         raise

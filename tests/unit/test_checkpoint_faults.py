@@ -11,13 +11,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_checkpoint import fail_with, list_checkpoints, load_newest, reseal, save
+from test_metrics import full_disk
 
-from hvdtrain.errors import CheckpointError, ResumeError
+from hvdtrain.errors import CheckpointError, ResumeError, UsageError
 from hvdtrain.rundir import checkpoint as one
 from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.manifest import Manifest, decode_manifest, read_manifest
+from hvdtrain.rundir.parts import write_part
 from hvdtrain.rundir.retention import Retention, kept_steps
+from hvdtrain.world.state_file import write_state
 
 
 def steps(run_dir):
@@ -44,6 +47,23 @@ def test_any_exception_in_a_save_is_one_error_and_leaves_nothing(tmp_path, monke
         save(tmp_path, 2)
     assert names(tmp_path) == ["latest", "step-00000001"]
     assert pointer(tmp_path) == "step-00000001"
+
+
+@pytest.mark.parametrize("room", [300_000, 400_000, 400_300])
+def test_a_full_disk_is_called_that(tmp_path, room):
+    """Torch's own words for it are "unexpected pos 3291904 vs 3291796"."""
+    state = {"numbers": torch.zeros(100_000)}
+    (tmp_path / "folder").mkdir()
+    with full_disk(room):
+        with pytest.raises(CheckpointError, match=r"could not be written \(.*File too large"):
+            Checkpoints(tmp_path / "checkpoints").save(
+                Manifest(step=1, samples=0, world_size=1), {"w": torch.ones(2)}, state, Retention()
+            )
+        with pytest.raises(UsageError, match=r"cannot be written: .*File too large"):
+            write_state(state, tmp_path / "state.pt")
+        assert "File too large" in write_part(tmp_path / "folder", 0, state).error
+    write_state(state, tmp_path / "state.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "folder", "state.pt"]
 
 
 def test_state_that_would_not_load_again_is_no_checkpoint(tmp_path):

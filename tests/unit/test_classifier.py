@@ -156,14 +156,15 @@ def test_predict_answers_as_the_evaluation_does(trained, capsys):
     [
         (["predict", "{folder}/run"], "predict RUN_DIR FILES..."),
         (["predict", "{folder}/run", "{folder}/nosuch.png"], "nosuch.png"),
-        (["predict", "{folder}/run", "{folder}/run/config.toml"], "cannot be read"),
+        (["predict", "{folder}/run", "{folder}/run/config.toml"], "cannot be read (it is no image of a kind"),
         (["predict", "{folder}/digits", "{folder}/run/config.toml"], "neither a run's directory"),
+        (["predict", "{folder}", "{folder}/run/config.toml"], "it is a folder of runs: name one, such as {folder}/run"),
         (["generate", "{folder}/run"], "is a classifier of images"),
     ],
 )
 def test_wrong_questions_are_refused(trained, words, says, capsys):
     assert run_cli(*(word.format(folder=trained[0]) for word in words)) == 2
-    assert says in capsys.readouterr().err
+    assert says.format(folder=trained[0]) in capsys.readouterr().err
 
 
 def test_mnist_answers_to_own_files(tmp_path):
@@ -262,6 +263,9 @@ def test_the_loss_of_a_mixture_is_the_mixture_of_losses():
     expected = F.cross_entropy(logits[rows], soft, reduction="sum")
     assert float(sums["loss"].detach()) == pytest.approx(float(expected), rel=1e-5)
     assert int(sums["unread"]) == 1
+    assert tuple(sums) == loss.metrics
+    few = ClassificationLoss(ours(data={"root": "."}), 2, ConfusionMatrix(("a", "b")))
+    assert tuple(few(Fixed(logits[:, :2]), (images, labels % 2))) == few.metrics == ("loss", "top1")
     model = Fixed(logits).eval()
     plain = float(loss(model, (images, labels))["loss"].detach())
     assert plain == pytest.approx(float(F.cross_entropy(logits[rows], labels[rows], reduction="sum")), rel=1e-5)

@@ -76,6 +76,7 @@ def test_the_loss_is_transformers_own_and_its_files_load(place, kind):
         float(task.model(waves[i : i + 1, : lengths[i]], labels=labels[i : i + 1]).loss.detach()) for i in range(6)
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
+    assert tuple(task.loss_sums(task.model, (waves, lengths, labels))) == task.metrics == ("loss",)
     assert task.train_data.num_targets(indices) == int((labels >= 0).sum())
     task.write_model_files(place)
     task.model.save_pretrained(place)
@@ -161,7 +162,7 @@ def test_clips_that_cannot_be_used(place):
     (place / "clips" / "3.flac").write_bytes(b"no sound at all")
     with pytest.raises(DataError, match=r"the clip .*3\.flac cannot be read"):
         build(place)
-    assert "left out:   1 clips that cannot be used" in build(place, on_error="skip").description
+    assert "left out:   1 clip that cannot be used" in build(place, on_error="skip").description
     (place / "clips" / "3.flac").unlink()
     (place / "clips" / "5.txt").unlink()
     with pytest.raises(DataError, match=r"5\.flac has no text: 5\.txt beside it is missing or empty"):
@@ -250,7 +251,7 @@ def test_a_text_that_holds_the_blank_is_named(place):
     (place / "clips" / "5.txt").write_text("a<pad>b")
     with pytest.raises(DataError, match=r"5\.flac holds <pad>, which is CTC's blank"):
         build(place)
-    assert "left out:   1 clips" in build(place, on_error="skip").description
+    assert "left out:   1 clip" in build(place, on_error="skip").description
 
 
 def test_tables_of_any_ends_of_lines_and_names(place):

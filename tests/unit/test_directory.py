@@ -63,6 +63,15 @@ def test_a_directory_that_cannot_be_made(tmp_path, name):
         RunDirectory(tmp_path / name).claim()
 
 
+def test_a_directory_that_is_there_and_cannot_be_written_to(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be written to \(Read-only file system\): choose another --run-dir"):
+        RunDirectory(tmp_path).claim()
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
 def test_a_lock_that_is_no_file_is_said(tmp_path, kind):
     lock = tmp_path / "lock"

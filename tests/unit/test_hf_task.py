@@ -14,7 +14,7 @@ from tiny_models import make_config
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.recipes.hf import ChatEvalConfig, DocumentsConfig, Transformers, TransformersConfig, hf
-from hvdtrain.recipes.transformers_models.loading import check_length
+from hvdtrain.recipes.transformers_models.loading import check_length, load_model, load_tokenizer
 from hvdtrain.rundir.trained import open_trained
 
 import_transformers()
@@ -133,7 +133,7 @@ def test_records_that_are_left_out_are_counted(place):
         file.write('{"other": 1}\n')
     with pytest.raises(DataError, match=r"chats\.jsonl, line 62: the fields other are those of no format"):
         build(place)
-    assert "left out:   1 records that cannot be used, such as" in build(place, on_error="skip").description
+    assert "left out:   1 record that cannot be used, such as" in build(place, on_error="skip").description
 
 
 def trained(place, family, micro_batch_size, precision, **settings):
@@ -192,3 +192,21 @@ def test_a_sample_longer_than_the_model_says_how_long_it_may_be():
     check_length(model, 64)
     with pytest.raises(ConfigError, match=r"more than the 64 positions of the model: give --data\.sequence-length 64,"):
         check_length(model, 512)
+
+
+def test_what_is_no_model_is_told_apart(tmp_path):
+    """A run's own directory, a folder of something else, a wrong path: "give --data.tokenizer" was all."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for name, says in (
+        ("run", r"it is a run's directory: python -m hvdtrain export .*run writes a model to .*run/export"),
+        ("run/checkpoints", r"it is no model of transformers: there is no config.json in it"),
+        ("file", "it is a file"),
+        ("nowhere", "there is no such directory; as a name on the hub: "),
+    ):
+        with pytest.raises(
+            DataError, match=f"no tokenizer comes from .*{says}.*: name a model, or give --data.tokenizer"
+        ):
+            load_tokenizer(str(tmp_path / name))
+        with pytest.raises(DataError, match=f"no model comes from .*{says}"):
+            load_model(str(tmp_path / name), None, "auto", 0)

@@ -120,6 +120,7 @@ SAID = {
     "nothing": ({"a.jsonl": "", "b.jsonl": ""}, r"data holds no UTF-8 text and no records"),
     "UTF-16 lines": ({"a.jsonl": LINES.encode("utf-16")}, r"a\.jsonl, line 1 is not UTF-8 .* iconv -f utf-16"),
     "a UTF-16 text": ({"a.txt": "hello".encode("utf-16")}, r"a\.txt is not UTF-8 text .*iconv -f utf-16"),
+    "a picture": ({"a.txt": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"}, r"a\.txt is not UTF-8 text .*: it is no text at all"),
     "Latin-1": ({"a.jsonl": LINES.encode() + '"é"'.encode("latin1")}, r"a\.jsonl, line 10 is not UTF-8 .*latin1"),
     "nested too deeply": ({"a.jsonl": LINES + "[" * 100_000}, r"a\.jsonl, line 10: not JSON \(it is nested too"),
     "nested too deeply, all": ({"a.json": '{"a":' * 100_000}, r"a\.json is not JSON \(it is nested too deeply\)"),
@@ -187,10 +188,10 @@ def test_links(read, tmp_path):
 def test_splits_that_a_folder_names(read, tmp_path):
     counts, said = read({"train-00000-of-00002.jsonl": LINES, "train-00001-of-00002.jsonl": LINES, "test.jsonl": LINES})
     assert counts == {"train": {"text": 18}, "val": {"text": 9}}
-    assert said == ["held out is the test split that the folder names (1 files)"]
+    assert said == ["held out is the test split that the folder names (1 file)"]
     counts, said = read({"validation.jsonl": GOOD[0], "more.jsonl": LINES})
     assert counts == {"train": {"text": 27}, "val": {"text": 1}}
-    assert "left out is its test split (1 files)" in said[0]
+    assert "left out is its test split (1 file)" in said[0]
     counts, said = read({}, val_path=str(tmp_path / "data" / "validation.jsonl"))
     assert counts == {"train": {"text": 27}, "val": {"text": 1}}
     assert said == ["left out are 2 files, whose names say that they are for validation or tests"]

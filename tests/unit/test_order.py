@@ -157,3 +157,10 @@ def test_a_step_sees_the_same_whichever_was_asked_for_before(batch):
     assert {step: backward.global_batch(step).tolist() for step in reversed(steps)} == seen
     samples = [sample for step in range(forward.steps_per_epoch) for sample in forward.global_batch(step).tolist()]
     assert sorted(samples) == list(range(20_011))
+
+
+def test_too_few_samples_are_counted_as_a_person_would():
+    with pytest.raises(
+        ConfigError, match=r"a global batch of 16 samples on 1 rank needs .* has 13: use more data or a s"
+    ):
+        SampleOrder(13, BatchPlan(16, 16, 1, 1), seed=0)

@@ -140,12 +140,12 @@ def test_long_pairs_are_cut_or_left_out_and_it_is_said(place):
     task = build(place, path=str(place / "long.jsonl"), val_path=val, sequence_length=8)
     assert len(task.train_data) == 2
     assert "cut:        2 pairs at their ends: they are longer than 8 tokens" in task.description
-    assert "left out:   1 pairs whose prompt leaves no room for an answer" in task.description
+    assert "left out:   1 pair whose prompt leaves no room for an answer" in task.description
     write_lines(place / "long.jsonl", [{**short, "rejected": " world"}, short])
     with pytest.raises(DataError, match=r"long\.jsonl, line 1: 'chosen' and 'rejected' are the same"):
         build(place, path=str(place / "long.jsonl"), val_path=val)
     task = build(place, path=str(place / "long.jsonl"), val_path=val, on_error="skip")
-    assert "left out:   1 records that cannot be used" in task.description
+    assert "left out:   1 record that cannot be used" in task.description
 
 
 def by_the_paper(policy, reference, batch, beta, smoothing):

@@ -153,7 +153,7 @@ def test_settings_of_the_data(place):
         build(place, val_path=str(place / "more.tsv"))
     skipped = build(place, val_path=str(place / "more.tsv"), on_error="skip")
     assert (len(skipped.val_data), len(skipped.train_data)) == (1, 60)
-    assert "left out:   1 lines that cannot be used" in skipped.description
+    assert "left out:   1 line that cannot be used" in skipped.description
     turned = build(place, source_field="2", target_field="1")
     assert turned.train_data.target_lengths.mean() != plain.train_data.target_lengths.mean()
     tokenizer = next(path for path in (place / "cache").glob("pairs-bpe-*") if path.is_dir())

@@ -20,7 +20,9 @@ from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text import known
 from hvdtrain.data.text.corpus import PIECE_BYTES, Document, find_documents, split_documents, standard_library
 from hvdtrain.data.text.sources import find_sources
+from hvdtrain.data.text.splits import such_as
 from hvdtrain.data.text.stream import prepare_text
+from hvdtrain.data.text.tokenize import Meter
 from hvdtrain.data.text.tokenizer import ByteTokenizer, train_bpe
 from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
 from hvdtrain.errors import ConfigError, DataError
@@ -396,7 +398,30 @@ def test_tokens_do_not_depend_on_how_many_texts_are_read_ahead(tmp_path, monkeyp
         prepared = prepare_text(dataclasses.replace(config, cache_dir=str(tmp_path / cache)), told.append)
         tokens.append(prepared.train_shards[0].path.read_bytes())
     assert tokens[0] == tokens[1]
-    assert any(re.fullmatch(r"tokenising: [\d.]+ MB in \d+ s, [\d.,]+ MB/s", line) for line in told)
+    assert any(re.fullmatch(r"tokenising: [\d.]+ kB in \d+ s(, [\d.,]+ MB/s)?", line) for line in told)
+
+
+def test_a_small_text_is_not_0_0_mb_and_its_rate_is_not_that_of_the_start(monkeypatch):
+    told = []
+    meter = Meter(told.append)
+    meter.add(24_600)
+    assert str(meter) == "24.6 kB in 0 s"
+    monkeypatch.setattr("hvdtrain.data.text.tokenize.time.monotonic", lambda: meter._started + 4)
+    meter.add(12_000_000)
+    assert str(meter) == "12.0 MB in 4 s, 3.0 MB/s"
+
+
+def test_of_a_text_too_short_to_be_split_it_is_said_what_to_give(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("some words of a text\n" * 20)
+    with pytest.raises(
+        DataError, match=r"held-out .* 23 tokens, .* a larger --data.val-fraction \(it is 0.05\), --data"
+    ):
+        prepare_text(config(path, tmp_path, sequence_length=32))
+    other = tmp_path / "b.txt"
+    other.write_text("few words")
+    with pytest.raises(DataError, match=r"held-out .*: use more text, or a smaller --data.sequence-length"):
+        prepare_text(config(path, tmp_path, sequence_length=32, val_path=str(other)))
 
 
 def test_texts_are_tokenised_ahead_in_order_and_not_all_at_once():
@@ -485,6 +510,8 @@ def test_files_of_records_are_no_texts(corpus, tmp_path):
     said = []
     settings = {"cache_dir": str(tmp_path / "cache"), "sequence_length": 4}
     prepare_text(TextConfig(path=str(corpus), **settings), said.append)
-    assert any("left out 1 files" in line and "they hold records" in line for line in said)
+    assert f"left out 1 of 7 files of {corpus}, being records, for the recipe hf: more.jsonl" in said
+    assert f"left out 1 of 6 files of {corpus}, not being UTF-8 text: d.txt" in said
+    assert such_as(["a", "b", "c", "d"]) == ", such as a, b, c"
     with pytest.raises(DataError, match=r"more\.jsonl holds records, and this recipe takes texts: the recipe hf"):
         prepare_text(TextConfig(path=str(corpus / "more.jsonl"), **settings))

@@ -166,6 +166,19 @@ def test_what_holds_no_run_is_refused(tmp_path):
         Follower(tmp_path)
 
 
+def test_a_folder_of_runs_such_as_a_sweep_is_no_run_and_one_of_them_is_named(tmp_path):
+    """A sweep's directory is locked, as a run's is: it was watched for lines that never came."""
+    for trial in ("trial-0", "trial-1"):
+        (tmp_path / trial).mkdir()
+        (tmp_path / trial / "metrics.jsonl").write_text("")
+    os.utime(tmp_path / "trial-0", (1, 1))
+    (tmp_path / "lock").write_text("process 1 on node1\n")
+    with pytest.raises(ConfigError, match=r"it is a folder of runs: name one, such as .*trial-1$"):
+        Follower(tmp_path)
+    (tmp_path / "config.toml").write_text("")
+    assert Follower(tmp_path).step == 0
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_is_in_the_files_it_goes_on(tmp_path, seed):
     """Bytes are changed, cut out and put in anywhere, between two looks too."""

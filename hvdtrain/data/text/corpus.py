@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,8 @@ from hvdtrain.errors import DataError, reason_of
 from hvdtrain.settings import nearest
 
 PIECE_BYTES = 1 << 20
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
+"""Signs that no text has, in whatever encoding of one byte."""
 
 
 class NotTextError(DataError):
@@ -99,6 +102,8 @@ def how_to_convert(raw: bytes) -> str:
     """Return what to do with bytes that are not UTF-8."""
     has_mark = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
     is_wide = has_mark or raw[:4096].count(0) > len(raw[:4096]) // 4
+    if not is_wide and _CONTROL.search(raw[:4096]):
+        return "it is no text at all, as pictures and archives are none: leave it out"
     return f"convert it, as with iconv -f {'utf-16' if is_wide else 'latin1'} -t utf-8"
 
 

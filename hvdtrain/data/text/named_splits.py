@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hvdtrain.data.text.corpus import Document
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, counted
 from hvdtrain.settings.untrusted import read_json
 
 _NAMES = {
@@ -57,9 +57,9 @@ def named_splits(documents: Sequence[Document]) -> NamedSplits | None:
     held_out = next((name for name in ("validation", "test") if name in splits), None)
     if held_out is None or "train" not in splits:
         return None
-    about = f"held out is the {held_out} split that the folder names ({len(splits[held_out])} files)"
+    about = f"held out is the {held_out} split that the folder names ({counted(len(splits[held_out]), 'file')})"
     if held_out == "validation" and "test" in splits:
-        about += f"; left out is its test split ({len(splits['test'])} files)"
+        about += f"; left out is its test split ({counted(len(splits['test']), 'file')})"
     train = [document for document in documents if split_of(document.name) in ("train", None)]
     return NamedSplits(train, splits[held_out], about)
 

@@ -22,6 +22,7 @@ from hvdtrain.data.text.corpus import (
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.named_splits import listed, named_splits
 from hvdtrain.data.text.records import Kind, kind_of, read_records
+from hvdtrain.data.text.splits import of_all, such_as
 from hvdtrain.errors import DataError
 
 # What stands beside the data in a folder of a data set.
@@ -142,9 +143,11 @@ def _sources(config: CorpusConfig, path: str | None, say: Callable[[str], None])
         if len(documents) == 1:
             _check_single_file(documents[0])
         raise DataError(f"{path} holds no UTF-8 text and no records: its files are empty, or something else")
-    left_out = [document for document, found in hashes.items() if not found and document.path.stat().st_size > 0]
+    left_out = [item.name for item, found in hashes.items() if not found and item.path.stat().st_size > 0]
     if left_out and path:
-        say(f"left out {len(left_out)} of {len(documents)} files of {path}: they are neither UTF-8 text nor records")
+        say(
+            f"left out {of_all(left_out, documents)} of {path}, being neither UTF-8 text nor records{such_as(left_out)}"
+        )
     return usable
 
 

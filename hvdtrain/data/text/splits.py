@@ -16,9 +16,10 @@ from hvdtrain.data.text.corpus import (
 )
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.records import holds_records
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, counted
 
 Hashed = dict[Document, str]
+_MOST_NAMED = 3
 
 
 def find_splits(config: CorpusConfig, say: Callable[[str], None]) -> tuple[Hashed, Hashed]:
@@ -48,9 +49,9 @@ def _usable(config: CorpusConfig, path: str | None, say: Callable[[str], None]) 
         if len(documents) == 1:
             check_single_file(documents[0])
         raise DataError(f"{path} holds no UTF-8 text: its files are empty, or something else")
-    left_out = sum(document.path.stat().st_size > 0 for document, found in hashes.items() if not found)
+    left_out = [item.name for item, found in hashes.items() if not found and item.path.stat().st_size > 0]
     if left_out and path:
-        say(f"left out {left_out} of {len(documents)} files of {path}: they are not UTF-8 text")
+        say(f"left out {of_all(left_out, documents)} of {path}, not being UTF-8 text{such_as(left_out)}")
     return usable
 
 
@@ -60,8 +61,19 @@ def _texts(path: str, documents: list[Document], say: Callable[[str], None]) -> 
     if not texts:
         raise DataError(f"{path} holds records, and this recipe takes texts: the recipe hf trains on records")
     if len(texts) < len(documents):
-        say(f"left out {len(documents) - len(texts)} files of {path}: they hold records, which the recipe hf trains on")
+        records = [item.name for item in documents if item not in texts]
+        say(f"left out {of_all(records, documents)} of {path}, being records, for the recipe hf{such_as(records)}")
     return texts
+
+
+def of_all(some: Sequence[str], documents: Sequence[Document]) -> str:
+    """Return "2 of 5 files"."""
+    return f"{len(some):,} of {counted(len(documents), 'file')}"
+
+
+def such_as(names: Sequence[str]) -> str:
+    """Return some names, to be looked at; all where they are few."""
+    return f": {', '.join(names)}" if len(names) <= _MOST_NAMED else f", such as {', '.join(names[:_MOST_NAMED])}"
 
 
 def _hashes(config: CorpusConfig, corpus: str, documents: Sequence[Document]) -> dict[Document, str | None]:

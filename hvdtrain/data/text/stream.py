@@ -24,7 +24,7 @@ from hvdtrain.data.text.token_files import content_hash, read_token_files
 from hvdtrain.data.text.tokenize import Meter, token_dtype, write_tokens
 from hvdtrain.data.text.tokenizer import ByteTokenizer, Tokenizer, load_bpe, load_tokenizer, train_bpe
 from hvdtrain.data.text.windows import Shard
-from hvdtrain.errors import DataError, reason_of
+from hvdtrain.errors import DataError, counted, reason_of
 
 FORMAT_VERSION = 2
 
@@ -57,10 +57,16 @@ def prepare_text(config: TextConfig, say: Callable[[str], None] = lambda text: N
     for name, count in (("training", prepared.num_train_tokens), ("held-out", prepared.num_val_tokens)):
         if count < config.sequence_length + 1:
             raise DataError(
-                f"the {name} text has {count} tokens, fewer than one sample of {config.sequence_length} + 1:"
-                " use more text, or a smaller --data.sequence-length"
+                f"the {name} text has {counted(count, 'token')}, fewer than one sample of {config.sequence_length} + 1:"
+                f" use more text, {_more_held_out(config) if name == 'held-out' else ''}or a smaller"
+                " --data.sequence-length"
             )
     return prepared
+
+
+def _more_held_out(config: TextConfig) -> str:
+    is_split = config.val_path is None and not config.is_tokens
+    return f"a larger --data.val-fraction (it is {config.val_fraction:g}), --data.val-path, " if is_split else ""
 
 
 def _prepare_documents(config: TextConfig, say: Callable[[str], None]) -> PreparedText:

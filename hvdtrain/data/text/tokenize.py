@@ -12,6 +12,7 @@ import numpy as np
 
 from hvdtrain.data.text.corpus import Document, read_all
 from hvdtrain.data.text.tokenizer import Tokenizer
+from hvdtrain.errors import megabytes
 
 _SAY_EVERY_S = 10.0
 
@@ -40,8 +41,10 @@ class Meter:
             self._say(f"tokenising: {self}")
 
     def __str__(self) -> str:
-        seconds, megabytes = time.monotonic() - self._started, self._num_bytes / 1e6
-        return f"{megabytes:,.1f} MB in {seconds:.0f} s, {megabytes / max(seconds, 1e-3):,.1f} MB/s"
+        seconds = time.monotonic() - self._started
+        # In less than a tenth of a second the cores have hardly begun, and a rate would be theirs of beginning.
+        rate = f", {self._num_bytes / 1e6 / seconds:,.1f} MB/s" if seconds >= 0.1 else ""
+        return f"{megabytes(self._num_bytes)} in {seconds:.0f} s{rate}"
 
 
 def write_tokens(path: Path, documents: Iterable[Document], tokenizer: Tokenizer, meter: Meter | None = None) -> Counts:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hvdtrain.errors import ConfigError, DataError
-from hvdtrain.recipes.transformers_models.loading import check_files, check_whole, import_transformers, why
+from hvdtrain.recipes.transformers_models.loading import check_files, check_whole, import_transformers, why, why_not
 from hvdtrain.recipes.transformers_models.probe import describe
 from hvdtrain.rundir.trained import Trained
 
@@ -61,7 +61,8 @@ def load_as(
     except DataError:
         raise
     except Exception as error:  # whatever a model's files make its code raise
-        raise DataError(f"no model for {kind} comes from {path or config} ({why(error)})") from error
+        reason = why(error) if path is None else why_not(path, error)
+        raise DataError(f"no model for {kind} comes from {path or config} ({reason})") from error
     model.config.architectures = [type(model).__name__]
     trained: nn.Module = model.train()
     return trained

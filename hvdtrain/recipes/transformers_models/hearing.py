@@ -34,6 +34,8 @@ class CtcLoss:
 
     blank: int
     is_alone: bool = False
+    metrics: tuple[str, ...] = ("loss",)
+    """With "unread" in it, the characters of clips that could not be read are summed, too."""
 
     def logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits, `(n, frames, V)`, and how many frames of each clip are its own, int64 `(n,)`."""
@@ -49,7 +51,7 @@ class CtcLoss:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True), frames
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return the sums "loss" and "unread": the characters of clips that could not be read."""
+        """Return the sums that `metrics` names."""
         _, lengths, labels = batch
         logits, frames = self.logits(model, batch)
         if logits.dtype != torch.float64:
@@ -64,7 +66,8 @@ class CtcLoss:
             blank=self.blank,
             reduction="none",
         )
-        return {"loss": torch.where(is_read, losses, 0.0).sum(), "unread": (sizes * ~is_read).sum()}
+        sums = {"loss": torch.where(is_read, losses, 0.0).sum(), "unread": (sizes * ~is_read).sum()}
+        return {name: sums[name] for name in self.metrics}
 
 
 @torch.no_grad()

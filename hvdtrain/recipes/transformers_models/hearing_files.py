@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from hvdtrain.errors import DataError
-from hvdtrain.recipes.transformers_models.loading import check_files, import_transformers, why
+from hvdtrain.recipes.transformers_models.loading import check_files, import_transformers, why, why_not
 
 _PAD, _UNKNOWN, _SPACE = "<pad>", "<unk>", "|"
 
@@ -28,7 +28,7 @@ def find_tokenizer(source: str, trust_remote_code: bool, is_needed: bool) -> Any
     except Exception as error:  # whatever a tokenizer's files make its code raise
         if not is_needed:
             return None
-        raise DataError(f"no tokenizer comes from {source} ({why(error)})") from error
+        raise DataError(f"no tokenizer comes from {source} ({why_not(source, error)})") from error
     if tokenizer.pad_token_id is None:
         raise DataError(f"the tokenizer of {source} has no padding token, which is CTC's blank: it is none for CTC")
     return tokenizer

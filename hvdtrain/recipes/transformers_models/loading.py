@@ -14,6 +14,7 @@ from hvdtrain.data.text.chat import check_template
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import ConfigError, DataError
 from hvdtrain.models.interchange import indexed_files
+from hvdtrain.process.run_files import CHECKPOINTS
 from hvdtrain.recipes.transformers_models.probe import describe
 from hvdtrain.rundir.trained import ADAPTER_CONFIG
 from hvdtrain.settings.untrusted import read_json
@@ -48,7 +49,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a tokenizer's files make its code raise
-        raise DataError(f"no tokenizer comes from {source} ({why(error)}): give --data.tokenizer") from error
+        else_give = "give --data.tokenizer" if is_model(source) else "name a model, or give --data.tokenizer"
+        raise DataError(f"no tokenizer comes from {source} ({why_not(source, error)}): {else_give}") from error
     check_template(tokenizer.chat_template, source)
     return tokenizer
 
@@ -80,6 +82,23 @@ def check_whole(source: str, model: nn.Module | None = None) -> None:
     """
     if (Path(source) / ADAPTER_CONFIG).is_file() or hasattr(model, "peft_config"):
         raise DataError(f"{source} holds adapters, not a whole model: export them with --merged, and begin with that")
+
+
+def is_model(source: str) -> bool:
+    """Return whether a directory of this machine holds what transformers calls a model."""
+    return (Path(source) / "config.json").is_file()
+
+
+def why_not(source: str, error: Exception) -> str:
+    """Return why nothing could be loaded from a directory or a name on the hub, of which its library tells the half."""
+    folder = Path(source)
+    if is_model(source):
+        return why(error)
+    if (folder / CHECKPOINTS).is_dir():
+        return f"it is a run's directory: python -m hvdtrain export {source} writes a model to {folder / 'export'}"
+    if folder.exists():
+        return "it is no model of transformers: there is no config.json in it" if folder.is_dir() else "it is a file"
+    return f"there is no such directory; as a name on the hub: {why(error)}"
 
 
 def why(error: Exception) -> str:
@@ -122,7 +141,8 @@ def load_model(
     except DataError:
         raise
     except Exception as error:  # whatever a model's files make its code raise
-        raise DataError(f"no model comes from {path or config} ({why(error)})") from error
+        reason = why(error) if path is None else why_not(path, error)
+        raise DataError(f"no model comes from {path or config} ({reason})") from error
     for settings in _configurations(model):
         settings.use_cache = False
     trained: nn.Module = model.train()

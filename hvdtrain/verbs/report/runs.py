@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdtrain.errors import ConfigError, ResumeError, reason_of
+from hvdtrain.process.run_files import runs_in
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.metrics import each_line
 from hvdtrain.settings.values import flat
@@ -97,7 +98,7 @@ def read_run(path: Path, name: str | None = None) -> ReadRun:
         raise ConfigError(f"{path} is no directory: name the directory of a run, such as runs/lm")
     known = (directory.metrics, directory.config, directory.environment, directory.checkpoints.folder)
     if not any(file.exists() for file in known):
-        raise ConfigError(f"{path} holds no run: there are neither metrics.jsonl nor config.toml in it")
+        raise ConfigError(f"{path} holds no run: there are neither metrics.jsonl nor config.toml in it{runs_in(path)}")
     run = ReadRun(name or _names([path])[0], path)
     _read_metrics(directory.metrics, run)
     run.settings = flat(_read_file(directory.config, tomllib.loads, run))

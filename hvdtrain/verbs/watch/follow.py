@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.errors import ConfigError
-from hvdtrain.process.run_files import BEST, CHECKPOINTS, LATEST, named_checkpoint
+from hvdtrain.process.run_files import BEST, CHECKPOINTS, LATEST, named_checkpoint, runs_in
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.metrics import parse_line
 from hvdtrain.verbs.report.rank_log import Record, records_of
@@ -67,8 +67,10 @@ class Follower:
         self.run = RunDirectory(path)
         run = self.run
         signs = (run.metrics, run.config, run.environment, run.lock, run.logs, path / CHECKPOINTS)
-        if not any(sign.exists() for sign in signs):
-            raise ConfigError(f"{path} holds no run: there are neither metrics.jsonl nor logs in it")
+        # A sweep's own directory is locked as well, and what it has besides is its trials'.
+        hint = "" if run.config.exists() else runs_in(path)
+        if hint or not any(sign.exists() for sign in signs):
+            raise ConfigError(f"{path} holds no run: there are neither metrics.jsonl nor logs in it{hint}")
         self._metrics = Tail(run.metrics, _MOST_METRICS_BYTES)
         self._logs: dict[str, RankLog] = {}
         self.curves: dict[str, tuple[list[int], list[float]]] = {}
