@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler  # of torch.amp, where torch 2.12 does not say that it exports it
 
+from hvdtrain.errors import ConfigError
 from hvdtrain.optim.private_optimizer import tell_scaler
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.job import Job
@@ -30,6 +31,15 @@ class LossScaler(Component):
     def of(cls, job: Job) -> LossScaler | None:
         """Return one for `--train.precision fp16`."""
         return cls(job.world.device) if job.config.train.precision == "fp16" else None
+
+    def begin(self, model: nn.Module) -> None:
+        """Refuse what torch's scaler cannot divide."""
+        name = next((name for name, p in model.named_parameters() if p.is_complex() and p.requires_grad), None)
+        if name is not None:
+            raise ConfigError(
+                f"--train.precision fp16 needs a loss scaler, and torch's takes no complex numbers, as in {name} of the"
+                " model: use --train.precision bf16"
+            )
 
     @property
     def scale(self) -> float:

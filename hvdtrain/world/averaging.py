@@ -132,11 +132,16 @@ class WrappedOptimizer(SeenByScalers):
     """Where the state lies between steps; None: where the parameters are."""
 
     def before_scaler(self) -> None:
-        """Refuse loss scalers where each rank has a part of the gradients."""
+        """Refuse loss scalers where each rank has a part of the gradients, or its own still."""
         if self.sharding is not None:
             raise ConfigError(
                 "a GradScaler looks at the gradients that this rank has, which are a part of them with shard=True:"
                 " ranks would leave out different steps. Train in bf16, which needs no scaler, or leave out shard=True"
+            )
+        if self._exchange is not None and self._exchange.is_waiting:
+            raise RuntimeError(
+                "with waits_for_caller=True the gradients are each rank's own as yet, and ranks would leave out"
+                " different steps: call synchronize() after backward(), before the GradScaler's unscale_() and step()"
             )
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hvdtrain.models.private_torch import holders_of
 from hvdtrain.world import gradients, huge_pages
 from hvdtrain.world.codec import Codec
-from hvdtrain.world.filling import fill, lies_densely, like, real
+from hvdtrain.world.filling import fill, lies_densely, like, real, repeats
 from hvdtrain.world.gradients import Mark, Memory, has_changed, mark_of
 from hvdtrain.world.question import Question
 
@@ -146,11 +146,16 @@ class Bucket:
         self._holders = holders_of(self._wire)
 
     def _leave_to_holders(self) -> None:
-        """Take a new buffer where somebody still has a gradient of an earlier step: it stays what it was."""
+        """Take a new buffer where somebody still has a gradient of an earlier step: it stays what it was.
+
+        Also where a gradient has become another parameter's: it would be written over before it is read.
+        """
         first, end = self._wire.data_ptr(), self._wire.data_ptr() + self._wire.nbytes
-        there = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        own = sum(first <= gradient.data_ptr() < end for gradient in there if not gradient.is_sparse)
-        if holders_of(self._wire) > self._holders + own:
+        pairs = zip(self.parameters, self._views, strict=True)
+        there = [(own, view) for parameter, view in pairs if (own := parameter.grad) is not None and not own.is_sparse]
+        inside = [(own, view) for own, view in there if first <= own.data_ptr() < end]
+        are_moved = any(own.data_ptr() != view.data_ptr() for own, view in inside)
+        if are_moved or holders_of(self._wire) > self._holders + len(inside):
             self._allocate()
 
     def _memory(self) -> Memory:
@@ -249,7 +254,7 @@ class Bucket:
                 # Another tensor over the same memory: `model.to(...)` sets the `data` of the one that it finds. It
                 # counts its own changes: a codec may write into the other parts while this one is on the wire again.
                 parameter.grad = mean.data
-            elif gradient is None or gradient.is_sparse:
+            elif gradient is None or gradient.is_sparse or repeats(gradient):
                 parameter.grad = torch.empty_like(parameter, dtype=dtype).copy_(mean)
             elif gradient.data_ptr() != mean.data_ptr():
                 gradient.detach().copy_(mean)

@@ -99,6 +99,11 @@ class GradientExchange:
         return any(exchange.layout.is_under_way for exchange in self._all())
 
     @property
+    def is_waiting(self) -> bool:
+        """Return whether gradients are averaged when the caller asks for it alone, and have not been."""
+        return not self._hooks and not self._is_averaged
+
+    @property
     def order(self) -> list[str]:
         """Return the names of parameters in the order in which backward finishes them, once it is agreed on."""
         return self.layout.order

@@ -96,3 +96,8 @@ def lies_densely(tensor: Tensor) -> bool:
             return False
         expected *= length
     return tensor.numel() > 0
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Return whether a place in memory is several elements, as after `expand`: nothing can be written into it."""
+    return any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))

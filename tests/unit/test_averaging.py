@@ -747,3 +747,27 @@ def test_a_model_of_several_parts_is_followed_whoever_waits():
         return hooks_of(world.wrap(sgd(model), model, waits_for_caller=True, bucket_bytes=100))
 
     assert run_ranks(2, work) == [4, 4]
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_loss_scaler_looks_at_the_mean_or_is_told_to_wait(asks):
+    """Of its own gradients one rank alone would leave the step out."""
+
+    def work(world):
+        model = network(torch.float32)
+        optimizer = world.wrap(sgd(model), model, waits_for_caller=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        x, y = (share(world, part) for part in data(0, torch.float32))
+        scaler.scale(F.cross_entropy(model(x), y) * (float("inf") if world.rank else 1)).backward()
+        if asks:
+            optimizer.synchronize()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale(), largest(model.parameters(), network(torch.float32).parameters())
+
+    if asks:
+        assert run_ranks(2, work) == [(2.0, 0.0)] * 2
+    else:
+        with pytest.raises(RuntimeError, match=r"call synchronize\(\) after backward"):
+            run_ranks(2, work)

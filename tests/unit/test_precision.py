@@ -5,8 +5,10 @@ import torch
 from test_components import job_of
 from thread_world import run_ranks
 
+from hvdtrain.errors import ConfigError
 from hvdtrain.settings import Config, TrainConfig
 from hvdtrain.trainer import precision, without_effect
+from hvdtrain.trainer.scaler import LossScaler
 
 AUTO = Config(train=TrainConfig(steps=3, precision="auto"))
 
@@ -86,3 +88,16 @@ def test_16_bits_that_are_slow_are_said(flags, tmp_path, name):
     assert all(f"  {name} makes products many times slower" in line for line in said)
     flags()
     assert not [line for line in without_effect.without_effect(job) if line.startswith("precision:")]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_complex_weights_and_a_loss_scaler_are_refused_in_a_sentence(learns):
+    """torch's scaler raises NotImplementedError in the first step, on CPUs and GPUs."""
+    model = torch.nn.Linear(2, 2)
+    model.phase = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=learns)
+    scaler = LossScaler(torch.device("cpu"))
+    if learns:
+        with pytest.raises(ConfigError, match="no complex numbers, as in phase of the model"):
+            scaler.begin(model)
+    else:
+        scaler.begin(model)
