@@ -1,7 +1,7 @@
 """The ranks: who they are, what they exchange, how gradients are averaged. Horovod and MPI live in here only."""
 
 from hvdtrain.world.asking import Asking
-from hvdtrain.world.averaging import Averaging, WrappedOptimizer
+from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.batch_norm import has_synchronized_layers, synchronize_batch_norm
 from hvdtrain.world.buckets import in_buckets
 from hvdtrain.world.build_info import ask_horovod
@@ -21,6 +21,7 @@ from hvdtrain.world.start import connect, init, pick_device, visible_gpus
 from hvdtrain.world.topk import TopK
 from hvdtrain.world.watch import watched
 from hvdtrain.world.world import World
+from hvdtrain.world.wrapped import WrappedOptimizer
 
 __all__ = [
     "CODECS",

@@ -13,8 +13,8 @@ from torch import Tensor
 from hvdtrain.world.question import ask_with_gradients
 
 if TYPE_CHECKING:
-    from hvdtrain.world.averaging import WrappedOptimizer
     from hvdtrain.world.world import World
+    from hvdtrain.world.wrapped import WrappedOptimizer
 
 # An answer is read at most so many steps, or seconds, after its question.
 MOST_STEPS, MOST_SECONDS = 16, 1.0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from hvdtrain.world.averaging import WrappedOptimizer
     from hvdtrain.world.world import World
+    from hvdtrain.world.wrapped import WrappedOptimizer
 
 # The share of ranks that have a gradient, at the end of a bucket, is at most 1: what exceeds that are answers. It
 # takes no room of its own, as other lengths would change in which order the ranks' parts are added.

@@ -13,8 +13,8 @@ from hvdtrain.world.closure import over_ranks
 from hvdtrain.world.exchange import GradientExchange
 
 if TYPE_CHECKING:
-    from hvdtrain.world.averaging import WrappedOptimizer
     from hvdtrain.world.world import World
+    from hvdtrain.world.wrapped import WrappedOptimizer
 
 _log = logging.getLogger("hvdtrain")
 

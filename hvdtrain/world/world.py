@@ -17,7 +17,7 @@ from hvdtrain.errors import DivergedError, HvdtrainError, UsageError
 from hvdtrain.models.elsewhere import kept_elsewhere
 from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
-from hvdtrain.world.averaging import Averaging, WrappedOptimizer, wrap_optimizer
+from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.build_info import built_with
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.collectives import Collectives
@@ -33,6 +33,7 @@ from hvdtrain.world.replicas import (
 )
 from hvdtrain.world.sampler import RankSampler
 from hvdtrain.world.state_file import read_state, write_state
+from hvdtrain.world.wrapped import WrappedOptimizer, wrap_optimizer
 
 T = TypeVar("T")
 
