@@ -515,3 +515,22 @@ def test_files_of_records_are_no_texts(corpus, tmp_path):
     assert such_as(["a", "b", "c", "d"]) == ", such as a, b, c"
     with pytest.raises(DataError, match=r"more\.jsonl holds records, and this recipe takes texts: the recipe hf"):
         prepare_text(TextConfig(path=str(corpus / "more.jsonl"), **settings))
+
+
+def test_runs_below_the_texts_are_none_of_them(corpus, tmp_path):
+    """As after `--data.path .`: each run was trained on the logs of those before, and went on with other data."""
+    plain, said = prepare_text(config(corpus, tmp_path)), []
+    for name, sign in (("mine", "logs"), ("sweep", "sweep.json"), ("sweep/trial-0", "metrics.jsonl")):
+        folder = corpus / "runs" / name
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "rank-000.log").write_text("what a rank has to say\n" * 20)
+        (folder / sign).touch()
+        (folder / "lock").touch()
+    (corpus / "runs" / "a.md").write_text("a text\n")
+    for path in (f"{corpus}", f"{corpus}/**"):
+        said.clear()
+        text = prepare_text(config(path, tmp_path), said.append)
+        assert any("of runs" in line for line in said)
+        assert text.num_train_tokens + text.num_val_tokens == plain.num_train_tokens + plain.num_val_tokens + 8
+    alone = prepare_text(config(corpus / "runs" / "mine", tmp_path))  # a person has named it
+    assert alone.num_train_tokens > 100
