@@ -25,7 +25,7 @@ from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenize import Meter
 from hvdtrain.data.text.tokenizer import ByteTokenizer, train_bpe
 from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, megabytes
 from hvdtrain.recipes import lm_task
 
 
@@ -406,6 +406,7 @@ def test_a_small_text_is_not_0_0_mb_and_its_rate_is_not_that_of_the_start(monkey
     meter = Meter(told.append)
     meter.add(24_600)
     assert str(meter) == "24.6 kB in 0 s"
+    assert (megabytes(20), megabytes(999_999)) == ("20 B", "1,000.0 kB")
     monkeypatch.setattr("hvdtrain.data.text.tokenize.time.monotonic", lambda: meter._started + 4)
     meter.add(12_000_000)
     assert str(meter) == "12.0 MB in 4 s, 3.0 MB/s"
