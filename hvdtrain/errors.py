@@ -85,7 +85,9 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 
 def megabytes(num_bytes: float) -> str:
-    """Return "10.9 MB", or "24.5 kB" of less than a megabyte: how every message says how much text there is."""
+    """Return "10.9 MB", or "24.5 kB" and "20 B" of less: how messages say how large a text or an export is."""
+    if num_bytes < 1e3:
+        return f"{num_bytes:.0f} B"
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"
 
 

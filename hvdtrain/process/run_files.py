@@ -19,6 +19,12 @@ _MOST_BYTES = 256
 _MOST_BYTES_OF_A_LINE = 1 << 18
 
 
+def is_run(folder: Path) -> bool:
+    """Return whether a directory is a run's, even of one that has only begun, or a sweep's."""
+    signs = (METRICS, CHECKPOINTS, "logs", "sweep.json")
+    return (folder / LOCK).is_file() and any((folder / sign).exists() for sign in signs)
+
+
 def runs_in(folder: Path) -> str:
     """Return a hint for whoever names a folder of runs, such as a sweep's, in the place of a run; empty without any."""
     with contextlib.suppress(OSError):

@@ -23,6 +23,7 @@ from hvdtrain.data.text.pair_samples import PairWriter, TokenizedPairs, read_hel
 from hvdtrain.data.text.pairs import Pair, PairReader
 from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.sources import position
+from hvdtrain.data.text.splits import without_runs
 from hvdtrain.errors import DataError, counted
 from hvdtrain.recipes.seq2seq import EncoderDecoder, PairsConfig
 from hvdtrain.recipes.seq2seq_model import check_longest, check_positions, load_model
@@ -109,10 +110,10 @@ def _find(data: PairsConfig, say: Callable[[str], None]) -> tuple[Splits, str]:
     made_by: list[Any] = [data.source_field, data.target_field, data.on_error, data.val_fraction]
     if data.path is None:
         return _by_hash(lambda reader: number_pairs(), data.val_fraction), _digest([*made_by, "numbers"])
-    documents = listed(find_documents(data.path))
+    documents = listed(without_runs(find_documents(data.path), data.path, say))
     made_by.append(_digests(data, documents))
     if data.val_path is not None:
-        held_out = listed(find_documents(data.val_path))
+        held_out = listed(without_runs(find_documents(data.val_path), data.val_path, say))
         made_by.append(_digests(data, held_out))
         named = named_splits(documents)
         documents = documents if named is None else named.train

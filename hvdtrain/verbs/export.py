@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hvdtrain.errors import ConfigError, DataError, reason_of
+from hvdtrain.errors import ConfigError, DataError, megabytes, reason_of
 from hvdtrain.process.run_files import CHECKPOINTS
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.manifest import MANIFEST, STATE
@@ -60,7 +60,7 @@ def export(options: ExportOptions) -> int:
     if trained.about:
         sys.stdout.write(f"{trained.about}\n")
     sys.stdout.write(
-        f"exported {trained.source} ({count:,} numbers, {num_bytes / 1e6:.1f} MB)\n"
+        f"exported {trained.source} ({count:,} numbers, {megabytes(num_bytes)})\n"
         f"to {output}: {how.hint.format(output=str(output))}\n"
     )
     return 0

@@ -158,8 +158,19 @@ def _run(request: Request, world: World, heartbeat: Heartbeat, unwatched: list[i
 
 def _claim(request: Request, here: Path) -> Claim:
     if request.run_dir:
+        _check_apart(request.recipe, here / request.run_dir)
         return RunDirectory(here / request.run_dir).claim()
     return RunDirectory(here / RunDirectory.new(request.name).path).claim_new()
+
+
+def _check_apart(recipe: Recipe, run_dir: Path) -> None:
+    """Raise ConfigError where a run would lie among its own texts: started again, it would have other data."""
+    for name in ("path", "val_path"):
+        given = getattr(recipe.data, name, None)
+        folder = Path(given).expanduser() if isinstance(given, str) else None
+        if folder is not None and folder.is_dir() and folder.resolve() == run_dir.resolve():
+            flag = f"--data.{name.replace('_', '-')}"
+            raise ConfigError(f"--run-dir {run_dir} is the directory of {flag}, too: choose another --run-dir")
 
 
 def _below(here: Path, folder: Path) -> Path:
@@ -170,6 +181,7 @@ def _below(here: Path, folder: Path) -> Path:
 def _agree(request: Request, world: World) -> RunDirectory:
     """Return the directory that rank 0 has chosen: another rank's clock may be a second ahead. Collective."""
     chosen = RunDirectory(request.run_dir) if request.run_dir else RunDirectory.new(request.name)
+    _check_apart(request.recipe, chosen.path)
     return RunDirectory(world.broadcast_object(chosen.path, "run_dir"))
 
 

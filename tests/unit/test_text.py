@@ -25,7 +25,7 @@ from hvdtrain.data.text.stream import prepare_text
 from hvdtrain.data.text.tokenize import Meter
 from hvdtrain.data.text.tokenizer import ByteTokenizer, train_bpe
 from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
-from hvdtrain.errors import ConfigError, DataError
+from hvdtrain.errors import ConfigError, DataError, megabytes
 from hvdtrain.recipes import lm_task
 
 
@@ -406,6 +406,7 @@ def test_a_small_text_is_not_0_0_mb_and_its_rate_is_not_that_of_the_start(monkey
     meter = Meter(told.append)
     meter.add(24_600)
     assert str(meter) == "24.6 kB in 0 s"
+    assert (megabytes(20), megabytes(999_999)) == ("20 B", "1,000.0 kB")
     monkeypatch.setattr("hvdtrain.data.text.tokenize.time.monotonic", lambda: meter._started + 4)
     meter.add(12_000_000)
     assert str(meter) == "12.0 MB in 4 s, 3.0 MB/s"
@@ -515,3 +516,22 @@ def test_files_of_records_are_no_texts(corpus, tmp_path):
     assert such_as(["a", "b", "c", "d"]) == ", such as a, b, c"
     with pytest.raises(DataError, match=r"more\.jsonl holds records, and this recipe takes texts: the recipe hf"):
         prepare_text(TextConfig(path=str(corpus / "more.jsonl"), **settings))
+
+
+def test_runs_below_the_texts_are_none_of_them(corpus, tmp_path):
+    """As after `--data.path .`: each run was trained on the logs of those before, and went on with other data."""
+    plain, said = prepare_text(config(corpus, tmp_path)), []
+    for name, sign in (("mine", "logs"), ("sweep", "sweep.json"), ("sweep/trial-0", "metrics.jsonl")):
+        folder = corpus / "runs" / name
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "rank-000.log").write_text("what a rank has to say\n" * 20)
+        (folder / sign).touch()
+        (folder / "lock").touch()
+    (corpus / "runs" / "a.md").write_text("a text\n")
+    for path in (f"{corpus}", f"{corpus}/**"):
+        said.clear()
+        text = prepare_text(config(path, tmp_path), said.append)
+        assert any("of runs" in line for line in said)
+        assert text.num_train_tokens + text.num_val_tokens == plain.num_train_tokens + plain.num_val_tokens + 8
+    alone = prepare_text(config(corpus / "runs" / "mine", tmp_path))  # a person has named it
+    assert alone.num_train_tokens > 100

@@ -418,3 +418,19 @@ def test_a_run_that_was_killed_before_its_last_line_gets_it(tmp_path):
         assert [line.get("event") for line in lines[-2:]] == [None, "finished"] or len(lines) == 1
         assert lines[-1]["event"] == "finished"
         assert sum("event" in line for line in lines) == 1
+
+
+def test_a_run_does_not_lie_among_its_own_texts(tmp_path):
+    """Started again it would have been refused: its logs were texts of it by then."""
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"a text of number {i}\n" * 40)
+    data = {"path": str(tmp_path), "sequence_length": 8, "cache_dir": str(tmp_path / ".cache")}
+    with pytest.raises(
+        hvdtrain.ConfigError, match=r"--run-dir .* is the directory of --data.path, too: choose another"
+    ):
+        hvdtrain.train("lm", run_dir=tmp_path, data=data, train={"steps": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", "0.txt", "1.txt", "2.txt"]
+    words = ["train", "lm", "--data.path", str(tmp_path), "--data.cache-dir", str(tmp_path / ".cache"), "--dry-run"]
+    words += ["--data.sequence-length", "8", "--run-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "hvdtrain", *words], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr.count("is the directory of --data.path, too")) == (2, 1)

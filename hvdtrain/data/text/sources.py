@@ -22,7 +22,7 @@ from hvdtrain.data.text.corpus import (
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.named_splits import listed, named_splits
 from hvdtrain.data.text.records import Kind, kind_of, read_records
-from hvdtrain.data.text.splits import of_all, such_as
+from hvdtrain.data.text.splits import of_all, such_as, without_runs
 from hvdtrain.errors import DataError
 
 # What stands beside the data in a folder of a data set.
@@ -130,7 +130,7 @@ def _read(source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _sources(config: CorpusConfig, path: str | None, say: Callable[[str], None]) -> list[Source]:
-    documents = listed(find_documents(path)) if path else standard_library()
+    documents = listed(without_runs(find_documents(path), path, say)) if path else standard_library()
     kinds = {document: kind_of(document.path) if path else None for document in documents}
     if len(documents) > 1 and any(kinds.values()):
         beside = [document for document in documents if Path(document.name).name.lower().startswith(_NO_DATA)]

@@ -17,6 +17,7 @@ from hvdtrain.data.text.corpus import (
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.records import holds_records
 from hvdtrain.errors import DataError, counted
+from hvdtrain.process.run_files import is_run
 
 Hashed = dict[Document, str]
 _MOST_NAMED = 3
@@ -42,7 +43,7 @@ def find_splits(config: CorpusConfig, say: Callable[[str], None]) -> tuple[Hashe
 
 def _usable(config: CorpusConfig, path: str | None, say: Callable[[str], None]) -> Hashed:
     """Return the documents that hold text, each with its hash."""
-    documents = _texts(path, find_documents(path), say) if path else standard_library()
+    documents = _texts(path, without_runs(find_documents(path), path, say), say) if path else standard_library()
     hashes = _hashes(config, f"files of {_full(path)}", documents)
     usable = {document: found for document, found in hashes.items() if found}
     if not usable:
@@ -64,6 +65,28 @@ def _texts(path: str, documents: list[Document], say: Callable[[str], None]) -> 
         records = [item.name for item in documents if item not in texts]
         say(f"left out {of_all(records, documents)} of {path}, being records, for the recipe hf{such_as(records)}")
     return texts
+
+
+def without_runs(documents: list[Document], path: str, say: Callable[[str], None]) -> list[Document]:
+    """Return the documents but for those in directories of runs.
+
+    Whoever trains in a folder of texts, as with `--data.path .`, has his runs below it: each would train on the logs
+    of those before, and none could go on, as its data had changed.
+    """
+    root = Path(path).expanduser()
+    known: dict[Path, bool] = {}
+
+    def lies_in_a_run(folder: Path) -> bool:
+        if folder == root or folder == folder.parent:
+            return False
+        if folder not in known:
+            known[folder] = is_run(folder) or lies_in_a_run(folder.parent)
+        return known[folder]
+
+    kept = [item for item in documents if not lies_in_a_run(item.path.parent)]
+    if 0 < len(kept) < len(documents):
+        say(f"left out {len(documents) - len(kept):,} of {counted(len(documents), 'file')} of {path}: they are of runs")
+    return kept or documents
 
 
 def of_all(some: Sequence[str], documents: Sequence[Document]) -> str:
