@@ -71,7 +71,7 @@ def telling_why(path: Path) -> Iterator[None]:
                 for _ in range(2):  # the first may be written in part
                     file.write(bytes(1 << 20))
         except OSError as reason:
-            raise OSError(reason.errno, reason.strerror) from error
+            raise reason from error
         raise
 
 
