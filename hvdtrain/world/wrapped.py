@@ -105,14 +105,15 @@ class WrappedOptimizer(SeenByScalers):
 
         The last of `accum_steps` backward passes has done so by itself, and then this does nothing. Where a rank may
         have had fewer, or none, call it before gradients are looked at or changed (clipping, unscaling); `step` does
-        what is left. Backward passes that a rank did not make count as zero gradients.
+        what is left. Backward passes that a rank did not make count as zero gradients. With `waits_for_caller=True` a
+        small model's gradients are averaged by each call.
 
         Raises:
             RuntimeError: a gradient was changed before it was averaged.
             ConfigError: an optimizer that was wrapped later has parameters of this one, and averages in another way.
         """
         if self._exchange is not None:
-            self._exchange.finish()
+            self._exchange.finish(is_asked=True)
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
