@@ -104,10 +104,6 @@ class GradientExchange:
         return not self._hooks and not self._is_averaged
 
     @property
-    def _is_unwatched(self) -> bool:
-        return self._averaging.waits_for_caller and not self._hooks
-
-    @property
     def order(self) -> list[str]:
         """Return the names of parameters in the order in which backward finishes them, once it is agreed on."""
         return self.layout.order
@@ -123,21 +119,23 @@ class GradientExchange:
         """Return the mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
         return self._mean_square
 
-    def finish(self, is_asked: bool = False) -> None:
+    def look_again(self) -> None:
+        """Have `finish` average once more where nobody notes whether backward has gone on: a step may be left out."""
+        for exchange in self._all():
+            if exchange._averaging.waits_for_caller and not exchange._hooks:
+                exchange._is_averaged = False
+
+    def finish(self) -> None:
         """Average what is not averaged yet, on a rank that has had fewer backward passes than others. Collective.
 
         Does nothing where all has been averaged at the end of backward.
-
-        Args:
-            is_asked: the caller waits for it: averages again where nobody notes whether backward has gone on since, as
-                after a step that was left out.
 
         Raises:
             RuntimeError: a gradient was changed while it was still this rank's own.
             ConfigError: parameters are averaged by an exchange that was made later, in another way.
         """
         self._check_shared()
-        unfinished = [item for item in self._all() if not item._is_finished or (is_asked and item._is_unwatched)]
+        unfinished = [exchange for exchange in self._all() if not exchange._is_finished]
         for exchange in unfinished:
             exchange._check_own()
         for exchange in unfinished:

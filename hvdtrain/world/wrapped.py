@@ -113,7 +113,8 @@ class WrappedOptimizer(SeenByScalers):
             ConfigError: an optimizer that was wrapped later has parameters of this one, and averages in another way.
         """
         if self._exchange is not None:
-            self._exchange.finish(is_asked=True)
+            self._exchange.look_again()
+            self._exchange.finish()
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
