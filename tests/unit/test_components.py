@@ -21,6 +21,7 @@ from hvdtrain.trainer.component import Component
 from hvdtrain.trainer.ema import WeightAverage
 from hvdtrain.trainer.formats import upgraded
 from hvdtrain.trainer.memory import estimate
+from hvdtrain.trainer.noise import NoiseScale
 from hvdtrain.trainer.state import replicated_tensors, start_training
 from hvdtrain.trainer.window import MetricWindow
 from hvdtrain.world import SoloWorld
@@ -232,6 +233,16 @@ def test_a_window_of_other_ranks_goes_to_rank_0(tmp_path):
     shares = [window.redistribute(saved, rank) for rank, window in enumerate(windows)]
     assert shares[0]["totals"].tolist() == [3.5, 7.0]
     assert shares[1:] == [None, None]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_norms_of_other_ranks_are_none_of_the_noise_scale(tmp_path, ranks):
+    """Of two ranks each had half of the batch: one rank divided by zero, and three took a half for a third."""
+    job = job_of(tmp_path)
+    of_two, other = (NoiseScale(dataclasses.replace(job, world=Two(0, size))) for size in (2, ranks))
+    of_two.load_state_dict({"sums": torch.tensor([6.0, 4.0, 2.0]).double()})  # as saved before it said of how many
+    other.load_state_dict(of_two.state_dict())
+    assert (len(other.metrics(None)), len(of_two.metrics(None))) == (2 if ranks == 2 else 0, 2)
 
 
 def test_a_checkpoint_of_format_1_is_read(tmp_path):
