@@ -52,6 +52,11 @@ class DecoderConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.init_embeddings == "bigrams" and self.tie_embeddings and self.init_from is None:
+            raise ConfigError(
+                "model.init_embeddings = bigrams needs two matrices, as one cannot say which token follows which:"
+                " give --model.tie-embeddings false, or --model.init-embeddings random"
+            )
         unit = 2 * self.num_heads  # rotary positions turn pairs of channels
         if self.hidden_size % unit:
             above = -(-self.hidden_size // unit) * unit
@@ -64,17 +69,6 @@ class DecoderConfig(ModelConfig):
             raise ConfigError(
                 f"num_heads = {self.num_heads} does not divide into num_kv_heads = {self.kv_heads} equal groups:"
                 f" set num_kv_heads to one of {fits}"
-            )
-
-    def check_init(self) -> None:
-        """Raise ConfigError where the weights cannot begin so.
-
-        Not where a section is made: a file may hold one of the two settings, and a flag the other.
-        """
-        if self.init_embeddings == "bigrams" and self.tie_embeddings:
-            raise ConfigError(
-                "model.init_embeddings = bigrams needs two matrices, as one cannot say which token follows which:"
-                " give --model.tie-embeddings false, or --model.init-embeddings random"
             )
 
     def unused(self) -> Iterator[tuple[str, str]]:

@@ -248,10 +248,12 @@ def _refuse_without_effect(
     own, given, found = (flattened_settings(config) for config in (defaults, recipe, resolved))
     unused = dict(recipe.unused())
     plain = {name: item.default for name, item, _ in fields_of(recipe)}
-    for name in flattened(values):
+    names = [*flattened(values)]
+    left_out = _left_out(recipe, defaults) if source.file and not unused.keys().isdisjoint(names) else {}
+    for name in names:
         harmless = (None, *((own.get(name), plain.get(name)) if source.file else ()))
-        is_harmless = name not in unused or given.get(name) in harmless
-        if not (is_harmless or (source.file and given.get(name) == _left_out(recipe, defaults).get(name))):
+        comes_to_that = name in left_out and given.get(name) == left_out[name]
+        if name in unused and given.get(name) not in harmless and not comes_to_that:
             raise ConfigError(f"{source.name(name)} has no effect: {unused[name]}")
         if given.get(name) != found.get(name):
             raise ConfigError(

@@ -63,7 +63,6 @@ class LanguageModel(Recipe):
         """Take the shape of the model, and its tokenizer, from `--model.init-from`."""
         folder = self.model.init_from
         if folder is None:
-            self.model.check_init()
             return self
 
         from hvdtrain.data.text.tokenizer import BYTE_VOCAB_SIZE

@@ -100,7 +100,6 @@ def _questions(recipe: LanguageModel, text: PreparedText, length: int) -> tuple[
 def _model(recipe: LanguageModel, text: PreparedText) -> Decoder:
     folder = recipe.model.init_from
     if folder is None:
-        recipe.model.check_init()
         model = Decoder(recipe.model, text.vocab_size, seed=recipe.train.seed)
         if recipe.model.init_embeddings == "bigrams":
             begin_at_bigrams(model, first_tokens(text.train_shards, _BIGRAM_TOKENS), recipe.train.seed)

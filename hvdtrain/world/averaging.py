@@ -78,7 +78,16 @@ class Averaging:
         """Return the codec, a new one where it was named."""
         return codec_of(self.compression) if isinstance(self.compression, str) else self.compression
 
-    def conflict_with(self, other: Averaging) -> str:
+    def check_shared_with(self, later: Averaging) -> None:
+        """Raise ConfigError where an optimizer that was wrapped later averages the same gradients in another way."""
+        conflict = self._conflict_with(later)
+        if conflict:
+            raise ConfigError(
+                f"this optimizer shares parameters with one that was wrapped later, and has {conflict}: a gradient"
+                " is averaged in one way, so give wrap() the same for both, or use the later one only"
+            )
+
+    def _conflict_with(self, other: Averaging) -> str:
         """Say by which field one gradient cannot be averaged both ways; empty where it can."""
         if self.accum_steps != other.accum_steps:
             return f"accum_steps = {self.accum_steps}, the other {other.accum_steps}"

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import ConfigError
 from hvdtrain.models.private_torch import backward_run
 from hvdtrain.world.arrivals import Arrivals
 from hvdtrain.world.codec import Codec
@@ -86,7 +85,8 @@ class GradientExchange:
         """What each gradient was after the passes of a window that is not over."""
         self._is_averaged = False
         """Gradients were averaged since the last step."""
-        self._mean_square: Tensor | None = None
+        self.mean_square: Tensor | None = None
+        """The mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
         self._hooks: dict[nn.Parameter, Any] = {}
         self.layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
@@ -114,16 +114,10 @@ class GradientExchange:
             self.layout.follow(names)
             self._arrivals = self._arrivals.without_order()
 
-    @property
-    def mean_square(self) -> Tensor | None:
-        """Return the mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
-        return self._mean_square
-
     def look_again(self) -> None:
         """Have `finish` average once more where nobody notes whether backward has gone on: a step may be left out."""
         for exchange in self._all():
-            if exchange._averaging.waits_for_caller and not exchange._hooks:
-                exchange._is_averaged = False
+            exchange._is_averaged &= bool(exchange._hooks)
 
     def finish(self) -> None:
         """Average what is not averaged yet, on a rank that has had fewer backward passes than others. Collective.
@@ -167,12 +161,7 @@ class GradientExchange:
         Not before it is used: whoever has gone on to another optimizer may still hold this one.
         """
         for other in self._all()[1:] if self._later else ():
-            conflict = self._averaging.conflict_with(other._averaging)
-            if conflict:
-                raise ConfigError(
-                    f"this optimizer shares parameters with one that was wrapped later, and has {conflict}: a gradient"
-                    " is averaged in one way, so give wrap() the same for both, or use the later one only"
-                )
+            self._averaging.check_shared_with(other._averaging)
 
     def end_step(self, found_inf: Tensor | None = None) -> None:
         """Expect new gradients: those that there are have been used, or the optimizer has skipped by `found_inf`."""
@@ -288,7 +277,7 @@ class GradientExchange:
         for part in self.layout.parts:
             part.receive()
         if self._averaging.has_square:  # now: buckets that are laid out anew know of none
-            self._mean_square = torch.cat([bucket.square for bucket in self.layout.buckets]).double().sum()
+            self.mean_square = torch.cat([bucket.square for bucket in self.layout.buckets]).double().sum()
         self._start_window()
         self._is_averaged = True
         trainable = self._trainable()

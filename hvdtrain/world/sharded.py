@@ -77,7 +77,7 @@ class Sharding:
         self._names = names
         self._averaging = averaging
         self._prefix = "sharded"
-        self._takes_part: Callable[[int], bool] = lambda place: False
+        self._taking_part: Callable[[], set[int]] = set
         self._may_move: set[int] = set()
         """Places of the cuts for which a rank may have a gradient since these were last cleared: alike on all ranks."""
         self.parameters = owned_by(optimizer)
@@ -100,7 +100,7 @@ class Sharding:
         """Return the buckets in which the gradients travel."""
         self._prefix = prefix
         layout = ShardedLayout(self._world, prefix, self._names, self._averaging, codec, self.cuts, self._pieces)
-        self._takes_part = layout.takes_part
+        self._taking_part = layout.taking_part
         return layout
 
     def _take_over(self, optimizer: torch.optim.Optimizer) -> None:
@@ -123,7 +123,7 @@ class Sharding:
         for piece in self.pieces:
             piece.is_used = True
         learning = {i for i, cut in enumerate(self.cuts) if any(p.requires_grad for p in cut.parameters)}
-        self._may_move |= {i for i in range(len(self.cuts)) if self._takes_part(i)}
+        self._may_move |= self._taking_part()
         active = sorted(learning | self._may_move)  # the optimizer also moves what was frozen since it got a gradient
         waits: list[Any] = []
         for place in range(len(active) + IN_FLIGHT):

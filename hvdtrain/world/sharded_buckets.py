@@ -230,9 +230,10 @@ class ShardedLayout(Layout):
         """Return what leaves: the buckets in which something learns, the tail behind them, and what goes along."""
         return [*self._active, self._tail, *self.companions]
 
-    def takes_part(self, place: int) -> bool:
-        """Return whether a bucket was sent when gradients were last averaged, or would be now; alike on all ranks."""
-        return self.buckets[place] in self._active
+    def taking_part(self) -> set[int]:
+        """Return the places of buckets that were sent with the last gradients, or would be now; alike on all ranks."""
+        active = set(self._active)
+        return {place for place, bucket in enumerate(self.buckets) if bucket in active}
 
     def note_ready(self, bucket: Bucket) -> None:
         """Send what is ready and next in turn: the same order on all ranks, whose backward passes may differ."""

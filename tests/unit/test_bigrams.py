@@ -101,8 +101,8 @@ def test_a_model_without_weights_stays_without():
 
 
 def test_one_matrix_for_both_is_refused_by_name():
-    recipe = dataclasses.replace(load_recipe("lm"), model=dataclasses.replace(SHAPE, tie_embeddings=True))
-    for refused in (recipe.resolve, lambda: recipe.build(print)):
+    flags = ["train", "lm", "--model.tie-embeddings", "true"]
+    for refused in (lambda: dataclasses.replace(SHAPE, tie_embeddings=True), lambda: cli.parse(flags)):
         with pytest.raises(ConfigError, match=r"init_embeddings = bigrams needs two matrices.*tie-embeddings false"):
             refused()
 

@@ -62,7 +62,8 @@ def _texts(path: str, documents: list[Document], say: Callable[[str], None]) -> 
     if not texts:
         raise DataError(f"{path} holds records, and this recipe takes texts: the recipe hf trains on records")
     if len(texts) < len(documents):
-        records = [item.name for item in documents if item not in texts]
+        kept = set(texts)
+        records = [item.name for item in documents if item not in kept]
         say(f"left out {of_all(records, documents)} of {path}, being records, for the recipe hf{such_as(records)}")
     return texts
 
