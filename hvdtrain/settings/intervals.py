@@ -26,17 +26,15 @@ class Interval:
 
         A share of an epoch that is no whole number of steps comes with the step that completes it.
         """
-        if self.unit == "seconds" or step <= 0:
-            return False
+        return step > 0 and self.times(step, steps_per_epoch) > self.times(step - 1, steps_per_epoch)
+
+    def times(self, step: int, steps_per_epoch: int) -> int:
+        """Return how often the event has come by the end of `step` completed steps; 0 where it goes by seconds."""
+        if self.unit == "seconds":
+            return 0
         if self.unit == "steps":
-            return step % self.number == 0
-        steps = self.number * steps_per_epoch
-        return _times(step, steps) > _times(step - 1, steps)
-
-
-def _times(step: int, steps: float) -> int:
-    """Return how often an event has come; a share such as 0.1 of 30 steps is 3, not a little more."""
-    return int(step / steps + 1e-9)
+            return int(step // self.number)
+        return int(step / (self.number * steps_per_epoch) + 1e-9)  # 0.1 epochs of 30 steps are 3, not a little more
 
 
 def parse_every(name: str, value: Every, seconds: bool = False) -> Interval:

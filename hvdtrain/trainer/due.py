@@ -14,6 +14,11 @@ def is_due(job: Job, step: int, every: Every | None) -> bool:
     return every is not None and _interval(every).is_due(step, job.order.steps_per_epoch)
 
 
+def times_due(job: Job, every: Every | None) -> int:
+    """Return how often something happens in a run that happens after its last step, too; None: only then."""
+    return 1 if every is None else 1 + _interval(every).times(job.num_steps - 1, job.order.steps_per_epoch)
+
+
 @functools.lru_cache(maxsize=64)
 def _interval(every: Every) -> Interval:
     """Return what is asked for after every step."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,11 +122,11 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = fake_model(job, mode, all_trained)
     with mode:
-        weights = _bytes([*model.parameters(), *model.buffers()])
+        weights = tensor_bytes([*model.parameters(), *model.buffers()])
     activations, peak = _traced(job, model, mode)
-    gradients = _bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
+    gradients = tensor_bytes([parameter for parameter in model.parameters() if parameter.requires_grad])
     transients = max(0, peak - (activations or 0) - gradients)
-    of_each = _optimizer_bytes(job, model)
+    of_each = optimizer_bytes(job, model)
     kept, host = sum(of_each.values()), 0
     at_once = most_at_once([parameter.nbytes for parameter in of_each], [*of_each.values()])
     if job.config.optim.shard and job.world.size > 1:
@@ -138,7 +138,7 @@ def estimate(job: Job, all_trained: bool = False) -> Memory:
         gradients += _kept_bytes(job, all_trained)
     if job.is_offloaded:
         kept, host = at_once, kept
-    kept += _component_bytes(job, model, mode)
+    kept += component_bytes(job, model, mode)
     return Memory(weights, gradients, kept, activations, job.plan.micro_batch_size, transients, host)
 
 
@@ -228,7 +228,7 @@ def _check_host(job: Job, memory: Memory) -> None:
         )
 
 
-def _optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
+def optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
     """Return each parameter's state, from a step of it on parameters cut to at most three in each dimension."""
     small = {id(p): nn.Parameter(torch.ones([min(n, 3) for n in p.shape]), p.requires_grad) for p in model.parameters()}
     full: dict[Tensor, nn.Parameter] = {small[id(p)]: p for p in model.parameters()}
@@ -250,13 +250,14 @@ def _optimizer_bytes(job: Job, model: nn.Module) -> dict[nn.Parameter, int]:
     return found
 
 
-def _component_bytes(job: Job, model: nn.Module, mode: FakeTensorMode) -> int:
+def component_bytes(job: Job, model: nn.Module, mode: FakeTensorMode) -> int:
+    """Return the components' state, such as a moving average of the weights."""
     with mode:
         components = build_components(job)
         for component in components:
             component.begin(model)
         states = [component.state_dict() for component in components]
-    return _bytes([t for state in states for t in nested_tensors(state).values() if t.numel() > _SMALL])
+    return tensor_bytes([t for state in states for t in nested_tensors(state).values() if t.numel() > _SMALL])
 
 
 def _traced(job: Job, model: nn.Module, mode: FakeTensorMode) -> tuple[int | None, int]:
@@ -277,5 +278,6 @@ def _traced(job: Job, model: nn.Module, mode: FakeTensorMode) -> tuple[int | Non
     return activations, live.peak if activations is not None else 0
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the sum of their sizes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

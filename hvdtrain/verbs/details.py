@@ -13,15 +13,13 @@ from hvdtrain.optim.schedule import learning_rate, warmup_steps
 from hvdtrain.settings.intervals import Every, parse_every
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer import Job
-from hvdtrain.trainer.due import is_due
+from hvdtrain.trainer.due import times_due
 from hvdtrain.trainer.memory import Memory, estimate, wire_bytes
 from hvdtrain.trainer.resumed import resume_lines
 from hvdtrain.trainer.same_data import compare_data
 from hvdtrain.trainer.saved_state import checked_state
 from hvdtrain.verbs.greeting import num_trained
 from hvdtrain.world import codec_for
-
-_MOST_LOOKED_AT = 100_000  # steps
 
 
 def going_on(job: Job) -> list[str]:
@@ -94,18 +92,10 @@ def _rates(job: Job) -> str:
 
 def _when(job: Job, every: Every | None) -> str:
     """Return after which steps something happens that happens at the end, too."""
-    times = 1 if every is None else _times(job, every)
+    times = times_due(job, every)
     if every is None or times == 1:
         return "after the last step"
-    often = f", {counted(times, 'time')}" if times else ""
-    return f"after {_every(every)} and the last{often}"
-
-
-def _times(job: Job, every: Every) -> int:
-    """Return how often; 0: a run is so long that nobody counts."""
-    if job.num_steps > _MOST_LOOKED_AT:
-        return 0
-    return 1 + sum(is_due(job, step, every) for step in range(1, job.num_steps))
+    return f"after {_every(every)} and the last, {counted(times, 'time')}"
 
 
 def _every(every: Every) -> str:

@@ -15,6 +15,7 @@ from hvdtrain.trainer import Job
 from hvdtrain.trainer.compiling import what_is_compiled
 from hvdtrain.trainer.peaks import product_type
 from hvdtrain.trainer.precision import takes_onednn_attention
+from hvdtrain.trainer.space import space_warning
 from hvdtrain.trainer.without_effect import without_effect
 from hvdtrain.world.unused_gpus import unused_gpus
 
@@ -40,6 +41,7 @@ def greeting(name: str, job: Job, ranks: list[dict[str, Any]], choice: str = "")
         f" {describe_schedule(config.optim, job.num_steps)}",
         f"directory:  {job.run}",
         *without_effect(job),
+        *(space_warning(job) if world.rank == 0 else []),
     ]
     unused = unused_gpus() if world.device.type == "cpu" else ""
     if unused:

@@ -14,7 +14,7 @@ from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.rundir.log import MetricLog
 from hvdtrain.settings import CommConfig, Config, TrainConfig
 from hvdtrain.trainer import Task, settle, train_step
-from hvdtrain.trainer.memory import _optimizer_bytes
+from hvdtrain.trainer.memory import optimizer_bytes
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import replicated_tensors, start_training
 from hvdtrain.trainer.strategy import optimizer_tensors
@@ -198,7 +198,7 @@ def test_any_form_of_state_is_compared_between_ranks_and_counted(tmp_path, name)
         train_step(job, training)
         found = optimizer_tensors(training)
         assert found.items() <= replicated_tensors(training).items()
-        counted = _optimizer_bytes(job, training.model)
+        counted = optimizer_bytes(job, training.model)
         has_own = any(tensor.dim() for tensor in found.values())
         return {key for key, tensor in found.items() if tensor.dim()}, bool(sum(counted.values())) == has_own
 
