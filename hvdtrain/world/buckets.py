@@ -79,7 +79,7 @@ class Bucket:
     """Parameters of one type whose gradients travel as one flat tensor.
 
     Behind the gradients lies one number a parameter: the share of ranks that have a gradient for it. Complex gradients
-    travel as pairs of real numbers.
+    travel as pairs of real numbers. Behind these lie `spare` zeros: Horovod refuses to add what is not equally long.
 
     Args:
         prefix: of the collectives' names, the optimizer's own.
@@ -89,6 +89,7 @@ class Bucket:
         world: the ranks.
         has_square: also send the squared norm of what this rank has computed.
         as_views: let gradients lie in the buffer as soon as backward has finished them (`take_in`).
+        spare: numbers more than are needed.
     """
 
     square: Tensor
@@ -104,6 +105,7 @@ class Bucket:
         world: World,
         has_square: bool = False,
         as_views: bool = False,
+        spare: int = 0,
     ) -> None:
         self.prefix = prefix
         self.name = name
@@ -122,6 +124,7 @@ class Bucket:
         """What the gradients were when they were sent."""
         self._forms = [form_of(parameter) for parameter in self.parameters]
         self._has_square = has_square
+        self._spare = spare
         # A squared norm needs more than 8 bits.
         self._is_native = self._may_be_native and not has_square and codec.is_native(world, self._forms[0][0])
         self._allocate()
@@ -132,11 +135,11 @@ class Bucket:
         """Make the buffer, and views of its parts."""
         wholes = [real(parameter.detach()) for parameter in self.parameters]
         counts = [whole.numel() for whole in wholes]
-        lengths = [*counts, len(counts), int(self._has_square)]
+        lengths = [*counts, len(counts), int(self._has_square), self._spare]
         dtype = self._forms[0][0] if self._is_native else self._codec.buffer_type(self._forms[0][0].to_real())
         self._wire = huge_pages.zeros(sum(lengths), dtype, self.parameters[0].device)
-        *flat, self._users, self.square = torch.split(self._wire, lengths)
-        self._numbers, self._counts = torch.split(self._wire, [sum(counts), len(counts) + int(self._has_square)])
+        *flat, self._users, self.square, _ = torch.split(self._wire, lengths)
+        self._numbers, self._counts = torch.split(self._wire, [sum(counts), sum(lengths) - sum(counts)])
         # In the parameter's own order: torch's fused optimizers go through both as they lie in memory.
         self._views = [
             like(view, whole) if lies_densely(whole) else view.view(whole.shape)

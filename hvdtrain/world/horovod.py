@@ -18,7 +18,7 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.mpi_ops import mpi_lib
 from torch import Tensor, nn
 
-from hvdtrain.errors import ConfigError, LaunchError
+from hvdtrain.errors import ConfigError, DivergedError, LaunchError, one_line
 from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
@@ -100,17 +100,17 @@ class HorovodWorld(World):
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
         """Reduce in the background, in the tensor's own type."""
         self.hand(tensor, name)
-        return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name))
+        return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name), name)
 
     def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Gather in the background."""
         self.hand(tensor, name)
-        return self._waiting(hvd.allgather_async(tensor, name=name))
+        return self._waiting(hvd.allgather_async(tensor, name=name), name)
 
     def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Exchange in the background."""
         self.hand(tensor, name)
-        wait = self._waiting(hvd.alltoall_async(tensor, name=name))
+        wait = self._waiting(hvd.alltoall_async(tensor, name=name), name)
         return lambda: cast(Any, wait())[0]  # Horovod also returns how much came from each rank
 
     def start_reduce_scatter(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Callable[[], Tensor]:
@@ -120,23 +120,27 @@ class HorovodWorld(World):
         """
         self.hand(tensor, name)
         splits = torch.tensor(lengths, dtype=torch.int32)
-        wait = self._waiting(hvd.alltoall_async(tensor, splits=splits, name=name))
+        wait = self._waiting(hvd.alltoall_async(tensor, splits=splits, name=name), name)
         return lambda: added_in_order(cast(Any, wait())[0].view(self.size, lengths[self.rank]))
 
     def start_broadcast_(self, tensor: Tensor, name: str, root: int = 0) -> Callable[[], Tensor]:
         """Broadcast in the background."""
         self.hand(tensor, name)
-        return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name))
+        return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name), name)
 
-    def _waiting(self, handle: Any) -> Callable[[], Tensor]:
-        return _Waiting(self.progress, handle)
+    def _waiting(self, handle: Any, name: str) -> Callable[[], Tensor]:
+        return _Waiting(self.progress, handle, name)
 
     def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
         """Reduce in one of Horovod's process sets."""
         more = {} if len(ranks) == self.size else {"process_set": self._groups[ranks]}
         self.hand(tensor, name)
-        with self.progress.during("communication"):
-            return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
+        try:
+            with self.progress.during("communication"):
+                return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
+        except HorovodInternalError as error:
+            _raise_in_words(error, name)
+            raise
 
     def broadcast_pickled(self, value: Any, name: str, root: int) -> Any:
         """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""
@@ -167,7 +171,7 @@ class HorovodWorld(World):
         """Return what rank 0 has for this rank in its flat `parts`, rank 0's own first; others give an empty one."""
         self.hand(parts, name)
         splits = torch.tensor(lengths if self.rank == 0 else [0] * self.size, dtype=torch.int32)
-        wait = self._waiting(hvd.alltoall_async(parts, splits=splits, name=name))
+        wait = self._waiting(hvd.alltoall_async(parts, splits=splits, name=name), name)
         return cast(Tensor, cast(Any, wait())[0])
 
     def answer_with_zeros(self) -> int:
@@ -233,15 +237,28 @@ def _long_naps(*, is_wanted: bool) -> Iterator[None]:
             del os.environ[_CYCLE]
 
 
+def _raise_in_words(error: HorovodInternalError, name: str) -> None:
+    """Raise DivergedError where Horovod tells all ranks that they gave different tensors; its words name none."""
+    if "ismatched" in str(error):
+        raise DivergedError(
+            f"'{name}' is not the same on all ranks ({one_line(error)}): freeze, unfreeze and add the same layers on"
+            " all ranks at the same step, and give collectives tensors of one shape and type"
+        ) from error
+
+
 class _Waiting:
     """What waits for a collective when it is called; `is_done` tells, without waiting, whether it need not."""
 
-    def __init__(self, progress: Progress, handle: Any) -> None:
-        self._progress, self._handle = progress, handle
+    def __init__(self, progress: Progress, handle: Any, name: str) -> None:
+        self._progress, self._handle, self._name = progress, handle, name
 
     def __call__(self) -> Tensor:
-        with self._progress.during("communication"):
-            result = hvd.synchronize(self._handle)
+        try:
+            with self._progress.during("communication"):
+                result = hvd.synchronize(self._handle)
+        except HorovodInternalError as error:
+            _raise_in_words(error, self._name)
+            raise
         keep_for_stream(result)
         return cast(Tensor, result)
 

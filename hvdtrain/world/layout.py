@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
+from zlib import crc32
 
 from torch import nn
 
@@ -18,6 +19,10 @@ from hvdtrain.world.sparse_rows import SparseRows
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
     from hvdtrain.world.world import World
+
+
+# A prime: of so many layouts, as good as none looks like another.
+_SIGNS = 61
 
 
 class Travelling(Protocol):
@@ -127,12 +132,12 @@ class Layout:
         # Adasum weighs each gradient by its own direction: one a tensor.
         in_parts = self._codec.gains_by_parts
         groups = [[p] for p in dense] if is_adasum else in_buckets(dense, self._averaging.bucket_bytes, in_parts)
-        kind = AdasumTensor if is_adasum else Bucket
+        kind, spare = AdasumTensor if is_adasum else Bucket, self._sign_of_frozen(known.union(new))
         for group in groups:
             name, has_square = self.name(group[0]), self._averaging.has_square
             self._codec.lay_out(name, [(self.name(p), real(p.detach()).shape) for p in group])
             as_views = self._averaging.gradient_as_bucket_view and not is_adasum
-            bucket = kind(self._prefix, name, group, self._codec, self._world, has_square, as_views)
+            bucket = kind(self._prefix, name, group, self._codec, self._world, has_square, as_views, spare)
             bucket.neighbours = self._parameters
             if not self.buckets and not is_adasum and group[0].device.type == "cpu":
                 bucket.question, self.question.is_carried = self.question, True
@@ -167,6 +172,14 @@ class Layout:
             place = next(i for i, other in enumerate(self._parameters()) if other is parameter)
             self._names[parameter] = f"parameter {place}"
         return self._names[parameter]
+
+    def _sign_of_frozen(self, trained: set[nn.Parameter]) -> int:
+        """Return a number that tells which parameters are frozen, 0 if none is: ranks must not add others' gradients.
+
+        Those that froze other layers of the same size on each rank did, and nobody was told.
+        """
+        frozen = [self.name(parameter) for parameter in self._parameters() if parameter not in trained]
+        return 1 + crc32("\n".join(frozen).encode()) % _SIGNS if frozen else 0
 
     def _known(self) -> set[nn.Parameter]:
         return {*self.bucket_of, *(item.parameter for item in self.sparse)}

@@ -10,7 +10,7 @@ from test_optimizer import OPTIMIZERS, data, largest_difference, network, share
 from test_world import digest
 from torch.utils.checkpoint import checkpoint
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, DivergedError
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
 
@@ -336,3 +336,40 @@ def test_zero_grad_that_keeps_zeros(world):
         optimizer.step()
         alone.step()
     assert largest_difference(model, reference) < 1e-12
+
+
+@pytest.mark.parametrize("waits_for_caller", [False, True])
+def test_layers_frozen_on_some_ranks_alone_are_told_at_once(world, waits_for_caller):
+    """Of the same size, the gradients of one layer were added to those of another, in silence."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(world.size + 2)])
+    optimizer = world.wrap(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, waits_for_caller=waits_for_caller, warns_of_copies=False
+    )
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+
+    train(1)
+    model[1 + world.rank].requires_grad_(False)
+    told = "is not the same on all ranks .*freeze, unfreeze and add the same layers on all ranks"
+    if world.size == 1:
+        train(3)
+        return
+    with pytest.raises(DivergedError, match=told):
+        train(3)
+    with pytest.raises(DivergedError, match=r"'lengths' is not the same on all ranks .*tensors of one shape and type"):
+        world.all_reduce(torch.ones(1 + world.rank), "sum", "lengths")
+    world.barrier("goes on")
+
+
+def test_layers_frozen_on_all_ranks_and_trained_again(world):
+    def before(step, model, optimizer):
+        for i, layer in enumerate(model):
+            layer.requires_grad_(step % 3 == 0 or i != step % 3)
+
+    torch.manual_seed(0)
+    compare(world, torch.nn.Sequential(*[torch.nn.Linear(6, 6).double() for _ in range(3)]), 9, before=before)
