@@ -54,20 +54,21 @@ def main() -> int:
     given = parser.parse_args()
     started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="kill-campaign-"))
 
-    def one(place: int, name: str) -> tuple[str, list[str]]:
+    def one(place: int, name: str) -> tuple[str, list[str], int]:
         kills = given.kills // len(given.runs) + (place < given.kills % len(given.runs))
         run = KilledRun(name, RUNS[name], folder, random.Random(f"{given.seed} {name}"))
-        return run.row(kills, started + 60 * given.minutes), [f"{name}: {problem}" for problem in run.problems]
+        row = run.row(kills, started + 60 * given.minutes)
+        return row, [f"{name}: {problem}" for problem in run.problems], sum(run.kills.values())
 
     with ThreadPoolExecutor(given.parallel) as pool:
         done = [*pool.map(one, range(len(given.runs)), given.runs)]
-    rows, problems = [row for row, _ in done], [problem for _, found in done for problem in found]
+    rows, problems = [row for row, _, _ in done], [problem for _, found, _ in done for problem in found]
     table = "\n".join(
         (
             machine.describe(),
             "",
-            f"kill -9 of a rank or the launcher, restarted by hvdtrain.process.supervise;"
-            f" {(time.monotonic() - started) / 60:.0f} minutes",
+            f"{sum(kills for _, _, kills in done)} kills (kill -9) of a rank or the launcher, restarted by"
+            f" hvdtrain.process.supervise; {(time.monotonic() - started) / 60:.0f} minutes",
             "",
             "run             kills  torn  damaged  lost   ranks  steps   weights  metrics",
             "                      saves  by us         changed           bitwise equal to no kill",
