@@ -271,10 +271,13 @@ class Collectives(ABC):
     def all_gather_pickled(self, value: T, name: str) -> list[T]:
         """Return every rank's value, ordered by rank. Collective."""
 
-    def answer_with_zeros(self) -> int:
+    def answer_with_zeros(self, gpu: int | None = None) -> int:
         """Give zeros to whatever the others reduce until every rank has come here; returns the last one. Collective.
 
         Horovod's `join`, for scripts that were written for it; `join` of this class needs no help of the back end.
+
+        Args:
+            gpu: on which the others' tensors would lie here, by its number; None: where this rank trains.
         """
         return self.rank
 

@@ -170,10 +170,15 @@ class HorovodWorld(World):
         wait = self._waiting(hvd.alltoall_async(parts, splits=splits, name=name))
         return cast(Tensor, cast(Any, wait())[0])
 
-    def answer_with_zeros(self) -> int:
-        """Call Horovod's `join`."""
+    def answer_with_zeros(self, gpu: int | None = None) -> int:
+        """Call Horovod's `join`, with a GPU where there is one.
+
+        Zeros in host memory, which it makes by itself, would go by MPI while the others are in NCCL: all would hang.
+        """
+        if gpu is None and self.device.type == "cuda":
+            gpu = self.device.index
         with self.progress.during("communication"):
-            return int(hvd.join())
+            return int(hvd.join(-1 if gpu is None else gpu))
 
     def has_lost_contact(self, error: BaseException) -> bool:
         """Return whether it is Horovod's word for a rank that has gone."""

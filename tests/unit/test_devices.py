@@ -7,10 +7,13 @@ import pytest
 import torch
 from test_components import job_of
 
+from hvdtrain.compat import horovod as compat
+from hvdtrain.compat import place
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.data.draws import Draws, Request
 from hvdtrain.data.loader import Reading
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.progress import Progress
 from hvdtrain.trainer import state
 from hvdtrain.world import SoloWorld, start
 
@@ -59,3 +62,19 @@ def test_one_rank_takes_the_gpu_that_its_program_has_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert start.solo_device() == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [("cuda:1", (), 1), ("cuda:1", (3,), 3), ("cpu", (), -1), ("cpu", (-1,), -1)],
+)
+def test_who_has_joined_gives_zeros_where_the_others_have_tensors(monkeypatch, device, asked, expected):
+    """In host memory they would go by MPI, while the others are in NCCL: all would wait for ever."""
+    horovod = pytest.importorskip("hvdtrain.world.horovod", exc_type=ImportError)
+    given = []
+    monkeypatch.setattr(horovod.hvd, "join", lambda device=-1: given.append(device) or 0)
+    world = object.__new__(horovod.HorovodWorld)  # no rank was started
+    world.device, world.progress = torch.device(device), Progress()
+    monkeypatch.setattr(place, "_worlds", [world])
+    assert compat.join(*asked) == 0
+    assert given == [expected]
