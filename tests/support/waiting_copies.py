@@ -47,7 +47,7 @@ class _MadeOnDevice(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
-        if func in (torch.tensor, torch.as_tensor) and not isinstance(args[0] if args else None, torch.Tensor):
-            if made.device.type != "cpu":
-                self._copies.note(made, False)
+        is_of_numbers = func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
+        if is_of_numbers and made.device.type != "cpu":
+            self._copies.note(made, False)
         return made
