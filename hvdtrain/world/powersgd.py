@@ -193,7 +193,7 @@ class _Joined:
 
 
 def _in_own_type(like: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which products have the type of their matrices, be it that a loop averages within autocast."""
+    """Return a context in which products have the type of their matrices, be it within autocast."""
     kind = like.device.type
     is_cast = not like.is_meta and torch.is_autocast_enabled(kind)  # torch's "meta" has none
     return torch.autocast(kind, enabled=False) if is_cast else contextlib.nullcontext()
