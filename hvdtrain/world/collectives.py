@@ -277,7 +277,7 @@ class Collectives(ABC):
         Horovod's `join`, for scripts that were written for it; `join` of this class needs no help of the back end.
 
         Args:
-            gpu: on which the others' tensors would lie here, by its number; None: where this rank trains.
+            gpu: its number, where the others' tensors would lie on one here; None: they would be in host memory.
         """
         return self.rank
 

@@ -171,12 +171,7 @@ class HorovodWorld(World):
         return cast(Tensor, cast(Any, wait())[0])
 
     def answer_with_zeros(self, gpu: int | None = None) -> int:
-        """Call Horovod's `join`, with a GPU where there is one.
-
-        Zeros in host memory, which it makes by itself, would go by MPI while the others are in NCCL: all would hang.
-        """
-        if gpu is None and self.device.type == "cuda":
-            gpu = self.device.index
+        """Call Horovod's `join`. Zeros on another device than the others' tensors go by another library: all hang."""
         with self.progress.during("communication"):
             return int(hvd.join(-1 if gpu is None else gpu))
 
