@@ -139,10 +139,12 @@ def test_the_mpijob_hands_them_on(tmp_path):
     (script,) = container["args"]
     (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "mpirun").chmod(0o755)
-    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    libraries = {name: SET[name] for name in SET if name.startswith(("NCCL", "HOROVOD", "UCX", "CUDA", "CUBLAS"))}
-    done = subprocess.run([*container["command"], script], env={**path, **libraries}, capture_output=True, text=True)
-    assert handed_on(done.stdout.split()) == {"PATH", *libraries}
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "EDITOR": "vi"}
+    libraries = {**SET, "PYTORCH_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
+    for visible, more in (("0,1", {"CUDA_VISIBLE_DEVICES"}), ("GPU-4b36", set())):
+        own = {**path, **libraries, "CUDA_VISIBLE_DEVICES": visible}
+        done = subprocess.run([*container["command"], script], env=own, capture_output=True, text=True)
+        assert handed_on(done.stdout.split()) == {"PATH", *libraries, *more}
 
 
 def sourced(tmp_path, **variables):
