@@ -210,7 +210,10 @@ class Collectives(ABC):
         return cast(T, self.broadcast_pickled(value, self.named("broadcast_object", name), root))
 
     def all_gather_object(self, value: T, name: str | None = None) -> list[T]:
-        """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective."""
+        """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective.
+
+        Tensors in it that were on a rank's GPU are on this one's.
+        """
         return self.all_gather_pickled(value, self.named("all_gather_object", name))
 
     def barrier(self, name: str | None = None) -> None:

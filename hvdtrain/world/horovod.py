@@ -26,7 +26,7 @@ from hvdtrain.process.stray import stray_hint
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.collectives import added_in_order
-from hvdtrain.world.scattering import dumped, loaded, scattered
+from hvdtrain.world.scattering import dumped, loaded, on_own_gpu, scattered, without_gpus
 from hvdtrain.world.streams import keep_for_stream
 from hvdtrain.world.world import World
 
@@ -155,9 +155,11 @@ class HorovodWorld(World):
         return value if self.rank == root else loaded(pickled, tensors)
 
     def all_gather_pickled(self, value: T, name: str) -> list[T]:
-        """Gather pickles; meant for small values."""
+        """Gather pickles; meant for small values. What was on a rank's GPU is on this one's then."""
+        own = without_gpus(value) if self.device.type == "cuda" else value
         with self.progress.during("communication"):
-            return cast("list[T]", hvd.allgather_object(value, name=name))
+            found = hvd.allgather_object(own, name=name)
+        return [on_own_gpu(item, self.device) for item in found]
 
     def scatter_pickled(self, values: Sequence[Any] | None, name: str) -> Any:
         """Send each rank its own alone."""

@@ -18,6 +18,7 @@ from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
 from hvdtrain.trainer import state
 from hvdtrain.world import SoloWorld, start
+from hvdtrain.world.scattering import on_own_gpu, without_gpus
 
 
 class Where(TensorSamples):
@@ -114,3 +115,21 @@ def test_horovod_is_told_where_to_make_them(monkeypatch, gpu, expected):
     world.progress = Progress()
     assert world.answer_with_zeros(gpu) == 5
     assert given == [expected]
+
+
+def test_what_ranks_gather_is_on_their_own_gpus():
+    """A pickle of a tensor names the sender's GPU: this rank would begin to use it, or has none of that number."""
+    with FakeTensorMode():
+        value = {"loss": torch.empty(2, device="cuda:3"), "more": [torch.empty(3), 5], "weight": "as it is"}
+        sent = without_gpus(value)
+        assert [tensor.device.type for tensor in sent.tensors] == ["cpu", "cpu"]
+        found = on_own_gpu(sent, torch.device("cuda", 1))
+    assert (found["loss"].device, found["loss"].shape) == (torch.device("cuda", 1), (2,))
+    assert found["more"][0].device.type == "cpu"
+    assert (found["more"][1], found["weight"]) == (5, "as it is")
+
+
+@pytest.mark.parametrize("value", [{"a": torch.ones(2)}, 7, lambda: None], ids=["in host memory", "a number", "code"])
+def test_what_is_on_no_gpu_is_sent_as_it_is(value):
+    assert without_gpus(value) is value
+    assert on_own_gpu(value, torch.device("cuda", 1)) is value
