@@ -42,13 +42,17 @@ if [[ $(id -u) == 0 ]]; then # containers, as a rule; Open MPI refuses root othe
 fi
 
 # hand_on: sets `forwarded` to mpirun's options that give ranks on all hosts what is set here for Python, threads, and
-# the libraries below. A GPU that is named by its UUID is on this host alone.
+# the libraries below. A GPU that is named by its UUID is on this host alone; and where Slurm has given the job its GPUs,
+# their numbers are this host's, and it tells each other host its own.
 hand_on() {
   local name
   forwarded=(-x PATH)
   for name in $(compgen -e); do
     case $name in
-      CUDA_VISIBLE_DEVICES) [[ ${!name} == *[A-Za-z]* ]] || forwarded+=(-x "$name") ;;
+      CUDA_VISIBLE_DEVICES)
+        [[ ${!name} == *[A-Za-z]* || ${!name} == [0-9]* && -n ${SLURM_JOB_GPUS:-${SLURM_GPUS_ON_NODE:-}} ]] ||
+          forwarded+=(-x "$name")
+        ;;
       NCCL_* | HOROVOD_* | UCX_* | CUDA_* | CUBLAS_* | TORCH_* | TORCHINDUCTOR_* | PYTORCH_* | GLOO_* | FI_* | HF_* | \
         OMP_* | MKL_* | LD_LIBRARY_PATH | LD_PRELOAD | PYTHONPATH | VIRTUAL_ENV) forwarded+=(-x "$name") ;;
     esac

@@ -3,8 +3,8 @@
 #
 #   launch/local.sh [N] [arguments...]     set up if needed, then horovodrun -np N python -m hvdtrain [arguments...]
 #
-# N is the number of ranks; the default is one per GPU, or without any one per core, 4 at most. Ctrl-C and SIGTERM reach
-# every rank; a second one ends them at once.
+# N is the number of ranks; the default is one per GPU (of CUDA_VISIBLE_DEVICES, where that is set), or without any one
+# per core, 4 at most. Ctrl-C and SIGTERM reach every rank; a second one ends them at once.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -13,6 +13,12 @@ set -euo pipefail
 cores=$(nproc)
 ranks=$((cores < 4 ? cores : 4))
 gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU' || true)
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then # others are hidden: CUDA takes what stands before the first -1
+  shown=${CUDA_VISIBLE_DEVICES%%-1*}
+  [[ ${shown,,} =~ ^(none|void|nodevfiles)$ ]] && shown=''
+  IFS=, read -ra shown <<< "$shown"
+  gpus=$((${#shown[@]} < gpus ? ${#shown[@]} : gpus))
+fi
 if ((gpus > 0)); then
   ranks=$gpus
 fi

@@ -187,5 +187,9 @@ def barrier(process_set: Any = global_process_set) -> None:
 
 
 def join(device: int = -1) -> int:
-    """Give zeros to what the others reduce until every rank has come here; returns the last to come. Collective."""
-    return world().answer_with_zeros()
+    """Give zeros to what the others reduce until every rank has come here; returns the last to come. Collective.
+
+    They lie on the GPU of this number; -1: where the gradients of the optimizers lie, or in host memory.
+    """
+    here = world()
+    return here.answer_with_zeros(device if device >= 0 else here.gpu_of_gradients())

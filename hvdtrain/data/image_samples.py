@@ -217,5 +217,7 @@ class SyntheticImages:
 def normalised(images: Tensor, dtype: torch.dtype, is_channels_last: bool) -> Tensor:
     """Return bytes, uint8 `(n, 3, height, width)`, as what models are trained on: mean 0 and standard deviation 1."""
     layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    mean, std = (torch.tensor(v, dtype=dtype, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    # Made there of plain numbers, they would be waited for on a GPU, as by a copy.
+    known = (torch.tensor(v, dtype=dtype, device="cpu").view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (v.to(images.device, non_blocking=True) for v in known)
     return images.contiguous(memory_format=layout).to(dtype).sub_(255 * mean).div_(255 * std)

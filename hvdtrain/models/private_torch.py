@@ -99,8 +99,16 @@ def without_modes() -> Any:
 
 
 def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source to its target, of the same shape; on GPUs by few kernels for all."""
-    torch._foreach_copy_(targets, sources)
+    """Copy each source to its target, of the same shape; on GPUs by few kernels for all of a type.
+
+    Of several types at once torch would copy tensor by tensor.
+    """
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for pair in zip(targets, sources, strict=True) if targets and not targets[0].is_cpu else ():
+        kinds.setdefault((pair[0].device, pair[0].dtype, pair[1].dtype), []).append(pair)
+    each: list[Any] = [zip(*pairs, strict=True) for pairs in kinds.values()] or [(targets, sources)]
+    for own, others in each:
+        torch._foreach_copy_(list(own), list(others))
 
 
 def divided_all(tensors: list[Tensor], by: float) -> list[Tensor]:

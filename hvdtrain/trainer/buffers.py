@@ -9,13 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.private_modules import has_buffers, is_saved_buffer
-from hvdtrain.models.private_torch import is_fake
+from hvdtrain.models.private_torch import copy_all_, is_fake
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.world import BesideGradients, World, digest_of, per_rank_buffers
 
 if TYPE_CHECKING:
     from hvdtrain.trainer.job import Job
     from hvdtrain.trainer.state import Training
+
+
+# Buffers of more numbers are worth a kernel each; and what is put together takes memory once more.
+_SMALL = 1 << 16
 
 
 class ChangingBuffers(Component):
@@ -83,6 +87,7 @@ class ChangingBuffers(Component):
     def _undo(self, names: list[str], model: nn.Module, step: Step) -> None:
         buffers = dict(model.named_buffers())
         kept = {name: self._kept[name] for name in names if name in self._kept and name in buffers}
+        unseen: list[tuple[Tensor, Tensor]] = []
         for name, before in kept.items():
             if before.shape != buffers[name].shape:  # a memory that grows
                 if not step.is_finite:
@@ -90,10 +95,12 @@ class ChangingBuffers(Component):
                 kept[name] = model.get_buffer(name).clone()
                 continue
             if not self._world.reads_at_once:
-                buffers[name].copy_(torch.where(step.is_finite, buffers[name], before))
-            elif not step.is_finite:
+                unseen.append((buffers[name], before))
+                continue
+            if not step.is_finite:
                 buffers[name].copy_(before)
             before.copy_(buffers[name])
+        _settle_unseen(unseen, step.is_finite)
         # One that has begun to change is kept from now on.
         self._kept = {**kept, **{name: buffers[name].clone() for name in names if name not in kept}}
 
@@ -186,6 +193,24 @@ class ChangingBuffers(Component):
         assert self._model is not None
         buffers = dict(self._model.named_buffers())
         return [buffers[name] for name in names]
+
+
+def _settle_unseen(pairs: list[tuple[Tensor, Tensor]], is_counted: Tensor) -> None:
+    """Have buffers, and what is kept of each, hold what they do where a step counts, else what was kept.
+
+    Without a look at that, and by a few kernels for all small buffers of one type: a network has hundreds of them.
+    """
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for place, (buffer, kept) in enumerate(pairs):
+        is_small = buffer.numel() <= _SMALL and buffer.device == kept.device
+        kinds.setdefault((buffer.dtype, buffer.device) if is_small else place, []).append((buffer, kept))
+    for alike in kinds.values():
+        buffers, kept_of = (list(side) for side in zip(*alike, strict=True))
+        now, before = (torch.cat([tensor.reshape(-1) for tensor in side]) for side in (buffers, kept_of))
+        settled = torch.split(torch.where(is_counted, now, before), [buffer.numel() for buffer in buffers])
+        parts = [part.view(buffer.shape) for part, buffer in zip(settled, buffers, strict=True)]
+        copy_all_(buffers, parts)
+        copy_all_(kept_of, parts)
 
 
 def _digests(model: nn.Module) -> dict[str, Tensor]:

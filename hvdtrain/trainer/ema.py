@@ -63,11 +63,12 @@ class WeightAverage(Component):
         """Move the average towards the weights, unless the step was skipped."""
         share = torch.where(self._num_updates == 0, 1.0, 1.0 - self._decay).double()
         share = share.where(step.is_finite, 0.0)
+        shares = {dtype: share.to(dtype) for dtype in {average.dtype for average in self._weights.values()}}
         for name, tensor in _real(training.model).items():
             average = self._weights.get(name)
             if average is None:  # it has come up while training: `check_storable` says what to do
                 continue
-            average.lerp_(tensor.to(average.dtype), share.to(average.dtype))
+            average.lerp_(tensor.to(average.dtype), shares[average.dtype])
         self._num_updates += step.is_finite
 
     def evaluated_weights(self) -> Mapping[str, Tensor]:

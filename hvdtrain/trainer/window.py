@@ -44,8 +44,9 @@ class MetricWindow(Component):
         self._last = step
         num_targets = step.num_targets if self._is_counted else 0
         if isinstance(step.totals, Tensor):
-            self._on_device[:-1] += step.totals.where(step.is_finite, 0)
-            self._on_device[-1] += step.is_finite * num_targets
+            # Not by `+=`, which would copy what it has added to onto itself.
+            self._on_device[:-1].add_(step.totals.where(step.is_finite, 0))
+            self._on_device[-1].add_(step.is_finite, alpha=num_targets)
         elif step.is_finite:
             self._on_host = [a + b for a, b in zip(self._on_host, (*step.totals, num_targets), strict=True)]
 

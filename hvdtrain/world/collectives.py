@@ -210,7 +210,10 @@ class Collectives(ABC):
         return cast(T, self.broadcast_pickled(value, self.named("broadcast_object", name), root))
 
     def all_gather_object(self, value: T, name: str | None = None) -> list[T]:
-        """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective."""
+        """Return every rank's `value`, ordered by rank, on every rank; it must pickle. Collective.
+
+        Tensors in it that were on a rank's GPU are on this one's.
+        """
         return self.all_gather_pickled(value, self.named("all_gather_object", name))
 
     def barrier(self, name: str | None = None) -> None:
@@ -271,10 +274,13 @@ class Collectives(ABC):
     def all_gather_pickled(self, value: T, name: str) -> list[T]:
         """Return every rank's value, ordered by rank. Collective."""
 
-    def answer_with_zeros(self) -> int:
+    def answer_with_zeros(self, gpu: int | None = None) -> int:
         """Give zeros to whatever the others reduce until every rank has come here; returns the last one. Collective.
 
         Horovod's `join`, for scripts that were written for it; `join` of this class needs no help of the back end.
+
+        Args:
+            gpu: its number, where the others' tensors would lie on one here; None: they would be in host memory.
         """
         return self.rank
 

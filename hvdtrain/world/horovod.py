@@ -26,7 +26,7 @@ from hvdtrain.process.stray import stray_hint
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.collectives import added_in_order
-from hvdtrain.world.scattering import dumped, loaded, scattered
+from hvdtrain.world.scattering import dumped, loaded, on_own_gpu, scattered, without_gpus
 from hvdtrain.world.streams import keep_for_stream
 from hvdtrain.world.world import World
 
@@ -159,9 +159,11 @@ class HorovodWorld(World):
         return value if self.rank == root else loaded(pickled, tensors)
 
     def all_gather_pickled(self, value: T, name: str) -> list[T]:
-        """Gather pickles; meant for small values."""
+        """Gather pickles; meant for small values. What was on a rank's GPU is on this one's then."""
+        own = without_gpus(value) if self.device.type == "cuda" else value
         with self.progress.during("communication"):
-            return cast("list[T]", hvd.allgather_object(value, name=name))
+            found = hvd.allgather_object(own, name=name)
+        return [on_own_gpu(item, self.device) for item in found]
 
     def scatter_pickled(self, values: Sequence[Any] | None, name: str) -> Any:
         """Send each rank its own alone."""
@@ -174,10 +176,10 @@ class HorovodWorld(World):
         wait = self._waiting(hvd.alltoall_async(parts, splits=splits, name=name), name)
         return cast(Tensor, cast(Any, wait())[0])
 
-    def answer_with_zeros(self) -> int:
-        """Call Horovod's `join`."""
+    def answer_with_zeros(self, gpu: int | None = None) -> int:
+        """Call Horovod's `join`. Zeros on another device than the others' tensors go by another library: all hang."""
         with self.progress.during("communication"):
-            return int(hvd.join())
+            return int(hvd.join(-1 if gpu is None else gpu))
 
     def has_lost_contact(self, error: BaseException) -> bool:
         """Return whether it is Horovod's word for a rank that has gone."""

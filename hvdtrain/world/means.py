@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hvdtrain.models.private_torch import copy_all_
 from hvdtrain.world.carriers import ReduceOp
 
 if TYPE_CHECKING:
@@ -54,17 +55,28 @@ def start_means(world: Collectives, tensors: Sequence[Tensor], name: str) -> Cal
     for op, dtype in _TYPES.items():
         part = [tensor for tensor in parts if tensor.is_floating_point() == dtype.is_floating_point]
         if part:
-            flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in part])
-            waits.append((part, world.start_all_reduce_(flat, op, f"{name}.{op}")))
+            waits.append((part, world.start_all_reduce_(_joined(part, dtype), op, f"{name}.{op}")))
 
     @torch.no_grad()
     def finish() -> None:
         for part, wait in waits:
-            values = torch.split(wait(), [tensor.numel() for tensor in part])
-            for tensor, value in zip(part, values, strict=True):
-                tensor.copy_(value.view(tensor.shape))
+            total = wait()
+            if _are_alike(part):
+                total = total.to(part[0].dtype)
+            values = torch.split(total, [tensor.numel() for tensor in part])
+            copy_all_(part, [value.view(tensor.shape) for tensor, value in zip(part, values, strict=True)])
 
     return finish
+
+
+def _joined(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return all numbers as one tensor of this type; cast at once if they can be: on GPUs each cast is a kernel."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    return torch.cat(flat).to(dtype) if _are_alike(tensors) else torch.cat([part.to(dtype) for part in flat])
+
+
+def _are_alike(tensors: Sequence[Tensor]) -> bool:
+    return len({tensor.dtype for tensor in tensors}) == 1
 
 
 class BesideGradients:

@@ -15,6 +15,7 @@ its rows, in a fraction of the time.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -137,7 +138,8 @@ class _PowerIteration(Round):
         self.name, self._parts = name, parts
         self._matrices = [piece.whole.view(_sides(piece.whole.shape)) for piece in parts.pieces]
         self._kept_factors = kept_factors
-        products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
+        with _in_own_type(parts.exact[-1]):
+            products = [functional.linear(*pair) for pair in zip(self._matrices, factors, strict=True)]
         self._shapes = [product.shape for product in products]
         message = flat([*products, *parts.exact], parts.exact[-1])
         self._wait_first = world.start_all_reduce_(message, "sum", f"{name}.p")
@@ -151,17 +153,20 @@ class _PowerIteration(Round):
         *products, exact = _split(self._wait_first(), self._shapes)
         self._parts.take_exact(exact)
         # Where P is not finite, the basis is not either, and no rank keeps anything of the step.
-        self._bases = _orthonormal(products)
-        self._own = [basis.t().contiguous() @ matrix for matrix, basis in zip(self._matrices, self._bases, strict=True)]
+        with _in_own_type(exact):
+            self._bases = _orthonormal(products)
+            pairs = zip(self._matrices, self._bases, strict=True)
+            self._own = [basis.t().contiguous() @ matrix for matrix, basis in pairs]
         return flat(self._own, exact)
 
     def finish(self) -> tuple[list[Tensor], Tensor]:
         """Multiply the factors."""
         assert self.wait_second is not None
-        errors = [  # while Q travels
-            torch.addmm(matrix, basis, factor, alpha=-1)
-            for matrix, basis, factor in zip(self._matrices, self._bases, self._own, strict=True)
-        ]
+        with _in_own_type(self._parts.exact[-1]):
+            errors = [  # while Q travels
+                torch.addmm(matrix, basis, factor, alpha=-1)
+                for matrix, basis, factor in zip(self._matrices, self._bases, self._own, strict=True)
+            ]
         message = self.wait_second()
         factors = _split(message, [own.shape for own in self._own])[:-1]
         for piece, matrix, basis, factor in zip(self._parts.pieces, self._matrices, self._bases, factors, strict=True):
@@ -185,6 +190,13 @@ class _Joined:
         if self._sums is None:
             self._sums = torch.split_with_sizes(self._wait(), self._lengths)
         return self._sums[number]
+
+
+def _in_own_type(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which products have the type of their matrices, be it within autocast."""
+    kind = like.device.type
+    is_cast = not like.is_meta and torch.is_autocast_enabled(kind)  # torch's "meta" has none
+    return torch.autocast(kind, enabled=False) if is_cast else contextlib.nullcontext()
 
 
 def _sides(shape: torch.Size) -> tuple[int, int]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from hvdtrain.models.private_torch import is_fake
 from hvdtrain.world.carriers import bits_of
 
 if TYPE_CHECKING:
@@ -61,6 +63,38 @@ def _cut(tensors: Sequence[Tensor], start: int, end: int) -> Iterator[Tensor]:
         offset += tensor.nbytes
 
 
+@dataclass(frozen=True)
+class _Apart:
+    """Stands for a value with tensors of a GPU in it."""
+
+    pickled: bytes
+    tensors: list[Tensor]
+    """In host memory."""
+    were_on_gpu: list[bool]
+
+
+def without_gpus(value: Any) -> Any:
+    """Return what travels in a value's place: pickled as it is, its tensors would go to the sender's GPU.
+
+    That is another rank's there, which would take memory of it, or is not to be seen at all.
+    """
+    tensors: list[Tensor] = []
+    try:
+        pickled = dumped(value, tensors)
+    except (pickle.PicklingError, AttributeError, TypeError):  # Horovod's way to pickle knows more, or says why not
+        return value
+    were_on_gpu = [tensor.is_cuda for tensor in tensors]
+    return _Apart(pickled, [tensor.cpu() for tensor in tensors], were_on_gpu) if any(were_on_gpu) else value
+
+
+def on_own_gpu(value: Any, device: torch.device) -> Any:
+    """Return what another rank has given to `without_gpus`, its GPU's tensors on this rank's device."""
+    if not isinstance(value, _Apart):
+        return value
+    pairs = zip(value.tensors, value.were_on_gpu, strict=True)
+    return loaded(value.pickled, [tensor.to(device) if was_on_gpu else tensor for tensor, was_on_gpu in pairs])
+
+
 def dumped(value: Any, tensors: list[Tensor]) -> bytes:
     """Return a value pickled without the plain tensors in it, which are appended to `tensors`."""
     file = io.BytesIO()
@@ -79,7 +113,7 @@ class _TensorPickler(pickle.Pickler):
         self.tensors = tensors
 
     def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is not Tensor:
+        if type(obj) is not Tensor and not is_fake(obj):  # that stands for one
             return None
         self.tensors.append(obj.detach())
         return len(self.tensors) - 1

@@ -113,6 +113,12 @@ class World(Collectives):
         named = model.named_parameters()
         return [name for name, p in named if p.requires_grad and p.grad is not None and p.numel() and p not in known]
 
+    def gpu_of_gradients(self) -> int | None:
+        """Return the number of the GPU on which an optimizer's gradients are averaged; None: on none."""
+        alive = [exchange for ref in self._exchanges if (exchange := ref()) is not None]
+        devices = {parameter.device for exchange in alive for parameter in exchange.of_optimizer()}
+        return next((device.index for device in devices if device.type == "cuda"), None)
+
     def check_averaging(self, averaging: Averaging) -> None:
         """Raise ConfigError where this back end cannot average so."""
 

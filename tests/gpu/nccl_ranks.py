@@ -178,6 +178,25 @@ def gathers_on_own_streams(world):
         del taken
 
 
+def objects(world):
+    """What lay on another rank's GPU lies on this one's."""
+    found = world.all_gather_object({"own": torch.full((3,), float(world.rank), device=world.device)}, "objects")
+    assert [each["own"].device for each in found] == [world.device] * world.size
+    assert [each["own"].tolist() for each in found] == [[float(rank)] * 3 for rank in range(world.size)]
+
+
+def who_has_joined(world):
+    """Zeros stand for it, which are zeros still where many reductions of one size follow each other."""
+    sums = []
+    if world.rank == 0:
+        tensors = [torch.full((1 << 20,), float(n + 1), device=world.device) for n in range(20)]
+        waits = [world.start_all_reduce_(tensor, "sum", f"joined.{n}") for n, tensor in enumerate(tensors)]
+        found = [wait() for wait in waits]
+        sums = [(total.amin().item(), total.amax().item()) for total in found]
+    world.answer_with_zeros(world.device.index)
+    assert sums == [(n + 1.0, n + 1.0) for n in range(len(sums))], sums
+
+
 class Joined(nn.Module):
     """Layers whose weights are put together for one product: each gradient is a part of the product's."""
 
@@ -240,6 +259,7 @@ CHECKS = (
     *(all_reduces, gathers, broadcasts, optimizers, gradient_views, sparse_gradients),
     *(many_in_flight, own_streams, gathers_on_own_streams, groups_of_ranks),
     *(approximate_gradients, approximate_gradients_that_wait_for_nothing),
+    *(objects, who_has_joined),
 )
 
 

@@ -2,10 +2,11 @@
 
 import types
 
+import pytest
 import torch
 from thread_world import run_ranks
 
-from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.buffers import ChangingBuffers, _settle_unseen
 from hvdtrain.trainer.strategy import EveryStep
 from hvdtrain.world import keep_per_rank
 
@@ -143,6 +144,30 @@ def test_known_ones_travel_beside_the_gradients():
         assert seen.index("start buffers.max") < min(waits)
         assert sorted(seen) == sorted(alone)  # once, and not again
     assert alone.index("start buffers.mean") > max(i for i, what in enumerate(alone) if what.startswith("wait grad"))
+
+
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_a_gpus_buffers_are_what_they_were_where_a_step_does_not_count(is_counted):
+    """Without a look at that, all small ones of a type together: of any shape, layout, type and size."""
+    before = [
+        torch.arange(6.0).view(2, 3).t(),
+        torch.zeros((), dtype=torch.int64),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2, dtype=torch.bool),
+        torch.zeros(0),
+        torch.zeros(70_000),
+        torch.full((3,), 2.0, dtype=torch.bfloat16),
+        torch.ones(4, 1, 2),
+    ]
+    now = [tensor + 1 if tensor.dtype != torch.bool else ~tensor for tensor in before]
+    if not is_counted:
+        now[0][0, 0] = torch.nan
+    kept, buffers = [tensor.clone() for tensor in before], [tensor.clone() for tensor in now]
+    _settle_unseen(list(zip(buffers, kept, strict=True)), torch.tensor(is_counted))
+    for own, copy, expected in zip(buffers, kept, now if is_counted else before, strict=True):
+        assert torch.equal(own, expected)
+        assert torch.equal(copy, expected)
+        assert own.stride() == expected.stride()
 
 
 def test_the_only_one_that_has_no_value_before_the_first_pass():

@@ -6,13 +6,19 @@ import threading
 import pytest
 import torch
 from test_components import job_of
+from thread_world import Meeting, ThreadWorld
 
+from hvdtrain.compat import horovod as compat
+from hvdtrain.compat import place
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.data.draws import Draws, Request
 from hvdtrain.data.loader import Reading
+from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.progress import Progress
 from hvdtrain.trainer import state
 from hvdtrain.world import SoloWorld, start
+from hvdtrain.world.scattering import on_own_gpu, without_gpus
 
 
 class Where(TensorSamples):
@@ -59,3 +65,71 @@ def test_one_rank_takes_the_gpu_that_its_program_has_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert start.solo_device() == torch.device("cuda", 2)
+
+
+class Joining(ThreadWorld):
+    """One of two ranks, which notes where it would have Horovod make zeros."""
+
+    def __init__(self):
+        super().__init__(0, Meeting(2))
+        self.device, self.given = torch.device("cuda", 0), []
+
+    def answer_with_zeros(self, gpu=None):
+        self.given.append(gpu)
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("gradients", "asked", "expected"),
+    [
+        ("cuda:1", (), 1),
+        ("cuda:1", (3,), 3),
+        ("cpu", (), None),
+        ("cpu", (-1,), None),
+        (None, (), None),
+        (None, (2,), 2),
+    ],
+)
+def test_who_has_joined_gives_zeros_where_the_others_have_gradients(monkeypatch, gradients, asked, expected):
+    """In host memory they would go by MPI, while the others are in NCCL: all would wait for ever.
+
+    Not where the rank has a GPU: a program may train on the CPU all the same.
+    """
+    world = Joining()
+    monkeypatch.setattr(place, "_worlds", [world])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        if gradients is not None:
+            model = torch.nn.ParameterList([torch.nn.Parameter(torch.empty(2, device=gradients))])
+            kept = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
+            assert kept.question is not None
+        assert compat.join(*asked) == 1
+    assert world.given == [expected]
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [(None, -1), (0, 0), (3, 3)])
+def test_horovod_is_told_where_to_make_them(monkeypatch, gpu, expected):
+    horovod = pytest.importorskip("hvdtrain.world.horovod", exc_type=ImportError)
+    given = []
+    monkeypatch.setattr(horovod.hvd, "join", lambda device=-1: given.append(device) or 5)
+    world = object.__new__(horovod.HorovodWorld)  # no rank was started
+    world.progress = Progress()
+    assert world.answer_with_zeros(gpu) == 5
+    assert given == [expected]
+
+
+def test_what_ranks_gather_is_on_their_own_gpus():
+    """A pickle of a tensor names the sender's GPU: this rank would begin to use it, or has none of that number."""
+    with FakeTensorMode():
+        value = {"loss": torch.empty(2, device="cuda:3"), "more": [torch.empty(3), 5], "weight": "as it is"}
+        sent = without_gpus(value)
+        assert [tensor.device.type for tensor in sent.tensors] == ["cpu", "cpu"]
+        found = on_own_gpu(sent, torch.device("cuda", 1))
+    assert (found["loss"].device, found["loss"].shape) == (torch.device("cuda", 1), (2,))
+    assert found["more"][0].device.type == "cpu"
+    assert (found["more"][1], found["weight"]) == (5, "as it is")
+
+
+@pytest.mark.parametrize("value", [{"a": torch.ones(2)}, 7, lambda: None], ids=["in host memory", "a number", "code"])
+def test_what_is_on_no_gpu_is_sent_as_it_is(value):
+    assert without_gpus(value) is value
+    assert on_own_gpu(value, torch.device("cuda", 1)) is value

@@ -188,6 +188,22 @@ def test_nothing_is_lost(kind, size, bucket_bytes):
         assert (sent + kept - sum(exact_mean(step, size, name) for step in range(5))).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loop_that_averages_within_autocast_gets_the_same(kind):
+    """As where backward() or step() stand within it: PowerSGD's products had 16 bits then, which ended the run."""
+
+    def work(world):
+        outside = averaged(world, KINDS[kind](), range(3), dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            return outside, averaged(world, KINDS[kind](), range(3), dtype=torch.float32)
+
+    for outside, within in run_ranks(2, work):
+        for (means, kept), (own, own_kept) in zip(outside, within, strict=True):
+            assert all(torch.equal(means[name], own[name]) for name in SHAPES)
+            assert kept.keys() == own_kept.keys()
+            assert all(torch.equal(kept[name], own_kept[name]) for name in kept)
+
+
 def bad(value):
     def of(step, rank, name):
         return gradient(step, rank, name) * (value if (step, rank, name) == (1, 1, "wide") else 1.0)

@@ -1,6 +1,7 @@
 """What the files in `launch/` hand on to ranks on other hosts, by the commands that they print."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,48 @@ def test_gpus_named_by_uuid_are_this_hosts_own(launched):
     assert "CUDA_VISIBLE_DEVICES" not in handed_on(words)
 
 
+@pytest.mark.parametrize("given", [{"SLURM_JOB_GPUS": "2,3"}, {"SLURM_GPUS_ON_NODE": "2"}])
+def test_gpus_that_slurm_has_given_are_this_hosts_own(launched, given):
+    """On another host the job may have others, which Slurm tells its ranks; that the CPU is meant goes for all."""
+    words, _ = launched("slurm.sbatch", **given, SLURM_CPUS_PER_TASK="8", CUDA_VISIBLE_DEVICES="2,3")
+    assert "CUDA_VISIBLE_DEVICES" not in handed_on(words)
+    for none in ("", "-1"):
+        words, _ = launched("slurm.sbatch", **given, SLURM_CPUS_PER_TASK="8", CUDA_VISIBLE_DEVICES=none)
+        assert "CUDA_VISIBLE_DEVICES" in handed_on(words)
+
+
+@pytest.mark.parametrize(
+    ("visible", "ranks"),
+    [
+        (None, "8"),
+        ("3", "1"),
+        ("0,2,5", "3"),
+        ("GPU-4b36,GPU-9f01", "2"),
+        ("0,1,-1,2", "2"),
+        ("0,1,2,3,4,5,6,7,8,9", "8"),
+        ("", "cores"),
+        ("-1", "cores"),
+        ("NoDevFiles", "cores"),
+    ],
+)
+def test_a_machine_starts_a_rank_for_each_gpu_that_is_not_hidden(tmp_path, visible, ranks):
+    """More ranks than GPUs that can be seen are refused."""
+    (tmp_path / "bin").mkdir()
+    cards = "; ".join(f'echo "GPU {n}: NVIDIA H100 (UUID: GPU-{n})"' for n in range(8))
+    for name, text in {"nvidia-smi": cards, "nproc": "echo 3", "horovodrun": "exit 0", "python": "exit 0"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    (tmp_path / "launch" / "setup.sh").write_text("#!/bin/sh\n")  # of the files beside local.sh, the one that installs
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "VIRTUAL_ENV": str(tmp_path)}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = ["bash", str(tmp_path / "launch" / "local.sh"), "train", "lm"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert words[words.index("-np") + 1] == ("3" if ranks == "cores" else ranks)
+
+
 def test_nccl_is_given_the_name_of_an_interface(launched):
     words, said = launched("mpirun.sh", HVDTRAIN_INTERFACE="eth1")
     assert {"NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE"} <= handed_on(words)
@@ -96,10 +139,12 @@ def test_the_mpijob_hands_them_on(tmp_path):
     (script,) = container["args"]
     (tmp_path / "mpirun").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "mpirun").chmod(0o755)
-    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    libraries = {name: SET[name] for name in SET if name.startswith(("NCCL", "HOROVOD", "UCX", "CUDA", "CUBLAS"))}
-    done = subprocess.run([*container["command"], script], env={**path, **libraries}, capture_output=True, text=True)
-    assert handed_on(done.stdout.split()) == {"PATH", *libraries}
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "EDITOR": "vi"}
+    libraries = {**SET, "PYTORCH_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"}
+    for visible, more in (("0,1", {"CUDA_VISIBLE_DEVICES"}), ("GPU-4b36", set())):
+        own = {**path, **libraries, "CUDA_VISIBLE_DEVICES": visible}
+        done = subprocess.run([*container["command"], script], env=own, capture_output=True, text=True)
+        assert handed_on(done.stdout.split()) == {"PATH", *libraries, *more}
 
 
 def sourced(tmp_path, **variables):

@@ -16,6 +16,7 @@ from thread_world import Meeting, ThreadWorld
 from waiting_copies import Copies
 
 import hvdtrain
+from hvdtrain.data.image_samples import MEAN, STD, normalised
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.optim import fused_sgd
 from hvdtrain.optim.private_optimizer import is_looked_at
@@ -86,6 +87,19 @@ def test_a_step_waits_for_nothing(given):
             train_step(job, training)
     assert copies.found == []
     assert copies.num_others > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_channels_last", [False, True])
+def test_images_are_normalised_without_a_wait(dtype, is_channels_last):
+    """Their mean was made on the GPU of plain numbers, for which torch waits, twice a micro-batch."""
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    with Copies() as copies:
+        shown = normalised(images.to(META, non_blocking=True), dtype, is_channels_last)
+    assert (copies.found, copies.num_others) == ([], 3)
+    assert (shown.dtype, shown.shape) == (dtype, images.shape)
+    mean, std = (torch.tensor(v, dtype=dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
+    assert torch.equal(normalised(images, dtype, is_channels_last), (images.to(dtype) - 255 * mean) / (255 * std))
 
 
 def test_what_a_codec_remembers_is_kept_where_it_is_used():

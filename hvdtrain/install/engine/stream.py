@@ -6,7 +6,8 @@ finishes the operation, whose stream it is that waits: in the middle of a backwa
 one. Here the event stays with the handle until somebody asks for the result: then their current stream waits for it.
 
 Meanwhile a thread still looks at the event, and at what NCCL knows of lost peers (`faults.py`): either fault shuts
-Horovod down on all ranks, where an exception used to end the process in `std::terminate`.
+Horovod down on all ranks, where an exception used to end the process in `std::terminate`. It also keeps the zeros that
+Horovod itself makes for a rank that has joined: nobody will ask for what becomes of them.
 
 A build for CPUs has none of it: events are empty there.
 """
@@ -32,7 +33,19 @@ _HANDED_OVER = """\
 #endif
 """
 
-_WATCH = """\
+KEPT = """\
+  // Tensors that were given back are not kept: how long they live is their owner's business. The zeros that stand for a
+  // rank that has joined have no owner, and their memory would be that of the next ones while NCCL still writes to it.
+  std::vector<TensorTableEntry> watched;
+  for (auto& e : entries) {
+    if (!is_handed_over || e.callback == nullptr) {
+      watched.push_back(e);
+    }
+  }
+"""
+
+_WATCH = (
+    """\
   int device = first_entry.device;
   if (is_handed_over) {
     Status done = Status::OK();
@@ -42,8 +55,9 @@ _WATCH = """\
       e.FinishWithCallback(done);
     }
   }
-  // Tensors that were given back are not kept: how long they live is their owner's business.
-  auto watched = is_handed_over ? std::vector<TensorTableEntry>() : entries;
+"""
+    + KEPT
+    + """\
   gpu_context_->finalizer_thread_pool.execute(
       [watched, device, cpu_buffer, fusion_buffer, free_host_buffer,
        evt_queue, &timeline, &gpu_context, error_check_callback,
@@ -78,6 +92,7 @@ _WATCH = """\
         }
       });
 """
+)
 
 _WATCH_AS_RELEASED = """\
   bool elastic = global_state_->elastic_enabled;
