@@ -37,6 +37,8 @@ _ITERATIONS = 2
 _OVERSAMPLING = 20
 # Of the channel that is the same for all tokens, beside a row of length 1: it holds the frequencies of tokens.
 _CONSTANT = 0.5
+# Eigenvalues below this share of the largest, squares of singular values in fp32, are rounding.
+_ROUNDING = 1e-12
 # Added to the diagonal of the least squares, as a share of its mean.
 _RIDGE = 1e-4
 # Counts that are kept of pairs that never come, too: 128 MiB.
@@ -138,8 +140,8 @@ def _embeddings(pairs: _Pairs, channels: int, generator: torch.Generator) -> Ten
     for _ in range(_ITERATIONS + 1):
         basis = torch.linalg.qr(weight * (pairs.following @ image)).Q  # (V, k)
         image = pairs.preceding @ (weight * basis)  # (V, k): the transposed matrix on the basis
-    squares, left = torch.linalg.eigh(image.T @ image)  # of singular values, ascending; (k,) and (k, k)
-    rows = (basis @ left[:, -most:]) * squares[-most:].clamp(min=0) ** 0.25 / weight
+    squares, left = _eigen(image.T @ image)  # of singular values, ascending; (k,) and (k, k)
+    rows = (basis @ left[:, -most:]) * squares[-most:] ** 0.25 / weight
     rows = F.normalize(rows, dim=1)
     is_new = rows.norm(dim=1) < 0.5  # nothing ever followed them
     rows[is_new] = F.normalize(torch.randn(int(is_new.sum()), most, generator=generator), dim=1)
@@ -147,6 +149,16 @@ def _embeddings(pairs: _Pairs, channels: int, generator: torch.Generator) -> Ten
     rotation = torch.linalg.qr(torch.randn(channels, channels, generator=generator)).Q
     embeddings: Tensor = channels**0.5 * F.normalize(rows @ rotation[: most + 1], dim=1)
     return embeddings
+
+
+def _eigen(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues, ascending, and eigenvectors of a `(k, k)` that has none below 0; what is rounding becomes 0.
+
+    In fp64: of a few different tokens most are 0, for which LAPACK's fp32 finds no end, or nan.
+    """
+    values, vectors = torch.linalg.eigh(square.double())
+    values = values.where(values > _ROUNDING * values[-1], 0)
+    return values.to(square.dtype), vectors.to(square.dtype)
 
 
 def _output_layer(pairs: _Pairs, embeddings: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ def _evaluate_and_save(run: _Run, is_stop: bool) -> dict[str, float]:
     run.lines.finish()
     with run.stopwatch.paused():
         training.before_looking()
+        for line in training.structure.news(training):
+            job.log.say(line)
         if is_last and not was_due:
             _save(run, evaluated)
         if is_evaluating and not is_stop:

@@ -104,7 +104,7 @@ def check_storable(training: Training) -> None:
         ConfigError: it cannot; says what it is of.
     """
     for name, shape in shapes_of(training.model).items():
-        before = training.shapes.get(name)
+        before = training.structure.shapes.get(name)
         if before != shape:
             was = "was not there" if before is None else f"was {before}"
             raise ConfigError(

@@ -17,8 +17,9 @@ from hvdtrain.data.loader import Loader
 from hvdtrain.data.order import EvaluationOrder
 from hvdtrain.data.own_generators import generators_in
 from hvdtrain.models.compilation import is_compiled
-from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights, shapes_of
+from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights
 from hvdtrain.optim.orthogonal import multiply_in_bf16
+from hvdtrain.trainer.changed_model import Structure
 from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import checked_optimizer
@@ -68,8 +69,8 @@ class Training:
     """Optimizer steps completed."""
     is_unchecked: bool = False
     """The recipe's contract is still to be checked in this process, on the first micro-batch of a step."""
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the tensors of the model's `state_dict()` before the first step of this start, by name."""
+    structure: Structure = field(init=False)
+    """What model and optimizer consist of before the first step of this start."""
     weights_rest: bool = False
     """The model's forward pass is known to leave its weights alone."""
     being_copied: Snapshot | None = None
@@ -260,7 +261,7 @@ def _begin(job: Job, training: Training, state: Mapping[str, Any] | None) -> Non
     for line in dropped_lines(training.components, state["components"]) if state is not None else ():
         job.log.say(line)
     check_can_be_saved(training.model)
-    training.shapes = shapes_of(training.model)
+    training.structure = Structure(training.model, training.optimizer)
     storable(extra_state(training.model), "the model's state_dict()")
     storable(training.optimizer.state_dict(), "the optimizer's state")
 

@@ -55,8 +55,10 @@ def job_of(run_dir, callbacks=(), world=SOLO, log=None, steps=12, rate=0.05, **s
     task = Task(model=model, train_data=data, val_data=data, loss_sums=loss, callbacks=callbacks)
     config = Config(
         train=TrainConfig(steps=steps, global_batch_size=4),
-        optim=hvdtrain.OptimConfig(peak_lr=rate, schedule="constant"),
-        **{"log": LogConfig(every=1), "eval": EvalConfig(every="1epoch"), **sections},
+        **{
+            "optim": hvdtrain.OptimConfig(peak_lr=rate, schedule="constant"),
+            **{"log": LogConfig(every=1), "eval": EvalConfig(every="1epoch"), **sections},
+        },
     )
     return settle(task, config, world, run_dir and RunDirectory(run_dir), log or Lines())
 

@@ -77,6 +77,33 @@ def test_a_healthy_loss_is_not(tmp_path, name):
     assert not [line for line in said(FINE[name](), tmp_path) if "is not the" in line]
 
 
+def with_figure(figure):
+    def loss_sums(model, batch):
+        scores = model(batch[0])
+        return {"loss": F.cross_entropy(scores, batch[1], reduction="sum"), "figure": figure(scores.detach())}
+
+    return dataclasses.replace(task(loss_sums), metrics=("loss", "figure"))
+
+
+ROUNDING = {
+    "differences of what is equal": lambda scores: 1e-7 * len(scores) ** 2 * scores.sum(),
+    "counts of scores that tie": lambda scores: (scores[:, 0] >= scores[:, 0].mean()).sum(),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_rounding_of_a_figure_is_no_other_loss(tmp_path, name):
+    """As a dpo's rewards before its first step: all of them are 0, and rounding says which answer has the larger."""
+    assert said(with_figure(ROUNDING[name]), tmp_path) == []
+
+
+def test_a_figure_that_depends_on_who_is_together_is_not_called_the_loss(tmp_path):
+    (line,) = said(with_figure(lambda scores: scores.exp().sum() * len(scores)), tmp_path)
+    assert "'figure' of some samples" in line
+    assert "it is another figure (the loss is not concerned)" in line
+    assert "trained" not in line
+
+
 def test_a_figure_that_no_metric_names_is_told(tmp_path):
     def more(model, batch):
         scores = model(batch[0])
