@@ -66,6 +66,8 @@ class Collectives(ABC):
         Horovod remembers a limited number of them.
         """
         if name is not None:
+            if not isinstance(name, str):
+                raise UsageError(f"a collective's name is a text, such as '{kind}.loss', not {name!r:.80}")
             return name
         self._unnamed = self._unnamed or {}
         number = self._unnamed[kind] = (self._unnamed.get(kind, 0) + 1) % _UNNAMED
@@ -86,7 +88,8 @@ class Collectives(ABC):
         """
         if isinstance(tensor, Tensor):
             return self.start_all_reduce(tensor, op, name)()
-        number = number_of(tensor, op, name or "all_reduce")  # in host memory: a GPU would have to be waited for
+        # In host memory: a GPU would have to be waited for.
+        number = number_of(tensor, op, name or "all_reduce", self.size)
         return cast(float, self.start_all_reduce(number, op, name)().item())
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
@@ -290,9 +293,7 @@ def added_in_order(parts: Tensor) -> Tensor:
 def _with_bits(tensor: Tensor, name: str, exchange: Callable[[Tensor], Tensor]) -> Tensor:
     """Exchange rows of a tensor of any type as the bits of one that every back end carries."""
     rows = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    bits, _ = bits_of(rows, name)
-    width = rows.shape[1:].numel() * (2 if rows.is_complex() else 1)
-    received = exchange(bits.view(len(rows), width))
+    received = exchange(bits_of(rows, name)[0])
     flat = received.reshape(-1)
     if tensor.is_complex():
         flat = torch.view_as_complex(flat.view(-1, 2))
