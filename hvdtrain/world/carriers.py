@@ -124,6 +124,16 @@ def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
     return bits, write_back
 
 
+def with_bits(tensor: Tensor, name: str, exchange: Callable[[Tensor], Tensor]) -> Tensor:
+    """Exchange rows of a tensor of any type as the bits of one that every back end carries."""
+    rows = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    received = exchange(bits_of(rows, name)[0])
+    flat = received.reshape(-1)
+    if tensor.is_complex():
+        flat = torch.view_as_complex(flat.view(-1, 2))
+    return flat.view(tensor.dtype).view(-1, *tensor.shape[1:]) if flat.numel() else rows.new_zeros(0, *rows.shape[1:])
+
+
 def check_op(op: Any) -> None:
     """Raise UsageError where there is no such reduction."""
     if op not in get_args(ReduceOp):
@@ -144,7 +154,7 @@ def check_tensor(value: Any, name: str) -> None:
         raise UsageError(f"'{name}' is on torch's device meta, and has no numbers: move it, as by .to_empty()")
 
 
-def say_where_gradients_end(tensor: Tensor, kind: str, compat: str, rank: int) -> None:
+def say_where_gradients_end(tensor: Tensor, kind: str, rank: int) -> None:
     """Warn once, on rank 0, of a tensor through which the user's loss is to be differentiated: it ends here.
 
     A single number is left alone: it is a loss to be shown. So are weights themselves.
@@ -154,9 +164,8 @@ def say_where_gradients_end(tensor: Tensor, kind: str, compat: str, rank: int) -
     _said.add(kind)
     _log.warning(
         "no gradient flows through World.%s(): what it returns is a constant for the loss. Give .detach() if that is"
-        " meant; hvdtrain.compat.horovod.%s() lets gradients through",
+        " meant; all_reduce(..., differentiable=True) and all_gather(..., differentiable=True) let gradients through",
         kind,
-        compat,
     )
 
 
