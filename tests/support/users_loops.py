@@ -461,3 +461,61 @@ def penalty_of_batch(env):
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
     return [model]
+
+
+class InterruptError(Exception):
+    pass
+
+
+@loop(
+    "loops",
+    "an exception in the midst of backward(), the step is left out",
+    "`optimizer.synchronize()`, then `optimizer.zero_grad()`",
+)
+def interrupted(env):
+    def interrupt(gradient):
+        raise InterruptError
+
+    model = filled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double())
+    optimizer = env.wrap(sgd(model), model, accum_steps=2)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        try:
+            for part in range(2):
+                x, y = batch(env, 2 * step + part)
+                hidden = model[:2](x)
+                if step in (1, 2) and part == step - 1:
+                    hidden.register_hook(interrupt)
+                F.cross_entropy(model[2:](hidden), y).backward()
+        except InterruptError:
+            env.synchronize(optimizer)
+            optimizer.zero_grad()
+            continue
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    return [model]
+
+
+class Joined(nn.Module):
+    """Two weights are one in the forward pass: their gradients are parts of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4).double(), nn.Linear(6, 3).double()
+        self.head = nn.Linear(7, 3).double()
+
+    def forward(self, x):
+        return self.head(F.linear(x, torch.cat([self.first.weight, self.second.weight])).tanh())
+
+
+@loop("loops", "torch.cat() of weights in forward()", "`wrap(..., accum_steps=k)`: one average a step")
+def joined(env):
+    model = filled(Joined())
+    optimizer = env.wrap(sgd(model), model, accum_steps=2)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(2):
+            (loss_of(model, env, 2 * step + part) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    return [model]
