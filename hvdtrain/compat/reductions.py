@@ -131,7 +131,13 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.derivative is None:
             raise UsageError("this reduction over the ranks has no derivative here: use sum or mean")
-        return ctx.derivative(gradient.contiguous()), None, None
+        result = ctx.derivative(gradient.contiguous())
+        if torch.is_grad_enabled() and gradient.requires_grad and not result.requires_grad:
+            raise UsageError(
+                "this collective cannot be differentiated twice (create_graph=True): World.all_gather and"
+                " World.all_reduce can, with differentiable=True"
+            )
+        return result, None, None
 
 
 def differentiable(
@@ -178,8 +184,10 @@ def allreduce(
         total = _start_reduction(sent, word, name and f"allreduce.{name}")()
         return scaled(compression.decompress(total, context), postscale_factor)
 
-    derivative = (lambda gradient: reduce(gradient)) if word in ("sum", "mean") else None
-    return differentiable(tensor, reduce, derivative)
+    def derivative(gradient: Tensor) -> Tensor:
+        return differentiable(gradient, reduce, derivative)
+
+    return differentiable(tensor, reduce, derivative if word in ("sum", "mean") else None)
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import BatchNorm
+from hvdtrain.world.differentiable import summed
 from hvdtrain.world.world import World
 
 
@@ -118,8 +119,11 @@ class _Moments(torch.autograd.Function):
         input, mean, count = ctx.saved_tensors
         # Each rank's loss depends on every rank's samples: the sum of the ranks' derivatives reaches all of them.
         local = torch.cat((d_mean.double(), d_variance.double()))
-        d_mean, d_variance = ctx.world.all_reduce(local, "sum", f"{ctx.name}.backward").chunk(2)
+        d_mean, d_variance = summed(local, ctx.world, f"{ctx.name}.backward").chunk(2)
         shape = (1, -1, *[1] * (input.dim() - 2))
+        if torch.is_grad_enabled():  # to be differentiated again, as for a gradient penalty: the mean depends on inputs
+            dims = [0, *range(2, input.dim())]
+            mean = summed(input.double().sum(dims), ctx.world, f"{ctx.name}.mean") / count
         if input.is_cuda:  # whose fp64 is slow: what is large is passed over as it is
             slope, offset = 2 * d_variance / count, d_mean / count
             centred = input - mean.to(input.dtype).view(shape)

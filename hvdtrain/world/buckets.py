@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -222,7 +222,27 @@ class Bucket:
     def _mark(self) -> None:
         self._marks = [None if p.grad is None else mark_of(p.grad) for p in self.parameters]
 
-    def _check_untouched(self) -> None:
+    def in_common(self) -> Iterator[tuple[int, int]]:
+        """Yield where gradients lie that share memory, and so a count of changes, with others: and their places."""
+        for place, parameter in enumerate(self.parameters):
+            own = parameter.grad
+            if own is not None and own.layout == torch.strided:
+                memory = own.untyped_storage()
+                if memory.nbytes() > own.nbytes:
+                    yield memory.data_ptr(), place
+
+    def mark_again(self, place: int) -> None:
+        """Take what a gradient is now for what was sent: one that lies beside it in the same memory has changed."""
+        own, mark = self.parameters[place].grad, self._marks[place] if self._marks else None
+        if own is not None and mark is not None and own is mark[0]:
+            self._marks[place] = mark_of(own)
+
+    def check_untouched(self) -> None:
+        """Make sure that gradients are what was sent.
+
+        Raises:
+            RuntimeError: one was changed: the change would be lost.
+        """
         for parameter, mark in zip(self.parameters, self._marks, strict=True):
             gradient = parameter.grad
             if (mark is None) != (gradient is None) or (mark and gradient is not None and has_changed(gradient, mark)):
@@ -232,12 +252,7 @@ class Bucket:
                 )
 
     def receive(self) -> None:
-        """Wait for the mean and make it the parameters' `.grad`: parts of the buffer where they fit as they are.
-
-        Raises:
-            RuntimeError: a gradient was changed after `send`: the change would be lost.
-        """
-        self._check_untouched()
+        """Wait for the mean and make it the parameters' `.grad`: parts of the buffer where they fit as they are."""
         for part, wait in self._waits:
             mean = wait()
             if mean is not part:

@@ -29,6 +29,8 @@ _WIDER = {
     torch.uint16: torch.int32,
     torch.uint32: torch.int64,
 }
+_WIDER_SUMS = {**_WIDER, torch.int32: torch.int64}
+"""The same where they are added: what is more than the tensor's own type holds is seen."""
 
 
 def for_reduction(
@@ -37,10 +39,12 @@ def for_reduction(
     """Return a contiguous copy that every back end can reduce, and what turns the result back into the tensor's type.
 
     bfloat16 and 8-bit floats are added as fp32 and rounded once; small integers as larger ones. Where the back end adds
-    bfloat16 in just that way itself, `adds_bfloat16`, it travels as it is.
+    bfloat16 in just that way itself, `adds_bfloat16`, it travels as it is. Minima and maxima are those of torch: where
+    any rank has nan, it is nan. By MPI's own it depends on which rank has it.
 
     Raises:
-        UsageError: the tensor has no such reduction; names it and says what to do.
+        UsageError: the tensor has no such reduction; names it and says what to do. What turns the result back raises it
+            where the sum is more than the type holds.
     """
     check_op(op)
     check_tensor(tensor, name)
@@ -55,6 +59,10 @@ def for_reduction(
             raise UsageError(f"'{name}' is {dtype}, which has no {op}: give its .abs(), or torch.view_as_real of it")
         real = torch.view_as_real(tensor.resolve_conj()).clone(memory_format=torch.contiguous_format)
         return real, torch.view_as_complex
+    if dtype.is_floating_point and op in ("min", "max"):
+        return _in_order(tensor, op), lambda result: _out_of_order(result).to(dtype)
+    if dtype in _WIDER_SUMS and op == "sum":
+        return tensor.to(_WIDER_SUMS[dtype]).contiguous(), lambda result: _narrowed(result, dtype, name)
     if dtype in _REDUCED or (dtype == torch.bfloat16 and adds_bfloat16):
         return tensor.clone(memory_format=torch.contiguous_format), lambda result: result
     carrier = torch.float32 if dtype.is_floating_point else _WIDER.get(dtype)
@@ -63,20 +71,49 @@ def for_reduction(
     return tensor.to(carrier).contiguous(), lambda result: result.to(dtype)
 
 
-def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
-    """Return the tensor's bits, flat, as integers or floats that every back end copies, and what writes them back.
+def _in_order(tensor: Tensor, op: ReduceOp) -> Tensor:
+    """Return integers that are ordered as floats are, nan behind all others where the largest is asked for, or ahead.
 
-    They share the tensor's memory where it is contiguous; else, call the second after they have changed.
+    The bits of a float are in its order where it is positive, and in the reverse where it is not.
+    """
+    numbers = tensor if tensor.dtype == torch.float64 else tensor.float()
+    ordered = _flipped(numbers.contiguous().view(_BITS[numbers.element_size()]))
+    limits = torch.iinfo(ordered.dtype)
+    return ordered.masked_fill_(numbers.isnan(), limits.max if op == "max" else limits.min)
+
+
+def _out_of_order(ordered: Tensor) -> Tensor:
+    return _flipped(ordered).view(torch.float64 if ordered.dtype == torch.int64 else torch.float32)
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """Return the bits with all but the sign inverted where that is set; twice, they are what they were."""
+    return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def _narrowed(total: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    result = total.to(dtype)
+    if not torch.equal(result.to(total.dtype), total):
+        raise UsageError(f"the sum of '{name}' over the ranks is more than {dtype} holds: give .long()")
+    return result
+
+
+def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
+    """Return the tensor's bits as integers or floats that every back end copies, and what writes them back.
+
+    They have the tensor's shape, by which the back end sees that ranks have the same: a complex one's ends with 2, and
+    a single number's is `(1,)`. They share its memory where it is contiguous; else, call the second after a change.
 
     Raises:
         UsageError: the tensor has no bits that can be written, one by one; names it.
     """
     check_tensor(tensor, name)
     target = _distinct(tensor.detach(), name)
-    flat = target.resolve_conj().resolve_neg().contiguous().view(-1)
-    if flat.dtype.is_complex:
-        flat = torch.view_as_real(flat).view(-1)
-    bits = flat if flat.dtype in _REDUCED else flat.view(_BITS[flat.element_size()])
+    plain = target.resolve_conj().resolve_neg().contiguous()
+    plain = plain if plain.dim() else plain.view(1)
+    if plain.dtype.is_complex:
+        plain = torch.view_as_real(plain)
+    bits = plain if plain.dtype in _REDUCED else plain.view(_BITS[plain.element_size()])
 
     def write_back() -> None:
         if bits.data_ptr() != target.data_ptr() or target.is_conj() or target.is_neg():
@@ -85,6 +122,16 @@ def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
             target.copy_(values.view(target.shape))
 
     return bits, write_back
+
+
+def with_bits(tensor: Tensor, name: str, exchange: Callable[[Tensor], Tensor]) -> Tensor:
+    """Exchange rows of a tensor of any type as the bits of one that every back end carries."""
+    rows = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    received = exchange(bits_of(rows, name)[0])
+    flat = received.reshape(-1)
+    if tensor.is_complex():
+        flat = torch.view_as_complex(flat.view(-1, 2))
+    return flat.view(tensor.dtype).view(-1, *tensor.shape[1:]) if flat.numel() else rows.new_zeros(0, *rows.shape[1:])
 
 
 def check_op(op: Any) -> None:
@@ -107,7 +154,7 @@ def check_tensor(value: Any, name: str) -> None:
         raise UsageError(f"'{name}' is on torch's device meta, and has no numbers: move it, as by .to_empty()")
 
 
-def say_where_gradients_end(tensor: Tensor, kind: str, compat: str, rank: int) -> None:
+def say_where_gradients_end(tensor: Tensor, kind: str, rank: int) -> None:
     """Warn once, on rank 0, of a tensor through which the user's loss is to be differentiated: it ends here.
 
     A single number is left alone: it is a loss to be shown. So are weights themselves.
@@ -117,9 +164,8 @@ def say_where_gradients_end(tensor: Tensor, kind: str, compat: str, rank: int) -
     _said.add(kind)
     _log.warning(
         "no gradient flows through World.%s(): what it returns is a constant for the loss. Give .detach() if that is"
-        " meant; hvdtrain.compat.horovod.%s() lets gradients through",
+        " meant; all_reduce(..., differentiable=True) and all_gather(..., differentiable=True) let gradients through",
         kind,
-        compat,
     )
 
 
@@ -133,11 +179,11 @@ def check_rank(root: Any, size: int) -> None:
         raise UsageError(f"there is no rank {root!r}: ranks are 0 to {size - 1}")
 
 
-def number_of(value: Any, op: ReduceOp, name: str) -> Tensor:
+def number_of(value: Any, op: ReduceOp, name: str, size: int = 1) -> Tensor:
     """Return a plain number, of numpy too, as 64 bits in host memory; whole ones as int64 but for their mean.
 
     Raises:
-        UsageError: it is none, or too large.
+        UsageError: it is none, or too large, be it for a sum over `size` ranks.
     """
     check_op(op)
     plain = value.item() if isinstance(value, np.generic) else value
@@ -146,6 +192,8 @@ def number_of(value: Any, op: ReduceOp, name: str) -> Tensor:
     dtype = torch.complex128 if isinstance(plain, complex) else torch.float64
     if isinstance(plain, int) and op != "mean":
         dtype = torch.int64
+        if op == "sum" and abs(plain) > torch.iinfo(dtype).max // size:
+            raise UsageError(f"'{name}' may be a number of more than 64 bits over {size} ranks: give float() of it")
     try:
         return torch.tensor(plain, dtype=dtype, device="cpu")
     except (OverflowError, RuntimeError, ValueError) as error:

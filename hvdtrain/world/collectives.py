@@ -20,7 +20,9 @@ from hvdtrain.world.carriers import (
     for_reduction,
     number_of,
     say_where_gradients_end,
+    with_bits,
 )
+from hvdtrain.world.differentiable import gathered, reduced
 from hvdtrain.world.means import average
 
 T = TypeVar("T")
@@ -30,7 +32,7 @@ _UNNAMED = 1024
 class Collectives(ABC):
     """What all ranks do together.
 
-    What they return has no gradient: `compat.horovod` has functions that let gradients through.
+    What they return has no gradient, but for `all_reduce` and `all_gather` where they are told so.
 
     Every method marked "Collective." must be called by all ranks, in the same order, with the same `name`. Where the
     name may be left out, the order alone says which calls belong together, as in MPI: give one where ranks come there
@@ -66,34 +68,45 @@ class Collectives(ABC):
         Horovod remembers a limited number of them.
         """
         if name is not None:
+            if not isinstance(name, str):
+                raise UsageError(f"a collective's name is a text, such as '{kind}.loss', not {name!r:.80}")
             return name
         self._unnamed = self._unnamed or {}
         number = self._unnamed[kind] = (self._unnamed.get(kind, 0) + 1) % _UNNAMED
         return f"unnamed.{kind}.{number}"
 
     @overload
-    def all_reduce(self, tensor: Tensor, op: ReduceOp = ..., name: str | None = ...) -> Tensor: ...
+    def all_reduce(
+        self, tensor: Tensor, op: ReduceOp = ..., name: str | None = ..., *, differentiable: bool = ...
+    ) -> Tensor: ...
     @overload
     def all_reduce(self, tensor: float, op: ReduceOp = ..., name: str | None = ...) -> float: ...
 
-    def all_reduce(self, tensor: Tensor | float, op: ReduceOp = "mean", name: str | None = None) -> Tensor | float:
+    def all_reduce(
+        self, tensor: Tensor | float, op: ReduceOp = "mean", name: str | None = None, *, differentiable: bool = False
+    ) -> Tensor | float:
         """Return the sum, mean, minimum or maximum over the ranks, of the same shape and type. Collective.
 
         A plain number, of Python or numpy, gives a plain number of Python, a float where the mean is asked for.
 
+        With `differentiable=True` gradients flow through a sum or mean; `backward` is then collective, too.
+
         Raises:
             UsageError: it is neither, there is no such reduction, or none of its type, as integers have no mean.
         """
+        if differentiable and isinstance(tensor, Tensor):
+            return reduced(tensor, op, self, self.named("all_reduce", name))
         if isinstance(tensor, Tensor):
             return self.start_all_reduce(tensor, op, name)()
-        number = number_of(tensor, op, name or "all_reduce")  # in host memory: a GPU would have to be waited for
+        # In host memory: a GPU would have to be waited for.
+        number = number_of(tensor, op, name or "all_reduce", self.size)
         return cast(float, self.start_all_reduce(number, op, name)().item())
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp, name: str | None = None) -> Callable[[], Tensor]:
         """Begin an `all_reduce` and return the function that waits for its result. Collective."""
         name = self.named("all_reduce", name)
         if isinstance(tensor, Tensor):
-            say_where_gradients_end(tensor, "all_reduce", "allreduce", self.rank)
+            say_where_gradients_end(tensor, "all_reduce", self.rank)
         copy, restore = for_reduction(tensor, op, name, self.adds_bfloat16)
         wait = self.start_all_reduce_(copy, op, name)
         return lambda: restore(wait())
@@ -102,7 +115,7 @@ class Collectives(ABC):
         """Return rank `root`'s tensor on every rank; all give one of the same shape and type. Collective."""
         name = self.named("broadcast", name)
         check_tensor(tensor, name)
-        say_where_gradients_end(tensor, "broadcast", "broadcast", self.rank)
+        say_where_gradients_end(tensor, "broadcast", self.rank)
         copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         self.broadcast_tensors({"tensor": copy}, name, root)
         return copy
@@ -120,20 +133,25 @@ class Collectives(ABC):
             wait()
             write_back()
 
-    def all_gather(self, tensor: Tensor, name: str | None = None) -> Tensor:
+    def all_gather(self, tensor: Tensor, name: str | None = None, *, differentiable: bool = False) -> Tensor:
         """Return the ranks' tensors joined along their first dimension, rank 0's first. Collective.
 
-        `(n, ...)` gives `(sum of n, ...)`; n may differ between ranks.
+        `(n, ...)` gives `(sum of n, ...)`; n may differ between ranks. With `differentiable=True` gradients flow
+        through, for a loss over what all ranks have computed, each rank's own or all the same: averaged, they are those
+        of one process. `backward` is then collective, too.
 
         Raises:
             UsageError: the tensor has no dimension, or cannot be sent.
         """
         name = self.named("all_gather", name)
         check_tensor(tensor, name)
-        say_where_gradients_end(tensor, "all_gather", "allgather", self.rank)
+        if not differentiable:
+            say_where_gradients_end(tensor, "all_gather", self.rank)
         if tensor.dim() == 0:
             raise UsageError(f"'{name}' has no dimension to be joined along: give tensor.view(1)")
-        return _with_bits(tensor, name, lambda bits: self.start_all_gather(bits, name)())
+        if differentiable:
+            return gathered(tensor, self, name)
+        return with_bits(tensor, name, lambda bits: self.start_all_gather(bits, name)())
 
     def all_to_all(self, tensor: Tensor, name: str | None = None) -> Tensor:
         """Return what every rank has for this one: part r of its tensor is for rank r. Collective.
@@ -145,8 +163,8 @@ class Collectives(ABC):
         """
         name = self.named("all_to_all", name)
         self._check_cut(tensor, name)
-        say_where_gradients_end(tensor, "all_to_all", "alltoall", self.rank)
-        return _with_bits(tensor, name, lambda bits: self.start_all_to_all(bits, name)())
+        say_where_gradients_end(tensor, "all_to_all", self.rank)
+        return with_bits(tensor, name, lambda bits: self.start_all_to_all(bits, name)())
 
     def reduce_scatter(self, tensor: Tensor, op: ReduceOp = "sum", name: str | None = None) -> Tensor:
         """Return this rank's part of the ranks' sum, mean, minimum or maximum. Collective.
@@ -159,7 +177,7 @@ class Collectives(ABC):
         """
         name = self.named("reduce_scatter", name)
         self._check_cut(tensor, name)
-        say_where_gradients_end(tensor, "reduce_scatter", "reducescatter", self.rank)
+        say_where_gradients_end(tensor, "reduce_scatter", self.rank)
         copy, restore = for_reduction(tensor, op, name)
         parts = self.start_all_to_all(copy, name)()
         parts = parts.view(self.size, len(tensor) // self.size, *parts.shape[1:])
@@ -291,15 +309,3 @@ def added_in_order(parts: Tensor) -> Tensor:
     for part in parts[1:]:
         total += part
     return total
-
-
-def _with_bits(tensor: Tensor, name: str, exchange: Callable[[Tensor], Tensor]) -> Tensor:
-    """Exchange rows of a tensor of any type as the bits of one that every back end carries."""
-    rows = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    bits, _ = bits_of(rows, name)
-    width = rows.shape[1:].numel() * (2 if rows.is_complex() else 1)
-    received = exchange(bits.view(len(rows), width))
-    flat = received.reshape(-1)
-    if tensor.is_complex():
-        flat = torch.view_as_complex(flat.view(-1, 2))
-    return flat.view(tensor.dtype).view(-1, *tensor.shape[1:]) if flat.numel() else rows.new_zeros(0, *rows.shape[1:])

@@ -145,9 +145,13 @@ class GradientExchange:
         return self._is_averaged and not self._passes and not self._additions and not is_within
 
     def _check_own(self) -> None:
-        """Raise RuntimeError where a gradient was changed between two passes of a window."""
+        """Raise RuntimeError where a gradient was changed between two passes of a window.
+
+        One to which a pass has added that an exception has ended was changed by that.
+        """
         for parameter, mark in self._marks.items():
-            if parameter.grad is not None and has_changed(parameter.grad, mark):
+            own = parameter.grad
+            if own is not None and has_changed(own, mark) and parameter not in self._additions:
                 name, steps = self.layout.name(parameter), self._averaging.accum_steps
                 raise RuntimeError(
                     f"the gradient of {name} was changed after backward pass {self._passes} of"
@@ -217,6 +221,8 @@ class GradientExchange:
         if not self._additions:
             self._follow_conversions()
         self._end_of_backward.expect()
+        if self.layout.in_common:
+            self.layout.note_change(parameter)
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1
         expected, bucket = self._expected.get(parameter), self.layout.bucket_of.get(parameter)
         if self._arrivals is not None and bucket is not None:
@@ -227,7 +233,8 @@ class GradientExchange:
             raise RuntimeError(
                 f"this backward pass has added to the gradient of {self.layout.name(parameter)} {count} times, an"
                 f" earlier one {expected} times, and it has been sent: let checkpoints with use_reentrant=True run in"
-                " every pass, or use use_reentrant=False"
+                " every pass, or use use_reentrant=False; where an exception has ended the backward pass before, call"
+                " optimizer.synchronize() and optimizer.zero_grad() behind that"
             )
         if count == expected:
             bucket.ready += 1
@@ -274,6 +281,7 @@ class GradientExchange:
     @torch.no_grad()
     def _receive(self) -> None:
         """Wait for all: `.grad` then holds the mean, None where no rank has one."""
+        self.layout.check_untouched()
         for part in self.layout.parts:
             part.receive()
         if self._averaging.has_square:  # now: buckets that are laid out anew know of none

@@ -12,13 +12,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import cloudpickle
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
 from horovod.torch.mpi_ops import mpi_lib
 from torch import Tensor, nn
 
-from hvdtrain.errors import ConfigError, DivergedError, LaunchError, one_line
+from hvdtrain.errors import ConfigError, LaunchError, UsageError, one_line
 from hvdtrain.install.clone import setup_command
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
@@ -26,8 +27,8 @@ from hvdtrain.process.stray import stray_hint
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.carriers import ReduceOp
 from hvdtrain.world.collectives import added_in_order
-from hvdtrain.world.scattering import dumped, loaded, on_own_gpu, scattered, without_gpus
-from hvdtrain.world.streams import keep_for_stream
+from hvdtrain.world.handing_over import explained, hand_over, outside_of_inference_mode
+from hvdtrain.world.scattering import dumped_or_why, loaded, on_own_gpu, scattered, without_gpus
 from hvdtrain.world.world import World
 
 T = TypeVar("T")
@@ -99,57 +100,67 @@ class HorovodWorld(World):
 
     def start_all_reduce_(self, tensor: Tensor, op: ReduceOp | Literal["adasum"], name: str) -> Callable[[], Tensor]:
         """Reduce in the background, in the tensor's own type."""
-        self.hand(tensor, name)
-        return self._waiting(hvd.allreduce_async_(tensor, op=_OPS[op], name=name), name)
+        return self._start(lambda own: hvd.allreduce_async_(own, op=_OPS[op], name=name), tensor, name, in_place=True)
 
     def start_all_gather(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Gather in the background."""
-        self.hand(tensor, name)
-        return self._waiting(hvd.allgather_async(tensor, name=name), name)
+        return self._start(lambda own: hvd.allgather_async(own, name=name), tensor, name)
 
     def start_all_to_all(self, tensor: Tensor, name: str) -> Callable[[], Tensor]:
         """Exchange in the background."""
-        self.hand(tensor, name)
-        wait = self._waiting(hvd.alltoall_async(tensor, name=name), name)
-        return lambda: cast(Any, wait())[0]  # Horovod also returns how much came from each rank
+        wait = self._start(lambda own: hvd.alltoall_async(own, name=name), tensor, name)
+        each = len(tensor) // self.size
+
+        def received() -> Tensor:
+            result, counts = cast(Any, wait())
+            if (counts != each).any():  # Horovod sends what there is
+                raise UsageError(
+                    f"'{name}' has {counts.tolist()} rows for rank {self.rank} on ranks 0 to {self.size - 1}: give"
+                    " tensors of the same shape on every rank"
+                )
+            return cast(Tensor, result)
+
+        return received
 
     def start_reduce_scatter(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Callable[[], Tensor]:
         """Send the parts as they are, of unequal lengths.
 
         Not by `hvd.reducescatter`: under Gloo that takes four times as long as an all-reduce, and under MPI as long.
         """
-        self.hand(tensor, name)
         splits = torch.tensor(lengths, dtype=torch.int32)
-        wait = self._waiting(hvd.alltoall_async(tensor, splits=splits, name=name), name)
+        wait = self._start(lambda own: hvd.alltoall_async(own, splits=splits, name=name), tensor, name)
         return lambda: added_in_order(cast(Any, wait())[0].view(self.size, lengths[self.rank]))
 
     def start_broadcast_(self, tensor: Tensor, name: str, root: int = 0) -> Callable[[], Tensor]:
         """Broadcast in the background."""
-        self.hand(tensor, name)
-        return self._waiting(hvd.broadcast_async_(tensor, root_rank=root, name=name), name)
+        return self._start(
+            lambda own: hvd.broadcast_async_(own, root_rank=root, name=name), tensor, name, in_place=True
+        )
 
-    def _waiting(self, handle: Any, name: str) -> Callable[[], Tensor]:
-        return _Waiting(self.progress, handle, name)
+    def _start(
+        self, begin: Callable[[Tensor], Any], tensor: Tensor, name: str, in_place: bool = False
+    ) -> Callable[[], Tensor]:
+        """Hand a tensor over; returns what waits for the result."""
+        self.hand(tensor, name)
+        return hand_over(begin, tensor, name, self.progress, in_place)
 
     def all_reduce_among(self, ranks: tuple[int, ...], tensor: Tensor, name: str, op: ReduceOp = "sum") -> Tensor:
         """Reduce in one of Horovod's process sets."""
         more = {} if len(ranks) == self.size else {"process_set": self._groups[ranks]}
         self.hand(tensor, name)
-        try:
-            with self.progress.during("communication"):
-                return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
-        except HorovodInternalError as error:
-            _raise_in_words(error, name)
-            raise
+        with self._in_turn(name):
+            return cast(Tensor, hvd.allreduce(tensor, op=_OPS[op], name=name, **more))
 
     def broadcast_pickled(self, value: Any, name: str, root: int) -> Any:
         """Send the structure pickled and each tensor in it as a tensor, without copies of it in the pickle."""
         tensors: list[Tensor] = []
-        pickled = dumped(value, tensors) if self.rank == root else b""
+        pickled = dumped_or_why(value, tensors) if self.rank == root else b""
         shapes = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
         message = (pickled, shapes) if self.rank == root else None
-        with self.progress.during("communication"):
+        with self._in_turn(name):
             pickled, shapes = cast(Any, hvd.broadcast_object(message, root_rank=root, name=name))
+        if isinstance(pickled, str):
+            raise UsageError(f"'{name}' cannot be sent by rank {root}, as it does not pickle: {pickled}")
         if self.rank != root:
             tensors = [
                 torch.empty(shape, dtype=dtype, device=self.device if kind == "cuda" else "cpu")
@@ -160,10 +171,17 @@ class HorovodWorld(World):
 
     def all_gather_pickled(self, value: T, name: str) -> list[T]:
         """Gather pickles; meant for small values. What was on a rank's GPU is on this one's then."""
-        own = without_gpus(value) if self.device.type == "cuda" else value
-        with self.progress.during("communication"):
-            found = hvd.allgather_object(own, name=name)
-        return [on_own_gpu(item, self.device) for item in found]
+        try:
+            own = without_gpus(value) if self.device.type == "cuda" else value
+            pickled: bytes | str = cloudpickle.dumps(own)
+        except Exception as error:  # objects have many ways to refuse
+            pickled = one_line(error)
+        with self._in_turn(name):
+            everyone = cast("list[bytes | str]", hvd.allgather_object(pickled, name=name))
+        for rank, theirs in enumerate(everyone):
+            if isinstance(theirs, str):
+                raise UsageError(f"'{name}' cannot be sent by rank {rank}, as it does not pickle: {theirs}")
+        return [on_own_gpu(cloudpickle.loads(theirs), self.device) for theirs in everyone]
 
     def scatter_pickled(self, values: Sequence[Any] | None, name: str) -> Any:
         """Send each rank its own alone."""
@@ -171,10 +189,18 @@ class HorovodWorld(World):
 
     def _scatter(self, parts: Tensor, lengths: Sequence[int], name: str) -> Tensor:
         """Return what rank 0 has for this rank in its flat `parts`, rank 0's own first; others give an empty one."""
-        self.hand(parts, name)
         splits = torch.tensor(lengths if self.rank == 0 else [0] * self.size, dtype=torch.int32)
-        wait = self._waiting(hvd.alltoall_async(parts, splits=splits, name=name), name)
+        wait = self._start(lambda own: hvd.alltoall_async(own, splits=splits, name=name), parts, name)
         return cast(Tensor, cast(Any, wait())[0])
+
+    @contextlib.contextmanager
+    def _in_turn(self, name: str) -> Iterator[None]:
+        """Within, a function of Horovod's is called that waits for its result."""
+        with self.progress.during("communication"), outside_of_inference_mode():
+            try:
+                yield
+            except HorovodInternalError as error:
+                raise explained(error, name) from error
 
     def answer_with_zeros(self, gpu: int | None = None) -> int:
         """Call Horovod's `join`. Zeros on another device than the others' tensors go by another library: all hang."""
@@ -237,36 +263,3 @@ def _long_naps(*, is_wanted: bool) -> Iterator[None]:
     finally:
         if is_set:
             del os.environ[_CYCLE]
-
-
-def _raise_in_words(error: HorovodInternalError, name: str) -> None:
-    """Raise DivergedError where Horovod tells all ranks that they gave different tensors; its words name none."""
-    if "ismatched" in str(error):
-        raise DivergedError(
-            f"'{name}' is not the same on all ranks ({one_line(error)}): freeze, unfreeze and add the same layers on"
-            " all ranks at the same step, and give collectives tensors of one shape and type"
-        ) from error
-
-
-class _Waiting:
-    """What waits for a collective when it is called; `is_done` tells, without waiting, whether it need not."""
-
-    def __init__(self, progress: Progress, handle: Any, name: str) -> None:
-        self._progress, self._handle, self._name = progress, handle, name
-
-    def __call__(self) -> Tensor:
-        try:
-            with self._progress.during("communication"):
-                result = hvd.synchronize(self._handle)
-        except HorovodInternalError as error:
-            _raise_in_words(error, self._name)
-            raise
-        keep_for_stream(result)
-        return cast(Tensor, result)
-
-    def is_done(self) -> bool:
-        """Any thread may ask."""
-        try:
-            return bool(hvd.poll(self._handle))
-        except (ValueError, RuntimeError):  # its result was fetched meanwhile
-            return True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 from zlib import crc32
 
+import torch
 from torch import nn
 
 from hvdtrain.models.walk import are_same
@@ -67,6 +68,8 @@ class Layout:
         self.sparse: list[SparseRows] = []
         self.question = Question()
         """Travels with the first bucket."""
+        self.in_common: dict[int, list[tuple[Bucket, int]]] = {}
+        """Where gradients that were sent early lie in memory with others, as in one buffer for all of them."""
         self.companions: list[Travelling] = []
         """What else leaves in every step, behind the gradients."""
         self._current: list[nn.Parameter] = []
@@ -97,8 +100,27 @@ class Layout:
         return any(bucket.is_sent for bucket in self.buckets)
 
     def note_ready(self, bucket: Bucket) -> None:
-        """Send a bucket all of whose gradients are there."""
+        """Send a bucket all of whose gradients are there, while backward goes on."""
         bucket.send()
+        for where, place in bucket.in_common():
+            self.in_common.setdefault(where, []).append((bucket, place))
+
+    def note_change(self, parameter: nn.Parameter) -> None:
+        """Note that backward has changed a gradient beside which others lie that were sent: they have not changed."""
+        own = parameter.grad
+        if own is not None and own.layout == torch.strided:
+            for bucket, place in self.in_common.get(own.untyped_storage().data_ptr(), ()):
+                bucket.mark_again(place)
+
+    def check_untouched(self) -> None:
+        """Make sure that gradients are what was sent, all of them before a mean is written: they may lie together.
+
+        Raises:
+            RuntimeError: one was changed since.
+        """
+        for bucket in self.buckets:
+            bucket.check_untouched()
+        self.in_common.clear()
 
     def is_of(self, trainable: Sequence[nn.Parameter]) -> bool:
         """Return whether these parameters, and no others, are laid out."""

@@ -27,7 +27,7 @@ class RankSampler(Sampler[int]):
         seed: of the order.
 
     Raises:
-        UsageError: there are fewer samples than ranks, or it is no number.
+        UsageError: there are fewer samples than ranks, or one of these is no whole number.
     """
 
     def __init__(self, num_samples: int, rank: int, size: int, *, shuffle: bool = True, seed: int = 0) -> None:
@@ -38,6 +38,10 @@ class RankSampler(Sampler[int]):
                 f"sampler() takes the number of samples, not an object of type {type(num_samples).__name__}:"
                 " world.sampler(len(dataset))"
             ) from None
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise UsageError(f"sampler() takes a whole number as its seed, not {seed!r:.80}") from None
         if num_samples < size:
             raise UsageError(f"{num_samples} samples cannot be shared by {size} ranks: start fewer ranks")
         self.epoch = 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from hvdtrain.errors import UsageError, one_line
 from hvdtrain.models.private_torch import is_fake
 from hvdtrain.world.carriers import bits_of
 
@@ -28,13 +29,13 @@ def scattered(world: World, values: Sequence[Any] | None, name: str, scatter: Sc
     """Return this rank's of the values that rank 0 has, one for each rank; tensors are in host memory. Collective.
 
     Pickles come first, then the bytes of the tensors in them, in rounds: no rank receives another one's.
+
+    Raises:
+        UsageError: a value does not pickle.
     """
     of_ranks: list[list[Tensor]] = [[] for _ in range(world.size)]
-    outlines = [b""] * world.size
-    for rank in range(1, world.size if values is not None else 1):
-        pickled = dumped(cast(Any, values)[rank], of_ranks[rank])
-        of_ranks[rank] = [tensor.cpu().contiguous() for tensor in of_ranks[rank]]
-        outlines[rank] = pickle.dumps((pickled, [(tensor.shape, tensor.dtype) for tensor in of_ranks[rank]]))
+    values = values if world.rank == 0 else None
+    outlines = world.together(lambda: _outlines(values, of_ranks, name), f"{name}.outlines")
     joined = torch.frombuffer(bytearray(b"".join(outlines)), dtype=torch.uint8) if any(outlines) else _NOTHING
     outline = scatter(joined, [*map(len, outlines)], name)
     sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in of_ranks]
@@ -53,13 +54,25 @@ def scattered(world: World, values: Sequence[Any] | None, name: str, scatter: Sc
     return values[0] if values is not None else loaded(pickled, own)
 
 
+def _outlines(values: Sequence[Any] | None, of_ranks: list[list[Tensor]], name: str) -> list[bytes]:
+    """Return each rank's pickle, with the forms of its tensors, which are put into `of_ranks`; rank 0 keeps its own."""
+    outlines = [b""] * len(of_ranks)
+    for rank in range(1, len(of_ranks) if values is not None else 1):
+        pickled = dumped_or_why(cast(Any, values)[rank], of_ranks[rank])
+        if isinstance(pickled, str):
+            raise UsageError(f"'{name}' for rank {rank} cannot be sent, as it does not pickle: {pickled}")
+        of_ranks[rank] = [tensor.cpu().contiguous() for tensor in of_ranks[rank]]
+        outlines[rank] = pickle.dumps((pickled, [(tensor.shape, tensor.dtype) for tensor in of_ranks[rank]]))
+    return outlines
+
+
 def _cut(tensors: Sequence[Tensor], start: int, end: int) -> Iterator[Tensor]:
     """Yield views of what lies from `start` to `end` in the bytes of contiguous tensors, one after the other."""
     offset = 0
     for tensor in tensors:
         first, last = max(start - offset, 0), min(end - offset, tensor.nbytes)
         if first < last:
-            yield bits_of(tensor, "a saved state")[0].view(torch.uint8)[first:last]
+            yield bits_of(tensor, "a saved state")[0].view(-1).view(torch.uint8)[first:last]
         offset += tensor.nbytes
 
 
@@ -95,6 +108,15 @@ def on_own_gpu(value: Any, device: torch.device) -> Any:
     return loaded(value.pickled, [tensor.to(device) if was_on_gpu else tensor for tensor, was_on_gpu in pairs])
 
 
+def dumped_or_why(value: Any, tensors: list[Tensor]) -> bytes | str:
+    """Return what `dumped` does, or in a text why the value does not pickle: the other ranks wait to be told."""
+    try:
+        return dumped(value, tensors)
+    except Exception as error:  # objects have many ways to refuse
+        tensors.clear()
+        return one_line(error)
+
+
 def dumped(value: Any, tensors: list[Tensor]) -> bytes:
     """Return a value pickled without the plain tensors in it, which are appended to `tensors`."""
     file = io.BytesIO()
@@ -111,12 +133,20 @@ class _TensorPickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file)
         self.tensors = tensors
+        self._met: dict[int, tuple[int, Tensor]] = {}
+        """The places of tensors that were met, which are held, so that no other one gets their number: one that stands
+        at two places is one tensor again where it arrives."""
 
     def persistent_id(self, obj: Any) -> int | None:
-        if type(obj) is not Tensor and not is_fake(obj):  # that stands for one
+        # Those of other layouts cannot be sent by themselves; a fake one stands for one that can.
+        if is_fake(obj):
+            pass
+        elif type(obj) is not Tensor or obj.layout != torch.strided or obj.is_quantized or obj.is_nested or obj.is_meta:
             return None
-        self.tensors.append(obj.detach())
-        return len(self.tensors) - 1
+        if id(obj) not in self._met:
+            self._met[id(obj)] = len(self.tensors), obj
+            self.tensors.append(obj.detach())
+        return self._met[id(obj)][0]
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -166,8 +166,8 @@ class ShardedBucket(Bucket):
         self._wait = self._world.start_reduce_scatter(sent, self.cut.lengths, name)
         self._tail.note_sent(self)
 
-    def receive(self) -> None:
-        """Wait for this rank's part of the mean, and add it to the gradients of its pieces.
+    def check_untouched(self) -> None:
+        """Make sure that nothing was added since the gradients were sent.
 
         Raises:
             RuntimeError: backward has gone on after `send`: what it added would be lost.
@@ -177,6 +177,9 @@ class ShardedBucket(Bucket):
                 f"a gradient was added while it was on the wire, in or near that of {self.name}: with --optim.shard a"
                 " hook must not give a parameter a gradient after backward has"
             )
+
+    def receive(self) -> None:
+        """Wait for this rank's part of the mean, and add it to the gradients of its pieces."""
         self._tail.arrive()
         self.land()
         assert self._mean is not None

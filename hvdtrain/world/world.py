@@ -211,8 +211,18 @@ class World(Collectives):
         return self.broadcast_object(state, "load")
 
     def scatter_object(self, values: Sequence[T] | None, name: str | None = None) -> T:
-        """Return on rank r the r-th of rank 0's values; they must pickle. Other ranks may pass None. Collective."""
+        """Return on rank r the r-th of rank 0's values; they must pickle. Other ranks may pass None. Collective.
+
+        Raises:
+            UsageError: rank 0 has not given one value for each rank, or one does not pickle.
+        """
+        self.together(lambda: self._check_values(values), "scatter_object")
         return cast(T, self.scatter_pickled(values, self.named("scatter_object", name)))
+
+    def _check_values(self, values: Sequence[Any] | None) -> None:
+        if self.rank == 0 and (not isinstance(values, Sequence) or len(values) != self.size):
+            given = f"{len(values)}" if isinstance(values, Sequence) else f"an object of type {type(values).__name__}"
+            raise UsageError(f"scatter_object() takes one value for each of the {self.size} ranks, not {given}")
 
     def scatter_pickled(self, values: Sequence[Any] | None, name: str) -> Any:
         """Return this rank's of rank 0's values: here all are sent to all, one after the other. Collective."""

@@ -135,7 +135,7 @@ class WrappedOptimizer(SeenByScalers):
             if self._exchange.is_under_way:
                 raise RuntimeError(
                     "backward() has failed on this rank while gradients were on the wire, and the other ranks wait for"
-                    " the rest of them: end this rank, or call synchronize() before zero_grad()"
+                    " the rest of them: end this rank, or call optimizer.synchronize() before optimizer.zero_grad()"
                 )
             self._exchange.forget()
         for parameter in self.sharding.parameters if self.sharding is not None else ():

@@ -10,7 +10,7 @@ from test_optimizer import OPTIMIZERS, data, largest_difference, network, share
 from test_world import digest
 from torch.utils.checkpoint import checkpoint
 
-from hvdtrain.errors import ConfigError, DivergedError
+from hvdtrain.errors import ConfigError, UsageError
 
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
 
@@ -355,13 +355,13 @@ def test_layers_frozen_on_some_ranks_alone_are_told_at_once(world, waits_for_cal
 
     train(1)
     model[1 + world.rank].requires_grad_(False)
-    told = "is not the same on all ranks .*freeze, unfreeze and add the same layers on all ranks"
+    told = r"is not alike on all ranks: .*Freeze, unfreeze and add the same layers on all ranks"
     if world.size == 1:
         train(3)
         return
-    with pytest.raises(DivergedError, match=told):
+    with pytest.raises(UsageError, match=told):
         train(3)
-    with pytest.raises(DivergedError, match=r"'lengths' is not the same on all ranks .*tensors of one shape and type"):
+    with pytest.raises(UsageError, match=r"'lengths' is not alike on all ranks: .*tensors of one shape and type"):
         world.all_reduce(torch.ones(1 + world.rank), "sum", "lengths")
     world.barrier("goes on")
 

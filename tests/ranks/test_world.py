@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import hvdtrain
 from hvdtrain.errors import ConfigError, DataError, LaunchError, UsageError
-from hvdtrain.world import World, horovod, scattering
+from hvdtrain.world import World, handing_over, horovod, scattering
 from hvdtrain.world.horovod import HorovodWorld
 
 DTYPES = [torch.float16, torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]
@@ -162,7 +162,7 @@ def test_gathered_lengths_may_differ(world):
 def test_every_result_is_kept_for_the_stream_that_goes_on_with_it(world, monkeypatch):
     """On GPUs torch must be told of a stream of the user's own; `tests/unit/test_streams.py` has what is told."""
     kept = []
-    monkeypatch.setattr(horovod, "keep_for_stream", kept.append)
+    monkeypatch.setattr(handing_over, "keep_for_stream", kept.append)
     numbers = torch.arange(2.0 * world.size)
     starts = {
         "start_all_reduce_": lambda name: world.start_all_reduce_(numbers.clone(), "sum", name),

@@ -17,6 +17,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import lr_scheduler, swa_utils
 from torch.utils.checkpoint import checkpoint
 
+from hvdtrain.world import synchronize_batch_norm
+
 SAMPLES = 24  # divides by 1, 2, 3, 4 ranks
 STEPS = 5
 
@@ -34,6 +36,12 @@ class Alone:
 
     def mean(self, value, name):
         return value.detach()
+
+    def gather(self, tensor):
+        return tensor
+
+    def normalize(self, model):
+        return model
 
     def synchronize(self, optimizer):
         pass
@@ -54,6 +62,14 @@ class Ranks(Alone):
 
     def mean(self, value, name):
         return self.world.all_reduce(value.detach(), "mean", name)
+
+    def gather(self, tensor):
+        """Return all ranks' rows in the order that one process has them in: `share` deals them out one by one."""
+        rows = self.world.all_gather(tensor, differentiable=True)
+        return rows.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(0, 1)
+
+    def normalize(self, model):
+        return synchronize_batch_norm(model, self.world)
 
     def synchronize(self, optimizer):
         optimizer.synchronize()

@@ -397,3 +397,125 @@ def layer_by_layer(env):
         loss.backward(inputs=list(model[0].parameters()))
         optimizer.step()
     return [model]
+
+
+for _whose in ("all rows", "this rank's rows"):
+
+    def _contrastive(env, whose=_whose):
+        model, other = network(), network(1)
+        both = nn.ModuleList([model, other])
+        optimizer = env.wrap(sgd(both), both)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            x, _ = batch(env, step)
+            ours, theirs = model(x), other(x)
+            rows = torch.arange(len(data(step)[0]))
+            if whose == "all rows":  # every rank computes the whole loss
+                loss = F.cross_entropy(env.gather(ours) @ env.gather(theirs).t(), rows)
+            else:
+                loss = F.cross_entropy(ours @ env.gather(theirs).t(), env.share(rows))
+            loss.backward()
+            nn.utils.clip_grad_norm_(both.parameters(), 0.5)
+            optimizer.step()
+        return [both]
+
+    loop(
+        "loops",
+        f"a contrastive loss: {_whose} against all ranks'",
+        "`world.all_gather(rows, differentiable=True)`",
+    )(_contrastive)
+
+
+@loop("loops", "a sum over the batch that the loss divides by", '`world.all_reduce(total, "sum", differentiable=True)`')
+def statistics(env):
+    model = network()
+    optimizer = env.wrap(sgd(model), model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = batch(env, step)
+        scores = model(x)
+        total = scores.square().sum()
+        total = total if env.size == 1 else env.world.all_reduce(total, "sum", differentiable=True)
+        F.cross_entropy(scores / total.sqrt(), y).backward()
+        optimizer.step()
+    return [model]
+
+
+@loop(
+    "loops",
+    "gradient penalty through batch normalisation over all ranks",
+    "`hvdtrain.world.synchronize_batch_norm(model, world)`",
+)
+def penalty_of_batch(env):
+    model = env.normalize(
+        filled(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double())
+    )
+    optimizer = env.wrap(sgd(model), model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = batch(env, step)
+        x = x.clone().requires_grad_()
+        scores = model(x)
+        (slope,) = torch.autograd.grad(scores.square().sum(), x, create_graph=True)
+        (F.cross_entropy(scores, y) + slope.square().sum(1).mean()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return [model]
+
+
+class InterruptError(Exception):
+    pass
+
+
+@loop(
+    "loops",
+    "an exception in the midst of backward(), the step is left out",
+    "`optimizer.synchronize()`, then `optimizer.zero_grad()`",
+)
+def interrupted(env):
+    def interrupt(gradient):
+        raise InterruptError
+
+    model = filled(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double())
+    optimizer = env.wrap(sgd(model), model, accum_steps=2)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        try:
+            for part in range(2):
+                x, y = batch(env, 2 * step + part)
+                hidden = model[:2](x)
+                if step in (1, 2) and part == step - 1:
+                    hidden.register_hook(interrupt)
+                F.cross_entropy(model[2:](hidden), y).backward()
+        except InterruptError:
+            env.synchronize(optimizer)
+            optimizer.zero_grad()
+            continue
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    return [model]
+
+
+class Joined(nn.Module):
+    """Two weights are one in the forward pass: their gradients are parts of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4).double(), nn.Linear(6, 3).double()
+        self.head = nn.Linear(7, 3).double()
+
+    def forward(self, x):
+        return self.head(F.linear(x, torch.cat([self.first.weight, self.second.weight])).tanh())
+
+
+@loop("loops", "torch.cat() of weights in forward()", "`wrap(..., accum_steps=k)`: one average a step")
+def joined(env):
+    model = filled(Joined())
+    optimizer = env.wrap(sgd(model), model, accum_steps=2)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(2):
+            (loss_of(model, env, 2 * step + part) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    return [model]

@@ -1,5 +1,7 @@
 """Every type and layout travels bit for bit and is reduced, or is refused with its name."""
 
+import itertools
+import math
 import warnings
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from thread_world import run_ranks
 
 from hvdtrain.errors import UsageError
+from hvdtrain.world.carriers import for_reduction
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32]
@@ -123,3 +126,18 @@ def test_a_models_buffers_of_all_types():
 
     for buffers in run_ranks(2, work):
         assert all(torch.equal(b, of_rank(0, dtype).view(torch.uint8)) for b, dtype in zip(buffers, ALL, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["min", "max"])
+def test_the_order_of_floats_is_kept_and_nan_stands_out(dtype, op):
+    special = [math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-7, -1e-7, 6e4, -6e4, math.nan, -math.nan]
+    numbers = torch.tensor(special, dtype=dtype)
+    for pair in itertools.product(numbers, repeat=2):
+        sent, restore = for_reduction(torch.stack(pair), op, "pair")
+        found = restore((sent.amin(0) if op == "min" else sent.amax(0))[None])
+        expected = torch.stack(pair).amin(0) if op == "min" else torch.stack(pair).amax(0)
+        assert found.dtype == dtype
+        assert found == expected or bool(found.isnan() & expected.isnan())
+    sent, restore = for_reduction(numbers, op, "same")
+    assert torch.equal(restore(sent).nan_to_num(7.0), numbers.nan_to_num(7.0))

@@ -73,6 +73,17 @@ def test_before_init_it_says_what_to_do():
         compat.rank()
 
 
+def test_second_derivatives(hvd):
+    """They were left out in silence: what a derivative returned was a constant."""
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(hvd.allreduce(x.square(), op=hvd.Sum).square().sum(), x, create_graph=True)
+    slope.sum().backward()
+    assert torch.allclose(x.grad, 12 * x.detach().square())
+    gathered = hvd.allgather(x.square()).square().sum()
+    with pytest.raises(UsageError, match=r"cannot be differentiated twice .* with differentiable=True"):
+        torch.autograd.grad(gathered, x, create_graph=True)
+
+
 def test_one_process(hvd):
     hvd.init()  # a second time does nothing
     assert (hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size()) == (0, 1, 0, 1)

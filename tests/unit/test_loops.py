@@ -21,6 +21,21 @@ def test_ranks_equal_one_process(item):
         assert all((a == b).all() for a, b in zip(tensors_of(ranks[0]), tensors_of(other), strict=True))
 
 
+class InManyBuckets(Ranks):
+    """As models of more than a MiB travel: a part of the gradients while backward computes the rest."""
+
+    def wrap(self, optimizer, model, **settings):
+        return self.world.wrap(optimizer, model, **{"bucket_bytes": 1, **settings})
+
+
+@pytest.mark.parametrize("item", LOOPS, ids=lambda item: item.name)
+def test_ranks_equal_one_process_where_gradients_leave_one_by_one(item):
+    alone = item.run(Alone())
+    first, second = run_ranks(2, lambda world: item.run(InManyBuckets(world)))
+    assert difference(first, alone) < item.tolerance
+    assert all((a == b).all() for a, b in zip(tensors_of(first), tensors_of(second), strict=True))
+
+
 def test_the_page_has_the_table():
     """To write it anew: `python -c "import loops, users_loops; print(loops.table())"` in tests/support."""
     assert PAGE.read_text().split("<!-- table")[1].split("-->\n")[1].strip() == table()
