@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.data.text.corpus import find_documents
+from hvdtrain.data.text.encodings import how_to_convert, text_of
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.data.text.pairs import PairReader
-from hvdtrain.errors import DataError, one_line
+from hvdtrain.errors import DataError, one_line, reason_of
 from hvdtrain.process.output import tell
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
@@ -92,9 +93,12 @@ def _listed(folders: set[Path]) -> dict[Path, str]:
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
+        raw = file.read_bytes()
+        return text_of(raw, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: {how_to_convert(raw)}") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {reason_of(error)}") from error
 
 
 def measured(clips: Sequence[Clip], cache: Path, corpus: str, reader: PairReader) -> list[Clip]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hvdtrain.data.image_decoding import in_rgb, open_image
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.data.links import leads_nowhere, refuse_link
+from hvdtrain.data.matching import is_folder
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import DataError, one_line, reason_of
 
@@ -205,7 +206,7 @@ def _check_some(inner: Path, classes: tuple[str, ...], labels: list[int], held_o
 def _classes_in(folder: Path) -> tuple[str, ...]:
     try:
         entries = _seen_in(folder)
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+        classes = sorted(entry.name for entry in entries if is_folder(entry))
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {reason_of(error)}") from error
     for entry in entries:
@@ -233,11 +234,11 @@ def _list(folder: Path, classes: tuple[str, ...], may_skip: bool) -> tuple[list[
     names: list[str] = []
     labels: list[int] = []
     try:
-        others = Counter(_ending(entry.name) for entry in _seen_in(folder) if not entry.is_dir())
+        others = Counter(_ending(entry.name) for entry in _seen_in(folder) if not is_folder(entry))
         for label, name in enumerate(classes):
             images: list[str] = []
             for file, entry in _files_in(folder, name, set()):
-                is_lost = not entry.is_file() and leads_nowhere(entry)
+                is_lost = leads_nowhere(entry)
                 if is_lost and not may_skip:
                     raise DataError(
                         f"{entry.path} is a link to what is not there: mend or remove it, or pass over such"
@@ -269,7 +270,7 @@ def _files_in(folder: Path, inside: str, seen: set[tuple[int, int]]) -> Iterator
     seen.add((about.st_dev, about.st_ino))
     for entry in _seen_in(place):
         name = f"{inside}/{entry.name}"
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _files_in(folder, name, seen)
         else:
             yield name, entry

@@ -7,7 +7,6 @@ ranks or shards there are. Files are listed by name and looked through once, at 
 from __future__ import annotations
 
 import bisect
-import glob
 import os
 import tarfile
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hvdtrain.data.links import leads_nowhere, refuse_link
+from hvdtrain.data.matching import matching
 from hvdtrain.errors import DataError, reason_of
 
 _GROUPS_AT_HAND = 4
@@ -32,10 +32,7 @@ def shards_of(path: str | Path, suffix: str) -> list[Path]:
         DataError: there are none, or one is a link to what is not there.
     """
     place = Path(path).expanduser()
-    if place.is_dir():
-        named = [file for file in place.iterdir() if file.name.endswith(suffix)]
-    else:
-        named = [Path(match) for match in glob.glob(str(place), recursive=True)]  # noqa: PTH207
+    named = [file for file in place.iterdir() if file.name.endswith(suffix)] if place.is_dir() else matching(place)
     for file in filter(leads_nowhere, named):
         refuse_link(file)
     found = [file for file in named if file.is_file()]

@@ -19,6 +19,7 @@ from hvdtrain.data.text.corpus import Document
 from hvdtrain.data.text.named_splits import named_splits
 from hvdtrain.data.text.pair_samples import mixed_by_length
 from hvdtrain.data.text.pairs import PairReader
+from hvdtrain.data.text.shared import say_shared
 from hvdtrain.data.text.sources import position
 from hvdtrain.errors import ConfigError, DataError, counted
 from hvdtrain.recipes.ctc import ClipsConfig, SpeechRecognition
@@ -111,7 +112,9 @@ def _splits(data: ClipsConfig, reader: PairReader, say: Callable[[str], None]) -
     if data.val_path is not None:
         held_out = _found(data, data.val_path, reader)
         below = None if named is None else {document.path for document in named.train}
-        return [clip for clip in clips if below is None or clip.path in below], held_out
+        train = [clip for clip in clips if below is None or clip.path in below]
+        say_shared((clip.path for clip in train), (clip.path for clip in held_out), cache_at(data.cache_dir), say)
+        return train, held_out
     if named is not None:
         say(named.about)
         parts = [{document.path for document in part} for part in (named.train, named.held_out)]

@@ -49,7 +49,12 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
     held_out = PreferencePairs(folder, "val", length, first=len(train))
     for name, pairs in (("training", train), ("held-out", held_out)):
         if len(pairs) == 0:
-            raise DataError(f"no {name} pair fits into {length} tokens: use more, or give --data.val-path")
+            lost = pairs.num_left_out + pairs.num_alike
+            raise DataError(
+                f"no {name} pair fits into {length} tokens: give a larger --data.sequence-length"
+                if lost
+                else f"there are no {name} pairs: use more, or give --data.val-path"
+            )
     model = load_model(settings.path, None, settings.attention, recipe.train.seed, settings.trust_remote_code)
     meta = read_meta(folder)
     embeddings = fit_embeddings(model, len(tokenizer), meta["largest_token"], settings.resize_embeddings)
@@ -63,13 +68,17 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
         )
     loss = DpoLoss(recipe.dpo, way.loss.head, way.loss.layout is IN_EQUAL_ROWS, len(train) + len(held_out))
     num_cut, num_left_out = train.num_cut + held_out.num_cut, train.num_left_out + held_out.num_left_out
+    num_alike = train.num_alike + held_out.num_alike
     lines = (
         f"data:       {data.path}: {len(train):,} pairs with {train.num_tokens:,} tokens in their answers,"
         f" {len(held_out):,} pairs held out, vocabulary {len(tokenizer):,}",
         f"formats:    {', '.join(f'{count:,} {name}' for name, count in meta['formats'].items())}",
-        f"cut:        {num_cut:,} pairs at their ends: they are longer than {length} tokens" if num_cut else "",
+        f"cut:        {counted(num_cut, 'pair')} at the end, longer than {length} tokens" if num_cut else "",
         f"left out:   {counted(num_left_out, 'pair')} whose prompt leaves no room for an answer"
         if num_left_out
+        else "",
+        f"left out:   {counted(num_alike, 'pair')} whose answers differ only behind {length} tokens"
+        if num_alike
         else "",
         f"left out:   {counted(meta['num_skipped'], 'record')} that cannot be used, such as {meta['skipped'][0]}"
         if meta["num_skipped"]

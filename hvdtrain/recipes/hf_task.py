@@ -58,7 +58,7 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
     train, held_out = (PackedDocuments(folder, name, length) for name in ("train", "val"))
     for name, samples in (("training", train), ("held-out", held_out)):
         if len(samples) == 0:
-            raise DataError(f"the {name} documents have nothing to predict: use more, or give --data.val-path")
+            raise DataError(f"the {name} documents have nothing to predict: {_why_none(samples, length)}")
     if data.show:
         say(show_samples(train, tokenizer, data.show))
     model = load_model(
@@ -74,7 +74,7 @@ def build_task(recipe: Transformers, say: Callable[[str], None]) -> Task:
     lines = (
         f"data:       {data.path or 'Python standard library'}: {train.num_tokens:,} tokens to predict in"
         f" {len(train):,} samples, {held_out.num_tokens:,} held out, vocabulary {len(tokenizer):,}",
-        *_describe_records(meta, train.num_cut + held_out.num_cut, length),
+        *_describe_records(meta, train.num_cut + held_out.num_cut, train.num_lost + held_out.num_lost, length),
         f"documents:  {way}",
         embeddings,
         describe_adapters(recipe.model, model),
@@ -134,13 +134,34 @@ def write_files(folder: Path, model: nn.Module, tokenizer: Any, base: Base | Non
         write_adapter_files(folder, model, base)
 
 
-def _describe_records(meta: dict[str, Any], num_cut: int, length: int) -> list[str]:
+def _why_none(samples: PackedDocuments, length: int) -> str:
+    """Return why there is nothing to predict, and what to do."""
+    if samples.num_lost:
+        return (
+            f"what is learned of {counted(samples.num_lost, 'conversation')} comes behind the {length} tokens of a"
+            " sample: give a larger --data.sequence-length"
+        )
+    if samples.num_documents:
+        return f"nothing of {counted(samples.num_documents, 'document')} is learned"
+    return "there are none, as where all records are alike; use more, or give --data.val-path"
+
+
+def _describe_records(meta: dict[str, Any], num_cut: int, num_lost: int, length: int) -> list[str]:
     """Return what a person should know of the records and their formats."""
-    lines = [f"formats:    {', '.join(f'{count:,} {name}' for name, count in meta['formats'].items())}"]
+    formats = {name: f"{count:,} {name}" for name, count in meta["formats"].items()}
+    if "text files" in formats:
+        formats["text files"] = counted(meta["formats"]["text files"], "text file")
+    lines = [f"formats:    {', '.join(formats.values())}"]
     if num_cut:
         lines.append(
-            f"cut:        {num_cut:,} conversations at their ends: they are longer than a sample of {length} tokens"
+            f"cut:        {counted(num_cut, 'conversation')} at the end, longer than a sample of {length} tokens"
         )
+    if num_lost:
+        lines.append(
+            f"left out:   {counted(num_lost, 'conversation')} of which what is learned comes behind {length} tokens: a"
+            " larger --data.sequence-length has room for it"
+        )
+    lines += [f"left out:   {counted(count, name)}" for name, count in meta.get("without", {}).items()]
     if meta["num_skipped"]:
         lines.append(
             f"left out:   {counted(meta['num_skipped'], 'record')} that cannot be used, such as {meta['skipped'][0]}"

@@ -22,6 +22,7 @@ from hvdtrain.data.text.number_words import number_pairs
 from hvdtrain.data.text.pair_samples import PairWriter, TokenizedPairs, read_held_out
 from hvdtrain.data.text.pairs import Pair, PairReader
 from hvdtrain.data.text.sealed import sealed_folder
+from hvdtrain.data.text.shared import say_shared
 from hvdtrain.data.text.sources import position
 from hvdtrain.data.text.splits import without_runs
 from hvdtrain.errors import DataError, counted
@@ -117,6 +118,7 @@ def _find(data: PairsConfig, say: Callable[[str], None]) -> tuple[Splits, str]:
         made_by.append(_digests(data, held_out))
         named = named_splits(documents)
         documents = documents if named is None else named.train
+        say_shared((item.path for item in documents), (item.path for item in held_out), _cache(data), say)
     elif (named := named_splits(documents)) is not None:
         say(named.about)
         documents, held_out = named.train, named.held_out

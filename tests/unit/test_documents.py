@@ -60,7 +60,7 @@ def test_formats_are_known_by_their_fields(format, tmp_path):
         f"how are you{end}",
         f"ow are you{end}",
     )  # without <s>, a text's first token is not predicted
-    assert reader.describe() == {"formats": {format: 1}, "num_skipped": 0, "skipped": []}
+    assert reader.describe() == {"formats": {format: 1}, "num_skipped": 0, "skipped": [], "without": {}}
 
 
 def test_prompt_and_completion_can_be_messages():

@@ -56,7 +56,7 @@ def test_a_task_says_what_it_is(place):
     lines = task.description.splitlines()
     assert lines[1:3] == [
         "formats:    61 messages",
-        "cut:        1 conversations at their ends: they are longer than a sample of 48 tokens",
+        "cut:        1 conversation at the end, longer than a sample of 48 tokens",
     ]
     assert lines[3].startswith("documents:  packed; each comes out as it does alone")
     assert len(lines) == 4
@@ -126,6 +126,8 @@ def test_a_folder_without_records_takes_no_text_field(place):
     with pytest.raises(ConfigError, match=r"--data\.text-field has no effect"):
         build(place, path=str(place / "texts"), text_field="body")
     assert "2 text files" in build(place, path=str(place / "texts")).description
+    # One that is cut in two is one.
+    assert "formats:    1 text file\n" in build(place, path=str(place / "texts" / "a.txt")).description
 
 
 def test_records_that_are_left_out_are_counted(place):
@@ -134,6 +136,48 @@ def test_records_that_are_left_out_are_counted(place):
     with pytest.raises(DataError, match=r"chats\.jsonl, line 62: the fields other are those of no format"):
         build(place)
     assert "left out:   1 record that cannot be used, such as" in build(place, on_error="skip").description
+
+
+def test_what_is_not_learned_is_counted(place):
+    """Texts of no length, answers behind the end of a sample, and those that are not to be learned."""
+    asked, answer = {"role": "user", "content": "hello " * 60}, {"role": "assistant", "content": "world"}
+    with (place / "chats.jsonl").open("a") as file:
+        for record in ({"messages": [asked, answer]}, {"text": ""}, {"text": ""}):
+            file.write(json.dumps(record) + "\n")
+        silent = [{"role": "user", "content": "a"}, {**answer, "weight": 0}]
+        file.write(json.dumps({"messages": silent}) + "\n")
+    lines = build(place).description.splitlines()
+    assert lines[1:6] == [
+        "formats:    62 messages",
+        "cut:        1 conversation at the end, longer than a sample of 48 tokens",
+        "left out:   1 conversation of which what is learned comes behind 48 tokens: a larger --data.sequence-length"
+        " has room for it",
+        "left out:   2 empty texts",
+        "left out:   1 conversation without an answer to learn",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (
+            [{"prompt": f"hello {i} " * 60, "completion": "world"} for i in range(9)],
+            r"of \d conversations comes behind the 48 tokens of a sample: give a larger --data\.sequence-length",
+        ),
+        ([{"text": "hello"}] * 9, "there are none, as where all records are alike"),
+    ],
+)
+def test_why_nothing_is_left_to_predict(place, records, message):
+    (place / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(DataError, match=message):
+        build(place, val_fraction=0.3)
+
+
+def test_a_file_that_is_no_template_is_told(place):
+    """Of what it writes for every conversation, nothing but its end was learned."""
+    (place / "words.txt").write_text("no template at all")
+    with pytest.raises(ConfigError, match="does not write what the assistant says"):
+        build(place, chat_template=place / "words.txt")
 
 
 def trained(place, family, micro_batch_size, precision, **settings):

@@ -181,6 +181,9 @@ def test_links(read, tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jsonl is a link to what is not there"):
         read({})
     (data / "nothing.jsonl").unlink()
+    with pytest.raises(DataError, match=r"pipe\.jsonl is no regular file"):
+        read({})
+    (data / "pipe.jsonl").unlink()
     counts, _ = read({})
     assert in_all(counts) == {"text": 27}  # the circle's first turn shows a.jsonl once more
 

@@ -48,6 +48,7 @@ def build(place, loss=None, model=None, said=None, **data):
 
 
 USER = {"role": "user", "content": "?"}
+OTHER = {"role": "user", "content": "!"}
 YES, NO = ({"role": "assistant", "content": text} for text in "yn")
 
 
@@ -102,6 +103,8 @@ def test_answers_before_they_differ_are_the_prompt():
         ({"chosen": [USER, YES, USER], "rejected": [USER, YES]}, "the assistant says nothing"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "are texts, or lists of messages"),
         ({"prompt": [USER], "chosen": [], "rejected": [NO]}, "is not empty"),
+        ({"chosen": [USER, YES], "rejected": [OTHER, NO]}, "differ in message 1, which is no answer"),
+        ({"chosen": [USER, YES, USER, YES], "rejected": [USER, YES, OTHER, YES]}, "differ in message 3, which is no"),
         ({"prompt": [USER], "chosen": [{"content": "y"}], "rejected": [NO]}, "needs a 'role'"),
     ],
 )
@@ -139,8 +142,14 @@ def test_long_pairs_are_cut_or_left_out_and_it_is_said(place):
     val = write_lines(place / "val.jsonl", [short])
     task = build(place, path=str(place / "long.jsonl"), val_path=val, sequence_length=8)
     assert len(task.train_data) == 2
-    assert "cut:        2 pairs at their ends: they are longer than 8 tokens" in task.description
+    assert "cut:        2 pairs at the end, longer than 8 tokens" in task.description
     assert "left out:   1 pair whose prompt leaves no room for an answer" in task.description
+    alike = {"prompt": "hello ", "chosen": "world " * 9 + "yes", "rejected": "world " * 9 + "no"}
+    write_lines(place / "long.jsonl", [alike, *records])
+    task = build(place, path=str(place / "long.jsonl"), val_path=val, sequence_length=8)
+    assert len(task.train_data) == 2  # answers that are the same as far as they are read prefer nothing
+    assert "cut:        2 pairs at the end, longer than 8 tokens" in task.description
+    assert "left out:   1 pair whose answers differ only behind 8 tokens" in task.description
     write_lines(place / "long.jsonl", [{**short, "rejected": " world"}, short])
     with pytest.raises(DataError, match=r"long\.jsonl, line 1: 'chosen' and 'rejected' are the same"):
         build(place, path=str(place / "long.jsonl"), val_path=val)

@@ -93,3 +93,40 @@ def test_shards_are_one_stream(tmp_path):
     one, several = TokenWindows([Shard(tmp_path / "whole.bin", "uint16")], 16), TokenWindows(text.train_shards, 16)
     for indices in (torch.tensor([0]), torch.tensor([43, 0, 124])):
         assert all(map(torch.equal, one.batch(indices), several.batch(indices)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (SMALL.astype(np.int64).tobytes(), r"numbers of 64 bits: write tokens as uint16 or uint32.*astype"),
+        (b"some words of a text\n" * 90, "holds text, not tokens"),
+        ("Wörter einer Sprache\n".encode() * 90, "holds text, not tokens"),
+        (header(20240520, 2, 2_000) + SMALL.astype(np.uint16).tobytes(), "header of llm.c of version 2, which is not"),
+        (b"\x93NUMPY\x01\x00" + SMALL.astype(np.uint16).tobytes(), "array of numpy or torch, not tokens alone"),
+        (b"PK\x03\x04" + SMALL.astype(np.uint16).tobytes(), "an archive or an array"),
+        (SMALL.astype(np.float32).tobytes(), "--data.token-type says otherwise"),
+    ],
+)
+def test_what_is_no_file_of_tokens_is_told(content, message, tmp_path):
+    """All of their bytes may be tokens: they were trained on as such."""
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path, content, vocab_size=60_000)
+
+
+@pytest.mark.parametrize("largest", [5, 64, 257])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_tokens_of_a_small_vocabulary_are_tokens(largest, dtype, tmp_path):
+    tokens = GENERATOR.integers(0, largest, 2_000)
+    text = prepare(tmp_path, tokens.astype(dtype).tobytes())
+    assert all_tokens(text.train_shards) == tokens.tolist()
+
+
+def test_held_out_tokens_that_are_trained_on_are_told(tmp_path):
+    said = []
+    for name in ("a_train.bin", "b_train.bin", "c_val.bin", "d_val.bin"):
+        GENERATOR.integers(0, 50_000, 300).astype(np.uint16).tofile(tmp_path / name)
+    settings = {"vocab_size": 50_257, "cache_dir": str(tmp_path / "cache"), "sequence_length": 16}
+    for path in ("*.bin", "*_train.bin"):
+        prepare_text(TextConfig(path=f"{tmp_path}/{path}", val_path=f"{tmp_path}/*_val.bin", **settings), said.append)
+    (line,) = [line for line in said if "trained on" in line]
+    assert line.startswith(f"2 of 2 held-out files are trained on, too: {tmp_path}/c_val.bin, ")

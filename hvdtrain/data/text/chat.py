@@ -141,6 +141,7 @@ class ChatTemplate:
         # What is none of a template's variables, but says what is done with it.
         self._reserved = ours - {"tools", "documents", "kwargs"}
         self._special = tuple(sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
+        self._is_tried = False
 
     def passages(self, conversation: Conversation) -> list[Passage]:
         """Return the conversation as documents: one, if the template writes its beginning as it writes the whole.
@@ -163,7 +164,24 @@ class ChatTemplate:
         if reserved:
             raise DataError(f"'chat_template_kwargs' sets {reserved[0]}, which is no variable of a template")
         with at_most(_SECONDS_A_TEMPLATE, DataError(_TOO_LONG)):
+            self._try(conversation, learned[-1])
             return self._write(conversation, learned)
+
+    def _try(self, conversation: Conversation, i: int) -> None:
+        """Raise ConfigError where the template writes nothing of an answer, message i: nothing but its end was learned.
+
+        The first conversation that has a plain one shows it.
+        """
+        message = conversation.messages[i]
+        if self._is_tried or not message["content"] or message.get("tool_calls"):
+            return
+        marked = Conversation((*conversation.messages[:i], {**message, "content": _MARK}), (), conversation.variables)
+        text = self._try_render(marked, i + 1, False)
+        if text is not None and _MARK not in text:
+            raise ConfigError(
+                "the chat template does not write what the assistant says: it is no template, or none for such messages"
+            )
+        self._is_tried = True
 
     def question(self, asked: Any) -> str:
         """Return what the template writes up to an answer.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hvdtrain.data.links import leads_nowhere, refuse_link
+from hvdtrain.data.matching import is_folder, matching
+from hvdtrain.data.text.encodings import how_to_convert, text_of
 from hvdtrain.errors import DataError, reason_of
 from hvdtrain.settings import nearest
 
 PIECE_BYTES = 1 << 20
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
-"""Signs that no text has, in whatever encoding of one byte."""
 
 
 class NotTextError(DataError):
@@ -62,7 +61,7 @@ class Document:
             done = 0
             while raw := self._next(file):
                 try:
-                    text = raw.decode("utf-8")
+                    text = text_of(raw)
                 except UnicodeDecodeError as error:
                     raise NotTextError(
                         f"{self.path} is not UTF-8 text (byte {self.start + done + error.start:,}):"
@@ -98,15 +97,6 @@ class Document:
         return None if is_empty else digest.hexdigest()
 
 
-def how_to_convert(raw: bytes) -> str:
-    """Return what to do with bytes that are not UTF-8."""
-    has_mark = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
-    is_wide = has_mark or raw[:4096].count(0) > len(raw[:4096]) // 4
-    if not is_wide and _CONTROL.search(raw[:4096]):
-        return "it is no text at all, as pictures and archives are none: leave it out"
-    return f"convert it, as with iconv -f {'utf-16' if is_wide else 'latin1'} -t utf-8"
-
-
 def standard_library() -> list[Document]:
     """Return the source code of the running Python's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -124,7 +114,8 @@ def find_documents(path: str, lost: Callable[[str], None] = refuse_link) -> list
         lost: is told of each link that leads nowhere; refuses it unless it is to be passed over.
 
     Raises:
-        DataError: there are none, which names the nearest thing that exists; or a directory may not be read.
+        DataError: there are none, which names the nearest thing that exists; a directory may not be read; or a file's
+            name is no text.
     """
     place = Path(path).expanduser()
     if place.is_file():
@@ -135,16 +126,30 @@ def find_documents(path: str, lost: Callable[[str], None] = refuse_link) -> list
             raise DataError(
                 f"the directory {path} holds no files: --data.path takes a text file, a directory or a glob"
             )
-        return found
-    globbed = [Path(match) for match in glob.glob(str(place), recursive=True)]  # noqa: PTH207
+        return _with_names(found)
+    globbed = matching(place)
     for match in filter(leads_nowhere, globbed):
         lost(str(match))
     matches = sorted(match for match in globbed if match.is_file())
     _check_readable(place)
     if matches:
         base = Path(*_common(matches))
-        return [Document(match.relative_to(base).as_posix(), match) for match in matches]
+        return _with_names([Document(match.relative_to(base).as_posix(), match) for match in matches])
     raise DataError(_explain_missing(path, place))
+
+
+def _with_names(documents: list[Document]) -> list[Document]:
+    """Return the documents, whose names are text: they decide on which side each is, and libraries open them by name.
+
+    Raises:
+        DataError: one's name is not UTF-8.
+    """
+    for document in documents:
+        try:
+            document.name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the name of the file {str(document.path)!a} is not UTF-8: rename it") from error
+    return documents
 
 
 def split_documents(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
@@ -211,14 +216,19 @@ def _names(folder: str, prefix: str, above: tuple[tuple[int, int], ...], lost: C
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir(follow_symlinks=bool(above)):
+                if is_folder(entry, follow=bool(above)):
                     here = (_inode(Path(entry.path)),) if above else ()
                     if not set(here) & set(above):
                         yield from _names(entry.path, f"{prefix}{entry.name}/", above + here, lost)
-                elif entry.is_file():
-                    yield f"{prefix}{entry.name}"
                 elif leads_nowhere(entry):
                     lost(entry.path)
+                elif entry.is_file():
+                    yield f"{prefix}{entry.name}"
+                elif above:
+                    raise DataError(
+                        f"{entry.path} is no regular file, but a pipe, a socket or a device: remove it, or keep it"
+                        " elsewhere"
+                    )
     except OSError as error:
         raise _unreadable(folder, reason_of(error)) from error
 
@@ -233,9 +243,9 @@ def _unreadable(folder: str, reason: str) -> DataError:
 def _check_readable(pattern: Path) -> None:
     """Raise DataError where a glob has left out a directory because it may not be read."""
     for part in [above for above in pattern.parents if glob.has_magic(str(above))]:
-        for folder in glob.iglob(str(part), recursive=True):  # noqa: PTH207
-            if Path(folder).is_dir() and not os.access(folder, os.R_OK | os.X_OK):
-                raise _unreadable(folder, "Permission denied")
+        for folder in matching(part):
+            if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+                raise _unreadable(str(folder), "Permission denied")
 
 
 def _inode(folder: Path) -> tuple[int, int]:

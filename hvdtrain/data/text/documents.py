@@ -42,10 +42,17 @@ class DocumentReader:
         self.skipped: list[str] = []
         """The first reasons why records were skipped."""
         self.num_skipped = 0
+        self.without: Counter[str] = Counter()
+        """How many records there were of which nothing is learned, by what they are."""
 
     def describe(self) -> dict[str, Any]:
         """Return what was read, as JSON can hold it."""
-        return {"formats": dict(self.formats), "num_skipped": self.num_skipped, "skipped": self.skipped}
+        return {
+            "formats": dict(self.formats),
+            "num_skipped": self.num_skipped,
+            "skipped": self.skipped,
+            "without": dict(self.without),
+        }
 
     def read(self, sources: Iterable[Source]) -> Iterator[TokenizedDocument]:
         """Yield the documents' tokens, tokenised a few at a time by all cores.
@@ -66,7 +73,8 @@ class DocumentReader:
 
     def _text(self, document: Document) -> Iterator[Passage]:
         """Yield a text file as one document, its end known one piece late."""
-        self.formats["text files"] += 1
+        if document.start == 0:  # of one that is cut, the second part is no other file
+            self.formats["text files"] += 1
         before: str | None = None
         is_start = True
         for text in document.pieces():
@@ -117,7 +125,10 @@ class DocumentReader:
                 passage.text.encode()
             except UnicodeEncodeError as error:
                 raise DataError("half of a surrogate pair, which is no character") from error
-        self.formats[name] += 1
+        if passages:
+            self.formats[name] += 1
+        else:
+            self.without["empty text" if name == "text" else "conversation without an answer to learn"] += 1
         return passages
 
     def _recognise(self, value: Any) -> tuple[str, list[Passage]]:

@@ -103,6 +103,11 @@ def recognise_pair(record: Any) -> tuple[str, Conversation | Completion, Convers
         pairs = zip(*talks, strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, talks)))
         pair = [_answer(record, talk, shared) for talk in talks]
+        if any(answer.messages[shared]["role"] != "assistant" for answer in pair):
+            raise DataError(
+                f"'chosen' and 'rejected' differ in message {shared + 1}, which is no answer: a preference is between"
+                " two answers to the same"
+            )
     if pair[0] == pair[1]:
         raise DataError("'chosen' and 'rejected' are the same")
     return name, pair[0], pair[1]
@@ -142,6 +147,8 @@ def _answer(record: Mapping[str, Any], talk: Sequence[Any], shared: int) -> Conv
 def _of_no_format(record: Mapping[str, Any], text_field: str) -> str:
     """Return why a record is none that is known."""
     wanted = {**dict.fromkeys(_CONVERSATIONS, "a list of messages"), "instruction": "a text", text_field: "a text"}
+    if "instruction" in record:
+        wanted["output"] = "a text"
     for field, what in wanted.items():
         if field in record and not isinstance(record[field], str if what == "a text" else list):
             return f"{field!r} is {_kind(record[field])}, not {what}"

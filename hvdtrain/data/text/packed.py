@@ -68,7 +68,8 @@ class PackedDocuments:
         self._targets: NDArray[np.uint8] = map_file(folder / f"{name}.targets", np.uint8)
         self._length = sequence_length
         documents: NDArray[np.int64] = map_file(folder / f"{name}.documents", np.int64).reshape(-1, 3)
-        pieces, self.num_cut, self.num_bytes = _cut(documents, self._targets, sequence_length)
+        self.num_documents = len(documents)
+        pieces, self.num_cut, self.num_lost, self.num_bytes = _cut(documents, self._targets, sequence_length)
         self._starts, self._lengths, self._counts = pieces
         self._samples = pack_best_fit(self._lengths, sequence_length)
         self._sample_counts = np.array([self._counts[pieces].sum() for pieces in self._samples], np.int64)
@@ -129,12 +130,12 @@ def begins_of(documents: Tensor) -> Tensor:
 
 def _cut(
     documents: NDArray[np.int64], targets: NDArray[np.uint8], length: int
-) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], int, float]:
+) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], int, int, float]:
     """Return the pieces of documents that predict anything: where each begins, its length and its targets.
 
     Returns:
-        Also how many documents are cut, and the bytes of text that the pieces predict; of what is cut, the share of its
-        tokens.
+        Also how many documents are cut behind something to predict, how many before, of which nothing is left, and the
+        bytes of text that the pieces predict; of what is cut, the share of its tokens.
     """
     starts, is_whole, num_bytes = documents.T
     shown = np.diff(starts, append=len(targets)) - 1
@@ -147,8 +148,9 @@ def _cut(
     of_all = _sums(targets, starts, starts + shown + 1)
     kept_bytes = float((num_bytes * of_documents / np.maximum(of_all, 1)).sum())
     kept = counts > 0
-    num_cut = int(((is_whole == 1) & (shown > length)).sum())
-    return (begins[kept], lengths[kept], counts[kept]), num_cut, kept_bytes
+    is_lost = (of_documents == 0) & (of_all > 0)
+    num_cut = int(((is_whole == 1) & (shown > length) & ~is_lost).sum())
+    return (begins[kept], lengths[kept], counts[kept]), num_cut, int(is_lost.sum()), kept_bytes
 
 
 def _sums(values: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:

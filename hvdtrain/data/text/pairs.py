@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hvdtrain.data.text.compressed import lines_of
-from hvdtrain.data.text.corpus import Document, how_to_convert
+from hvdtrain.data.text.corpus import Document
+from hvdtrain.data.text.encodings import how_to_convert, text_of
 from hvdtrain.data.text.records import kind_of, read_records
 from hvdtrain.errors import DataError
 from hvdtrain.settings.untrusted import parse_json
@@ -89,7 +90,7 @@ class PairReader:
         for number, raw in enumerate(lines_of(document.path), 1):
             where = f"{document.path}, line {number}"
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = text_of(raw, "utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(f"{where} is not UTF-8 text: {how_to_convert(raw)}") from error
             cells = line.split("\t")

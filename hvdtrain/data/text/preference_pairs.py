@@ -75,10 +75,14 @@ class PreferencePairs:
         counts = before[starts + 1 + lengths] - before[starts + 1] if len(starts) else starts
         answers = counts.reshape(-1, 2)
         is_kept = (answers > 0).sum(1) == 2
-        self._starts, self._lengths = starts.reshape(-1, 2)[is_kept], lengths.reshape(-1, 2)[is_kept]
         is_cut = (shown > sequence_length).reshape(-1, 2).sum(1) > 0
+        is_alike = self._alike(starts.reshape(-1, 2), lengths.reshape(-1, 2), is_cut & is_kept)
+        is_kept &= ~is_alike
+        self._starts, self._lengths = starts.reshape(-1, 2)[is_kept], lengths.reshape(-1, 2)[is_kept]
         self._first = first
-        self.num_left_out = int((~is_kept).sum())
+        self.num_alike = int(is_alike.sum())
+        """Pairs whose answers differ only behind where they are cut."""
+        self.num_left_out = int((~is_kept).sum()) - self.num_alike
         """Pairs whose prompt leaves no room for an answer."""
         self.num_cut = int((is_cut & is_kept).sum())
         """Pairs of which an answer is cut."""
@@ -90,6 +94,22 @@ class PreferencePairs:
     def __reduce__(self) -> tuple[Any, ...]:
         """Let another process map the files, too: a pickle would hold copies of them."""
         return type(self), self._given
+
+    def _alike(
+        self, starts: NDArray[np.int64], lengths: NDArray[np.int64], asked: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Return which of the pairs asked for have two answers that are the same as far as they are read, bool `(n,)`.
+
+        Args:
+            starts: int64 `(n, 2)`, where the documents begin.
+            lengths: int64 `(n, 2)`, how many tokens of each are shown; one more is predicted.
+            asked: bool `(n,)`.
+        """
+        found = np.zeros(len(asked), bool)
+        for i in asked.nonzero()[0]:
+            one, other = (self._tokens[a : a + n + 1] for a, n in zip(starts[i], lengths[i], strict=True))
+            found[i] = np.array_equal(one, other)
+        return found
 
     def __len__(self) -> int:
         return len(self._starts)

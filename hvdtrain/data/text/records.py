@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.data.text.compressed import SUFFIXES, lines_of, open_binary
-from hvdtrain.data.text.corpus import how_to_convert
+from hvdtrain.data.text.encodings import how_to_convert, text_of
 from hvdtrain.errors import DataError
 from hvdtrain.settings.untrusted import parse_json
 
@@ -111,7 +111,7 @@ def read_records(path: Path, kind: Kind) -> Iterator[tuple[str, Any]]:
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     for number, part in enumerate(lines_of(path), 1):  # no JSON holds a carriage return
         try:
-            line = part.decode().strip().strip("\ufeff")
+            line = text_of(part).strip().strip("\ufeff")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}, line {number} is not UTF-8 text: {how_to_convert(part)}") from error
         if line:
@@ -123,7 +123,7 @@ def _values(path: Path) -> Iterator[tuple[str, Any]]:
     with open_binary(path) as file:
         raw = file.read()
     try:
-        text = raw.decode("utf-8-sig")
+        text = text_of(raw, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {how_to_convert(raw)}") from error
     number = 0

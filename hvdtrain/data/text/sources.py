@@ -22,6 +22,7 @@ from hvdtrain.data.text.corpus import (
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.named_splits import listed, named_splits
 from hvdtrain.data.text.records import Kind, kind_of, read_records
+from hvdtrain.data.text.shared import say_shared
 from hvdtrain.data.text.splits import of_all, such_as, without_runs
 from hvdtrain.errors import DataError
 
@@ -66,7 +67,9 @@ def find_sources(config: CorpusConfig, say: Callable[[str], None]) -> dict[str, 
     """
     sources = _sources(config, config.path, say)
     if config.val_path:
-        return {"train": _of_training(sources, say), "val": _sources(config, config.val_path, say)}
+        given = {"train": _of_training(sources, say), "val": _sources(config, config.val_path, say)}
+        _say_shared(config, given, say)
+        return given
     texts = {source.document: source for source in sources if source.kind is None}
     records = [source for source in sources if source.kind is not None]
     train: list[Document] = list(texts)
@@ -74,9 +77,20 @@ def find_sources(config: CorpusConfig, say: Callable[[str], None]) -> dict[str, 
     if len(texts) > 1 or not records:
         train, held_out = split_documents(train, config.val_fraction)
     split = {"train": [_part(texts, part) for part in train], "val": [_part(texts, part) for part in held_out]}
+    _say_shared(config, split, say)
     for name, part in _split_records(records, config.val_fraction, say).items():
         split[name] += part
     return split
+
+
+def _say_shared(config: CorpusConfig, parts: dict[str, list[Source]], say: Callable[[str], None]) -> None:
+    """Say which held-out files are trained on, too; what is a part of a file is none."""
+    if config.path:
+        train, held_out = (
+            [source.document.path for source in parts[name] if source.document.stop is None]
+            for name in ("train", "val")
+        )
+        say_shared(train, held_out, cache_dir(config), say)
 
 
 def _of_training(sources: list[Source], say: Callable[[str], None]) -> list[Source]:

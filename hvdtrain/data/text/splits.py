@@ -15,7 +15,9 @@ from hvdtrain.data.text.corpus import (
     standard_library,
 )
 from hvdtrain.data.text.known import KnownFiles
+from hvdtrain.data.text.named_splits import split_of
 from hvdtrain.data.text.records import holds_records
+from hvdtrain.data.text.shared import say_shared
 from hvdtrain.errors import DataError, counted
 from hvdtrain.process.run_files import is_run
 
@@ -33,8 +35,13 @@ def find_splits(config: CorpusConfig, say: Callable[[str], None]) -> tuple[Hashe
     """
     documents = _usable(config, config.path, say)
     if config.val_path:
-        return documents, _usable(config, config.val_path, say)
+        given = _usable(config, config.val_path, say)
+        if config.path:
+            say_shared((item.path for item in documents), (item.path for item in given), cache_dir(config), say)
+        return documents, given
     train, held_out = split_documents([*documents], config.val_fraction)
+    if config.path and len(documents) > 1:
+        say_shared((item.path for item in train), (item.path for item in held_out), cache_dir(config), say)
     # A part of a document has a hash of its own.
     parts = [part for part in (*train, *held_out) if part not in documents]
     hashes = {**documents, **_hashes(config, f"parts of {_full(config.path)}", parts)}
@@ -49,11 +56,24 @@ def _usable(config: CorpusConfig, path: str | None, say: Callable[[str], None]) 
     if not usable:
         if len(documents) == 1:
             check_single_file(documents[0])
-        raise DataError(f"{path} holds no UTF-8 text: its files are empty, or something else")
+        raise DataError(f"{path} holds no UTF-8 text: its files are empty, or something else{_of_tokens(documents)}")
     left_out = [item.name for item, found in hashes.items() if not found and item.path.stat().st_size > 0]
     if left_out and path:
-        say(f"left out {of_all(left_out, documents)} of {path}, not being UTF-8 text{such_as(left_out)}")
+        say(
+            f"left out {of_all(left_out, documents)} of {path}, not being UTF-8 text{such_as(left_out)}"
+            f"{_of_tokens(documents)}"
+        )
     return usable
+
+
+def _of_tokens(documents: Sequence[Document]) -> str:
+    """Return how files of tokens are named, where a directory has some."""
+    tokens = [str(item.path) for item in documents if item.path.suffix == ".bin"]
+    if not tokens:
+        return ""
+    val = next((name for name in tokens if split_of(Path(name).name) in ("validation", "test")), "val.bin")
+    train = next((name for name in tokens if name != val), tokens[0])
+    return f"; a file of tokens is named itself, as in --data.path {train} --data.val-path {val}"
 
 
 def _texts(path: str, documents: list[Document], say: Callable[[str], None]) -> list[Document]:

@@ -6,8 +6,11 @@ is recognised: where every other 16 bits are hardly more than zero they are halv
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import glob
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,9 @@ import numpy as np
 from hvdtrain.data.config import TextConfig, TokenType, cache_dir
 from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.data.text.known import KnownFiles
+from hvdtrain.data.text.shared import say_of
 from hvdtrain.data.text.windows import Shard
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, counted
 
 FORMAT_VERSION = 4
 _BLOCK = 1 << 22
@@ -28,6 +32,7 @@ _HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
 # Upper halves of the tokens of a vocabulary of up to 262,144; fewer tokens than that many show nothing.
 _LARGEST_UPPER_HALF = 3
 _FEWEST_TO_TELL = 64
+_NOT_IN_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,13 @@ class TokenFiles:
     num_tokens: int
     largest: int
     """The largest token; -1 where there is none."""
-    digest: str
+    digests: tuple[str, ...]
+    """Of each file."""
+
+    @property
+    def digest(self) -> str:
+        """Return what changes when any token does."""
+        return " ".join(self.digests)
 
 
 def content_hash(train: TokenFiles, held_out: TokenFiles) -> str:
@@ -60,7 +71,11 @@ def read_token_files(config: TextConfig, say: Callable[[str], None]) -> tuple[To
     train, held_out = (
         [_shard(path, config.token_type) for path in _find(str(given))] for given in (config.path, config.val_path)
     )
-    return _look_at(config, train, say), _look_at(config, held_out, say)
+    found = _look_at(config, train, say), _look_at(config, held_out, say)
+    of_training = set(found[0].digests)
+    shared = [str(held_out[i].path) for i, digest in enumerate(found[1].digests) if digest in of_training]
+    say_of(shared, len(held_out), say)
+    return found
 
 
 def _find(given: str) -> list[Path]:
@@ -88,13 +103,14 @@ def _shard(path: Path, asked: TokenType) -> Shard:
         head = file.read(2 * _BLOCK)
     magic, version, count = np.frombuffer(head[:12], np.int32).tolist() if len(head) >= _HEADER_BYTES else (0, 0, 0)
     found, offset = _HEADERS.get((magic, version)), _HEADER_BYTES
+    _check_is_tokens(path, head, magic if found is None else 0, version)
     if found is None:
-        found, offset = _type_by_content(head, size) if asked == "auto" else asked, 0
+        found, offset = _type_by_content(path, head, size) if asked == "auto" else asked, 0
     elif asked not in ("auto", found):
         raise DataError(f"{path} says in its header that its tokens are {found}, not --data.token-type {asked}")
     width = np.dtype(found).itemsize
     if (size - offset) % width:
-        raise DataError(f"{path} is no file of {found} tokens: it has {size:,} bytes, no multiple of {width}")
+        raise DataError(f"{path} is no file of {found} tokens: it has {counted(size, 'byte')}, no multiple of {width}")
     if offset and count != (size - offset) // width:
         raise DataError(
             f"{path} says in its header that it has {count:,} tokens, and has {(size - offset) // width:,}: it was cut"
@@ -102,11 +118,42 @@ def _shard(path: Path, asked: TokenType) -> Shard:
     return Shard(path, found, offset)
 
 
-def _type_by_content(head: bytes, size: int) -> str:
+def _check_is_tokens(path: Path, head: bytes, magic: int, version: int) -> None:
+    """Raise DataError where a file is something else, all of whose numbers may be tokens.
+
+    Args:
+        path: names it.
+        head: how it begins.
+        magic: what a header begins with, where none is known of that magic and version.
+        version: the number behind that.
+    """
+    if magic in {known for known, _ in _HEADERS}:
+        raise DataError(f"{path} has a header of llm.c of version {version}, which is not known")
+    if head.startswith((b"\x93NUMPY", b"PK\x03\x04")):
+        raise DataError(
+            f"{path} is an archive or an array of numpy or torch, not tokens alone: write those, as by"
+            f" tokens.astype('uint16').tofile({str(path)!r})"
+        )
+    beginning = head[:_HEADER_BYTES]
+    if len(beginning) >= 2 * _FEWEST_TO_TELL and not _NOT_IN_TEXT.search(beginning):
+        with contextlib.suppress(UnicodeDecodeError):
+            codecs.getincrementaldecoder("utf-8")().decode(beginning)
+            raise DataError(f"{path} holds text, not tokens: give it a name that does not end in .bin")
+
+
+def _type_by_content(path: Path, head: bytes, size: int) -> str:
     if size % 4 or size < 4 * _FEWEST_TO_TELL:
         return "uint16"
     upper = np.frombuffer(head[: len(head) // 4 * 4], "<u2")[1::2]
-    return "uint32" if int(upper.max()) <= _LARGEST_UPPER_HALF else "uint16"
+    if int(upper.max()) > _LARGEST_UPPER_HALF:
+        return "uint16"
+    wholes = np.frombuffer(head[: len(head) // 8 * 8], "<u4")
+    if size % 8 == 0 and len(wholes) >= 2 * _FEWEST_TO_TELL and wholes[::2].any() and not wholes[1::2].any():
+        raise DataError(
+            f"{path} holds numbers of 64 bits: write tokens as uint16 or uint32, as by"
+            f" tokens.astype('uint32').tofile({str(path)!r})"
+        )
+    return "uint32"
 
 
 def _look_at(config: TextConfig, shards: list[Shard], say: Callable[[str], None]) -> TokenFiles:
@@ -121,10 +168,11 @@ def _look_at(config: TextConfig, shards: list[Shard], say: Callable[[str], None]
         path = shards[[one["largest"] for one in found].index(largest)].path
         raise DataError(
             f"{path} holds token {largest}, but the vocabulary has {config.vocab_size}:"
-            f" give --data.vocab-size {largest + 1} or more"
+            f" give --data.vocab-size {largest + 1} or more; they were read as {shards[0].dtype}, and"
+            " --data.token-type says otherwise"
         )
-    digest = " ".join(one["digest"] for one in found)
-    return TokenFiles(tuple(shards), sum(one["num_tokens"] for one in found), largest, digest)
+    digests = tuple(one["digest"] for one in found)
+    return TokenFiles(tuple(shards), sum(one["num_tokens"] for one in found), largest, digests)
 
 
 def _read(shard: Shard) -> dict[str, int | str]:
