@@ -20,11 +20,13 @@ from hvdtrain.data.image_samples import MEAN, STD, normalised
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.optim import fused_sgd
 from hvdtrain.optim.private_optimizer import is_looked_at
+from hvdtrain.process.launch import Launch
 from hvdtrain.settings import CommConfig, HealthConfig, LogConfig, OptimConfig
 from hvdtrain.trainer import step as step_module
 from hvdtrain.trainer import train_step
 from hvdtrain.trainer import update as update_module
-from hvdtrain.world import carriers, collectives
+from hvdtrain.trainer.strategy import EveryStep
+from hvdtrain.world import SoloWorld, carriers, collectives
 from hvdtrain.world.codecs import CODECS
 from hvdtrain.world.memory import Memory
 
@@ -87,6 +89,14 @@ def test_a_step_waits_for_nothing(given):
             train_step(job, training)
     assert copies.found == []
     assert copies.num_others > 0
+
+
+def test_the_norm_of_no_gradient_is_on_the_device():
+    """As of a micro-batch without targets: sums there are kept or not by what was made of it in host memory."""
+    on_host = SoloWorld(torch.device("cpu"), Launch("none"))
+    found = [EveryStep().norm_of(world, []) for world in (on_host, twin())]
+    assert [(norm.device.type, norm.dtype) for norm in found] == [("cpu", torch.float32), ("meta", torch.float32)]
+    assert found[0] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
