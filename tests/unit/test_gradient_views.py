@@ -179,11 +179,12 @@ def test_gradients_of_joined_weights_move_too(times, in_bucket):
 
 def test_channels_last_gradients_lie_in_the_buckets_too():
     """So are models of images on GPUs: each of their gradients was kept twice, and copied by itself."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)).to(
+        memory_format=torch.channels_last
+    )
 
     def work(world, **options):
-        torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)]
-        model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        model = copy.deepcopy(net)
         optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
         found = []
         for step in range(3):
