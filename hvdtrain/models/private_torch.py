@@ -5,12 +5,13 @@ Seen in torch 2.13: who changes its version looks here first. Nothing else reach
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import struct
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -91,11 +92,13 @@ def is_watched() -> bool:
     return bool(torch._C._len_torch_dispatch_stack())
 
 
-def without_modes() -> Any:
-    """Return a context in which no mode sees the operators, nor makes fake tensors of them."""
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Within, no mode sees functions and operators, nor makes fake tensors of these."""
     from torch.utils._python_dispatch import _disable_current_modes
 
-    return _disable_current_modes()
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def copy_all_(targets: list[Tensor], sources: list[Tensor]) -> None:

@@ -115,8 +115,11 @@ class Strategy(ABC):
         return [parameter for parameter in owned_by(training.optimizer) if parameter.grad is not None]
 
     def norm_of(self, world: World, gradients: Sequence[Tensor]) -> Tensor:
-        """Return the Euclidean norm, a scalar, of the gradient of which this rank has these parts. Collective."""
-        return norm_of(gradients)
+        """Return the Euclidean norm, a scalar, of the gradient of which this rank has these parts. Collective.
+
+        Of none it is 0, on the device: what else is known of a step is there, and would meet a number of the host.
+        """
+        return norm_of(gradients) if gradients else torch.zeros((), device=world.device)
 
     def norms_of(self, world: World, layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the norm, a scalar, of each layer's gradient, of which this rank has these parts. Collective."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import holders_of
+from hvdtrain.models.private_torch import copy_all_, holders_of
 from hvdtrain.world import gradients, huge_pages
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import fill, lies_densely, like, real, repeats
@@ -262,6 +262,8 @@ class Bucket:
         self._codec.received(self.name, self._users)
         self._waits, self._marks, self.ready = [], [], 0
         memory = self._memory()
+        kept: list[tuple[Tensor, Tensor]] = []
+        """Gradients that stay where they are, and their means."""
         for i, (parameter, view) in enumerate(zip(self.parameters, self._views, strict=True)):
             is_free, dtype = memory.can_be_replaced(parameter), self._forms[i][0]
             gradient = parameter.grad
@@ -275,7 +277,9 @@ class Bucket:
             elif gradient is None or gradient.is_sparse or repeats(gradient):
                 parameter.grad = torch.empty_like(parameter, dtype=dtype).copy_(mean)
             elif gradient.data_ptr() != mean.data_ptr():
-                gradient.detach().copy_(mean)
+                kept.append((gradient.detach(), mean))
+        if kept:  # by few kernels: a format of another type has all of them here
+            copy_all_([own for own, _ in kept], [mean for _, mean in kept])
 
 
 class AdasumTensor(Bucket):

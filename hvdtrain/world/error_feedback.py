@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hvdtrain.models.private_torch import copy_all_
 from hvdtrain.settings.compression import AUTO
 from hvdtrain.settings.units import in_units
 from hvdtrain.world.codec import AsTheyAre, Codec
@@ -62,8 +63,7 @@ class Parts:
 
     def take_exact(self, flat: Tensor) -> None:
         """Put the sums, `(n,)`, of what travelled as it is in their place."""
-        for own, total in zip(self.exact, torch.split_with_sizes(flat, [len(own) for own in self.exact]), strict=True):
-            own.copy_(total)
+        copy_all_(list(self.exact), list(torch.split_with_sizes(flat, [len(own) for own in self.exact])))
 
 
 class Round:

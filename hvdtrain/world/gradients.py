@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.models.private_torch import copy_all_, is_held_by_others, version_of
-from hvdtrain.world.filling import real
+from hvdtrain.world.filling import lies_densely, real
 
 Mark = tuple[Tensor, int]
 """A gradient as it was: the tensor, and how often it had been changed in place."""
@@ -47,7 +47,7 @@ class Memory:
         """Return whether another tensor may become the gradient: a user's list or flat buffer must see the mean."""
         if parameter.grad is None:
             return True
-        if not parameter.grad.is_contiguous():
+        if not parameter.grad.is_contiguous() and not _lies_as(parameter):
             return False
         if not is_held_by_others(parameter):
             return True
@@ -58,6 +58,12 @@ class Memory:
             self._counts = Counter(own.untyped_storage().data_ptr() for own in dense)
         together = self._counts[place]
         return together > 1 and not is_held_by_others(parameter, together)
+
+
+def _lies_as(parameter: nn.Parameter) -> bool:
+    """Return whether a gradient has no gaps and lies in memory as its parameter does, such as channels-last."""
+    gradient = parameter.grad
+    return gradient is not None and gradient.stride() == parameter.stride() and lies_densely(gradient)
 
 
 def waiting(parameters: Sequence[nn.Parameter], views: Sequence[Tensor]) -> list[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hvdtrain.errors import ConfigError
+from hvdtrain.models.private_torch import copy_all_
 from hvdtrain.models.walk import owned_by
 from hvdtrain.optim.divisible import Division, divisions
 from hvdtrain.world.carriers import bits_of
@@ -233,8 +234,10 @@ def _row(tensors: Sequence[Tensor], cut: Cut) -> Tensor:
 def _spread(bits: Tensor, cut: Cut, targets: Sequence[Tensor] | None = None) -> None:
     """Write the ranks' parts of a bucket, gathered, into its parameters, or into tensors like them."""
     numbers, offset = bits.view(real(cut.parameters[0].detach()).dtype), 0
-    for parameter, target in zip(cut.parameters, targets or cut.parameters, strict=True):
+    to = [real(target.detach()) for target in targets or cut.parameters]
+    found = []
+    for parameter, target in zip(cut.parameters, to, strict=True):
         own = numbers[offset : offset + numbers_in(parameter)]
         offset += len(own)
-        to = real(target.detach())
-        to.copy_(own.view(to.shape) if cut.is_whole else like(own, parameter))
+        found.append(own.view(target.shape) if cut.is_whole else like(own, parameter))
+    copy_all_(to, found)

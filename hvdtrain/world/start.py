@@ -20,6 +20,7 @@ from hvdtrain.process.stop import end_without_launcher
 from hvdtrain.process.stray import set_before_gloo, stray_hint
 from hvdtrain.world.first_contact import contact_gpus
 from hvdtrain.world.solo import SoloWorld
+from hvdtrain.world.unused_gpus import unused_gpus
 from hvdtrain.world.world import World
 
 
@@ -36,10 +37,9 @@ def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: 
     world = connect(groups)
     if not world.launch.is_parallel:
         return world
-    host = socket.gethostname()
     seen = world.together(visible_gpus, "visible")
-    gpus = [gpus for name, gpus in world.all_gather_object((host, seen), "gpus") if name == host]
-    world.device = world.together(lambda: _own_device(world, gpus), "device")
+    everyone = world.all_gather_object((socket.gethostname(), seen, unused_gpus()), "gpus")
+    world.device = world.together(lambda: _own_device(world, everyone), "device")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
         if world.size > 1:
@@ -174,14 +174,31 @@ def solo_device() -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
 
 
-def _own_device(world: World, gpus_of_ranks: Sequence[tuple[str, ...]]) -> torch.device:
-    device = pick_device(gpus_of_ranks, world.local_rank)
+def _own_device(world: World, everyone: Sequence[tuple[str, tuple[str, ...], str]]) -> torch.device:
+    """Return this rank's device, given each rank's host, the GPUs that it sees, and those that it does not use."""
+    _check_hosts_alike(everyone)
+    host = socket.gethostname()
+    device = pick_device([gpus for name, gpus, _ in everyone if name == host], world.local_rank)
     if world.size > 1 and device.type == "cuda" and not world.built_with & {"nccl", "cuda", "rocm"}:
         raise LaunchError(
             f"Horovod is built for CPUs on {socket.gethostname()}, and its ranks have GPUs: run {setup_command()} with"
             " the CUDA toolkit on PATH and a CUDA torch, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
         )
     return device
+
+
+def _check_hosts_alike(everyone: Sequence[tuple[str, tuple[str, ...], str]]) -> None:
+    """Raise LaunchError where some hosts have GPUs and others none: the first collective would wait for ever."""
+    with_gpus = {host for host, gpus, _ in everyone if gpus}
+    without = {host: unused for host, _, unused in everyone if host not in with_gpus}
+    if with_gpus and without:
+        host, unused = next(((host, unused) for host, unused in without.items() if unused), next(iter(without.items())))
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        raise LaunchError(
+            f"ranks on {min(with_gpus)} train on GPUs, and torch uses none on {host}{more}"
+            f"{f' ({unused})' if unused else ''}: leave those hosts out, or train on the CPUs of all with"
+            " CUDA_VISIBLE_DEVICES= (empty)"
+        )
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
+
 from hvdtrain.errors import ConfigError, HvdtrainError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.output import is_of_output, lost_words, tell
@@ -18,6 +20,12 @@ from hvdtrain.world.start import init
 from hvdtrain.world.world import World
 
 T = TypeVar("T")
+# Of a GPU; a process that takes too much of the host is killed without a word.
+_LESS_MEMORY = (
+    "what needs less memory of a GPU: --train.micro-batch-size N with fewer samples (the rest by accumulation),"
+    " --model.checkpoint-blocks, --train.precision bf16, --optim.offload cpu, and --optim.shard between ranks;"
+    " --dry-run says what a rank needs"
+)
 
 
 def watched(
@@ -94,7 +102,8 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
         if world.has_lost_contact(error):
             heartbeat.lose(str(error))
         words = f"{where} failed at {world.progress.read()}: {sentence_of(error)}"
-        heartbeat.fail(f"hvdtrain: {words}\n{stack_of(error)}")
+        less = f"hvdtrain: {_LESS_MEMORY}\n" if isinstance(error, torch.OutOfMemoryError) else ""
+        heartbeat.fail(f"hvdtrain: {words}\n{less}{stack_of(error)}")
 
 
 def _print_once(error: HvdtrainError, world: World) -> None:

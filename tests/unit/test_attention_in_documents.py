@@ -9,6 +9,7 @@ from hvdtrain.models import documents
 from hvdtrain.models.config import DecoderConfig
 from hvdtrain.models.decoder import Decoder
 from hvdtrain.models.private_torch import FakeTensorMode
+from hvdtrain.trainer.randomness import SampleRandomness
 
 END = 7
 
@@ -77,6 +78,16 @@ def test_without_a_gpu_or_16_bits_there_is_no_kernel(monkeypatch):
     assert not documents.has_kernel(torch.device("cpu"), torch.bfloat16, 4, 4, 64)
     assert not documents.has_kernel(torch.device("cuda", 0), torch.float32, 4, 4, 64)
     assert not documents.has_kernel(torch.device("cuda", 0), torch.bfloat16, 4, 4, 64) or torch.cuda.is_available()
+
+
+def test_what_the_kernel_is_tried_on_is_not_taken_for_the_models():
+    """It is the same on all ranks: `verify` warned of a generator that draws the same numbers everywhere."""
+    mode = SampleRandomness(torch.arange(2))
+    mode.own_draws = []
+    with mode:
+        documents.has_kernel.__wrapped__(torch.device("cuda"), torch.bfloat16, 2, 2, 16)
+        torch.randn(3, generator=torch.Generator().manual_seed(0))
+    assert [name for name, _ in mode.own_draws] == ["randn"]  # the model's own
 
 
 def test_a_kernel_that_computes_something_else_is_not_taken(monkeypatch):

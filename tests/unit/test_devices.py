@@ -6,13 +6,14 @@ import threading
 import pytest
 import torch
 from test_components import job_of
-from thread_world import Meeting, ThreadWorld
+from thread_world import Meeting, ThreadWorld, run_ranks
 
 from hvdtrain.compat import horovod as compat
 from hvdtrain.compat import place
 from hvdtrain.data.dataset import TensorSamples
 from hvdtrain.data.draws import Draws, Request
 from hvdtrain.data.loader import Reading
+from hvdtrain.errors import LaunchError
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.progress import Progress
@@ -65,6 +66,33 @@ def test_one_rank_takes_the_gpu_that_its_program_has_chosen(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert start.solo_device() == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("unused", "why"), [("", "none on b: leave"), ("4 of NVIDIA here: old", "none on b (4 of NVIDIA here: old): leave")]
+)
+def test_hosts_with_gpus_and_hosts_without_are_refused_at_once(monkeypatch, unused, why):
+    """Those with GPUs would wait for the others in NCCL, for three minutes, and name its interfaces for the reason."""
+    worlds = {}
+
+    def here():
+        return worlds[threading.get_ident()]
+
+    monkeypatch.setattr(start, "connect", lambda groups: here())
+    monkeypatch.setattr(start.socket, "gethostname", lambda: "ab"[here().rank // 2])
+    monkeypatch.setattr(start, "visible_gpus", lambda: ("x", "y") if here().rank < 2 else ())
+    monkeypatch.setattr(start, "unused_gpus", lambda: unused if here().rank >= 2 else "")
+
+    def work(world):
+        worlds[threading.get_ident()] = world
+        world.local_rank = world.rank % 2
+        with pytest.raises(LaunchError) as refused:
+            start.init()
+        return str(refused.value)
+
+    said = run_ranks(4, work)
+    assert len({*said}) == 1
+    assert f"ranks on a train on GPUs, and torch uses {why}" in said[0]
 
 
 class Joining(ThreadWorld):

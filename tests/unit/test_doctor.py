@@ -296,6 +296,14 @@ def test_gpus():
     assert (all_blind.status, "torch is built for the CPU" in all_blind.figure) == ("warning", True)
 
 
+def test_hosts_with_gpus_and_hosts_without():
+    """Training refuses them together, so it is more than a warning."""
+    found = bad(plant(healthy(3, 2, gpus=2), 4, 5, gpus=()))
+    (refused,) = [finding for finding in found if finding.status == "error"]
+    assert "torch uses none on node2, and some on node0" in refused.figure
+    assert "CUDA_VISIBLE_DEVICES= (empty)" in refused.remedy
+
+
 def test_gpus_without_nccl():
     finding = only(plant(healthy(1, gpus=2), horovod=dataclasses.replace(BUILD, features=("MPI", "Gloo"))))
     assert (finding.status, finding.what) == ("error", "NCCL")

@@ -177,6 +177,35 @@ def test_gradients_of_joined_weights_move_too(times, in_bucket):
         assert views[0] < sent + in_bucket + times + 2.5
 
 
+def test_channels_last_gradients_lie_in_the_buckets_too():
+    """So are models of images on GPUs: each of their gradients was kept twice, and copied by itself."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)).to(
+        memory_format=torch.channels_last
+    )
+
+    def work(world, **options):
+        model = copy.deepcopy(net)
+        optimizer = world.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+        found = []
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(10 * step + world.rank))
+            model(x.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+            for parameter in model.parameters():
+                assert parameter.grad.stride() == parameter.stride()
+                assert parameter.grad.untyped_storage().nbytes() > parameter.grad.nbytes
+            kept = model[0].weight.grad
+            found += [kept.clone()]
+            optimizer.step()
+            optimizer.zero_grad()
+            assert torch.equal(kept, found[-1])
+        return found + [parameter.detach().clone() for parameter in model.parameters()]
+
+    ways = [run_ranks(2, lambda world, options=options: work(world, **options)) for options in ({}, VIEWS)]
+    assert all(map(torch.equal, ways[0][0], ways[1][0]))
+    assert all(map(torch.equal, ways[1][0], ways[1][1]))
+
+
 def test_a_gradient_that_is_changed_on_the_wire_is_refused():
     def work(world):
         model = Deep()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_operator_counts import training_of
+from test_operator_counts import ManyNorms, training_of
 from thread_world import Meeting, ThreadWorld
 from waiting_copies import Copies
 
@@ -20,11 +20,13 @@ from hvdtrain.data.image_samples import MEAN, STD, normalised
 from hvdtrain.models.private_torch import FakeTensorMode
 from hvdtrain.optim import fused_sgd
 from hvdtrain.optim.private_optimizer import is_looked_at
+from hvdtrain.process.launch import Launch
 from hvdtrain.settings import CommConfig, HealthConfig, LogConfig, OptimConfig
 from hvdtrain.trainer import step as step_module
 from hvdtrain.trainer import train_step
 from hvdtrain.trainer import update as update_module
-from hvdtrain.world import carriers, collectives
+from hvdtrain.trainer.strategy import EveryStep
+from hvdtrain.world import SoloWorld, carriers, collectives
 from hvdtrain.world.codecs import CODECS
 from hvdtrain.world.memory import Memory
 
@@ -37,6 +39,7 @@ WAYS = {
     "shard": {"optim": OptimConfig(shard=True)},
     "shard, norms": {"optim": OptimConfig(shard=True), "log": LogConfig(grad_norms=True)},
     "sgd": {"optim": OptimConfig(name="sgd")},
+    "statistics": {"model": ManyNorms(3, torch.nn.BatchNorm1d)},
     "local": {"comm": CommConfig(sync="local", period=2)},
     "fragments": {"comm": CommConfig(sync="local", period=2, fragments=2, overlap_steps=1, outer="nesterov")},
     **{f"compression {name}": {"comm": CommConfig(compression=name)} for name in ("fp16", "bf16", "int8")},
@@ -68,6 +71,10 @@ def on_meta(monkeypatch):
     optimizer = sys.modules["torch.optim.optimizer"]
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["cuda", "cpu", "meta"])
 
+    # A first step asks which buffers it has changed; that later ones do not is seen in test_operator_counts.py.
+    for owner in (torch, torch.Tensor):
+        monkeypatch.setattr(owner, "equal", lambda *_: False)
+
     # It has no autocast. Batches are copied without waiting to GPUs alone.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(step_module, "autocast", lambda *_: nullcontext())
@@ -87,6 +94,14 @@ def test_a_step_waits_for_nothing(given):
             train_step(job, training)
     assert copies.found == []
     assert copies.num_others > 0
+
+
+def test_the_norm_of_no_gradient_is_on_the_device():
+    """As of a micro-batch without targets: sums there are kept or not by what was made of it in host memory."""
+    on_host = SoloWorld(torch.device("cpu"), Launch("none"))
+    found = [EveryStep().norm_of(world, []) for world in (on_host, twin())]
+    assert [(norm.device.type, norm.dtype) for norm in found] == [("cpu", torch.float32), ("meta", torch.float32)]
+    assert found[0] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

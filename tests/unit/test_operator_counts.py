@@ -230,6 +230,42 @@ def test_gradients_are_put_into_a_bucket_by_a_few_operators():
         assert sum(operators.names.values()) == count
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"gradient_as_bucket_view": True}),
+        (torch.float32, {"compression": "fp16"}),
+        (torch.float32, {"compression": "bf16"}),
+        (torch.float32, {"compression": "powersgd:2"}),
+        (torch.float32, {"compression": "int8"}),
+        (torch.float32, {"compression": "topk:0.1"}),
+        (torch.float32, {"shard": True}),
+        (torch.bfloat16, {}),
+    ],
+    ids=["none", "views", "fp16", "bf16", "powersgd", "int8", "topk", "shard", "weights of 16 bits"],
+)
+def test_gradients_come_back_from_a_bucket_by_a_few_operators(dtype, options):
+    """Those of another type than they travel in, and what a format sends as it is, were copied one by one."""
+    found = []
+    for count in (2, 12):
+
+        def work(world, count=count):
+            model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(count))).to(dtype)
+            plain = torch.optim.SGD(model.parameters(), lr=0.1, foreach=True)
+            optimizer = world.wrap(plain, model, warns_of_copies=False, **options)
+            for _ in range(3):
+                optimizer.zero_grad()
+                with Operators() as operators:
+                    model(torch.ones(2, 8, dtype=dtype)).square().mean().backward()
+                    optimizer.step()
+            return operators.names
+
+        found.append(run_ranks(2, work)[0])
+    few, many = found
+    assert many - few == Counter(mm=30)
+
+
 class Looks(TorchDispatchMode):
     """Notes operators that tell the host what is in a tensor, for which it waits for a GPU."""
 

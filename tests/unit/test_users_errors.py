@@ -143,3 +143,16 @@ def test_train_says_that_it_was_left(tmp_path):
     command = [sys.executable, "-m", "hvdtrain", "train", "mine.py", "--run-dir", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, "by os._exit(0)" in done.stderr) == (1, True), done.stdout + done.stderr
+
+
+def test_a_gpu_without_memory_is_told_with_what_needs_less(tmp_path):
+    words = "CUDA out of memory. Tried to allocate 6.00 GiB. GPU 0 has a total capacity of 79.11 GiB"
+    raises = f'raise torch.OutOfMemoryError("{words}") if model.training else ValueError()'
+    (tmp_path / "mine.py").write_text(LEAVES.replace("os._exit(0)", raises))
+    command = [sys.executable, "-m", "hvdtrain", "train", "mine.py", "--run-dir", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hvdtrain: ")]
+    assert words in lines[0]
+    assert "--train.micro-batch-size" in lines[1]
+    assert "--dry-run says what a rank needs" in lines[1]

@@ -123,6 +123,15 @@ def check_gpus(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
             yield ok("GPUs", "none: trains on the CPU")
         return
     yield from _merged(ranks, _gpus_of_host)
+    hosts = by_host(ranks)
+    bare = [host for host, own in hosts.items() if not any(facts.gpus for facts in own)]
+    if 0 < len(bare) < len(hosts):
+        having = next(host for host in hosts if host not in bare)
+        yield error(
+            "GPUs",
+            f"torch uses none on {listed(bare, most=4)}, and some on {having}: training refuses such hosts together",
+            "leave some out, or train on the CPUs of all with CUDA_VISIBLE_DEVICES= (empty)",
+        )
     lacking = [
         facts for facts in ranks if facts.gpus and facts.horovod.version and "NCCL" not in facts.horovod.features
     ]
