@@ -15,6 +15,12 @@ The command line prints these as one message on rank 0 and ends every rank with 
 keeps its traceback.
 """
 
+from __future__ import annotations
+
+from typing import TypeVar
+
+E = TypeVar("E", bound="HvdtrainError")
+
 
 class HvdtrainError(Exception):
     """Base of all errors that hvdtrain raises on purpose."""
@@ -62,16 +68,22 @@ class CheckpointError(HvdtrainError):
 
 
 class DivergedError(HvdtrainError):
-    """Losses or gradients that are not finite, or ranks that are no longer equal. Raised alike on all ranks."""
-
-    is_on_all_ranks = True
+    """Losses or gradients that are not finite, or ranks that are no longer equal."""
 
 
 class StopRequested(HvdtrainError):  # noqa: N818 - what happened is no error
     """The run was asked to stop and has saved; started again, it goes on. Raised on all ranks at the same step."""
 
     exit_code = 75
-    is_on_all_ranks = True
+
+
+def on_all_ranks(error: E) -> E:
+    """Return an error that all ranks raise at the same place: none of them ends the job before the others know.
+
+    It is so where it is raised, not by its class: a user's own code may raise any of them, on one rank.
+    """
+    error.is_on_all_ranks = True
+    return error
 
 
 def reason_of(error: Exception) -> str:

@@ -25,7 +25,7 @@ from hvdtrain.process.run_files import CHECKPOINTS, named_checkpoint
 from hvdtrain.process.tracebacks import shown
 from hvdtrain.rundir.lock import Claim, claim, claim_new
 from hvdtrain.rundir.metrics import read_metrics
-from hvdtrain.settings.files import replaced_whole
+from hvdtrain.settings.files import remove_half_written, replaced_files, replaced_whole
 from hvdtrain.settings.values import flat
 
 if sys.version_info >= (3, 11):
@@ -218,14 +218,15 @@ class RunDirectory:
         Raises:
             OSError: something cannot be written; what was there before is whole.
         """
+        remove_half_written(self.path)
         # Made now: a run that finds metrics and no such folder knows that someone has taken it away.
         self.checkpoints.folder.mkdir(exist_ok=True)
         with replaced_whole(self.config) as temporary:
             temporary.write_text(tomli_w.dumps(settings), encoding="utf-8")
         with replaced_whole(self.environment) as temporary:
             temporary.write_text(json.dumps(environment, indent=2) + "\n")
-        self.model.mkdir(exist_ok=True)
-        write_model_files(self.model)
+        with replaced_files(self.model) as folder:
+            write_model_files(folder)
 
 
 class Whereabouts:

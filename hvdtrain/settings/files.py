@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,52 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write to; afterwards each file in it takes the place of its namesake in `folder`.
+
+    What was there before stays until then, and where the writing fails; so do files of other names.
+
+    Raises:
+        OSError: also where a library in Rust, as tokenizers, tells of it by an exception of its own.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        try:
+            yield temporary
+        except Exception as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if found is None or isinstance(error, OSError):
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        folder.mkdir(exist_ok=True)
+        for path in sorted(temporary.iterdir()):
+            _flush(path)
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what processes that were killed have left of files that were to be replaced; this one's stay."""
+    for path in folder.glob(".*.writing-*"):
+        if not path.name.endswith(f".writing-{os.getpid()}"):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or the files of a folder, to disk."""
+    for item in path.rglob("*") if path.is_dir() else (path,):
+        if item.is_file():
+            with item.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -34,6 +34,12 @@ def check_fits(job: Job, state: dict[str, Any], data: dict[str, Fingerprint]) ->
         name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name) and not _is_in(name, free)
     ]
     _check_recipe(job, different)
+    if then.get("optim.name") != now.get("optim.name"):
+        raise ResumeError(
+            f"{job.run} was begun with another optimizer: optim.name was {then.get('optim.name')} and is"
+            f" {now.get('optim.name')} now. What one remembers is of no use to another, and no --allow-config-change"
+            f" changes that: go on with the same one (--config {job.run.config}), or choose another --run-dir"
+        )
     problems = [f"{name} was {then.get(name)} and is {now.get(name)} now" for name in different]
     if state["global_batch_size"] != job.plan.global_batch_size:
         problems.append(f"the global batch was {state['global_batch_size']} and is {job.plan.global_batch_size} now")

@@ -23,6 +23,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.process.launch import Launch
 from hvdtrain.settings import Config
 from hvdtrain.trainer.buffers import ChangingBuffers
+from hvdtrain.trainer.changed_options import with_options
 from hvdtrain.trainer.component import Component
 from hvdtrain.trainer.fragments import Schedule
 from hvdtrain.trainer.outer_updates import OuterUpdates
@@ -197,7 +198,7 @@ class OwnProgress(Component):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on as this rank, or from the mean of all."""
         assert self._training is not None
-        self._training.optimizer.load_state_dict(state["optimizer"])
+        self._training.optimizer.load_state_dict(with_options(state["optimizer"], self._training.options))
         saved = _as_list(state["codec"])
         for codec, own in zip(self._outer.codecs, saved if self._takes(saved) else (), strict=False):
             codec.load_state_dict(own)

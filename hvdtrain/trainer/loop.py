@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from hvdtrain.errors import StopRequested
+from hvdtrain.errors import StopRequested, on_all_ranks
 from hvdtrain.process.run_files import lacks_its_end
 from hvdtrain.process.stop import StopRequest
 from hvdtrain.trainer.announced import announced
@@ -176,9 +176,11 @@ def stopped(job: Job, step: int, request: StopRequest) -> StopRequested:
     """Return the exception that ends all ranks alike; names the reason of the first rank that has one. Collective."""
     reasons = job.world.all_gather_object(request.reason, "stop.reason")
     rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
-    return StopRequested(
-        f"stopped at step {step} of {job.num_steps} on request ({reason}, rank {rank}) and saved in {job.run}:"
-        " the same command with this --run-dir goes on"
+    return on_all_ranks(
+        StopRequested(
+            f"stopped at step {step} of {job.num_steps} on request ({reason}, rank {rank}) and saved in {job.run}:"
+            " the same command with this --run-dir goes on"
+        )
     )
 
 

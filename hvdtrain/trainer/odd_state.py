@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hvdtrain.errors import HvdtrainError, ResumeError
+from hvdtrain.process.tracebacks import place_of, sentence_of, stack_of
 from hvdtrain.trainer.job import Job
 
 # Of `saved_state.training_state`, what every format has after `formats.upgraded`, and then what older ones have not.
@@ -33,6 +34,13 @@ def in_a_sentence(job: Job) -> Iterator[None]:
     except HvdtrainError:
         raise
     except Exception as error:  # of any type: the state may hold anything anywhere
+        if place_of(error):
+            refusal = ResumeError(
+                f"code of yours does not take up what the newest checkpoint in {job.run} holds: {sentence_of(error)}."
+                " Mend it and start again, the checkpoint is as it was; or choose another --run-dir"
+            )
+            refusal.stack = stack_of(error)
+            raise refusal from error
         raise ResumeError(
             f"the newest checkpoint in {job.run} holds a state that this program cannot restore"
             f" ({type(error).__name__}: {str(error)[:300]}): train on with the program that wrote it, or choose another"

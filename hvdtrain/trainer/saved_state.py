@@ -12,6 +12,7 @@ from hvdtrain.errors import ConfigError
 from hvdtrain.models.weights import extra_state, load_model_weights, shapes_of
 from hvdtrain.rundir.manifest import Manifest
 from hvdtrain.settings import to_dict
+from hvdtrain.trainer.changed_options import with_options
 from hvdtrain.trainer.component import Component, nested_tensors
 from hvdtrain.trainer.fits import check_fits
 from hvdtrain.trainer.formats import upgraded
@@ -184,7 +185,7 @@ def restore_optimizer(job: Job, training: Training, state: Any) -> None:
     if state is None:
         return
     with in_a_sentence(job):
-        training.optimizer.load_state_dict(state)
+        training.optimizer.load_state_dict(with_options(state, training.options))
 
 
 def resting_tensors(training: Training) -> list[Tensor]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hvdtrain.errors import DivergedError
+from hvdtrain.errors import DivergedError, on_all_ranks
 from hvdtrain.trainer.component import Component, Step
 from hvdtrain.trainer.running_scale import RunningScale
 from hvdtrain.trainer.window import MetricWindow
@@ -155,7 +155,9 @@ class Spikes(Component):
         self._in_a_row[what] += 1
         is_left_out = acts and self._does in ("skip", "stop")
         if self._does == "stop":
-            raise DivergedError(f"--health.spikes stop ends the run: {spike}. {self._way_out(is_left_out)}")
+            raise on_all_ranks(
+                DivergedError(f"--health.spikes stop ends the run: {spike}. {self._way_out(is_left_out)}")
+            )
         if self._in_a_row[what] == IN_A_ROW:
             self._job.log.say(
                 f"WARNING: {stays}: training may diverge, and what is usual is learned anew from here. Try a lower"

@@ -20,6 +20,7 @@ from hvdtrain.models.compilation import is_compiled
 from hvdtrain.models.weights import check_can_be_saved, check_types, extra_state, model_weights
 from hvdtrain.optim.orthogonal import multiply_in_bf16
 from hvdtrain.trainer.changed_model import Structure
+from hvdtrain.trainer.changed_options import Options, changed_options
 from hvdtrain.trainer.component import Component, Step, acting, nested_tensors
 from hvdtrain.trainer.components import build_components
 from hvdtrain.trainer.contract import checked_optimizer
@@ -69,6 +70,8 @@ class Training:
     """Optimizer steps completed."""
     is_unchecked: bool = False
     """The recipe's contract is still to be checked in this process, on the first micro-batch of a step."""
+    options: Options = ()
+    """Of the optimizer's groups: those that are others than in the checkpoint, by settings."""
     structure: Structure = field(init=False)
     """What model and optimizer consist of before the first step of this start."""
     weights_rest: bool = False
@@ -234,6 +237,9 @@ def start_training(job: Job) -> Training:
     if state is not None:
         training.step, training.is_evaluation_due = state["step"], bool(state["is_evaluation_due"])
         training.num_steps_then, training.best_loss = state.get("num_steps"), state.get("best_loss", math.inf)
+        training.options = world.together(
+            lambda: changed_options(job, model, state["config"].get("optim", {})), "options"
+        )
         own = job.strategy.part_of_state(world, training, of_optimizer)
         del of_optimizer  # not twice, while there is no need
         world.together(lambda: restore_optimizer(job, training, own), "restore.optimizer")

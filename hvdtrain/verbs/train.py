@@ -283,7 +283,7 @@ def _begin(job: Job, run: RunDirectory, environment: dict[str, Any]) -> None:
     except OSError as error:
         if not run.config.exists():
             raise ConfigError(f"{run} cannot be written ({error}): choose another --run-dir") from error
-        job.log.say(f"WARNING: {run} cannot be written ({error}): what it says of settings and hosts is older")
+        job.log.say(f"WARNING: {run} cannot be written ({error}): what it says of settings, hosts and model is older")
 
 
 def _conclude(job: Job, metrics: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from hvdtrain.errors import ConfigError, HvdtrainError
+from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.output import is_of_output, lost_words, tell
 from hvdtrain.process.stop import StoppedEarly, leaving_by
@@ -86,7 +86,8 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
     where = f"rank {world.rank} on {socket.gethostname()}"
     if isinstance(error, HvdtrainError):
         if not error.is_on_all_ranks:
-            heartbeat.fail(f"hvdtrain: {where}: {error}", error.exit_code)
+            code = 1 if isinstance(error, StopRequested) else error.exit_code  # 75 says that all have saved
+            heartbeat.fail(f"hvdtrain: {where}: {error}\n{error.stack}".rstrip("\n"), code)
     elif isinstance(error, StoppedEarly):
         heartbeat.fail(f"hvdtrain: {where}: {error.reason}", StoppedEarly.exit_code)
     elif isinstance(error, SystemExit):
@@ -109,7 +110,7 @@ def _end_job_if_alone(error: BaseException, world: World, heartbeat: Heartbeat) 
 def _print_once(error: HvdtrainError, world: World) -> None:
     """Print an error on rank 0; a launcher ends the job as soon as any rank leaves, so the others wait. Collective."""
     if world.rank == 0:
-        tell(f"hvdtrain: {error}")
+        tell(f"hvdtrain: {error}\n{error.stack}".rstrip("\n"))
     world.barrier("farewell")
 
 

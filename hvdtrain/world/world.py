@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.errors import DivergedError, HvdtrainError, UsageError
+from hvdtrain.errors import DivergedError, HvdtrainError, UsageError, on_all_ranks
 from hvdtrain.models.elsewhere import kept_elsewhere
 from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
@@ -245,7 +245,7 @@ class World(Collectives):
         rank, first = failed[0]
         where = "" if len(failed) == self.size else f"on rank {rank}: "
         agreed = type(first)(f"{where}{first}")
-        agreed.is_on_all_ranks = True
+        agreed.is_on_all_ranks, agreed.stack = True, first.stack
         raise agreed from error
 
     def _any(self, own: bool, name: str) -> bool:
@@ -286,7 +286,7 @@ class World(Collectives):
         if difference:
             key, ranks = difference
             who = f"rank {', '.join(map(str, ranks))}"
-            raise DivergedError(f"the ranks are not equal: {key} on {who} differs from the other ranks'")
+            raise on_all_ranks(DivergedError(f"the ranks are not equal: {key} on {who} differs from the other ranks'"))
 
     def has_lost_contact(self, error: BaseException) -> bool:
         """Return whether an exception only says that another rank is gone."""

@@ -91,6 +91,14 @@ def test_an_exception_is_told_once_by_name(train, launcher, rank, phase):
     assert "hvdtrain/trainer" not in done.text
 
 
+@pytest.mark.parametrize("kind", ["StopRequested", "DivergedError"])
+def test_an_error_of_hvdtrains_that_one_rank_alone_raises_ends_the_job(train, kind):
+    """It says what all ranks raise together where hvdtrain raises it; the others wait for a rank that has left."""
+    done = train("--health.stall-limit", "100s", launcher="mpirun", kind=kind, rank=1, phase="forward", step=8)
+    assert done.code == 1, done.text
+    assert re.search(r"hvdtrain: rank 1 on \S+: bad luck in forward", done.text)
+
+
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun-gloo"])
 def test_a_killed_rank_ends_the_job(train, launcher):
     done = train("--pause", 0.1, launcher=launcher, kind="kill", rank=1, phase="forward", step=20)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from hvdtrain import CheckpointConfig, EvalConfig, LogConfig, OptimConfig, Recipe, Task, TensorSamples, TrainConfig
+from hvdtrain.errors import DivergedError, StopRequested
 from hvdtrain.process.launch import detect_launch
 
 SIGNALS = {"kill": "SIGKILL", "stop": "SIGSTOP"}
@@ -40,6 +41,8 @@ def fork_and_die(plan):
     Path(os.environ["RUN_DIR"], "child").write_text(str(child))
     os.kill(os.getpid(), signal.SIGKILL)
 
+
+ERRORS = {"raise": ValueError, "StopRequested": StopRequested, "DivergedError": DivergedError}
 
 OF_SAVES = ("full disk", "read-only")
 
@@ -85,8 +88,8 @@ class Fault:
         kind = plan["kind"]
         if "STRUCK" in os.environ:
             Path(os.environ["STRUCK"]).touch()
-        if kind == "raise":
-            raise ValueError(f"bad luck in {phase}")
+        if kind in ERRORS:
+            raise ERRORS[kind](f"bad luck in {phase}")
         if kind in SIGNALS or kind == "signal":
             os.kill(os.getpid(), getattr(signal, SIGNALS.get(kind) or plan["signal"]))
         if kind in HANGS:

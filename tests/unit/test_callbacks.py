@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 from test_components import Lines, StoppedError
+from thread_world import run_ranks
 from torch import nn
 
 import hvdtrain
 from hvdtrain.data.dataset import TensorSamples
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, ResumeError
 from hvdtrain.process.launch import Launch
+from hvdtrain.process.tracebacks import shown
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.settings import Config, EvalConfig, LogConfig, TrainConfig
 from hvdtrain.settings.intervals import parse_every
@@ -283,3 +285,32 @@ def test_unfreezing_that_cannot_be(tmp_path, steps, message):
 def test_what_is_no_callback(tmp_path, callback, message):
     with pytest.raises(ConfigError, match=message):
         fit(job_of(tmp_path, [callback]))
+
+
+class Renamed(hvdtrain.Callback):
+    """Its state had another name when it was saved."""
+
+    def state_dict(self):
+        return {"count": 1}
+
+    def load_state_dict(self, state):
+        self.count = state["number"]
+
+
+def test_a_state_that_a_callback_cannot_take_names_its_line_and_not_the_checkpoint(tmp_path):
+    fit(job_of(tmp_path, [Renamed()], steps=6))
+    with pytest.raises(ResumeError) as caught:
+        fit(job_of(tmp_path, [Renamed()], steps=12))
+    line = Renamed.load_state_dict.__code__.co_firstlineno + 1
+    assert f"KeyError: 'number' ({shown(__file__)}, line {line}, in load_state_dict). Mend it" in str(caught.value)
+    assert "train on with the program that wrote it" not in str(caught.value)
+    assert 'state["number"]' in caught.value.stack
+    for error in run_ranks(2, lambda world: refusal(tmp_path, world)):
+        assert "in load_state_dict" in str(error)
+        assert error.stack == caught.value.stack
+
+
+def refusal(folder, world):
+    with pytest.raises(ResumeError) as caught:
+        fit(job_of(folder, [Renamed()], world=world, steps=12))
+    return caught.value

@@ -99,6 +99,58 @@ def test_what_is_written_when_training_begins(tmp_path):
     assert (run.model / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space"), Exception("No space left on device (os error 28)")]
+)
+def test_files_of_the_model_are_whole_though_the_disk_is_full_when_a_run_goes_on(tmp_path, error):
+    """As tokenizers says it, which is in Rust: it was no OSError, and ended the run; the tokenizer was cut short."""
+
+    def write(folder):
+        (folder / "config.json").write_text("new")
+        (folder / "tokenizer.json").write_text("half of i")
+        raise error
+
+    run = RunDirectory(tmp_path)
+    run.begin({}, {}, lambda folder: [(folder / name).write_text("old") for name in ("config.json", "tokenizer.json")])
+    with pytest.raises(OSError, match="No space") as caught:
+        run.begin({}, {}, write)
+    assert caught.value.errno == errno.ENOSPC
+    assert {path.name: path.read_text() for path in run.model.iterdir()} == {
+        "config.json": "old",
+        "tokenizer.json": "old",
+    }
+    assert not [*tmp_path.glob(".*")]
+
+
+def test_other_errors_of_who_writes_the_models_files_stay_what_they_are(tmp_path):
+    with pytest.raises(KeyError):
+        RunDirectory(tmp_path).begin({}, {}, lambda folder: {}["vocabulary"])
+
+
+def test_model_files_replace_those_of_their_names_and_what_the_dead_left_goes(tmp_path):
+    run = RunDirectory(tmp_path)
+
+    def write(folder):
+        (folder / "config.json").write_text("old")
+        (folder / "templates").mkdir()
+        (folder / "templates" / "one.jinja").write_text("old")
+
+    run.begin({}, {}, write)
+    (run.model / "mine.txt").write_text("mine")
+    (tmp_path / ".model.writing-1").mkdir()
+    (tmp_path / ".config.toml.writing-1").write_text("[tra")
+    (tmp_path / f".report.html.writing-{os.getpid()}").write_text("now")
+
+    def again(folder):
+        (folder / "templates").mkdir()
+        (folder / "templates" / "two.jinja").write_text("new")
+
+    run.begin({}, {}, again)
+    kept = sorted(str(path.relative_to(run.model)) for path in run.model.rglob("*") if path.is_file())
+    assert kept == ["config.json", "mine.txt", "templates/two.jinja"]
+    assert [path.name for path in tmp_path.glob(".*")] == [f".report.html.writing-{os.getpid()}"]
+
+
 def test_odd_pointers_name_nothing(tmp_path):
     folder = tmp_path / "checkpoints"
     assert named_checkpoint(tmp_path) == ""
