@@ -10,6 +10,7 @@ import functools
 import struct
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -31,9 +32,11 @@ __all__ = [
     "constant_when_compiled",
     "copy_all_",
     "divided_all",
+    "drop_lost_hooks",
     "function_modes",
     "functionalized_calls",
     "holders_of",
+    "identity_of",
     "is_fake",
     "is_freshly_seeded",
     "is_held_by_others",
@@ -286,6 +289,22 @@ def is_held_by_others(parameter: Tensor, lying_together: int = 1) -> bool:
     holders = holders_of(gradient)
     del gradient
     return holders >= _HOLDERS + lying_together or _references_to(parameter) > _REFERENCES
+
+
+def identity_of(tensor: Tensor) -> int:
+    """Return what tells a tensor's insides from others: `torch.utils.swap_tensors` exchanges them, hooks included.
+
+    `model.to(...)` does so for some subclasses, and where torch's `set_swap_module_params_on_conversion` says so.
+    """
+    return int(cast(Any, tensor)._cdata)
+
+
+def drop_lost_hooks(parameter: Tensor) -> None:
+    """Have hooks on a gradient's additions be called that are registered from now on.
+
+    torch lists those that were lost with a tensor's insides as if they were there, and would add new ones to these.
+    """
+    cast(Any, parameter)._post_accumulate_grad_hooks = OrderedDict()
 
 
 def version_of(tensor: Tensor) -> int:

@@ -22,7 +22,7 @@ Row = tuple[str, str]
 
 
 def rows_of(tensors: Iterable[tuple[str, Tensor]], learning: bool = False) -> list[Row]:
-    """Return what must be alike on all ranks of tensors, in their order; if `learning`, whether they are frozen, too."""
+    """Return what must be alike on all ranks of tensors, in their order; if `learning`, also what is frozen."""
     return [
         (name, f"{tuple(item.shape)} {item.dtype}{', frozen' if learning and not item.requires_grad else ''}")
         for name, item in tensors

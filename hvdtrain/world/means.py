@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hvdtrain.world.carriers import ReduceOp
+from hvdtrain.world.carriers import ReduceOp, distinct
 
 if TYPE_CHECKING:
     from hvdtrain.world.collectives import Collectives
@@ -49,7 +49,8 @@ def start_means(world: Collectives, tensors: Sequence[Tensor], name: str) -> Cal
     """
     if world.size == 1:
         return lambda: None
-    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    own = [distinct(tensor, name) if 0 in tensor.stride() else tensor for tensor in tensors]
+    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in own]
     waits: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
     for op, dtype in _TYPES.items():
         part = [tensor for tensor in parts if tensor.is_floating_point() == dtype.is_floating_point]

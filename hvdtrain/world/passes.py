@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hvdtrain.models.private_torch import backward_run, computed_node, outside_of_compilers, queue_after_run
+from hvdtrain.models.private_torch import (
+    backward_run,
+    computed_node,
+    drop_lost_hooks,
+    identity_of,
+    outside_of_compilers,
+    queue_after_run,
+)
 
 if TYPE_CHECKING:
     from hvdtrain.world.exchange import GradientExchange
+    from hvdtrain.world.layout import Layout
+
+_log = logging.getLogger("hvdtrain")
 
 
 class EndOfBackward:
@@ -58,17 +69,59 @@ class EndOfBackward:
         handle = node.register_prehook(once)
 
 
-def note_additions(exchange: weakref.ref[GradientExchange], parameter: nn.Parameter) -> Any:
-    """Have a parameter's additions noted by an exchange that still lives; a hook must not keep it alive."""
+class Watched:
+    """The parameters whose additions an exchange notes, as long as it lives: hooks must not keep it alive.
 
-    def note(parameter: nn.Parameter) -> None:
-        alive = exchange()
-        if alive is not None:
-            alive.note_addition(parameter)
+    Args:
+        exchange: that is told of each addition.
+    """
 
-    is_trainable = parameter.requires_grad
-    parameter.requires_grad_(True)  # torch refuses a hook on a frozen one, and keeps it when it is frozen again
-    register: Any = parameter.register_post_accumulate_grad_hook
-    handle = register(outside_of_compilers(note))
-    parameter.requires_grad_(is_trainable)
-    return handle
+    def __init__(self, exchange: weakref.ref[GradientExchange]) -> None:
+        self._exchange = exchange
+        self._noted: dict[nn.Parameter, int] = {}
+        """What stood for each within torch."""
+        self._has_said_late = False
+
+    def __len__(self) -> int:
+        return len(self._noted)
+
+    def watch(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        """Note additions to these, too.
+
+        Returns those that were not noted before: new ones, and those whose insides were exchanged, without the hooks.
+        """
+        new = [item for item in parameters if self._noted.get(item) != identity_of(item)]
+        for parameter in new:
+            if parameter in self._noted:
+                drop_lost_hooks(parameter)
+            self._noted[parameter] = identity_of(parameter)
+            if parameter.is_floating_point() or parameter.is_complex():
+                self._hang_on(parameter)
+        return new
+
+    def _hang_on(self, parameter: nn.Parameter) -> None:
+        exchange = self._exchange
+
+        def note(parameter: nn.Parameter) -> None:
+            alive = exchange()
+            if alive is not None:
+                alive.note_addition(parameter)
+
+        is_trainable = parameter.requires_grad
+        parameter.requires_grad_(True)  # torch refuses a hook on a frozen one, and keeps it when it is frozen again
+        register: Any = parameter.register_post_accumulate_grad_hook
+        register(outside_of_compilers(note))
+        parameter.requires_grad_(is_trainable)
+
+    def say_late(self, new: Sequence[nn.Parameter], layout: Layout, rank: int) -> None:
+        """Warn, once, of gradients of parameters that were not watched while backward computed them."""
+        late = [parameter for parameter in new if parameter.grad is not None and parameter.requires_grad]
+        if late and not rank and not self._has_said_late:
+            self._has_said_late = True
+            _log.warning(
+                "the gradient of %s%s is averaged by step(), and not at the end of backward(): the parameter was put"
+                " in the place of another one since the step before. What looks at gradients in between, as clipping"
+                " does, has seen this rank's own. Call optimizer.zero_grad() before backward(), which finds it",
+                layout.name(late[0]),
+                f" and {len(late) - 1} more" * (len(late) > 1),
+            )

@@ -178,10 +178,17 @@ class World(Collectives):
         """Make buffers equal on all ranks: the mean of real ones, such as running statistics. Collective.
 
         Counts and flags become the largest over the ranks. What `keep_per_rank` was told of is left alone.
+
+        Raises:
+            DivergedError: a sparse buffer is not the same on all ranks: it has no mean here.
         """
         check_module(model, "average_buffers(model)")
         own = per_rank_buffers(model)
-        self.average_tensors([buffer for name, buffer in model.named_buffers() if name not in own], "own_buffers")
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name not in own}
+        sparse = {name: buffer for name, buffer in buffers.items() if buffer.layout != torch.strided}
+        self.average_tensors([buffer for name, buffer in buffers.items() if name not in sparse], "own_buffers")
+        if sparse:
+            self.check_replicas(sparse, "own_buffers.sparse")
 
     def sampler(self, num_samples: int, *, shuffle: bool = True, seed: int = 0) -> RankSampler:
         """Return this rank's part of `num_samples` samples, for a `DataLoader(dataset, sampler=...)`.

@@ -119,7 +119,11 @@ class WrappedOptimizer(SeenByScalers):
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """Let `step()` within not average first; Horovod's optimizer has a context of this name."""
+        """Let `step()` within not average first; Horovod's optimizer has a context of this name.
+
+        Raises:
+            RuntimeError: by `step()`, where gradients are each rank's own still: `synchronize` was not called.
+        """
         self._should_synchronize = False
         try:
             yield
@@ -185,6 +189,8 @@ def wrap_optimizer(
     """
     check_can_be_wrapped(optimizer, WrappedOptimizer)
     sparse = sparse_parameters(model)
+    if isinstance(optimizer, torch.optim.SparseAdam):  # which takes no others, whatever has computed them
+        sparse |= set(owned_by(optimizer))
     if averaging.has_square and sparse:
         raise ConfigError(NO_SQUARE)
     if averaging.op == "adasum" and sparse:

@@ -40,7 +40,7 @@ CALLS = {
     ),
     "frozen": (
         lambda world: wrapped(world, frozen(world)),
-        r"rank 1 has left\.weight \(2, 2\) torch\.float32, frozen where rank 0 has left\.weight \(2, 2\) torch\.float32\.",
+        r"rank 1 has left\.weight \(2, 2\) torch\.float32, frozen where rank 0 has left\.weight \(2, 2\) torch",
     ),
     "more": (
         lambda world: wrapped(world, heads("abc"[: 2 - world.rank])),
