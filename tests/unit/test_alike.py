@@ -29,6 +29,13 @@ def frozen(world):
     return model
 
 
+def grouped(world):
+    """Return a model, and an optimizer of it that has more groups on one rank."""
+    model = heads(["left", "right"])
+    groups = [{"params": head.parameters()} for head in model.values()]
+    return model, sgd(groups if world.rank else model.parameters())
+
+
 def wrapped(world, model, **settings):
     return world.wrap(sgd(model.parameters()), model, **settings)
 
@@ -55,6 +62,10 @@ CALLS = {
     "state": (
         lambda world: world.broadcast_state(turned(world)),
         r"broadcast_state\(model\): rank 1 has right\.weight .* where rank 0 has left\.weight .*goes through a set",
+    ),
+    "groups": (
+        lambda world: world.broadcast_state(*grouped(world)),
+        r"optimizer's state: rank 1 has group 0 of SGD = 2 where rank 0 has group 0 of SGD = 4",
     ),
     "shapes": (
         lambda world: world.broadcast_state(nn.Linear(3 - world.rank, 2 + world.rank, bias=False)),
