@@ -100,12 +100,12 @@ def transformers(world, model, loader, folder):
 @pytest.mark.parametrize("train", [accelerate, lightning, transformers], ids=lambda train: train.__name__)
 @pytest.mark.filterwarnings("ignore")
 def test_a_library_around_the_wrapped_optimizer(world, train, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # Lightning sets it when imported, and leaves it behind
     pytest.importorskip(train.__name__)
     pytest.importorskip("accelerate")
     # Accelerate takes mpirun's ranks for its own, on CPUs: docs/own-loop.md says so.
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # Lightning sets it, and leaves it behind
     model = Network()
     train(world, model, DataLoader(samples(world.rank, world.size), BATCH // world.size), str(tmp_path))
     for ours, theirs in zip(model.parameters(), alone().parameters(), strict=True):
