@@ -37,6 +37,7 @@ __all__ = [
     "functionalized_calls",
     "holders_of",
     "identity_of",
+    "is_compiled_backward",
     "is_fake",
     "is_freshly_seeded",
     "is_held_by_others",
@@ -245,6 +246,12 @@ def is_transformed() -> bool:
 def backward_run() -> int:
     """Return the number of autograd's run that this thread is in; -1 outside of any."""
     return int(torch._C._current_graph_task_id())
+
+
+def is_compiled_backward() -> bool:
+    """Return whether the run is one of compiled autograd, which forgets what it is to call at its end."""
+    compiler = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiler is not None and bool(compiler.in_compiled_autograd_region)
 
 
 def queue_after_run(action: Callable[[], None]) -> None:

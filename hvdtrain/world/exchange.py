@@ -74,7 +74,9 @@ class GradientExchange:
         """The exchanges that have them: kept, so that all ranks lose them at the same time."""
         self._averaging = averaging
         this = weakref.ref(self)
-        self._end_of_backward = EndOfBackward(lambda: alive.end_pass() if (alive := this()) is not None else None)
+        self._end_of_backward = EndOfBackward(
+            lambda: alive.end_pass() if (alive := this()) is not None else None, speaks=world.rank == 0
+        )
         self._passes = 0
         """Backward passes of the window that are over."""
         self._additions: dict[nn.Parameter, int] = {}
@@ -230,7 +232,7 @@ class GradientExchange:
             return
         if not self._additions:
             self._follow_conversions()
-        self._end_of_backward.expect()
+        self._end_of_backward.expect(on_host=parameter.is_cpu)
         if self.layout.in_common:
             self.layout.note_change(parameter)
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from hvdtrain.models.private_torch import (
     computed_node,
     drop_lost_hooks,
     identity_of,
+    is_compiled_backward,
     outside_of_compilers,
     queue_after_run,
 )
@@ -33,19 +35,49 @@ class EndOfBackward:
 
     Args:
         action: what to do; what it raises, `backward()` raises.
+        speaks: warn of passes whose end nobody tells.
     """
 
-    def __init__(self, action: Callable[[], None]) -> None:
+    def __init__(self, action: Callable[[], None], speaks: bool = True) -> None:
         self._action = outside_of_compilers(action)
         self._run = -1
         """The engine's run whose end is waited for."""
+        self._thread = 0
+        self._is_over = True
+        self._speaks = speaks
 
-    def expect(self) -> None:
-        """Wait for the end of the pass that runs now; call it from a hook, as often as you like."""
+    def expect(self, *, on_host: bool = False) -> None:
+        """Wait for the end of the pass that runs now; call it from a hook, as often as you like.
+
+        Args:
+            on_host: the hook is one of a tensor in host memory, and so runs in the thread that has called `backward`.
+
+        Raises:
+            RuntimeError: another thread's pass is not over.
+        """
         run = backward_run()
         if run != self._run:
-            self._run = run
+            if is_compiled_backward():
+                self._say_never()
+                return
+            thread = threading.get_ident()
+            if on_host and not self._is_over and thread != self._thread:
+                raise RuntimeError(
+                    "two threads compute gradients for one optimizer at the same time, of which neither knows when all"
+                    " are there: let one backward() wait for the other, or call it once, for the sum of the losses"
+                )
+            self._run, self._thread, self._is_over = run, thread, False
             queue_after_run(self._at_end)
+
+    def _say_never(self) -> None:
+        """Warn, once, that nobody tells when this backward pass is over."""
+        if self._speaks:
+            self._speaks = False
+            _log.warning(
+                "gradients come from a compiled backward pass (compiled autograd), of which nobody is told when it is"
+                " over: they are averaged by step(). Call optimizer.synchronize() behind backward() where anything"
+                " looks at them before, as clipping does"
+            )
 
     def then(self, action: Callable[[], None]) -> None:
         """Call another action, after those that wait for the end of the pass that is ending now."""
@@ -55,6 +87,7 @@ class EndOfBackward:
         # When a run is over, the node that is being computed is the one that has started it from within another run.
         outer = computed_node()
         if outer is None:
+            self._is_over = True
             self._action()
             return
         for following, _ in outer.next_functions:

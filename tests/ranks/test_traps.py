@@ -1,8 +1,10 @@
 """The traps of Horovod 0.28.1, each against one process on the whole batch; naive use of Horovod fails every one."""
 
+import contextlib
 import copy
 import functools
 
+import loops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -336,3 +338,26 @@ def test_zero_grad_that_keeps_zeros(world):
         optimizer.step()
         alone.step()
     assert largest_difference(model, reference) < 1e-12
+
+
+@pytest.mark.ranks(2)
+def test_a_compiled_backward_pass_is_told_of(world, caplog):
+    """Compiled autograd forgets what it is to call at its end: gradients were each rank's own behind it, in silence."""
+    compiled = functools.partial(torch._dynamo.compiled_autograd._enable, torch.compile(backend="eager"))
+
+    def trained(env, within):
+        model = loops.network()
+        optimizer = env.wrap(loops.sgd(model), model)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = loops.loss_of(model, env, step)
+            with within():
+                loss.backward()
+            env.synchronize(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+        return [model]
+
+    ours = trained(loops.Ranks(world), compiled)
+    assert loops.difference(ours, trained(loops.Alone(), contextlib.nullcontext)) < 1e-10
+    assert caplog.text.count("gradients come from a compiled backward pass") == (world.rank == 0)

@@ -1,6 +1,7 @@
 """Gradients that would be each rank's own where a loop takes them for the mean: that is told."""
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -50,6 +51,31 @@ def test_parameters_that_take_the_place_of_others_are_told_of(caplog):
     assert told[0].startswith(
         "the gradient of parameter 0 and 3 more is averaged by step(), and not at the end of backward()"
     )
+
+
+def test_threads_that_compute_gradients_at_the_same_time_are_told():
+    def work(world):
+        model = network()
+        optimizer = world.wrap(sgd(model), model)
+        inside, outside = threading.Event(), threading.Event()
+
+        def wait(gradient):
+            inside.set()
+            outside.wait(30)
+
+        x = torch.ones(2, 6, dtype=torch.float64)
+        hidden = model[0](x)
+        hidden.register_hook(wait)
+        first = threading.Thread(target=model[2](hidden).sum().backward)
+        first.start()
+        inside.wait(30)
+        with pytest.raises(RuntimeError, match="two threads compute gradients for one optimizer at the same time"):
+            model(x).sum().backward()
+        outside.set()
+        first.join()
+        return optimizer is not None
+
+    assert run_ranks(2, work) == [True, True]
 
 
 def test_buffers_of_other_layouts_are_averaged_or_compared():
