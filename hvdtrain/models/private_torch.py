@@ -11,6 +11,7 @@ import functools
 import struct
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -32,9 +33,12 @@ __all__ = [
     "constant_when_compiled",
     "copy_all_",
     "divided_all",
+    "drop_lost_hooks",
     "function_modes",
     "functionalized_calls",
     "holders_of",
+    "identity_of",
+    "is_compiled_backward",
     "is_fake",
     "is_freshly_seeded",
     "is_held_by_others",
@@ -255,6 +259,12 @@ def backward_run() -> int:
     return int(torch._C._current_graph_task_id())
 
 
+def is_compiled_backward() -> bool:
+    """Return whether the run is one of compiled autograd, which forgets what it is to call at its end."""
+    compiler = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiler is not None and bool(compiler.in_compiled_autograd_region)
+
+
 def queue_after_run(action: Callable[[], None]) -> None:
     """Have autograd call `action` at the end of the run that this thread is in, as DistributedDataParallel does."""
     engine: Any = torch.autograd.Variable._execution_engine
@@ -297,6 +307,22 @@ def is_held_by_others(parameter: Tensor, lying_together: int = 1) -> bool:
     holders = holders_of(gradient)
     del gradient
     return holders >= _HOLDERS + lying_together or _references_to(parameter) > _REFERENCES
+
+
+def identity_of(tensor: Tensor) -> int:
+    """Return what tells a tensor's insides from others: `torch.utils.swap_tensors` exchanges them, hooks included.
+
+    `model.to(...)` does so for some subclasses, and where torch's `set_swap_module_params_on_conversion` says so.
+    """
+    return int(cast(Any, tensor)._cdata)
+
+
+def drop_lost_hooks(parameter: Tensor) -> None:
+    """Have hooks on a gradient's additions be called that are registered from now on.
+
+    torch lists those that were lost with a tensor's insides as if they were there, and would add new ones to these.
+    """
+    cast(Any, parameter)._post_accumulate_grad_hooks = OrderedDict()
 
 
 def version_of(tensor: Tensor) -> int:

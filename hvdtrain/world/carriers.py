@@ -108,7 +108,7 @@ def bits_of(tensor: Tensor, name: str) -> tuple[Tensor, Callable[[], None]]:
         UsageError: the tensor has no bits that can be written, one by one; names it.
     """
     check_tensor(tensor, name)
-    target = _distinct(tensor.detach(), name)
+    target = distinct(tensor.detach(), name)
     plain = target.resolve_conj().resolve_neg().contiguous()
     plain = plain if plain.dim() else plain.view(1)
     if plain.dtype.is_complex:
@@ -200,7 +200,7 @@ def number_of(value: Any, op: ReduceOp, name: str, size: int = 1) -> Tensor:
         raise UsageError(f"'{name}' is a number of more than 64 bits: give float() of it") from error
 
 
-def _distinct(tensor: Tensor, name: str) -> Tensor:
+def distinct(tensor: Tensor, name: str) -> Tensor:
     """Return the part of a tensor in which each number lies in memory of its own: `expand` repeats one."""
     repeated = [size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     tensor = tensor[tuple(slice(0, 1) if is_repeated else slice(None) for is_repeated in repeated)]

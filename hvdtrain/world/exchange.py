@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from hvdtrain.world.arrivals import Arrivals
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.gradients import Mark, has_changed, mark_of
 from hvdtrain.world.layout import Layout
-from hvdtrain.world.passes import EndOfBackward, note_additions
+from hvdtrain.world.passes import EndOfBackward, Watched
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -74,7 +74,9 @@ class GradientExchange:
         """The exchanges that have them: kept, so that all ranks lose them at the same time."""
         self._averaging = averaging
         this = weakref.ref(self)
-        self._end_of_backward = EndOfBackward(lambda: alive.end_pass() if (alive := this()) is not None else None)
+        self._end_of_backward = EndOfBackward(
+            lambda: alive.end_pass() if (alive := this()) is not None else None, speaks=world.rank == 0
+        )
         self._passes = 0
         """Backward passes of the window that are over."""
         self._additions: dict[nn.Parameter, int] = {}
@@ -87,7 +89,7 @@ class GradientExchange:
         """Gradients were averaged since the last step."""
         self.mean_square: Tensor | None = None
         """The mean over the ranks of the squared norms of their own gradients, as last averaged, a scalar."""
-        self._hooks: dict[nn.Parameter, Any] = {}
+        self._hooks = Watched(this)
         self.layout = layout or Layout(world, prefix, parameters, names, sparse, averaging, codec)
         self.watch_parameters()
         self.layout.add(self._trainable())
@@ -132,11 +134,20 @@ class GradientExchange:
         unfinished = [exchange for exchange in self._all() if not exchange._is_finished]
         for exchange in unfinished:
             exchange._check_own()
+            exchange._hooks.say_late(exchange.watch_parameters(), self.layout, self._world.rank)
         for exchange in unfinished:
             exchange._follow_conversions()
             exchange._send()
         for exchange in unfinished:
             exchange._receive()
+
+    def check_finished(self) -> None:
+        """Raise RuntimeError where backward has computed gradients that are this rank's own still."""
+        if any(exchange._passes or exchange._additions or exchange.is_waiting for exchange in self._all()):
+            raise RuntimeError(
+                "step() within skip_synchronize() would move this rank's weights by its own gradients, and those of the"
+                " others by theirs: call optimizer.synchronize() before, or step() without skip_synchronize()"
+            )
 
     @property
     def _is_finished(self) -> bool:
@@ -178,6 +189,8 @@ class GradientExchange:
     def forget(self) -> None:
         """Start over: the gradients were cleared."""
         for exchange in self._all():
+            if exchange._hooks:
+                exchange.watch_parameters()
             exchange._is_averaged = False
             exchange.codec.settle(True)
             exchange._start_window()
@@ -202,13 +215,12 @@ class GradientExchange:
         own = self.of_optimizer()
         return [parameter for parameter in own if parameter not in self._yielded] if self._yielded else own
 
-    def watch_parameters(self) -> None:
-        """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet."""
-        if not self._averaging.follows(self._parameters()):
-            return
-        for parameter in self._parameters():
-            if parameter not in self._hooks and (parameter.is_floating_point() or parameter.is_complex()):
-                self._hooks[parameter] = note_additions(weakref.ref(self), parameter)
+    def watch_parameters(self) -> list[nn.Parameter]:
+        """Note additions to all gradients of the optimizer, also of parameters that are frozen as yet.
+
+        Returns those that were not noted before: new ones, and those whose insides were exchanged, without the hooks.
+        """
+        return self._hooks.watch(self._parameters()) if self._averaging.follows(self._parameters()) else []
 
     def note_addition(self, parameter: nn.Parameter) -> None:
         """Count that backward has added to a gradient; sends its bucket if that was the last of it.
@@ -220,7 +232,7 @@ class GradientExchange:
             return
         if not self._additions:
             self._follow_conversions()
-        self._end_of_backward.expect()
+        self._end_of_backward.expect(on_host=parameter.is_cpu)
         if self.layout.in_common:
             self.layout.note_change(parameter)
         count = self._additions[parameter] = self._additions.get(parameter, 0) + 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.models.walk import owned_by
+from hvdtrain.world.alike import check_same
 
 if TYPE_CHECKING:
     from hvdtrain.world.world import World
@@ -85,7 +86,14 @@ def send_state(world: World, optimizer: torch.optim.Optimizer, root: int) -> Non
 
     What is large is sent tensor by tensor, to where it will lie: no rank holds any of it twice, nor in host memory what
     belongs on its GPU.
+
+    Raises:
+        ConfigError: ranks have other groups of parameters.
     """
+    groups = [
+        (f"group {i} of {type(optimizer).__name__}", len(g["params"])) for i, g in enumerate(optimizer.param_groups)
+    ]
+    check_same(world, [], "broadcast of an optimizer's state", dict(groups))
     state = optimizer.state_dict() if world.rank == root else None
     tensors: dict[str, Tensor] = {}
     outline: Any = world.broadcast_object(None if state is None else _outlined(state, tensors), "optimizer", root)

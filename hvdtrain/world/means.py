@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.models.private_torch import copy_all_
-from hvdtrain.world.carriers import ReduceOp
+from hvdtrain.world.carriers import ReduceOp, distinct
 
 if TYPE_CHECKING:
     from hvdtrain.world.collectives import Collectives
@@ -50,7 +50,8 @@ def start_means(world: Collectives, tensors: Sequence[Tensor], name: str) -> Cal
     """
     if world.size == 1:
         return lambda: None
-    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    own = [distinct(tensor, name) if 0 in tensor.stride() else tensor for tensor in tensors]
+    parts = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in own]
     waits: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
     for op, dtype in _TYPES.items():
         part = [tensor for tensor in parts if tensor.is_floating_point() == dtype.is_floating_point]

@@ -32,6 +32,8 @@ def hang_on_step(
             return ((args[0], of_all, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": of_all})
         if optimizer._should_synchronize:
             exchange.finish()
+        else:
+            exchange.check_finished()
         _say_what_is_left_out(world, left_out)
         return None
 

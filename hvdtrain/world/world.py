@@ -17,6 +17,7 @@ from hvdtrain.errors import DivergedError, HvdtrainError, UsageError, on_all_ran
 from hvdtrain.models.elsewhere import kept_elsewhere
 from hvdtrain.models.walk import owned_by
 from hvdtrain.process.launch import Launch
+from hvdtrain.world.alike import check_same, rows_of
 from hvdtrain.world.averaging import Averaging
 from hvdtrain.world.build_info import built_with
 from hvdtrain.world.codec import Codec
@@ -77,7 +78,8 @@ class World(Collectives):
 
         Raises:
             UsageError: something else is given than an optimizer and a module.
-            ConfigError: Adasum needs MPI, a power of two of ranks, and uncompressed gradients; squared norms need dense
+            ConfigError: ranks differ in what they give, or in its order; says in what.
+                Adasum needs MPI, a power of two of ranks, and uncompressed gradients; squared norms need dense
                 gradients, averaged in their own type; an embedding has `max_norm`, and there are several ranks.
         """
         check_module(model, "wrap(optimizer, model)")
@@ -138,6 +140,7 @@ class World(Collectives):
         Raises:
             UsageError: a tensor of the model cannot be sent; names it. There is no rank `root`, something else is given
                 than a module and an optimizer, or the optimizer's state is sharded.
+            ConfigError: the model's tensors have other names, shapes, types or another order on some ranks.
             DivergedError: a sparse buffer is not the same on all ranks: it is not sent.
         """
         self._check_rank(root)
@@ -147,6 +150,7 @@ class World(Collectives):
             raise UsageError(f"broadcast_state(model, optimizer) was given an object of type {kind} as the optimizer")
         if self.size == 1:
             return
+        check_same(self, rows_of([*model.named_parameters(), *model.named_buffers()]), "broadcast_state(model)")
         if optimizer is not None:
             self.broadcast_optimizer(optimizer, root)
         # Tensors last, as nothing may touch them afterwards. What each rank has read for itself is compared, not sent;
@@ -180,10 +184,17 @@ class World(Collectives):
         """Make buffers equal on all ranks: the mean of real ones, such as running statistics. Collective.
 
         Counts and flags become the largest over the ranks. What `keep_per_rank` was told of is left alone.
+
+        Raises:
+            DivergedError: a sparse buffer is not the same on all ranks: it has no mean here.
         """
         check_module(model, "average_buffers(model)")
         own = per_rank_buffers(model)
-        self.average_tensors([buffer for name, buffer in model.named_buffers() if name not in own], "own_buffers")
+        buffers = {name: buffer for name, buffer in model.named_buffers() if name not in own}
+        sparse = {name: buffer for name, buffer in buffers.items() if buffer.layout != torch.strided}
+        self.average_tensors([buffer for name, buffer in buffers.items() if name not in sparse], "own_buffers")
+        if sparse:
+            self.check_replicas(sparse, "own_buffers.sparse")
 
     def sampler(self, num_samples: int, *, shuffle: bool = True, seed: int = 0) -> RankSampler:
         """Return this rank's part of `num_samples` samples, for a `DataLoader(dataset, sampler=...)`.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvdtrain.errors import ConfigError
 from hvdtrain.models.walk import Ordered, owned_by
 from hvdtrain.optim.private_optimizer import SeenByScalers, without_record
+from hvdtrain.world.alike import check_same_wrap
 from hvdtrain.world.averaging import NO_SQUARE, Averaging
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.exchange import GradientExchange
@@ -118,7 +119,11 @@ class WrappedOptimizer(SeenByScalers):
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
-        """Let `step()` within not average first; Horovod's optimizer has a context of this name."""
+        """Let `step()` within not average first; Horovod's optimizer has a context of this name.
+
+        Raises:
+            RuntimeError: by `step()`, where gradients are each rank's own still: `synchronize` was not called.
+        """
         self._should_synchronize = False
         try:
             yield
@@ -184,6 +189,8 @@ def wrap_optimizer(
     """
     check_can_be_wrapped(optimizer, WrappedOptimizer)
     sparse = sparse_parameters(model)
+    if isinstance(optimizer, torch.optim.SparseAdam):  # which takes no others, whatever has computed them
+        sparse |= set(owned_by(optimizer))
     if averaging.has_square and sparse:
         raise ConfigError(NO_SQUARE)
     if averaging.op == "adasum" and sparse:
@@ -220,6 +227,8 @@ def wrap_optimizer(
 
     world.num_wraps += 1
     prefix = f"gradients.{world.num_wraps}"
+    named = [(names.get(item, f"parameter {place}"), item) for place, item in enumerate(parameters())]
+    check_same_wrap(world, named, sharding.parameters if sharding else owned_by(wrapped), inner.__name__, averaging)
     codec.meet(model)
     layout = sharding.layout(prefix, codec) if sharding else None
     wrapped._exchange = exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, codec, layout)

@@ -1,8 +1,10 @@
 """The traps of Horovod 0.28.1, each against one process on the whole batch; naive use of Horovod fails every one."""
 
+import contextlib
 import copy
 import functools
 
+import loops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -373,3 +375,26 @@ def test_layers_frozen_on_all_ranks_and_trained_again(world):
 
     torch.manual_seed(0)
     compare(world, torch.nn.Sequential(*[torch.nn.Linear(6, 6).double() for _ in range(3)]), 9, before=before)
+
+
+@pytest.mark.ranks(2)
+def test_a_compiled_backward_pass_is_told_of(world, caplog):
+    """Compiled autograd forgets what it is to call at its end: gradients were each rank's own behind it, in silence."""
+    compiled = functools.partial(torch._dynamo.compiled_autograd._enable, torch.compile(backend="eager"))
+
+    def trained(env, within):
+        model = loops.network()
+        optimizer = env.wrap(loops.sgd(model), model)
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = loops.loss_of(model, env, step)
+            with within():
+                loss.backward()
+            env.synchronize(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+        return [model]
+
+    ours = trained(loops.Ranks(world), compiled)
+    assert loops.difference(ours, trained(loops.Alone(), contextlib.nullcontext)) < 1e-10
+    assert caplog.text.count("gradients come from a compiled backward pass") == (world.rank == 0)

@@ -134,11 +134,11 @@ def sgd(module, **settings):
     return torch.optim.SGD(module.parameters(), **{"lr": 0.1, "momentum": 0.9, **settings})
 
 
-def plain(env, make, after_backward=lambda model, optimizer: None, after_step=lambda loss: None, model=None):
+def plain(env, make, after_backward=lambda model, _: None, after_step=lambda loss: None, model=None, steps=STEPS):
     """The loop of PyTorch's tutorials."""
     model = model or network()
     optimizer = env.wrap(make(model), model)
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         loss = loss_of(model, env, step)
         loss.backward()

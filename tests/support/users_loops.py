@@ -519,3 +519,51 @@ def joined(env):
         nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
     return [model]
+
+
+@loop("loops", "torch.__future__.set_swap_module_params_on_conversion(True), then model.to(...) after wrap()")
+def swapped(env):
+    model = network()
+    optimizer = env.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for step in range(STEPS):
+        if step == 2:  # as `model.to` does, which asks a setting of the whole process
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.grad = None
+                    torch.utils.swap_tensors(parameter, nn.Parameter(parameter.clone()))
+        optimizer.zero_grad()
+        loss_of(model, env, step).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    return [model]
+
+
+@loop(
+    "loops",
+    'optimizer.param_groups[0]["params"] = list(other.parameters())',
+    "`optimizer.zero_grad()` before backward()",
+)
+def replaced(env):
+    model = network()
+    optimizer = env.wrap(sgd(model), model)
+    for step in range(STEPS):
+        if step == 2:
+            model = network(3)
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+        optimizer.zero_grad()
+        loss_of(model, env, step).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+    return [model]
+
+
+@loop("torch.optim", "SparseAdam, F.embedding(..., sparse=True)")
+def sparse_function(env):
+    words = filled(nn.Embedding(20, 3).double())
+    optimizer = env.wrap(torch.optim.SparseAdam(words.parameters(), lr=0.1), words)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = batch(env, step)
+        F.cross_entropy(F.embedding((x[:, 0].abs() * 10).long() % 20, words.weight, sparse=True), y).backward()
+        optimizer.step()
+    return [words]
