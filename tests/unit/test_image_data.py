@@ -56,7 +56,7 @@ def test_folders_of_other_names_than_ours_are_no_classes(tmp_path, names):
     if "train_" in names:
         assert find_images(ImagesConfig(root=str(tmp_path))).train.classes == names
         return
-    with pytest.raises(DataError, match="have the names of splits, not of classes: .* training train, and"):
+    with pytest.raises(DataError, match=r"have the names of splits, not of classes: .* training train, and"):
         find_images(ImagesConfig(root=str(tmp_path)))
 
 
