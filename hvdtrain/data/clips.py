@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ from hvdtrain.process.output import tell
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
 _LISTS = ".trans.txt"
+# What soundfile's library says of WAV, AIFF, AU and W64 files that are shorter than their headers say; it reads what is
+# there.
+_CUT = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: *(\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN_SIZE = 0x7FFF_0000
+"""What is written to a pipe has a header of at least this size."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def find_clips(path: str, reader: PairReader) -> list[Clip]:
         if not clips:
             raise DataError(f"{path} holds no clips of speech ({', '.join(SUFFIXES)}) and no table of them")
         return clips
-    listed = _listed({document.path.parent for document in heard})
+    listed = _listed({document.path.parent for document in heard}, reader)
     found = []
     for document in heard:
         beside = document.path.with_suffix(".txt")
@@ -78,15 +84,21 @@ def _at_home(name: str) -> str:
     return os.path.expanduser(name)  # noqa: PTH111  pathlib raises there
 
 
-def _listed(folders: set[Path]) -> dict[Path, str]:
-    """Return the texts of clips that files NAME.trans.txt list, as LibriSpeech has them: a clip's name and its text."""
+def _listed(folders: set[Path], reader: PairReader) -> dict[Path, str]:
+    """Return the texts of clips that files NAME.trans.txt list, as LibriSpeech has them: a clip's name and its text.
+
+    Raises:
+        DataError: a clip is not there, and is not to be passed over.
+    """
     texts: dict[Path, str] = {}
     for folder in folders:
         heard = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
         for file in folder.glob(f"*{_LISTS}"):
             for line in _text_of(file).split("\n"):
                 parts = line.split(maxsplit=1)
-                if len(parts) == 2 and parts[0] in heard:
+                if parts and parts[0] not in heard:
+                    reader.pass_over(f"the clip {parts[0]}, which {file} lists, is not there")
+                elif len(parts) == 2:
                     texts[heard[parts[0]]] = parts[1]
     return texts
 
@@ -107,7 +119,7 @@ def measured(clips: Sequence[Clip], cache: Path, corpus: str, reader: PairReader
     Raises:
         DataError: a clip cannot be read, and is not to be passed over.
     """
-    known = KnownFiles(cache, f"clips of {corpus}")
+    known = KnownFiles(cache, f"sounds of {corpus}")
     paths = {str(clip.path): clip.path for clip in clips}
     there = {name: path for name, path in paths.items() if path.is_file()}
     values = known.values(there, lambda name: _measure(there[name]))
@@ -128,9 +140,12 @@ def _measure(path: Path) -> list[int] | str:
     import soundfile
 
     try:
-        about = soundfile.info(str(path))
+        about = soundfile.info(str(path), verbose=True)
     except Exception as error:  # the library's own, or the system's
         return one_line(error)
+    cut = _CUT.search(about.extra_info)
+    if cut is not None and int(cut[2]) < int(cut[1]) < _UNKNOWN_SIZE:
+        return f"it was cut: of {int(cut[1]):,} bytes of sound {int(cut[2]):,} are there"
     return [int(about.frames), int(about.samplerate)]
 
 

@@ -46,7 +46,8 @@ class TextConfig(CorpusConfig):
     val_path: str | None = setting(None, path="data")
     """Held-out text, or .bin files. None: part of --data.path, split by file."""
     tokenizer: str = setting("byte", path="file or name")
-    """byte; bpe: a byte-level BPE trained on the training text; or the path of a tokenizer.json."""
+    """byte; bpe: a byte-level BPE trained on the training text; or the path of a tokenizer.json. Of .bin files the one
+    that their tokens are of: only with it can a model of them write text."""
     vocab_size: int = setting(4096, minimum=257, maximum=2**31)
     """Tokens of a bpe that is trained, or of the .bin files; at least the 256 bytes and the end of text."""
     end_of_text: str | None = None
@@ -64,11 +65,12 @@ class TextConfig(CorpusConfig):
         yield from super().unused()
         if not self.is_tokens:
             yield "token_type", "it is for .bin files"
-        if self.is_tokens or self.tokenizer in ("byte", "bpe"):
+        is_made = self.tokenizer in ("byte", "bpe")
+        if is_made:
             yield "end_of_text", "it is for a tokenizer.json of --data.tokenizer"
-        if self.is_tokens:
-            yield "tokenizer", f"{self.path} holds tokens, not text"
-        elif self.tokenizer != "bpe":
+        if self.is_tokens and is_made:
+            yield "tokenizer", f"{self.path} holds tokens, not text: only the tokenizer.json that they are of says more"
+        elif not self.is_tokens and self.tokenizer != "bpe":
             yield "vocab_size", f"it is for --data.tokenizer bpe and .bin files; the tokenizer is {self.tokenizer}"
 
 

@@ -1,24 +1,21 @@
-"""Where images come from: files in a folder for each class, and CIFAR-10 in memory."""
+"""Finding images: files in a folder for each class, and CIFAR-10."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from hvdtrain.data.image_decoding import in_rgb, open_image
+from hvdtrain.data.image_sources import FolderImages, ImagesInMemory, ImageSource
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.data.links import leads_nowhere, refuse_link
 from hvdtrain.data.matching import is_folder
+from hvdtrain.data.text.named_splits import SPLITS
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import DataError, one_line, reason_of
 
@@ -27,95 +24,6 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 _TRAIN, _HELD_OUT = "train", ("val", "valid", "validation", "test")
 # Kinds of other files that are named.
 _MOST_KINDS = 5
-
-
-class ImageSource(Protocol):
-    """Images with labels, by their numbers."""
-
-    classes: tuple[str, ...]
-    """Names of the classes; a label is the place of one."""
-    labels: Tensor
-    """int64 `(n,)`."""
-
-    def open(self, index: int) -> Any:
-        """Return an image of PIL in RGB.
-
-        Raises:
-            Exception: whatever reading it raises.
-        """
-        ...
-
-    def name(self, index: int) -> str:
-        """Return what a person calls the image."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Return what changes when the images do."""
-        ...
-
-
-class FolderImages:
-    """Image files. Their names are kept in one piece: millions of them are cheap, and quickly sent to workers.
-
-    Args:
-        folder: where they lie.
-        names: paths in it.
-        labels: the class of each.
-        classes: names of the classes.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self.folder, self.classes = folder, classes
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-        self._names = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-
-    def open(self, index: int) -> Any:
-        """Read and decode a file, as torchvision does, but upright where its EXIF says how it lies."""
-        with Path(self.name(index)).open("rb") as file:
-            return in_rgb(open_image(file))
-
-    def name(self, index: int) -> str:
-        """Return the path of an image."""
-        start = self._ends[index - 1] if index else 0
-        return str(self.folder / os.fsdecode(self._names[start : self._ends[index]]))
-
-    def fingerprint(self) -> str:
-        """Return a hash of all names and classes; some of the images themselves are compared by the trainer."""
-        digest = hashlib.blake2b("\0".join(self.classes).encode("utf-8", "surrogateescape"), digest_size=16)
-        for part in (self._names, self._ends.tobytes(), self.labels.numpy().tobytes()):
-            digest.update(part)
-        return digest.hexdigest()
-
-
-class ImagesInMemory:
-    """Images that were read before.
-
-    Args:
-        pixels: uint8 `(n, height, width, 3)`.
-        labels: int64 `(n,)`.
-        classes: names of the classes.
-    """
-
-    def __init__(self, pixels: NDArray[np.uint8], labels: Tensor, classes: tuple[str, ...]) -> None:
-        self.pixels, self.labels, self.classes = pixels, labels, classes
-
-    def open(self, index: int) -> Any:
-        """Return an image."""
-        from PIL import Image
-
-        return Image.fromarray(self.pixels[index])
-
-    def name(self, index: int) -> str:
-        """Return its number."""
-        return f"number {index}"
-
-    def fingerprint(self) -> str:
-        """Return a hash of all of them."""
-        digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
-        digest.update(np.ascontiguousarray(self.pixels).data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -147,6 +55,8 @@ def _folders(root: Path, val_fraction: float, may_skip: bool) -> Images:
             refuse_link(root / name)
     inner = root / _TRAIN if (root / _TRAIN).is_dir() else root
     classes = _classes_in(inner)
+    if inner == root:
+        _check_are_classes(root, classes)
     names, labels, others = _list(inner, classes, may_skip)
     held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None) if inner != root else None
     if held_out is not None:
@@ -160,11 +70,42 @@ def _folders(root: Path, val_fraction: float, may_skip: bool) -> Images:
         val_names, val_labels = _those(names, labels, parts, True)
         names, labels = _those(names, labels, parts, False)
     _check_some(inner, classes, labels, held_out, val_names)
+    about = _about(others) + _without(classes, val_labels)
+    if inner != root:
+        about += _unused(root, {_TRAIN, held_out.name})
     return Images(
         FolderImages(inner, names, labels, classes),
         FolderImages(held_out, val_names, val_labels, classes),
-        _about(others),
+        about,
     )
+
+
+def _check_are_classes(root: Path, folders: tuple[str, ...]) -> None:
+    """Raise DataError where all folders are called as splits are, but otherwise than here: they are no classes."""
+    if len(folders) > 1 and all(folder.lower() in SPLITS for folder in folders):
+        raise DataError(
+            f"the folders of {root}, {' and '.join(folders)}, have the names of splits, not of classes: call the one"
+            f" for training {_TRAIN}, and what is held out {_HELD_OUT[0]}"
+        )
+
+
+def _without(classes: tuple[str, ...], val_labels: list[int]) -> str:
+    """Return which classes have no held-out images, as far as a person reads them."""
+    there = set(val_labels)
+    missing = [name for label, name in enumerate(classes) if label not in there]
+    if not missing:
+        return ""
+    names = ", ".join(missing[:_MOST_KINDS]) + ", ..." * (len(missing) > _MOST_KINDS)
+    return f"; nothing is held out of {len(missing):,} of {len(classes):,} classes ({names})"
+
+
+def _unused(root: Path, used: set[str]) -> str:
+    """Return which folders stand beside those that are used."""
+    others = sorted(entry.name for entry in _seen_in(root) if is_folder(entry) and entry.name not in used)
+    if not others:
+        return ""
+    more = ", ..." * (len(others) > _MOST_KINDS)
+    return f"; not used: the {'folder' if len(others) == 1 else 'folders'} {', '.join(others[:_MOST_KINDS])}{more}"
 
 
 def _about(others: Counter[str]) -> str:

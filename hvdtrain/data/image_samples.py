@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvdtrain.data.draws import Draws, kept_random_state
-from hvdtrain.data.image_files import ImageSource
+from hvdtrain.data.image_sources import ImageSource
 from hvdtrain.data.images_config import ImagesConfig
 from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.errors import DataError, one_line

@@ -79,7 +79,7 @@ def load_images(config: VisionConfig, *, train: bool) -> ImageTensors:
     """
     datasets = import_torchvision("torchvision.datasets")
     dataset_class = getattr(datasets, _CLASSES[config.dataset])
-    root = Path(config.root)
+    root = Path(config.root).expanduser()
     raw = root / _CLASSES[config.dataset] / "raw"
     if _missing(raw):
         if not config.download:

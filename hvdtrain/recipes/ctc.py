@@ -47,7 +47,7 @@ class ClipsConfig(DataConfig):
 
     path: str | None = setting(None, path="data")
     """Directory or glob of clips, the text of clip.wav in clip.txt beside it, or of many in NAME.trans.txt; or a table
-    of clips and texts (.tsv, .jsonl, .parquet), whose paths begin where it lies."""
+    of clips and texts (.tsv, .csv, .jsonl, .parquet), whose paths begin where it lies."""
     val_path: str | None = setting(None, path="data")
     """Held-out clips. None: the validation (else test) split that the names of files say, else a part by a hash."""
     val_fraction: float = setting(0.1, above=0, below=1)
@@ -68,6 +68,11 @@ class ClipsConfig(DataConfig):
     """A clip that cannot be read, or is too short for its text, ends the run; or it is left out, counted and named."""
     cache_dir: str | None = setting(None, path="new directory")
     """Where the lengths of clips are kept. None: hvdtrain/tokens in the user's cache directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.audio_field is not None and self.audio_field == self.text_field:
+            raise ConfigError(f"--data.audio-field and --data.text-field are both {self.text_field!r}")
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Yield what is held out where that is given."""

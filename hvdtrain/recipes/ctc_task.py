@@ -20,7 +20,7 @@ from hvdtrain.data.text.named_splits import named_splits
 from hvdtrain.data.text.pair_samples import mixed_by_length
 from hvdtrain.data.text.pairs import PairReader
 from hvdtrain.data.text.shared import say_shared
-from hvdtrain.data.text.sources import position
+from hvdtrain.data.text.sources import held_out_below, position
 from hvdtrain.errors import ConfigError, DataError, counted
 from hvdtrain.recipes.ctc import ClipsConfig, SpeechRecognition
 from hvdtrain.recipes.sequences import by_length, first_of, shortest, shown, spread
@@ -66,7 +66,11 @@ def build_task(recipe: SpeechRecognition, say: Callable[[str], None]) -> Task:
     )
     for name, samples in (("training", train_data), ("held-out", val_data)):
         if len(samples) == 0:
-            raise DataError(f"there are no {name} clips that can be used: use more, or give --data.val-path")
+            left_out = "; ".join(" ".join(line.split()) for line in _left_out(reader, about, data))
+            raise DataError(
+                f"there are no {name} clips that can be used{f' ({left_out})' if left_out else ''}: use more, or give"
+                " --data.val-path"
+            )
     metrics = ("loss", "unread") if data.on_error == "skip" else ("loss",)
     loss, way = CtcLoss(tokenizer.pad_token_id, metrics=metrics), ""
     if not any(parameter.is_meta for parameter in model.parameters()):  # a dry run has no weights
@@ -111,8 +115,8 @@ def _splits(data: ClipsConfig, reader: PairReader, say: Callable[[str], None]) -
     named = named_splits(documents)
     if data.val_path is not None:
         held_out = _found(data, data.val_path, reader)
-        below = None if named is None else {document.path for document in named.train}
-        train = [clip for clip in clips if below is None or clip.path in below]
+        own = None if named is None else {document.path for document in named.train}
+        train = [clip for clip in clips if own is None or clip.path in own]
         say_shared((clip.path for clip in train), (clip.path for clip in held_out), cache_at(data.cache_dir), say)
         return train, held_out
     if named is not None:
@@ -120,9 +124,11 @@ def _splits(data: ClipsConfig, reader: PairReader, say: Callable[[str], None]) -
         parts = [{document.path for document in part} for part in (named.train, named.held_out)]
         train, held_out = ([clip for clip in clips if clip.path in part] for part in parts)
         return train, held_out
-    below_fraction = [position(clip.name) <= data.val_fraction for clip in clips]
+    places = [position(clip.name) for clip in clips]
+    below = held_out_below(places, data.val_fraction)
     train, held_out = (
-        [clip for clip, is_out in zip(clips, below_fraction, strict=True) if is_out == which] for which in (False, True)
+        [clip for clip, place in zip(clips, places, strict=True) if (place <= below) == which]
+        for which in (False, True)
     )
     return train, held_out
 

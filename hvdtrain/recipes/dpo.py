@@ -30,7 +30,7 @@ class PairsConfig(CorpusConfig):
 
     path: str | None = setting(None, path="data")
     """File, directory or glob of records with the fields prompt, chosen and rejected, texts or lists of messages:
-    .jsonl, .ndjson, .json (also .gz, .bz2, .xz and .zst), .parquet and .arrow."""
+    .jsonl, .ndjson, .json, .csv (also .gz, .bz2, .xz and .zst), .parquet and .arrow."""
     val_path: str | None = setting(None, path="data")
     """Held-out files. None: the validation (else test) split, where the names of files or directories in --data.path
     say which are train, validation and test; else part of the records, by a hash."""

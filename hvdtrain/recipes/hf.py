@@ -76,8 +76,9 @@ class DocumentsConfig(CorpusConfig):
     """Documents to train on: texts, and records of texts or conversations."""
 
     path: str | None = setting(None, path="data")
-    """File, directory or glob: texts, or records as .jsonl, .ndjson, .json (also .gz, .bz2, .xz and .zst), .parquet and
-    .arrow; what `save_to_disk` of datasets writes. None: the source code of the running Python's standard library."""
+    """File, directory or glob: texts, or records as .jsonl, .ndjson, .json, .csv (also .gz, .bz2, .xz and .zst),
+    .parquet and .arrow; what `save_to_disk` of datasets writes. None: the source code of the running Python's standard
+    library."""
     val_path: str | None = setting(None, path="data")
     """Held-out files. None: the validation (else test) split, where the names of files or directories in --data.path
     say which are train, validation and test; else part of it, of texts by file, of records one by one, by a hash."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hvdtrain.data.config import VisionConfig
+from hvdtrain.errors import DataError
 from hvdtrain.optim.sgd import SgdConfig
 from hvdtrain.settings import LogConfig, TrainConfig
 from hvdtrain.trainer.task import Recipe, Task
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+
+    from hvdtrain.data.vision import ImageTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class Digits(Recipe):
         from hvdtrain.recipes.pictures import shown_images
 
         train, test = load_images(self.data, train=True), load_images(self.data, train=False)
+        for images in (train, test):
+            _check(images, self.data)
         return Task(
             model=Mlp(seed=self.train.seed),
             train_data=train,
@@ -62,6 +67,16 @@ def mnist() -> Digits:
         optim=SgdConfig(peak_lr=0.01, schedule="constant", weight_decay=0.0),
         log=LogConfig(every=100),
     )
+
+
+def _check(images: ImageTensors, data: VisionConfig) -> None:
+    """Raise DataError where images are others than the network is for, as those of EMNIST in files of MNIST's form."""
+    size, largest = tuple(images.images.shape[1:]), int(images.labels.max())
+    if size != (28, 28) or largest > 9:
+        raise DataError(
+            f"the files of {data.dataset} in {data.root} hold images of {size[0]}x{size[1]} and labels up to {largest}:"
+            " this recipe is for 28x28 and ten classes; as folders of images, the recipe resnet takes any"
+        )
 
 
 def _write(folder: Path, data: VisionConfig) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from hvdtrain.errors import ConfigError
 from hvdtrain.optim.adamw import AdamWConfig
 from hvdtrain.recipes.origin import check_one_origin
 from hvdtrain.settings import CheckpointConfig, DataConfig, EvalConfig, ModelConfig, Section, TrainConfig, setting
@@ -44,8 +45,8 @@ class PairsConfig(DataConfig):
     """Pairs of a text and what it shall become."""
 
     path: str | None = setting(None, path="data")
-    """File, directory or glob: tables of columns between tabs, or records as .jsonl, .parquet or .arrow. None: numbers
-    in digits, and in English and German words."""
+    """File, directory or glob: tables of columns between tabs, or records as .jsonl, .csv, .parquet or .arrow. None:
+    numbers in digits, and in English and German words."""
     val_path: str | None = setting(None, path="data")
     """Held-out pairs. None: the validation (else test) split that the names of files say, else a part by a hash."""
     val_fraction: float = setting(0.05, above=0, below=1)
@@ -76,6 +77,11 @@ class PairsConfig(DataConfig):
     there were."""
     cache_dir: str | None = setting(None, path="new directory")
     """Where prepared tokens are kept. None: hvdtrain/tokens in the user's cache directory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source_field is not None and self.source_field == self.target_field:
+            raise ConfigError(f"--data.source-field and --data.target-field are both {self.source_field!r}")
 
     @property
     def num_tokens(self) -> int:

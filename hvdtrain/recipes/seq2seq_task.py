@@ -23,7 +23,7 @@ from hvdtrain.data.text.pair_samples import PairWriter, TokenizedPairs, read_hel
 from hvdtrain.data.text.pairs import Pair, PairReader
 from hvdtrain.data.text.sealed import sealed_folder
 from hvdtrain.data.text.shared import say_shared
-from hvdtrain.data.text.sources import position
+from hvdtrain.data.text.sources import held_out_below, position
 from hvdtrain.data.text.splits import without_runs
 from hvdtrain.errors import DataError, counted
 from hvdtrain.recipes.seq2seq import EncoderDecoder, PairsConfig
@@ -123,7 +123,9 @@ def _find(data: PairsConfig, say: Callable[[str], None]) -> tuple[Splits, str]:
         say(named.about)
         documents, held_out = named.train, named.held_out
     else:
-        return _by_hash(partial(_read, documents), data.val_fraction), _digest(made_by)
+        reader = PairReader(data.source_field, data.target_field, "skip")  # what is wrong is told when all are read
+        below = held_out_below((position(source) for source, _ in reader.read(documents)), data.val_fraction)
+        return _by_hash(partial(_read, documents), below), _digest(made_by)
     return {"train": partial(_read, documents), "val": partial(_read, held_out)}, _digest(made_by)
 
 

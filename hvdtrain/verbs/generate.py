@@ -120,7 +120,10 @@ def open_writer(trained: Trained, is_chat: bool) -> Writer:
         raise DataError("--chat needs transformers: pip install 'hvdtrain[hf]'")
     shape = read_shape(trained.folder)
     if not (trained.folder / "tokenizer.json").is_file():
-        raise DataError(f"{trained.source} has no tokenizer.json: it was trained on tokens whose text nobody knows")
+        raise DataError(
+            f"{trained.source} has no tokenizer.json: it was trained on tokens whose text nobody knows;"
+            " train with --data.tokenizer to give it the one of its .bin files"
+        )
     tokenizer = load_bpe(trained.folder / "tokenizer.json", shape.end)
     return NativeWriter(load_model(trained, shape), tokenizer, shape)
 

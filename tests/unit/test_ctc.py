@@ -186,7 +186,7 @@ def test_a_clip_that_turns_out_to_be_damaged_counts_for_nothing(place, capfd):
     lost = task.train_data.num_targets(torch.tensor([0]))
     assert sums["unread"] == lost
     assert task.summarize({"loss": 1.0, "unread": 0.5})["loss"] == 2.0
-    with pytest.raises(DataError, match="too short for its text"):  # its header says how much is left
+    with pytest.raises(DataError, match=r"too short for its text|it was cut"):  # its header says how much is left
         build(place, on_error="stop")
 
 
@@ -252,6 +252,50 @@ def test_a_text_that_holds_the_blank_is_named(place):
     with pytest.raises(DataError, match=r"5\.flac holds <pad>, which is CTC's blank"):
         build(place)
     assert "left out:   1 clip" in build(place, on_error="skip").description
+
+
+@pytest.mark.parametrize("name", ["cut.wav", "cut.aiff", "cut.au", "cut.w64"])
+def test_a_clip_that_was_cut_is_told(place, name):
+    """Its text is of all of it: what is there was learned to be that, in silence."""
+    path = place / "clips" / name
+    soundfile.write(path, np.zeros(16_000, np.float32), 16_000)
+    path.with_suffix(".txt").write_text("ab")
+    build(place)
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(DataError, match=rf"{name} cannot be read \(it was cut: of 32,... bytes of sound \d+,\d+ are"):
+        build(place)
+
+
+def test_what_was_written_to_a_pipe_was_not_cut(place):
+    path = place / "clips" / "0.wav"
+    raw = bytearray(path.read_bytes())
+    for at in (4, raw.index(b"data") + 4):
+        raw[at : at + 4] = b"\xff" * 4
+    path.write_bytes(raw)
+    build(place)
+
+
+def test_a_listed_clip_that_is_not_there_is_told(place):
+    (place / "clips" / "a.trans.txt").write_text("0 ab\n99 ab\n")
+    with pytest.raises(DataError, match=r"the clip 99, which .*a\.trans\.txt lists, is not there"):
+        build(place)
+    assert "left out:   1 clip that cannot be used" in build(place, on_error="skip").description
+
+
+def test_of_few_clips_one_is_held_out(place):
+    for path in (place / "clips").iterdir():
+        if path.stem not in ("10", "11", "12"):
+            path.unlink()
+    for fraction in (0.1, 1e-6):
+        task = build(place, val_fraction=fraction)
+        assert (len(task.train_data), len(task.val_data)) == (2, 1)
+    with pytest.raises(DataError, match=r"no training clips that can be used \(left out: 3 clips of more than 0.1"):
+        build(place, max_seconds=0.1)
+
+
+def test_one_field_is_no_pair():
+    with pytest.raises(ConfigError, match=r"--data\.audio-field and --data\.text-field are both 'path'"):
+        ClipsConfig(audio_field="path", text_field="path")
 
 
 def test_tables_of_any_ends_of_lines_and_names(place):

@@ -49,6 +49,26 @@ def read(data, samples, epoch=0):
     return data.batch(torch.as_tensor(samples), draws(samples, epoch))
 
 
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "testing"), ("train_", "valid")])
+def test_folders_of_other_names_than_ours_are_no_classes(tmp_path, names):
+    """A model learned to tell training images from held-out ones."""
+    write_images(tmp_path, splits=names)
+    if "train_" in names:
+        assert find_images(ImagesConfig(root=str(tmp_path))).train.classes == names
+        return
+    with pytest.raises(DataError, match=r"have the names of splits, not of classes: .* training train, and"):
+        find_images(ImagesConfig(root=str(tmp_path)))
+
+
+def test_what_is_not_used_or_not_held_out_is_said(tmp_path):
+    write_images(tmp_path, splits=("train", "val", "test"))
+    assert find_images(ImagesConfig(root=str(tmp_path))).about == "; not used: the folder test"
+    (tmp_path / "cat").mkdir()
+    shutil.rmtree(tmp_path / "val" / "emu")
+    about = find_images(ImagesConfig(root=str(tmp_path))).about
+    assert about == "; nothing is held out of 1 of 3 classes (emu); not used: the folders cat, test"
+
+
 def test_labels_are_the_places_of_the_classes(tmp_path):
     config = ImagesConfig(root=str(write_images(tmp_path)))
     images = find_images(config)

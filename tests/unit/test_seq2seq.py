@@ -171,6 +171,19 @@ def test_lines_that_are_left_out_are_counted_once_in_all_files(place):
     assert "pairs.tsv, line 61 has one column" in apart.description
 
 
+def test_of_few_pairs_one_is_held_out(place):
+    lines = (place / "pairs.tsv").read_text().splitlines()
+    (place / "pairs.tsv").write_text("\n".join([*lines[:3], "no pair"]))
+    for fraction in (0.1, 1e-6):
+        task = build(place, val_fraction=fraction, on_error="skip")
+        assert (len(task.train_data), len(task.val_data)) == (2, 1)
+
+
+def test_one_field_is_no_pair():
+    with pytest.raises(ConfigError, match=r"--data\.source-field and --data\.target-field are both '2'"):
+        PairsConfig(source_field="2", target_field="2")
+
+
 def test_what_does_not_fit_is_told(place):
     both = EncoderDecoderConfig(path="somewhere", config=place / "pairs.tsv")
     with pytest.raises(ConfigError, match=r"give --model\.path, a model to begin with, or --model\.config"):

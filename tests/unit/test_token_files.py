@@ -6,8 +6,11 @@ import torch
 
 from hvdtrain.data.config import TextConfig
 from hvdtrain.data.text.stream import prepare_text
+from hvdtrain.data.text.tokenizer import train_bpe
 from hvdtrain.data.text.windows import IGNORED, Shard, TokenWindows
 from hvdtrain.errors import DataError
+from hvdtrain.models.config import DecoderConfig
+from hvdtrain.recipes.lm import LanguageModel, StreamConfig
 
 GENERATOR = np.random.default_rng(0)
 SMALL = GENERATOR.integers(0, 50_257, 2_000)
@@ -119,6 +122,33 @@ def test_tokens_of_a_small_vocabulary_are_tokens(largest, dtype, tmp_path):
     tokens = GENERATOR.integers(0, largest, 2_000)
     text = prepare(tmp_path, tokens.astype(dtype).tobytes())
     assert all_tokens(text.train_shards) == tokens.tolist()
+
+
+def test_a_tokenizer_says_what_tokens_mean(tmp_path):
+    pytest.importorskip("tokenizers")
+    words = train_bpe(iter(["one two three four " * 99]), 280)
+    words.save(tmp_path)
+    tokens = words.encode("one two three four " * 500).astype(np.uint16)
+    given = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_size": 300}
+    text = prepare(tmp_path, tokens.tobytes(), **given)
+    assert text.tokenizer.decode(tokens[:6].tolist()).startswith("one two")
+    assert (text.vocab_size, text.num_val_bytes) == (300, None)
+    assert text.content_hash == prepare(tmp_path, tokens.tobytes(), vocab_size=300).content_hash
+    with pytest.raises(DataError, match=f"the vocabulary has {words.vocab_size}:"):  # the held-out ones go up to 299
+        prepare(tmp_path, tokens.tobytes(), **{**given, "vocab_size": 257})
+    recipe = LanguageModel(
+        model=DecoderConfig(num_layers=1, hidden_size=16, num_heads=2),
+        data=StreamConfig(
+            path=str(tmp_path / "train.bin"), val_path=str(tmp_path / "val.bin"), sequence_length=16, **given
+        ),
+    )
+    folder = tmp_path / "written"
+    folder.mkdir()
+    (tmp_path / "train.bin").write_bytes(tokens.tobytes())
+    task = recipe.build(print)
+    task.write_model_files(folder)
+    assert (folder / "tokenizer.json").is_file()
+    assert task.samples(task.model, {})["text"]
 
 
 def test_held_out_tokens_that_are_trained_on_are_told(tmp_path):

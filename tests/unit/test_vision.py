@@ -22,6 +22,7 @@ from hvdtrain.data.torchvision_import import import_torchvision
 from hvdtrain.data.vision import ImageTensors, VisionConfig, load_images
 from hvdtrain.errors import DataError
 from hvdtrain.models.mlp import Mlp
+from hvdtrain.recipes.mnist import Digits
 
 needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 
@@ -124,6 +125,20 @@ def test_damaged_files_are_told(tmp_path: Path, split: str, kind: str, damage: s
 
 
 @needs_torchvision
+@needs_torchvision
+@pytest.mark.parametrize(("size", "largest"), [(32, 9), (28, 10)])
+def test_images_of_another_size_or_more_classes_are_refused(tmp_path: Path, size: int, largest: int) -> None:
+    """As those of EMNIST: they ended the run with a traceback of torch's."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        write_idx(raw / f"{split}-images-idx3-ubyte", np.zeros((9, size, size), np.uint8))
+        write_idx(raw / f"{split}-labels-idx1-ubyte", np.full(9, largest, np.uint8))
+    recipe = Digits(data=VisionConfig(root=str(tmp_path)))
+    with pytest.raises(DataError, match=rf"images of {size}x{size} and labels up to {largest}: this recipe is for"):
+        recipe.build(print)
+
+
 def test_a_directory_with_the_files_is_only_read(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     before = sorted(tmp_path.rglob("*"))

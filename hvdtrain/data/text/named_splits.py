@@ -21,7 +21,8 @@ _NAMES = {
     "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-_SPLITS = {name: split for split, names in _NAMES.items() for name in names}
+SPLITS = {name: split for split, names in _NAMES.items() for name in names}
+"""What a split may be called -> "train", "validation" or "test"."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ def split_of(name: str) -> str | None:
     """Return "train", "validation" or "test" where a document's path, with slashes, says so; else None."""
     *folders, file = PurePosixPath(name).parts
     for folder in folders:
-        if folder.lower() in _SPLITS:
-            return _SPLITS[folder.lower()]
-    words = [word for word in re.split(r"[-_.]", file.lower()) if word in _SPLITS]
-    return _SPLITS[words[0]] if words else None
+        if folder.lower() in SPLITS:
+            return SPLITS[folder.lower()]
+    words = [word for word in re.split(r"[-_.]", file.lower()) if word in SPLITS]
+    return SPLITS[words[0]] if words else None
 
 
 def named_splits(documents: Sequence[Document]) -> NamedSplits | None:

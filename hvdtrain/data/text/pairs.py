@@ -29,6 +29,9 @@ _KNOWN = (
     ("audio", "transcription"),
     ("file", "text"),
     ("path", "sentence"),
+    ("audio_filepath", "text"),  # manifests of NeMo
+    ("file_name", "transcription"),  # metadata.csv of datasets
+    ("file_name", "text"),
 )
 _MOST_KEPT = 3
 
@@ -158,7 +161,10 @@ def _usual_columns(cells: list[str]) -> tuple[int, ...]:
 
 def _pair_of(cells: list[str], places: tuple[int, ...]) -> Pair | str:
     if len(cells) == 1:
-        return "has one column: a source and a target are needed, with a tab between them"
+        return (
+            "has one column: a source and a target are needed, with a tab between them (`paste` makes such lines of two"
+            " files)"
+        )
     missing = [place for place in places if not 0 <= place < len(cells)]
     if missing:
         return f"has {len(cells)} columns, counted from 1, and none of number {missing[0] + 1}"

@@ -1,4 +1,4 @@
-"""Files of records: JSON lines, JSON arrays, Parquet and Arrow; JSON also compressed."""
+"""Files of records: JSON lines, JSON arrays, CSV, Parquet and Arrow; JSON and CSV also compressed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hvdtrain.data.text.compressed import SUFFIXES, lines_of, open_binary
+from hvdtrain.data.text.csv_records import csv_records
 from hvdtrain.data.text.encodings import how_to_convert, text_of
 from hvdtrain.errors import DataError
 from hvdtrain.settings.untrusted import parse_json
 
-Kind = Literal["lines", "array", "parquet", "arrow"]
+Kind = Literal["lines", "array", "csv", "parquet", "arrow"]
 """Of a file of records; array: values of JSON one after the other, over any number of lines, and arrays of records."""
 
 _KINDS: dict[str, Kind] = {
     ".jsonl": "lines",
     ".ndjson": "lines",
     ".json": "array",
+    ".csv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
@@ -35,7 +37,7 @@ def is_turn(value: Any) -> bool:
 
 
 def holds_records(path: Path) -> bool:
-    """Return whether a file's name says that it holds nothing but records; a .json may hold anything."""
+    """Return whether a file's name says that it holds nothing but records; a .json or .csv is a text to some."""
     return _named(path) in ("lines", "parquet", "arrow")
 
 
@@ -53,7 +55,7 @@ def kind_of(path: Path) -> Kind | None:
     A file that begins as JSON does is none of text, whatever it is called.
     """
     named = _named(path)
-    if named in ("parquet", "arrow"):
+    if named in ("parquet", "arrow", "csv"):
         return named
     try:
         with open_binary(path) as file:
@@ -102,6 +104,8 @@ def read_records(path: Path, kind: Kind) -> Iterator[tuple[str, Any]]:
             yield from _lines(path)
         elif kind == "array":
             yield from _values(path)
+        elif kind == "csv":
+            yield from csv_records(path)
         else:
             yield from _rows(path, kind)
     except (OSError, EOFError) as error:

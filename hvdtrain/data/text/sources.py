@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def _split_records(
         say(named.about)
         parts = {"train": named.train, "val": named.held_out}
         return {name: [source for source in records if source.document in part] for name, part in parts.items()}
-    below = _held_out_below(records, val_fraction)
+    below = held_out_below((position(raw) for source in records for _, raw in _read(source)), val_fraction)
     return {
         name: [dataclasses.replace(s, held_out_below=below, is_held_out=name == "val") for s in records]
         for name in ("train", "val")
@@ -127,14 +127,16 @@ def _part(texts: dict[Document, Source], part: Document) -> Source:
     return dataclasses.replace(whole, document=part, digest=f"{whole.digest} {part.start} {part.stop}")
 
 
-def _held_out_below(records: Sequence[Source], fraction: float) -> float:
-    """Return the fraction, or the smallest position of any record if none is below: one record is always held out."""
+def held_out_below(places: Iterable[float], fraction: float) -> float:
+    """Return up to which place in [0, 1) things are held out: the fraction, or the first if none is below it.
+
+    One thing is always held out. Places are asked for only until that is known.
+    """
     smallest = 1.0
-    for source in records:
-        for _, raw in _read(source):
-            smallest = min(smallest, position(raw))
-            if smallest <= fraction:
-                return fraction
+    for place in places:
+        smallest = min(smallest, place)
+        if smallest <= fraction:
+            return fraction
     return smallest
 
 

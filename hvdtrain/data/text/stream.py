@@ -10,6 +10,7 @@ Cached under a hash of everything that makes it:
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -157,6 +158,9 @@ def _read_prepared(folder: Path, digest: str) -> PreparedText:
 
 def _use_token_files(config: TextConfig, say: Callable[[str], None]) -> PreparedText:
     """Take token files as they are."""
+    tokenizer = None if config.tokenizer in ("byte", "bpe") else _build_tokenizer(config, ())
+    if tokenizer is not None:  # each of its tokens may be asked for
+        config = dataclasses.replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size))
     train, held_out = read_token_files(config, say)
     return PreparedText(
         train_shards=train.shards,
@@ -168,6 +172,6 @@ def _use_token_files(config: TextConfig, say: Callable[[str], None]) -> Prepared
         num_val_bytes=None,
         train_text_path=None,
         val_text_path=None,
-        tokenizer=None,
+        tokenizer=tokenizer,
         content_hash=content_hash(train, held_out),
     )
