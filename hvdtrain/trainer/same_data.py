@@ -35,5 +35,6 @@ def explain_resume(job: Job, state: dict[str, Any], now: dict[str, Fingerprint])
         return None
     change = explain_change(state.get("data") or {}, now)
     if change is None and state["fingerprint"] != job.task.fingerprint:
-        change = "the training data is not the same"
+        # The same samples where it was looked: a file of another name counts, by which texts are held out and ordered.
+        change = "the training data, or the name of a file of it, is not the same"
     return f"{change} (data)" if change else None

@@ -12,6 +12,7 @@ from thread_world import run_ranks
 from torch import nn
 from users_data import Endless, Vectors
 
+import hvdtrain
 from hvdtrain import Task, TensorSamples
 from hvdtrain.data.fingerprint import explain_change, explain_ranks, fingerprint_of
 from hvdtrain.data.samplers import InOrder, Weighted
@@ -182,3 +183,24 @@ def test_all_ranks_are_told_alike(tmp_path, train_rows, val_rows, says):
     one, other = run_ranks(2, work)
     assert one == other
     assert one == ["training", "held-out"] if says is None else one.startswith(says)
+
+
+def test_a_text_of_another_name_is_told_by_that_too(tmp_path, monkeypatch):
+    for name in ("HOROVOD_FUSION_THRESHOLD", "MKL_NUM_THREADS", "OMPI_MCA_mpi_yield_when_idle"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))  # which each start sets
+    for name in ("old", "new"):
+        (tmp_path / f"{name}.txt").write_text("some words, again and again. " * 200)
+
+    def started(name, steps):
+        hvdtrain.train(
+            "lm",
+            run_dir=tmp_path / "run",
+            model={"num_layers": 1, "hidden_size": 8, "num_heads": 1},
+            data={"path": str(tmp_path / f"{name}.txt"), "cache_dir": str(tmp_path / "cache"), "sequence_length": 16},
+            train={"steps": steps, "global_batch_size": 2},
+            eval={"every": None},
+        )
+
+    started("old", 1)
+    with pytest.raises(ResumeError, match=r"the training data, or the name of a file of it, is not the same \(data\)"):
+        started("new", 2)
