@@ -24,6 +24,15 @@ from hvdtrain.world.unused_gpus import unused_gpus
 from hvdtrain.world.world import World
 
 
+class UnlikeHostsError(LaunchError):
+    """Some hosts have GPUs and others none.
+
+    No wrong command: without the hosts whose GPUs are gone, which `supervise` leaves out, the same one may train.
+    """
+
+    exit_code = 1
+
+
 def init(groups: Callable[[Launch], Sequence[tuple[int, ...]]] = lambda launch: ()) -> World:
     """Return the world that this process's launcher made: `SoloWorld` without one, else `HorovodWorld`. Collective.
 
@@ -188,13 +197,13 @@ def _own_device(world: World, everyone: Sequence[tuple[str, tuple[str, ...], str
 
 
 def _check_hosts_alike(everyone: Sequence[tuple[str, tuple[str, ...], str]]) -> None:
-    """Raise LaunchError where some hosts have GPUs and others none: the first collective would wait for ever."""
+    """Raise UnlikeHostsError where some hosts have GPUs and others none: they would wait for each other for ever."""
     with_gpus = {host for host, gpus, _ in everyone if gpus}
     without = {host: unused for host, _, unused in everyone if host not in with_gpus}
     if with_gpus and without:
         host, unused = next(((host, unused) for host, unused in without.items() if unused), next(iter(without.items())))
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        raise LaunchError(
+        raise UnlikeHostsError(
             f"ranks on {min(with_gpus)} train on GPUs, and torch uses none on {host}{more}"
             f"{f' ({unused})' if unused else ''}: leave those hosts out, or train on the CPUs of all with"
             " CUDA_VISIBLE_DEVICES= (empty)"

@@ -88,6 +88,7 @@ def test_hosts_with_gpus_and_hosts_without_are_refused_at_once(monkeypatch, unus
         world.local_rank = world.rank % 2
         with pytest.raises(LaunchError) as refused:
             start.init()
+        assert refused.value.exit_code == 1  # `supervise` starts it again, without a new host
         return str(refused.value)
 
     said = run_ranks(4, work)
