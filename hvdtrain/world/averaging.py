@@ -54,7 +54,8 @@ class Averaging:
     offload: bool = False
     """Keep the optimizer's state in host memory, and take it to the parameters' device a part at a time."""
     warns_of_copies: bool = True
-    """Say so where all ranks compute the same gradient in the first steps: they read the same samples, then."""
+    """Say so where all ranks compute the same gradient in the first steps: they read the same samples, then. And where
+    their optimizers' settings differ, such as the learning rate of a schedule that goes by each rank's own loss."""
 
     def __post_init__(self) -> None:
         for name in ("accum_steps", "bucket_bytes"):

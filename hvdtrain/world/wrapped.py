@@ -21,6 +21,7 @@ from hvdtrain.world.exchange import GradientExchange
 from hvdtrain.world.loaded_state import restore_types
 from hvdtrain.world.offload import Offload, check_turns, step_in_parts
 from hvdtrain.world.question import Question
+from hvdtrain.world.settings_watch import SettingsWatch
 from hvdtrain.world.sharded import Sharding
 from hvdtrain.world.sparse_rows import sparse_parameters
 from hvdtrain.world.step_hooks import hang_on_step
@@ -233,6 +234,8 @@ def wrap_optimizer(
     layout = sharding.layout(prefix, codec) if sharding else None
     wrapped._exchange = exchange = GradientExchange(world, prefix, parameters, names, sparse, averaging, codec, layout)
     world.claim_gradients(exchange)
+    if averaging.warns_of_copies:
+        wrapped.take_along(SettingsWatch(world, wrapped, f"{prefix}.settings"))
 
     hang_on_step(world, wrapped, exchange, model, prefix)
     if sharding is not None:

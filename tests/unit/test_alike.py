@@ -104,3 +104,29 @@ def test_an_optimizer_made_of_a_set_is_told(caplog):
         "the parameters of this SGD stand in another order on other ranks: one rank's state does not fit another one,"
         " nor a saved one the next run. Give it a list instead of a set"
     ]
+
+
+@pytest.mark.parametrize("whose", ["all", "own"])
+def test_a_schedule_that_goes_by_a_ranks_own_loss_is_told_of(whose, caplog):
+    """Learning rates, and so weights, went apart in silence."""
+
+    def work(world):
+        model = nn.Linear(2, 1).double()
+        optimizer = world.wrap(sgd(model.parameters()), model)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        for step in range(5):
+            optimizer.zero_grad()
+            model(torch.full((1, 2), 1.0 + world.rank + step, dtype=torch.float64)).sum().backward()
+            optimizer.step()
+            own = torch.tensor(step * (2.0 * world.rank - 1))  # falls on rank 0, and rises on rank 1
+            schedule.step(world.all_reduce(own, "mean") if whose == "all" else own)
+        return optimizer.param_groups[0]["lr"]
+
+    with caplog.at_level(logging.WARNING):
+        rates = run_ranks(2, work)
+    told = [record.getMessage() for record in caplog.records if "differ in their settings" in record.getMessage()]
+    assert (rates[0] == rates[1]) == (whose == "all")
+    assert len(told) == (whose == "own")
+    assert all(
+        "goes by must be the same on all ranks, as ReduceLROnPlateau's step(world.all_reduce(" in text for text in told
+    )

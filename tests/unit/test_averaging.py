@@ -458,7 +458,7 @@ def test_a_network_that_is_one_reentrant_checkpoint(accum_steps):
 def test_a_whole_window_averages_once():
     def work(world):
         model = network()
-        optimizer = world.wrap(sgd(model), model, accum_steps=3)
+        optimizer = world.wrap(sgd(model), model, accum_steps=3, warns_of_copies=False)
         rounds = []
         for step in range(2):
             optimizer.zero_grad()
@@ -550,7 +550,7 @@ def test_a_change_of_what_is_trained_is_laid_out_anew():
     def work(world):
         model = network()
         model[2].requires_grad_(False)
-        optimizer = world.wrap(sgd(model), model)
+        optimizer = world.wrap(sgd(model), model, warns_of_copies=False)
         sent = []
         for change in (lambda: None, lambda: model[2].requires_grad_(True), lambda: model[0].requires_grad_(False)):
             change()
@@ -584,7 +584,7 @@ def test_checkpoints_inside_a_pass_do_not_end_it():
 
     def work(world):
         layers = torch.nn.ModuleList([torch.nn.Linear(6, 6).double() for _ in range(3)])
-        optimizer = world.wrap(sgd(layers), layers, accum_steps=2)
+        optimizer = world.wrap(sgd(layers), layers, accum_steps=2, warns_of_copies=False)
         sent = []
         for _ in range(2):
             before = len(world.sent)
