@@ -140,7 +140,10 @@ def _measure(path: Path) -> list[int] | str:
     import soundfile
 
     try:
-        about = soundfile.info(str(path), verbose=True)
+        with path.open("rb"):  # the system's own reason; soundfile's is "System error."
+            about = soundfile.info(str(path), verbose=True)
+    except OSError as error:
+        return reason_of(error)
     except Exception as error:  # the library's own, or the system's
         return one_line(error)
     cut = _CUT.search(about.extra_info)
