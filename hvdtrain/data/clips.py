@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdtrain.data.text.corpus import find_documents
-from hvdtrain.data.text.encodings import how_to_convert, text_of
+from hvdtrain.data.text.encodings import read_text
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.pair_samples import NOTHING
 from hvdtrain.data.text.pairs import PairReader
@@ -70,7 +70,7 @@ def find_clips(path: str, reader: PairReader) -> list[Clip]:
     found = []
     for document in heard:
         beside = document.path.with_suffix(".txt")
-        text = _text_of(beside) if beside.is_file() else listed.get(document.path, "")
+        text = read_text(beside, str(beside)) if beside.is_file() else listed.get(document.path, "")
         text = " ".join(text.split())
         if text:
             found.append(Clip(document.path, document.name, text))
@@ -94,23 +94,13 @@ def _listed(folders: set[Path], reader: PairReader) -> dict[Path, str]:
     for folder in folders:
         heard = {path.stem: path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
         for file in folder.glob(f"*{_LISTS}"):
-            for line in _text_of(file).split("\n"):
+            for line in read_text(file, str(file)).split("\n"):
                 parts = line.split(maxsplit=1)
                 if parts and parts[0] not in heard:
                     reader.pass_over(f"the clip {parts[0]}, which {file} lists, is not there")
                 elif len(parts) == 2:
                     texts[heard[parts[0]]] = parts[1]
     return texts
-
-
-def _text_of(file: Path) -> str:
-    try:
-        raw = file.read_bytes()
-        return text_of(raw, "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text: {how_to_convert(raw)}") from error
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {reason_of(error)}") from error
 
 
 def measured(clips: Sequence[Clip], cache: Path, corpus: str, reader: PairReader) -> list[Clip]:
@@ -140,7 +130,10 @@ def _measure(path: Path) -> list[int] | str:
     import soundfile
 
     try:
-        about = soundfile.info(str(path), verbose=True)
+        with path.open("rb"):  # the system's own reason; soundfile's is "System error."
+            about = soundfile.info(str(path), verbose=True)
+    except OSError as error:
+        return reason_of(error)
     except Exception as error:  # the library's own, or the system's
         return one_line(error)
     cut = _CUT.search(about.extra_info)

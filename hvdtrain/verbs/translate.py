@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from hvdtrain.errors import ConfigError, DataError, counted
+from hvdtrain.data.text.encodings import read_text
+from hvdtrain.errors import ConfigError, counted
 from hvdtrain.rundir.trained import Trained
 from hvdtrain.verbs.kit import standard_input
 from hvdtrain.verbs.options import GenerateOptions
@@ -44,10 +45,7 @@ def _texts(options: GenerateOptions) -> list[str]:
     if options.file is not None:
         if options.prompt:
             raise ConfigError("give --prompt or --file, not both")
-        try:
-            whole = options.file.expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--file {options.file} cannot be read as UTF-8 text: {error}") from error
+        whole = read_text(options.file.expanduser(), f"--file {options.file}")
     elif options.prompt:
         return [text.strip() for text in options.prompt]
     elif sys.stdin is None or sys.stdin.isatty():

@@ -83,7 +83,10 @@ def test_a_model_that_knows_answers_all(tmp_path):
     ("line", "message"),
     [
         ("{", r"line 2 is not"),
-        ('{"context": "a"}', r"line 2 is not .*KeyError\('choices'\)"),
+        ('{"context": "a"}', "line 2 is not .*: there is no 'choices'"),
+        ('{"context": "a", "choices": "bc", "answer": 1}', "line 2: 'choices' is no list of texts"),
+        ('{"context": "a", "choices": ["b", null], "answer": 1}', "line 2: 'choices' is no list of texts"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": true}', "line 2: the answer True is none of the 2"),
         ('{"context": "a", "choices": ["b"], "answer": 1}', "line 2: the answer 1 is none of the 1 choices"),
         ('{"context": "a", "choices": ["b"], "answer": "b"}', "line 2: the answer b is none"),
         ('{"context": "a", "choices": [""], "answer": 0}', "line 2: a context and choices of 1 to 9 tokens"),
@@ -93,6 +96,17 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, message):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(QUESTIONS[1]) + "\n" + line)
     with pytest.raises(DataError, match=message):
+        Choices(path, encode, [256], 9)
+
+
+def test_lines_end_where_jsons_do(tmp_path):
+    """A line separator may stand in a text of JSON; other languages write it as it is. Numbers are texts."""
+    path = tmp_path / "q.jsonl"
+    question = {"context": "a\u2028b", "choices": [4, "5"], "answer": 0}
+    path.write_text("\ufeff" + json.dumps(question, ensure_ascii=False) + "\r\n")
+    assert len(Choices(path, encode, [256], 9)) == 1
+    path.write_bytes(json.dumps(question).encode("utf-16"))
+    with pytest.raises(DataError, match=r"q\.jsonl is not UTF-8 text: convert it, as with iconv -f utf-16 "):
         Choices(path, encode, [256], 9)
 
 

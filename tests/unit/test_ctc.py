@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,6 +264,20 @@ def test_a_clip_that_was_cut_is_told(place, name):
     build(place)
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(DataError, match=rf"{name} cannot be read \(it was cut: of 32,... bytes of sound \d+,\d+ are"):
+        build(place)
+
+
+def test_a_clip_that_may_not_be_read_is_told_as_such(place, monkeypatch):
+    """To root all files are open: the system's answer is changed instead."""
+    opened = Path.open
+
+    def closed(path, *how, **more):
+        if path.name == "3.flac":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(DataError, match=r"3\.flac cannot be read \(Permission denied\)"):
         build(place)
 
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvdtrain.data.text.encodings import read_text
 from hvdtrain.data.text.windows import IGNORED
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, one_line
 from hvdtrain.settings.untrusted import parse_json
 
 Encode = Callable[[str], Sequence[int]]
@@ -43,10 +44,8 @@ class Choices:
         self, path: Path, encode: Encode, begin: Sequence[int], max_length: int, write: Callable[[Any], str] = str
     ) -> None:
         self._write = write
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--eval.choices {path} cannot be read: {error}") from error
+        # Not splitlines(): JSON may hold signs that it takes for ends of lines.
+        lines = read_text(path, f"--eval.choices {path}").split("\n")
         self._rows: list[list[tuple[list[int], int]]] = []
         self._bytes: list[list[int]] = []
         self._answers: list[int] = []
@@ -59,13 +58,18 @@ class Choices:
     def _add(self, line: str, place: str, encode: Encode, begin: list[int], max_length: int) -> None:
         try:
             value = parse_json(line)
-            context, choices = self._write(value["context"]), [str(text) for text in value["choices"]]
-            answer = value["answer"]
+            choices, answer = value["choices"], value["answer"]
+            is_text = [isinstance(text, str | int | float) and not isinstance(text, bool) for text in choices]
+            if not isinstance(choices, list) or not all(is_text):
+                raise DataError("'choices' is no list of texts")
+            choices = [str(text) for text in choices]
+            context = self._write(value["context"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{place} is not {{"context": ..., "choices": [...], "answer": ...}}: {error!r}') from error
+            why = f"there is no {error}" if isinstance(error, KeyError) else one_line(error)
+            raise DataError(f'{place} is not {{"context": ..., "choices": [...], "answer": ...}}: {why}') from error
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
             raise DataError(f"{place}: the answer {answer} is none of the {len(choices)} choices, counted from 0")
         before = begin + list(encode(context))
         rows = []

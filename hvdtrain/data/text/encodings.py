@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from hvdtrain.errors import DataError, reason_of
 
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 """Signs that no text has, in whatever encoding of one byte."""
@@ -29,6 +32,25 @@ def text_of(raw: bytes, encoding: str = "utf-8") -> str:
         at = raw.index(0)
         raise UnicodeDecodeError("utf-8", raw, at, at + 1, "zeros between letters, as of UTF-16")
     return text
+
+
+def read_text(path: Path, called: str) -> str:
+    """Return a file of UTF-8 text, whole, without its mark.
+
+    Args:
+        path: the file.
+        called: what a message calls it, such as "--file a.txt".
+
+    Raises:
+        DataError: it cannot be read, or is no UTF-8 text; says what to do.
+    """
+    try:
+        raw = path.read_bytes()
+        return text_of(raw, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{called} is not UTF-8 text: {how_to_convert(raw)}") from error
+    except OSError as error:
+        raise DataError(f"{called} cannot be read: {reason_of(error)}") from error
 
 
 def _is_wide(raw: bytes) -> bool:

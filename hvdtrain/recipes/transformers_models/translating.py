@@ -13,6 +13,9 @@ from hvdtrain.recipes.transformers_models.probe import describe
 from hvdtrain.rundir.trained import Trained
 from hvdtrain.settings.untrusted import read_json
 
+_SHOWN = 40
+"""Characters of a text that a message names."""
+
 
 class Translator:
     """Translates texts, each as training has shown them.
@@ -45,7 +48,9 @@ class Translator:
         settings: Any = self._model.config
         most = getattr(settings, "max_position_embeddings", None)
         if most is not None and given["input_ids"].shape[1] > most:
-            raise DataError(f"a text has {given['input_ids'].shape[1]:,} tokens, and the model {most:,} positions")
+            count = given["input_ids"].shape[1]
+            begins = texts[int(given["attention_mask"].sum(1).argmax())][:_SHOWN]
+            raise DataError(f"a text has {count:,} tokens, and the model {most:,} positions: it begins {begins!r}")
         tokens, is_text = given["input_ids"].to(device), given["attention_mask"].to(device)
         try:
             return translate(self._model, self._tokenizer, tokens, is_text, beams, longest)
