@@ -138,14 +138,14 @@ class Bucket:
         lengths = [*counts, len(counts), int(self._has_square), self._spare]
         dtype = self._forms[0][0] if self._is_native else self._codec.buffer_type(self._forms[0][0].to_real())
         self._wire = huge_pages.zeros(sum(lengths), dtype, self.parameters[0].device)
-        *flat, self._users, self.square, _ = torch.split(self._wire, lengths)
+        *flat, self._users, self.square, spare = torch.split(self._wire, lengths)
         self._numbers, self._counts = torch.split(self._wire, [sum(counts), sum(lengths) - sum(counts)])
         # In the parameter's own order: torch's fused optimizers go through both as they lie in memory.
         self._views = [
             like(view, whole) if lies_densely(whole) else view.view(whole.shape)
             for view, whole in zip(flat, wholes, strict=True)
         ]
-        del flat
+        del flat, spare
         self._holders = holders_of(self._wire)
 
     def _leave_to_holders(self) -> None:
