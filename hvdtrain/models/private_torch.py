@@ -11,7 +11,6 @@ import functools
 import struct
 import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -33,15 +32,11 @@ __all__ = [
     "constant_when_compiled",
     "copy_all_",
     "divided_all",
-    "drop_lost_hooks",
     "function_modes",
     "functionalized_calls",
-    "holders_of",
-    "identity_of",
     "is_compiled_backward",
     "is_fake",
     "is_freshly_seeded",
-    "is_held_by_others",
     "is_transformed",
     "is_watched",
     "norm_of",
@@ -49,7 +44,6 @@ __all__ = [
     "outside_of_compilers",
     "queue_after_run",
     "run_backward",
-    "version_of",
     "without_modes",
     "zero_all_",
 ]
@@ -274,57 +268,3 @@ def queue_after_run(action: Callable[[], None]) -> None:
 def computed_node() -> Any:
     """Return the node of autograd's graph that this thread is computing, or None."""
     return torch._C._current_autograd_node()
-
-
-def holders_of(tensor: Tensor) -> int:
-    """Return how many tensors share a tensor's memory, with it and torch's own bookkeeping counted."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-def _references_to(parameter: Tensor) -> int:
-    gradient = parameter.grad
-    return sys.getrefcount(gradient)
-
-
-def _least_holders() -> tuple[int, int]:
-    """Return what the two counts are for a gradient that nobody else holds: versions of Python and torch differ."""
-    parameter = torch.zeros(1, requires_grad=True)
-    parameter.grad = torch.zeros(1)
-    return holders_of(parameter.grad), _references_to(parameter)
-
-
-_HOLDERS, _REFERENCES = _least_holders()
-
-
-def is_held_by_others(parameter: Tensor, lying_together: int = 1) -> bool:
-    """Return whether anybody but a parameter has its gradient, or memory of it: a list, or a flat buffer.
-
-    `lying_together` gradients of parameters are known to lie in the same memory.
-    """
-    gradient = parameter.grad
-    if gradient is None:
-        return False
-    holders = holders_of(gradient)
-    del gradient
-    return holders >= _HOLDERS + lying_together or _references_to(parameter) > _REFERENCES
-
-
-def identity_of(tensor: Tensor) -> int:
-    """Return what tells a tensor's insides from others: `torch.utils.swap_tensors` exchanges them, hooks included.
-
-    `model.to(...)` does so for some subclasses, and where torch's `set_swap_module_params_on_conversion` says so.
-    """
-    return int(cast(Any, tensor)._cdata)
-
-
-def drop_lost_hooks(parameter: Tensor) -> None:
-    """Have hooks on a gradient's additions be called that are registered from now on.
-
-    torch lists those that were lost with a tensor's insides as if they were there, and would add new ones to these.
-    """
-    cast(Any, parameter)._post_accumulate_grad_hooks = OrderedDict()
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor has been changed in place, or one that shares its memory."""
-    return tensor._version

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import copy_all_, holders_of
+from hvdtrain.models.private_tensors import holders_of
+from hvdtrain.models.private_torch import copy_all_
 from hvdtrain.world import gradients, huge_pages
 from hvdtrain.world.codec import Codec
 from hvdtrain.world.filling import fill, lies_densely, like, real, repeats

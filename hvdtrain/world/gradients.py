@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from hvdtrain.models.private_torch import copy_all_, is_held_by_others, version_of
+from hvdtrain.models.private_tensors import is_held_by_others, version_of
+from hvdtrain.models.private_torch import copy_all_
 from hvdtrain.world.filling import lies_densely, real
 
 Mark = tuple[Tensor, int]

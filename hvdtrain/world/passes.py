@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hvdtrain.models.private_tensors import drop_lost_hooks, identity_of
 from hvdtrain.models.private_torch import (
     backward_run,
     computed_node,
-    drop_lost_hooks,
-    identity_of,
     is_compiled_backward,
     outside_of_compilers,
     queue_after_run,

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hvdtrain.data.config import TextConfig
@@ -129,8 +130,10 @@ def test_a_start_reads_no_text_again(tmp_path, monkeypatch, path):
     """What was prepared once is found though nobody may read the text any more; a change is noticed."""
     monkeypatch.setattr(known, "_SETTLED_NS", 0)
     (tmp_path / "corpus").mkdir()
-    for name in ("corpus/one.txt", "corpus/two.txt", "train.bin", "val.bin"):
+    for name in ("corpus/one.txt", "corpus/two.txt"):
         (tmp_path / name).write_bytes(b"one line of text\n" * 20)
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(np.arange(1000, 1200, dtype=np.uint16).tobytes())
     time.sleep(0.02)
     more = {"val_path": str(tmp_path / "val.bin"), "vocab_size": 2**16} if path == "train.bin" else {}
     config = TextConfig(path=str(tmp_path / path), cache_dir=str(tmp_path / "cache"), sequence_length=8, **more)
@@ -145,5 +148,5 @@ def test_a_start_reads_no_text_again(tmp_path, monkeypatch, path):
     # A single file is looked at, to find the line where to cut it; a file of tokens, for its header.
     assert corpus in ([], ["one.txt", "one.txt"], ["train.bin", "val.bin"])
     (tmp_path / "corpus" / "one.txt").write_bytes(b"one line of gold\n" * 20)
-    (tmp_path / "train.bin").write_bytes(b"one line of gold\n" * 20)
+    (tmp_path / "train.bin").write_bytes(np.arange(1001, 1201, dtype=np.uint16).tobytes())
     assert prepare_text(config).content_hash != first

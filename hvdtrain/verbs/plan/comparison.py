@@ -109,14 +109,12 @@ def recommended(rows: Sequence[MethodRow]) -> tuple[MethodRow | None, str]:
     best = max(cheap, key=lambda row: row.speedup)
     if best.speedup < _WORTH:
         best = exact
-    cost = best.loss.change if best.loss is not None else 0.0
     reason = "exact" if best == exact else f"{best.speedup:.2f} times as fast as exact averages in every step"
-    if cost:
-        assert best.loss is not None
-        reason += f", for a held-out loss {cost:+.1%} where it was measured ({best.loss.where})"
+    if best.loss is not None and best.loss.change:
+        reason += f", for a held-out loss {best.loss} where it was measured ({best.loss.where})"
     faster = [row for row in sound if row.speedup > best.speedup * _WORTH]
     if faster:
         fastest = max(faster, key=lambda row: row.speedup)
-        loss = "not measured" if fastest.loss is None else f"{fastest.loss.change:+.1%} ({fastest.loss.where})"
+        loss = "not measured" if fastest.loss is None else f"{fastest.loss} ({fastest.loss.where})"
         reason += f"; {fastest.method} would be {fastest.speedup:.2f} times as fast, with a loss {loss}"
     return best, reason

@@ -76,7 +76,7 @@ def _methods(answer: Answer) -> Iterator[str]:
     for row in rows:
         mark = ">" if row == answer.method else " "
         interval = f"{row.step.total_s * 1e3:.4g} ± {100 * row.error:.0f}%"
-        loss = "?" if row.loss is None else f"{row.loss.change:+.1%}" if row.loss.change else "exact"
+        loss = "?" if row.loss is None else str(row.loss) if row.loss.change else "exact"
         yield (
             f"{mark}{row.method:{width}} {interval:>16} {row.units_per_s:12,.0f} {row.speedup:6.2f}"
             f" {in_units(row.bytes_per_step):>13} {loss:>15}"
