@@ -37,7 +37,7 @@ def main() -> None:
     given = parser.parse_args()
     shape = {"ranks": 2, "threads": 1, "layers": 6, "hidden_size": 256, "heads": 4, "intermediate_size": None}
     run = {"length": 128, "batch": 8, "precision": "fp32", "compile": "none", "controller": "mpi", "steps": 40}
-    settings = argparse.Namespace(**shape, **run)
+    settings = argparse.Namespace(**shape, **run, tokens=None)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(given.repeats):
         for name, variables in VARIANTS.items():
