@@ -17,6 +17,7 @@ keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 E = TypeVar("E", bound="HvdtrainError")
@@ -107,3 +108,9 @@ def counted(number: float, noun: str) -> str:
     """Return "1 rank", "2 ranks", "1.5 cores": how every message counts."""
     digits = f"{number:,d}" if isinstance(number, int) else f"{number:g}"
     return f"{digits} {noun}{'s' * (number != 1)}"
+
+
+def listed(items: Sequence[object], most: int = 8) -> str:
+    """Return "a, b, c"; of more than `most` items the first ones and how many more there are."""
+    left = len(items) - most
+    return ", ".join(map(str, items[:most])) + (f" and {left} more" if left > 0 else "")

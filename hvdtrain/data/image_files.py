@@ -95,8 +95,7 @@ def _without(classes: tuple[str, ...], val_labels: list[int]) -> str:
     missing = [name for label, name in enumerate(classes) if label not in there]
     if not missing:
         return ""
-    names = ", ".join(missing[:_MOST_KINDS]) + ", ..." * (len(missing) > _MOST_KINDS)
-    return f"; nothing is held out of {len(missing):,} of {len(classes):,} classes ({names})"
+    return f"; nothing is held out of {len(missing):,} of {len(classes):,} classes ({_some(missing)})"
 
 
 def _unused(root: Path, used: set[str]) -> str:
@@ -104,17 +103,19 @@ def _unused(root: Path, used: set[str]) -> str:
     others = sorted(entry.name for entry in _seen_in(root) if is_folder(entry) and entry.name not in used)
     if not others:
         return ""
-    more = ", ..." * (len(others) > _MOST_KINDS)
-    return f"; not used: the {'folder' if len(others) == 1 else 'folders'} {', '.join(others[:_MOST_KINDS])}{more}"
+    return f"; not used: the {'folder' if len(others) == 1 else 'folders'} {_some(others)}"
 
 
 def _about(others: Counter[str]) -> str:
     """Return what a person should know of files that were taken for no images, counted by their endings."""
     if not others:
         return ""
-    kinds = [kind for kind, _ in others.most_common(_MOST_KINDS)]
-    more = ", ..." * (len(others) > len(kinds))
-    return f"; {others.total():,} other files were passed over ({', '.join(kinds)}{more})"
+    kinds = [kind for kind, _ in others.most_common()]
+    return f"; {others.total():,} other files were passed over ({_some(kinds)})"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_KINDS]) + ", ..." * (len(names) > _MOST_KINDS)
 
 
 def _those(names: list[str], labels: list[int], parts: list[bool], part: bool) -> tuple[list[str], list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,22 +67,10 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
             " in the model's config.json"
         )
     loss = DpoLoss(recipe.dpo, way.loss.head, way.loss.layout is IN_EQUAL_ROWS, len(train) + len(held_out))
-    num_cut, num_left_out = train.num_cut + held_out.num_cut, train.num_left_out + held_out.num_left_out
-    num_alike = train.num_alike + held_out.num_alike
     lines = (
         f"data:       {data.path}: {len(train):,} pairs with {train.num_tokens:,} tokens in their answers,"
         f" {len(held_out):,} pairs held out, vocabulary {len(tokenizer):,}",
-        f"formats:    {', '.join(f'{count:,} {name}' for name, count in meta['formats'].items())}",
-        f"cut:        {counted(num_cut, 'pair')} at the end, longer than {length} tokens" if num_cut else "",
-        f"left out:   {counted(num_left_out, 'pair')} whose prompt leaves no room for an answer"
-        if num_left_out
-        else "",
-        f"left out:   {counted(num_alike, 'pair')} whose answers differ only behind {length} tokens"
-        if num_alike
-        else "",
-        f"left out:   {counted(meta['num_skipped'], 'record')} that cannot be used, such as {meta['skipped'][0]}"
-        if meta["num_skipped"]
-        else "",
+        *_describe_pairs(meta, (train, held_out), length),
         embeddings,
         describe_adapters(settings, model),
         f"reference:  {'the base model' if base else 'the model as it is before the first step'}, computed once",
@@ -102,6 +90,22 @@ def build_task(recipe: Preferences, say: Callable[[str], None]) -> Task:
         description="\n".join(filter(None, lines)),
         fingerprint=f"{folder.name} {length}",
     )
+
+
+def _describe_pairs(meta: dict[str, Any], parts: Sequence[PreferencePairs], length: int) -> Iterator[str]:
+    """Yield what a person should know of the pairs: their formats, and what is cut or left out of them."""
+    num_cut = sum(pairs.num_cut for pairs in parts)
+    num_left_out = sum(pairs.num_left_out for pairs in parts)
+    num_alike = sum(pairs.num_alike for pairs in parts)
+    yield f"formats:    {', '.join(f'{count:,} {name}' for name, count in meta['formats'].items())}"
+    if num_cut:
+        yield f"cut:        {counted(num_cut, 'pair')} at the end, longer than {length} tokens"
+    if num_left_out:
+        yield f"left out:   {counted(num_left_out, 'pair')} whose prompt leaves no room for an answer"
+    if num_alike:
+        yield f"left out:   {counted(num_alike, 'pair')} whose answers differ only behind {length} tokens"
+    if meta["num_skipped"]:
+        yield f"left out:   {counted(meta['num_skipped'], 'record')} that cannot be used, such as {meta['skipped'][0]}"
 
 
 def _prepare(data: PairsConfig, tokenizer: Any, say: Callable[[str], None]) -> Path:

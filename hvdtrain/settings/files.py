@@ -29,9 +29,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        _flush(temporary)
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -47,8 +45,7 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -84,3 +84,9 @@ def _check_kind(path: Path, kind: PathKind, what: str) -> None:
     access = os.W_OK if kind == "new file" else os.R_OK
     if not os.access(path, access):
         raise ConfigError(f"{what} cannot be {'written' if access == os.W_OK else 'read'}: Permission denied")
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the path, or the nearest directory above it that exists."""
+    path = path.absolute()
+    return next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, listed
 from hvdtrain.models.walk import owned_by
 from hvdtrain.models.weights import shapes_of
 from hvdtrain.world import WrappedOptimizer
@@ -60,8 +60,8 @@ class Structure:
         if not others:
             return ""
         return (
-            f"WARNING: {_some(others)} of the model became another parameter while it was trained, which the optimizer"
-            " does not have: it is not trained. Change the numbers of the one that was there, as by"
+            f"WARNING: {listed(others, _NAMED)} of the model became another parameter while it was trained, which the"
+            " optimizer does not have: it is not trained. Change the numbers of the one that was there, as by"
             " parameter.data.copy_(...) or layer.reset_parameters(), or make it in build()"
         )
 
@@ -69,7 +69,7 @@ class Structure:
         """Say what a checkpoint holds that a run which goes on would not have."""
         now = shapes_of(training.model)
         odd = sorted(name for name in now.keys() | self.shapes.keys() if now.get(name) != self.shapes.get(name))
-        parts = [f"{_some(odd)} of the model"] if odd else []
+        parts = [f"{listed(odd, _NAMED)} of the model"] if odd else []
         parts += ["the optimizer's parameter groups"] if _lengths(training.optimizer) != self._groups else []
         if not parts:
             return ""
@@ -94,8 +94,3 @@ def _check_states(optimizer: WrappedOptimizer) -> None:
 
 def _lengths(optimizer: WrappedOptimizer) -> list[int]:
     return [len(group["params"]) for group in optimizer.param_groups]
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

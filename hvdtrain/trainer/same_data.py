@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hvdtrain.data.fingerprint import Fingerprint, explain_change, explain_ranks, fingerprint_of
-from hvdtrain.errors import DataError
+from hvdtrain.errors import DataError, on_all_ranks
 from hvdtrain.trainer.job import Job
 
 
@@ -23,9 +23,7 @@ def compare_data(job: Job) -> dict[str, Fingerprint]:
         return fingerprints
     problem = explain_ranks(world.all_gather_object(fingerprints, "data.fingerprints"))
     if problem:
-        error = DataError(problem)
-        error.is_on_all_ranks = True
-        raise error
+        raise on_all_ranks(DataError(problem))
     return fingerprints
 
 

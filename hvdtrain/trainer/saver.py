@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hvdtrain.errors import CheckpointError
+from hvdtrain.errors import CheckpointError, on_all_ranks
 from hvdtrain.models.weights import model_weights, parameter_names
 from hvdtrain.rundir.checkpoints import Checkpoints
 from hvdtrain.rundir.directory import Whereabouts
@@ -202,9 +202,7 @@ class Saver:
         self._stall_s += time.perf_counter() - started
         error = self._job.world.broadcast_object(self._error, "save.finish")
         if error:
-            failure = CheckpointError(error)
-            failure.is_on_all_ranks = True
-            raise failure
+            raise on_all_ranks(CheckpointError(error))
 
     def __enter__(self) -> Saver:
         return self

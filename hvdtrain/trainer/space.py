@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from hvdtrain.models.private_torch import FakeTensorMode
+from hvdtrain.settings.paths import existing_parent
 from hvdtrain.settings.units import in_units
 from hvdtrain.trainer.due import times_due
 from hvdtrain.trainer.fakes import fake_model
@@ -43,7 +43,7 @@ def space_warning(job: Job) -> list[str]:
 
     Quotas of a person or a project are not seen. For the rank that writes.
     """
-    folder = existing(job.run.path)
+    folder = existing_parent(job.run.path)
     try:
         to_come = max(1, kept_at_once(job) - len(job.run.checkpoints.by_step()))
         total, _, free = shutil.disk_usage(folder)
@@ -60,8 +60,3 @@ def space_warning(job: Job) -> list[str]:
         f"warning:    a checkpoint takes about {in_units(size)}, and {folder} has {in_units(free)} free, for"
         f" {free // size:,} of the {to_come:,} to come ({kept}): make room, or choose another --run-dir"
     ]
-
-
-def existing(path: Path) -> Path:
-    """Return the nearest directory above a path that is there, as a run's may not be yet."""
-    return next((folder for folder in (path, *path.absolute().parents) if folder.is_dir()), Path("/"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvdtrain import __version__
-from hvdtrain.errors import ConfigError, DataError, counted, reason_of
+from hvdtrain.errors import ConfigError, DataError, counted, listed, reason_of
 
 WIDTH = 116
 """Columns of an answer; longer lines are wrapped."""
@@ -44,12 +44,6 @@ def head_line(verb: str, recipe: str, num_ranks: int, *more: str) -> str:
     """Return an answer's first line: "hvdtrain 0.1.0: verify lm on 2 ranks, global batch 64"."""
     about = ", ".join([f"{verb} {recipe} on {counted(num_ranks, 'rank')}", *more])
     return f"hvdtrain {__version__}: {about}"
-
-
-def listed(items: Sequence[object], most: int = 8) -> str:
-    """Return "a, b, c"; of more than `most` items the first ones and how many more there are."""
-    left = len(items) - most
-    return ", ".join(map(str, items[:most])) + (f" and {left} more" if left > 0 else "")
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

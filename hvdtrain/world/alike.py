@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, on_all_ranks
 
 if TYPE_CHECKING:
     from hvdtrain.world.averaging import Averaging
@@ -47,12 +47,12 @@ def check_same(world: World, rows: Sequence[Row], call: str, settings: Mapping[s
     everyone: list[list[tuple[str, Any]]] = world.all_gather_object(own, f"{call}.all")
     rank, others = next((rank, others) for rank, others in enumerate(everyone) if others != everyone[0])
     theirs, ours = next((a, b) for a, b in zip_longest(others, everyone[0]) if a != b)
-    error = ConfigError(
-        f"{call}: rank {rank} has {_shown(theirs)} where rank 0 has {_shown(ours)}. Have all ranks make the same, in"
-        " the same order: what goes through a set comes in another order in each process"
+    raise on_all_ranks(
+        ConfigError(
+            f"{call}: rank {rank} has {_shown(theirs)} where rank 0 has {_shown(ours)}. Have all ranks make the same,"
+            " in the same order: what goes through a set comes in another order in each process"
+        )
     )
-    error.is_on_all_ranks = True
-    raise error
 
 
 def check_same_wrap(

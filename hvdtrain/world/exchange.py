@@ -134,7 +134,8 @@ class GradientExchange:
         unfinished = [exchange for exchange in self._all() if not exchange._is_finished]
         for exchange in unfinished:
             exchange._check_own()
-            exchange._hooks.say_late(exchange.watch_parameters(), self.layout, self._world.rank)
+            if exchange._hooks:
+                exchange._hooks.say_late(exchange.watch_parameters(), self.layout, self._world.rank)
         for exchange in unfinished:
             exchange._follow_conversions()
             exchange._send()

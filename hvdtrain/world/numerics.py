@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hvdtrain.errors import ConfigError
+from hvdtrain.errors import ConfigError, on_all_ranks
 from hvdtrain.settings import Precision
 
 # Read when cuBLAS and NCCL start. cuBLAS adds in one order only where each stream has its own workspace. NCCL chooses
@@ -59,9 +59,9 @@ def fp32_products(precision: Precision, device: torch.device) -> Iterator[None]:
     """
     if device.type != "cuda":
         if precision == "tf32":
-            error = ConfigError("--train.precision tf32 is for NVIDIA GPUs, and there is none here: use fp32 or bf16")
-            error.is_on_all_ranks = True
-            raise error
+            raise on_all_ranks(
+                ConfigError("--train.precision tf32 is for NVIDIA GPUs, and there is none here: use fp32 or bf16")
+            )
         yield
         return
     cudnn: Any = torch.backends.cudnn

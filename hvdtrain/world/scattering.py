@@ -92,9 +92,8 @@ def without_gpus(value: Any) -> Any:
     That is another rank's there, which would take memory of it, or is not to be seen at all.
     """
     tensors: list[Tensor] = []
-    try:
-        pickled = dumped(value, tensors)
-    except (pickle.PicklingError, AttributeError, TypeError):  # Horovod's way to pickle knows more, or says why not
+    pickled = dumped_or_why(value, tensors)
+    if isinstance(pickled, str):  # cloudpickle knows more, or says why not
         return value
     were_on_gpu = [tensor.is_cuda for tensor in tensors]
     return _Apart(pickled, [tensor.cpu() for tensor in tensors], were_on_gpu) if any(were_on_gpu) else value

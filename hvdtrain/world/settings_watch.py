@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import weakref
 from collections.abc import Callable
@@ -31,7 +30,7 @@ class SettingsWatch:
     def __init__(self, world: World, optimizer: torch.optim.Optimizer, name: str) -> None:
         self._world, self._name = world, name
         self._optimizer = weakref.ref(optimizer)
-        self._wait: Callable[[], Tensor] | None = None
+        self._wait: Callable[[], bool] | None = None
         self._windows = 0
         self._is_over = False
 
@@ -45,20 +44,15 @@ class SettingsWatch:
         self._windows += 1
         if self._is_over or self._windows < 2 or self._windows & (self._windows - 1):
             return
-        digest = hashlib.sha256(repr(self._settings()).encode()).digest()[:8]
-        own = int.from_bytes(digest, "big", signed=True)
-        # The largest, and the largest complement, which is the smallest one's: equal if there is only one.
-        self._wait = self._world.start_all_reduce_(torch.tensor([own, ~own], device="cpu"), "max", self._name)
+        self._wait = self._world.start_agreeing(self._settings(), self._name)
 
     def receive(self) -> None:
         """Compare, where it was sent. Collective."""
         if self._wait is None:
             return
-        largest, smallest = self._wait().tolist()
-        self._wait = None
-        if largest == ~smallest:
+        self._is_over, self._wait = not self._wait(), None
+        if not self._is_over:
             return
-        self._is_over = True
         if self._world.rank == 0:
             rates = ", ".join(f"{group['lr']:.4g}" for group in self._settings() if isinstance(group.get("lr"), float))
             _log.warning(

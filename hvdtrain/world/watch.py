@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested
+from hvdtrain.errors import ConfigError, HvdtrainError, StopRequested, on_all_ranks
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.output import is_of_output, lost_words, tell
 from hvdtrain.process.stop import StoppedEarly, leaving_by
@@ -121,8 +121,7 @@ def _check_same_settings(config: Config, world: World) -> None:
     everyone = world.all_gather_object(to_dict(config), "settings.all")
     others = [str(rank) for rank, settings in enumerate(everyone) if settings != everyone[0]]
     if others:
-        error = ConfigError(
-            f"rank {', '.join(others)} was given other settings than rank 0: give all ranks the same command and files"
+        who = f"rank {', '.join(others)}"
+        raise on_all_ranks(
+            ConfigError(f"{who} was given other settings than rank 0: give all ranks the same command and files")
         )
-        error.is_on_all_ranks = True
-        raise error

@@ -270,13 +270,19 @@ class World(Collectives):
 
         Two numbers travel, however long the values are and however many the ranks: gather them only where they differ.
         """
-        if self.size == 1:
-            return True
+        return self.size == 1 or self.start_agreeing(value, name)()
+
+    def start_agreeing(self, value: object, name: str) -> Callable[[], bool]:
+        """Begin `agrees` and return the function that waits for its answer. Collective."""
         own = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big", signed=True)
         # The largest digest and the largest complement, which is the smallest digest's: equal if there is only one.
-        pair = torch.tensor([own, ~own], device="cpu")
-        largest, smallest = self.start_all_reduce_(pair, "max", name)().tolist()
-        return bool(largest == ~smallest)
+        wait = self.start_all_reduce_(torch.tensor([own, ~own], device="cpu"), "max", name)
+
+        def answer() -> bool:
+            largest, smallest = wait().tolist()
+            return bool(largest == ~smallest)
+
+        return answer
 
     def check_replicas(self, tensors: Mapping[str, Tensor], name: str) -> None:
         """Make sure that `tensors` are bitwise equal on all ranks. Collective.

@@ -17,8 +17,9 @@ import hvdtrain
 from hvdtrain import cli
 from hvdtrain.errors import ConfigError
 from hvdtrain.install.clone import setup_command
+from hvdtrain.settings.paths import existing_parent
 from hvdtrain.verbs.doctor import diagnose
-from hvdtrain.verbs.doctor.facts import RankFacts, existing_parent
+from hvdtrain.verbs.doctor.facts import RankFacts
 from hvdtrain.verbs.doctor.findings import Finding, exit_code, table
 from hvdtrain.verbs.doctor.network import AllReduce, Network, Pair, _answer, _ask, schedule
 from hvdtrain.verbs.doctor.software import check_mpi

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hvdtrain.errors import DataError, reason_of
 
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 """Signs that no text has, in whatever encoding of one byte."""
 _LOOKED_AT = 4096
 # How files begin that hold text, but are none.
@@ -69,6 +69,6 @@ def how_to_convert(raw: bytes) -> str:
     if _is_wide(head) or (head and _is_wide(raw)):
         order = "be" if head[::2].count(0) > head[1::2].count(0) else "le"
         return f"convert it, as with iconv -f utf-16{order} -t utf-8"
-    if _CONTROL.search(head):
+    if CONTROL.search(head):
         return "it is no text at all, as pictures and archives are none: leave it out"
     return "convert it, as with iconv -f latin1 -t utf-8"

@@ -10,7 +10,6 @@ import codecs
 import contextlib
 import glob
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from hvdtrain.data.config import TextConfig, TokenType, cache_dir
 from hvdtrain.data.links import leads_nowhere, refuse_link
+from hvdtrain.data.text.encodings import CONTROL
 from hvdtrain.data.text.known import KnownFiles
 from hvdtrain.data.text.shared import say_of
 from hvdtrain.data.text.windows import Shard
@@ -32,7 +32,6 @@ _HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
 # Upper halves of the tokens of a vocabulary of up to 262,144; fewer tokens than that many show nothing.
 _LARGEST_UPPER_HALF = 3
 _FEWEST_TO_TELL = 64
-_NOT_IN_TEXT = re.compile(rb"[\x00-\x08\x0e-\x1a]")
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _check_is_tokens(path: Path, head: bytes, magic: int, version: int) -> None:
             f" tokens.astype('uint16').tofile({str(path)!r})"
         )
     beginning = head[:_HEADER_BYTES]
-    if len(beginning) >= 2 * _FEWEST_TO_TELL and not _NOT_IN_TEXT.search(beginning):
+    if len(beginning) >= 2 * _FEWEST_TO_TELL and not CONTROL.search(beginning):
         with contextlib.suppress(UnicodeDecodeError):
             codecs.getincrementaldecoder("utf-8")().decode(beginning)
             raise DataError(f"{path} holds text, not tokens: give it a name that does not end in .bin")

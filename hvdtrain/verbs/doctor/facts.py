@@ -22,6 +22,7 @@ import hvdtrain
 from hvdtrain.errors import LaunchError
 from hvdtrain.process.launch import Launch
 from hvdtrain.process.stray import stray_hint
+from hvdtrain.settings.paths import existing_parent
 from hvdtrain.world import visible_gpus
 from hvdtrain.world.inspect import HorovodBuild, horovod_build, mpi_library
 from hvdtrain.world.unused_gpus import unused_gpus
@@ -159,12 +160,6 @@ def _gpus() -> tuple[str, ...]:
         return visible_gpus()
     except LaunchError:
         return ()
-
-
-def existing_parent(path: Path) -> Path:
-    """Return the path, or the nearest directory above it that exists."""
-    path = path.absolute()
-    return next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))
 
 
 def cores_of(pid: int) -> tuple[int, ...]:

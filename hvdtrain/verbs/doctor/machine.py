@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from hvdtrain.errors import LaunchError, counted
+from hvdtrain.errors import LaunchError, counted, listed
 from hvdtrain.install.clone import setup_command
 from hvdtrain.verbs.doctor.facts import RankFacts
 from hvdtrain.verbs.doctor.findings import Finding, error, ok, warning
-from hvdtrain.verbs.kit import listed, ranks_text
+from hvdtrain.verbs.kit import ranks_text
 from hvdtrain.world import pick_device
 
 GIB = 2**30

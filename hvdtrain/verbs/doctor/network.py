@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from hvdtrain.verbs.doctor.facts import RankFacts, existing_parent, interface_mbit, interface_towards
+from hvdtrain.settings.paths import existing_parent
+from hvdtrain.verbs.doctor.facts import RankFacts, interface_mbit, interface_towards
 from hvdtrain.verbs.phase_clock import seconds_of
 from hvdtrain.world import World
 from hvdtrain.world.door import Door, knock

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from hvdtrain.errors import listed
 from hvdtrain.trainer.buffers import ChangingBuffers
 from hvdtrain.trainer.state import replicated_tensors
-from hvdtrain.verbs.kit import listed
 from hvdtrain.verbs.verify.compare import between, bitwise, in_bits, movement, worst_of
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row, warned

@@ -6,14 +6,13 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from hvdtrain.errors import counted
+from hvdtrain.errors import counted, listed
 from hvdtrain.rundir.directory import RunDirectory
 from hvdtrain.trainer import Job
 from hvdtrain.trainer.evaluation import evaluate
 from hvdtrain.trainer.saver import Saver
 from hvdtrain.trainer.state import start_training
 from hvdtrain.trainer.step import train_step
-from hvdtrain.verbs.kit import listed
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row
 from hvdtrain.verbs.verify.trial import Trial

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hvdtrain.errors import listed
 from hvdtrain.trainer.randomness import MicroBatchRandomness
-from hvdtrain.verbs.kit import listed
 from hvdtrain.verbs.verify.nature import Nature
 from hvdtrain.verbs.verify.table import Row
 

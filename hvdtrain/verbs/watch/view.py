@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from hvdtrain.errors import counted
+from hvdtrain.errors import counted, listed
 from hvdtrain.rundir.sinks import describe
 from hvdtrain.settings.units import duration
-from hvdtrain.verbs.kit import listed
 from hvdtrain.verbs.watch.follow import CURVES, Follower
 from hvdtrain.verbs.watch.plot import plot, sparkline
 
