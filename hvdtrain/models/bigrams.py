@@ -17,8 +17,8 @@ steps, which would learn this table, are saved, and tokens that are followed by 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,10 +152,15 @@ def _embeddings(pairs: _Pairs, channels: int, generator: torch.Generator) -> Ten
 
 
 def _eigen(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, ascending, and eigenvectors of a `(k, k)` that has none below 0; what is rounding becomes 0.
+    """Return eigenvalues, ascending, and eigenvectors of a `(k, k)` that has none below 0.
 
-    In fp64: of a few different tokens most are 0, for which LAPACK's fp32 finds no end, or nan.
+    Of a few different tokens most are 0, for which LAPACK's fp32 finds no end, or nan: there it is fp64, what is
+    rounding becomes 0. Not everywhere: each run since this start is there would begin elsewhere, by rounding alone.
     """
+    with contextlib.suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(square)
+        if bool(values.isfinite().all() and vectors.isfinite().all()):
+            return values.clamp(min=0), vectors
     values, vectors = torch.linalg.eigh(square.double())
     values = values.where(values > _ROUNDING * values[-1], 0)
     return values.to(square.dtype), vectors.to(square.dtype)
@@ -172,7 +177,7 @@ def _output_layer(pairs: _Pairs, embeddings: Tensor) -> Tensor:
     return layer
 
 
-@contextmanager
+@contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Have torch compute in one thread: how a sum is divided among several changes its last bits."""
     before = torch.get_num_threads()
